@@ -1,0 +1,177 @@
+"""Plain descriptions of models, states and targets. Data only: nothing here imports a heavy library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OP_DOMAIN = "xlstm"
+OP_VERSION = 1
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = "xlstm"
+
+# Longest chunk of the chunkwise mLSTM form, in tokens. 64 balances the quadratic part inside a chunk
+# (∝ L) against reading and writing the matrix memory once per chunk (∝ 1/L) on CPUs and GPUs alike.
+CHUNK = 64
+
+STATE_KINDS = ("C", "n", "m", "y", "c", "conv")
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One recurrent state tensor that becomes a graph input and a graph output.
+
+    Attributes:
+        block: index of the recurrent layer, counted in the order of the module tree.
+        kind: one of `STATE_KINDS`.
+        shape: dimensions after the batch dimension.
+        dtype: NumPy name of the element type.
+    """
+
+    block: int
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def past(self) -> str:
+        return f"past_{self.block}_{self.kind}"
+
+    @property
+    def present(self) -> str:
+        return f"present_{self.block}_{self.kind}"
+
+    @property
+    def elements(self) -> int:
+        """Elements per stream (batch row)."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One recurrent layer: where it sits in the user's module and what it holds."""
+
+    index: int
+    path: str
+    cell: str  # "mlstm", "slstm" or "conv"
+    heads: int
+    head_dim: int
+    states: tuple[StateSpec, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `inspect` prints and the roofline is computed from."""
+
+    name: str
+    parameters: int
+    # Parameters a decode step reads: all but embedding tables, of which one row is read.
+    parameters_read: int
+    blocks: tuple[BlockSpec, ...]
+    context_length: int | None = None
+    vocab_size: int | None = None
+    config: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return tuple(state for block in self.blocks for state in block.states)
+
+    @property
+    def state_elements(self) -> int:
+        """State elements per stream."""
+        return sum(state.elements for state in self.states)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. Symbolic dimensions are the strings "B" (batch) and "S" (sequence)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class IoSpec:
+    """What `io.json` holds: everything a caller must know to run an exported graph.
+
+    Attributes:
+        inputs, outputs: the model's own tensors, states not included.
+        states: past → present pairs, carried from call to call; all-zero is a fresh start.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        def tensor(spec: TensorSpec) -> dict[str, Any]:
+            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+        return {
+            "schema": 1,
+            "inputs": [tensor(spec) for spec in self.inputs],
+            "outputs": [tensor(spec) for spec in self.outputs],
+            "states": [
+                {
+                    "past": s.past,
+                    "present": s.present,
+                    "block": s.block,
+                    "kind": s.kind,
+                    "dtype": s.dtype,
+                    "shape": ["B", *s.shape],
+                }
+                for s in self.states
+            ],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> IoSpec:
+        def tensor(entry: dict[str, Any]) -> TensorSpec:
+            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+        return IoSpec(
+            tuple(tensor(entry) for entry in data["inputs"]),
+            tuple(tensor(entry) for entry in data["outputs"]),
+            tuple(
+                StateSpec(s["block"], s["kind"], tuple(s["shape"][1:]), s["dtype"]) for s in data["states"]
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A board (or this machine) with the figures the roofline needs.
+
+    Attributes:
+        sm: CUDA compute capability as one integer, 0 where there is no GPU.
+        bandwidth_gbs: DRAM bandwidth, GB/s (10⁹ bytes).
+        fp16_tflops: dense FP16 rate of the GPU.
+        int8_tops: dense INT8 rate of the GPU.
+        ram_gb: memory a model can use, GB, after the system's own share.
+    """
+
+    name: str
+    description: str
+    sm: int
+    bandwidth_gbs: float
+    fp16_tflops: float
+    int8_tops: float
+    ram_gb: float
+    jetpack: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("orin-nano-8gb", "Jetson Orin Nano 8 GB", 87, 68, 10, 20, 5.2, "6.1 … 7.2"),
+        Target("orin-nano-super", "Jetson Orin Nano Super 8 GB", 87, 102.4, 17, 33, 5.2, "6.2 … 7.2"),
+        Target("orin-nx-16gb", "Jetson Orin NX 16 GB", 87, 102.4, 15, 30, 14, "6.1 … 7.2"),
+        Target("agx-orin-64gb", "Jetson AGX Orin 64 GB", 87, 204.8, 42.5, 85, 60, "6.1 … 7.2"),
+        Target("thor-t5000", "Jetson Thor T5000 128 GB", 110, 273, 259, 517, 120, "7.0 … 7.2"),
+        Target("h200", "H200 SXM (workstation reference)", 90, 4800, 989, 1979, 141, "—"),
+    )
+}

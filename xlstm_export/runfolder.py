@@ -1,0 +1,194 @@
+"""The run folder: what a stage writes appears under its final name complete, or not at all.
+
+Layout: `manifest.json` (what made the files, their SHA-256), `model.onnx` + `model.onnx.data`, `io.json`,
+and one folder per later stage (`verify/`, `bench/`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .config import IoSpec
+from .errors import EnvironmentError_, InputError, UsageError
+
+SCHEMA = 1
+MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends without an error.
+
+    Args:
+        out: final folder.
+        force: replace an existing one.
+        bytes_needed: refuse before the first byte when the disk has less room.
+
+    Raises:
+        UsageError: `out` exists and `force` is not set.
+        EnvironmentError_: `out` cannot be written, or the disk is full.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not force:
+        raise UsageError(f"{out} already exists", "choose another output folder, or pass --force to replace it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
+        raise UsageError(f"{out} is not a run folder (no {MANIFEST}), so --force does not replace it")
+    with readable_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        free = shutil.disk_usage(out.parent).free
+        if bytes_needed > free:
+            raise EnvironmentError_(
+                f"{out.parent} has {free / 1e6:.0f} MB free, {bytes_needed / 1e6:.0f} MB are needed",
+                "free space or choose an output folder on another disk",
+            )
+        # The process id in the name tells a folder in use from one left by a killed process.
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+        try:
+            yield temporary
+            _replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def readable_os_errors(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals into errors a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentError_(f"{path}: the disk is full", "free space and run again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise EnvironmentError_(
+                f"{path} cannot be written: {error.strerror}", "choose another output folder"
+            ) from error
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file atomically, keys in the order given."""
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
+    """Record what made the run folder: schema, versions, `entries`, and the hash of every file in it."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(
+        folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files}
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the artifacts; packages that are absent are left out."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("xlstm-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "xlstm", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished run folder.
+
+    Raises:
+        InputError: `folder` is no run folder, or its manifest cannot be read.
+    """
+    return _read_json(folder, MANIFEST)
+
+
+def read_io(folder: Path) -> IoSpec:
+    """The IoSpec of a run folder; same errors as `read_manifest`."""
+    data = _read_json(folder, IO)
+    try:
+        return IoSpec.from_json(data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / IO} does not describe a graph: {error!r}", "export again") from error
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = Path(folder) / name
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a run folder: {name} is missing", "run `xlstm-export export` first") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder} is a file, not a run folder", "give the folder that export wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "export again") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(
+            f"{path} has schema {found!r}, this version reads {SCHEMA}",
+            "use the version of xlstm-export that wrote it, or export again",
+        )
+    return data
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Give `temporary` the name `out`; an old `out` is gone only once the new one is in place."""
+    os.chmod(temporary, 0o755)  # mkdtemp is private by default
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    os.rename(out, old / "old")
+    try:
+        os.rename(temporary, out)
+    except OSError:
+        os.rename(old / "old", out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Delete temporary folders of processes that no longer live."""
+    for path in out.parent.glob(f".{out.name}.*.*"):
+        pid = path.name[len(out.name) + 2 :].split(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

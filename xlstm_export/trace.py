@@ -1,0 +1,341 @@
+"""A module with lifted state → one ONNX graph that serves prefill and decode.
+
+`export` writes `model.onnx`, its weights as external data, `io.json` and `manifest.json`. The same
+checkpoint and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from . import cells, functions, runfolder
+from .checkpoint import Loaded
+from .config import OP_DOMAIN, IoSpec, TensorSpec
+from .errors import BuildError
+from .passes.copy_dims_in_reshape import copy_dims_in_reshape
+from .passes.fold_weight_transposes import fold_weight_transposes
+from .passes.last_position import keep_last_position
+
+IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
+ALIGNMENT = 4096  # external tensors start on a page, so that a runtime can map them
+
+
+def export(
+    loaded: Loaded,
+    out: Path,
+    *,
+    force: bool = False,
+    stateless: bool = False,
+    last_logits: bool = False,
+    command: str = "",
+) -> Path:
+    """Export into the run folder `out`.
+
+    Args:
+        loaded: from `checkpoint.load`.
+        out: created; replaced only with `force`.
+        stateless: leave the state inputs and outputs away; every call starts fresh.
+        last_logits: compute the first output for the last position only.
+        command: recorded in the manifest.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        BuildError: the module cannot be lifted or traced.
+        UsageError, EnvironmentError_: see `runfolder.staged`.
+    """
+    needed = sum(t.numel() * t.element_size() for t in loaded.module.state_dict().values())
+    with runfolder.staged(out, force=force, bytes_needed=int(needed * 1.1)) as folder:
+        model, spec = trace(loaded, stateless=stateless, last_logits=last_logits)
+        save(model, folder)
+        runfolder.write_json(folder / runfolder.IO, spec.to_json())
+        runfolder.write_manifest(
+            folder,
+            {
+                "command": command,
+                "model": loaded.name,
+                "origin": loaded.origin,
+                "checkpoint_sha256": loaded.sha256,
+                "options": {"stateless": stateless, "last_logits": last_logits},
+            },
+        )
+    return Path(out)
+
+
+def trace(
+    loaded: Loaded, *, stateless: bool = False, last_logits: bool = False
+) -> tuple[ir.Model, IoSpec]:
+    """The traced and cleaned graph, function bodies attached, and its description."""
+    lifted = cells.lift(loaded.module)
+    wrapper = _Streaming(lifted, len(loaded.inputs), stateless)
+    example = tuple(loaded.inputs.values())
+    past = () if stateless else tuple(lifted.fresh_state(example[0].shape[0]).values())
+    output_names = _output_names(wrapper, example, past, loaded.output)
+    states = () if stateless else lifted.states
+    model = _torch_to_ir(wrapper, example, past, list(loaded.inputs), output_names, states)
+    _rename(model, prefix="module.", example=example)
+    fold_weight_transposes(model)
+    _simplify(model)
+    copy_dims_in_reshape(model)
+    if last_logits:
+        keep_last_position(model, output_names[0])
+    _clean(model)
+    _attach_functions(model)
+    outputs = [o for o in model.graph.outputs if o.name in output_names]
+    spec = IoSpec(
+        tuple(_tensor_spec(v) for v in model.graph.inputs[: len(loaded.inputs)]),
+        tuple(_tensor_spec(v) for v in outputs),
+        states,
+    )
+    return model, spec
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write model.onnx and model.onnx.data, weights one at a time, and let the ONNX checker read them."""
+    ir.save(
+        model,
+        folder / runfolder.MODEL,
+        external_data=runfolder.MODEL_DATA,
+        size_threshold_bytes=1024,
+        max_workers=1,
+        max_in_flight_bytes=1 << 26,
+        alignment=ALIGNMENT,
+        align_threshold=ALIGNMENT,
+    )
+    try:
+        onnx.checker.check_model(str(folder / runfolder.MODEL))
+    except onnx.checker.ValidationError as error:
+        raise BuildError(f"the exported graph is not valid ONNX: {error}", "please report this") from error
+
+
+class _Streaming(nn.Module):
+    """The lifted module as a function of tensors: (inputs..., past...) → (outputs..., present...)."""
+
+    def __init__(self, lifted: cells.Lifted, inputs: int, stateless: bool) -> None:
+        super().__init__()
+        self.module = lifted.module
+        self._lifted = (lifted,)  # in a tuple, so that it does not register as a submodule
+        self._inputs = inputs
+        self._stateless = stateless
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        lifted = self._lifted[0]
+        inputs, past = tensors[: self._inputs], tensors[self._inputs :]
+        if self._stateless:
+            batch = inputs[0].shape[0]
+            states = {s.past: torch.zeros((batch, *s.shape)) for s in lifted.states}
+        else:
+            states = {s.past: t for s, t in zip(lifted.states, past, strict=True)}
+        result, present = cells.run_lifted(self.module, inputs, states)
+        outputs = tuple(named_outputs(result, "y").values())
+        if self._stateless:
+            return outputs
+        missing = [s.present for s in lifted.states if s.present not in present]
+        if missing:
+            raise BuildError(
+                f"forward never reaches the cell(s) behind {', '.join(missing)}",
+                "export a module whose forward uses every cell it holds",
+            )
+        return (*outputs, *(present[s.present] for s in lifted.states))
+
+
+def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
+    """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
+    if isinstance(result, Tensor):
+        return {single: result}
+    if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
+        return {f"{single}_{index}": r for index, r in enumerate(result)}
+    if isinstance(result, dict) and result and all(isinstance(r, Tensor) for r in result.values()):
+        return {str(key): r for key, r in result.items()}
+    raise BuildError(
+        f"forward returns {type(result).__name__}, which has no names for its tensors",
+        "return a tensor, a tuple of tensors, or a dict of tensors",
+    )
+
+
+def _output_names(
+    wrapper: _Streaming, example: tuple[Tensor, ...], past: tuple[Tensor, ...], single: str
+) -> list[str]:
+    lifted = wrapper._lifted[0]
+    states = dict(zip((s.past for s in lifted.states), past, strict=False)) or lifted.fresh_state(
+        example[0].shape[0]
+    )
+    try:
+        with torch.no_grad():
+            result, _ = cells.run_lifted(lifted.module, example, states)
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(
+            f"forward fails on the example inputs: {type(error).__name__}: {error}",
+            "the example inputs must have the shapes forward expects",
+        ) from error
+    names = list(named_outputs(result, single))
+    clash = set(names) & {*(s.past for s in lifted.states), *(s.present for s in lifted.states)}
+    if clash:
+        raise BuildError(f"output name(s) {', '.join(sorted(clash))} are reserved for states")
+    return names
+
+
+def _torch_to_ir(
+    wrapper: nn.Module,
+    example: tuple[Tensor, ...],
+    past: tuple[Tensor, ...],
+    input_names: list[str],
+    output_names: list[str],
+    states: tuple[Any, ...],
+) -> ir.Model:
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = (*({0: dynamic, 1: dynamic} for _ in example), *({0: dynamic} for _ in past))
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                wrapper,
+                (*example, *past),
+                dynamo=True,
+                optimize=False,
+                opset_version=functions.OPSET,
+                dynamic_shapes=(shapes,),
+                input_names=[*input_names, *(s.past for s in states)],
+                output_names=[*output_names, *(s.present for s in states)],
+                verbose=False,
+            )
+    except BuildError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, BuildError):
+            raise cause from None
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        raise BuildError(
+            f"tracing failed: {type(cause).__name__}: {first}",
+            "forward must not branch on tensor values; --debug shows where it stopped",
+        ) from error
+    assert program is not None
+    return program.model
+
+
+def _rename(model: ir.Model, *, prefix: str, example: tuple[Tensor, ...]) -> None:
+    """Weights carry the names of the user's module; dimensions are called B and S."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if value.name is not None and value.name.startswith(prefix):
+            del graph.initializers[value.name]
+            value.name = value.name.removeprefix(prefix)
+            graph.register_initializer(value)
+    symbols: dict[str, str] = {}
+    for position, value in enumerate(graph.inputs):
+        assert value.shape is not None
+        letters = "BS" if position < len(example) else "B"
+        for letter, dim in zip(letters, value.shape, strict=False):
+            if not isinstance(dim, int):
+                symbols[str(dim)] = letter
+    values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
+    # States share the batch of the inputs: say so at their outputs too, where tracing lost it.
+    for value in graph.outputs:
+        if value.shape is not None and value.name is not None and value.name.startswith("present_"):
+            value.shape = ir.Shape(["B", *list(value.shape)[1:]])
+
+
+def _renamed(dim: Any, symbols: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    text = str(dim)
+    if text in symbols:
+        return symbols[text]
+    return None  # an expression of symbols; runtimes infer it
+
+
+def _simplify(model: ir.Model) -> None:
+    import onnxscript.optimizer
+
+    with _quiet():
+        # Limits in elements: fold gate biases and norm weights (1 + w) of any model, never a matrix.
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=1 << 16, output_size_limit=1 << 16)
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop what carries no meaning: metadata with source paths, dead nodes, duplicates, names of nodes."""
+    for graph_pass in (
+        common.ClearMetadataAndDocStringPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateHashedInitializersPass(size_limit=1 << 16),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    ):
+        graph_pass(model)
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
+    model.graph.name = "xlstm"
+    model.producer_name = "xlstm-export"
+    model.producer_version = None
+    model.metadata_props.clear()
+    # Types and shapes of inner values can be inferred and only make files differ between versions.
+    keep = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in keep:
+                value.shape = None
+                value.type = None
+
+
+def _attach_functions(model: ir.Model) -> None:
+    """Give each recurrence operator in the graph its body of standard operators."""
+    nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
+    kinds = {node.op_type for node in nodes}
+    clamp = any("forget_max" in node.attributes for node in nodes)
+    bodies = []
+    if "XlstmMlstm" in kinds:
+        bodies.append(functions.mlstm_function())
+    if "XlstmSlstm" in kinds:
+        bodies.append(functions.slstm_function(clamp=clamp))
+    for proto in bodies:
+        function = ir.serde.deserialize_function(proto)
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[OP_DOMAIN] = 1
+    model.ir_version = IR_VERSION
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter talks on stdout, in warnings and through loggers; none of it helps a user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

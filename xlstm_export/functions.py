@@ -8,19 +8,22 @@ is therefore a product with a constant triangle.
 Each operator has two bodies. The sequence body takes any S and is what an exported file carries. The
 step body takes S = 1 only, has no Scan and no shape arithmetic; a session that decodes may put it in
 the place of the other. Both are written in the ONNX text format and compute what `ops.py` says, in
-FP32 whatever the types of q, k, v, x and the state.
+FP32. Casts from and to other element types are left out where everything is FP32 anyway.
 
 Touch a body together with `ops.py`; tests compare each with the FP64 recurrence.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Literal
 
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
 
 from .config import CHUNK, OP_DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
@@ -31,56 +34,68 @@ Form = Literal["sequence", "step"]
 
 
 @cache
-def mlstm_function(form: Form = "sequence") -> onnx.FunctionProto:
-    """FunctionProto of `XlstmMlstm`; see `ops.mlstm` for shapes."""
+def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.FunctionProto:
+    """FunctionProto of `XlstmMlstm`; see `ops.mlstm` for shapes.
+
+    Args:
+        form: which body.
+        cast: whether q, k, v or the state may be of another type than FP32.
+    """
     body = _MLSTM_STEP if form == "step" else _mlstm_sequence()
-    return _function(
-        "XlstmMlstm", "scale: float = 1.0, eps: float = 1e-06", "q, k, v, i, f, C0, n0, m0", "h, C, n, m", body
-    )
+    attributes: dict[str, float | str] = {"eps": 1e-6, "scale": 1.0}
+    return _function("XlstmMlstm", attributes, "q, k, v, i, f, C0, n0, m0", "h, C, n, m", body, cast)
 
 
 @cache
-def slstm_function(form: Form = "sequence", *, clamp: bool = False) -> onnx.FunctionProto:
+def slstm_function(
+    form: Form = "sequence", *, clamp: bool = False, cast: bool = False
+) -> onnx.FunctionProto:
     """FunctionProto of `XlstmSlstm`; see `ops.slstm` for shapes.
 
     Args:
         form: which body.
-        clamp: whether any call sets `forget_max`. Without it the body saves an operator per position.
+        clamp: whether any call sets `forget_max`; without it the body saves an operator per position.
+        cast: whether x, R or the state may be of another type than FP32.
     """
     body = _SLSTM_STEP if form == "step" else _SLSTM_SEQUENCE
-    # Both bodies hold the negated forget pre-activation, so a maximum becomes a minimum.
-    body = body.replace(
-        "CLAMP(minus_f)", "Max(minus_f, minus_forget_max)" if clamp else "Identity(minus_f)"
-    )
+    # The bodies hold the negated forget pre-activation, so its maximum becomes a minimum.
+    operator = "Max(minus_f, minus_forget_max)" if clamp else "Identity(minus_f)"
+    body = body.replace("CLAMP(minus_f)", operator)
     if clamp:
         body = (
             "forget_max = Constant <value_float: float = @forget_max> ()\n"
             "minus_forget_max = Neg(forget_max)\n" + body
         )
+    attributes: dict[str, float | str] = {"forget_max": float("inf")}
     return _function(
-        "XlstmSlstm", "forget_max: float = inf", "x, R, bias, y0, c0, n0, m0", "y, y_n, c_n, n_n, m_n", body
+        "XlstmSlstm", attributes, "x, R, bias, y0, c0, n0, m0", "y, y_n, c_n, n_n, m_n", body, cast
     )
 
 
-def _function(name: str, attributes: str, inputs: str, outputs: str, body: str) -> onnx.FunctionProto:
-    text = (
+def _function(
+    name: str, attributes: dict[str, float | str], inputs: str, outputs: str, body: str, cast: bool
+) -> onnx.FunctionProto:
+    if not cast:
+        body = re.sub(r"Cast <to = 1> \((\w+)\)", r"Identity(\1)", body)
+        body = re.sub(r"CastLike\((\w+), \w+\)", r"Identity(\1)", body)
+    function = onnx.parser.parse_function(
         f'<domain: "{OP_DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-        f"{name} <plugin_version, plugin_namespace> ({inputs}) => ({outputs})\n"
-        f"{{\n{body}\n}}"
+        f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
     )
-    function = onnx.parser.parse_function(text)
-    # The text format has no way to write an infinite default, so defaults are attached here.
-    del function.attribute[:]
-    defaults: dict[str, float | str] = {
-        "plugin_version": PLUGIN_VERSION,
-        "plugin_namespace": PLUGIN_NAMESPACE,
-    }
-    for entry in attributes.split(", "):
-        key, value = entry.split(": float = ")
-        defaults[key] = float(value)
-    for key, value in sorted(defaults.items()):
+    function = _drop_identities(function)
+    # Attached here and not in the text, which cannot express an infinite default.
+    attributes |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
+    for key, value in sorted(attributes.items()):
         function.attribute_proto.append(onnx.helper.make_attribute(key, value))
     return function
+
+
+def _drop_identities(proto: onnx.FunctionProto) -> onnx.FunctionProto:
+    # No Scan body may name one value as two of its outputs: ONNX Runtime 1.32 then mixes up the others.
+    function = ir.serde.deserialize_function(proto)
+    model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10, functions=[function])
+    IdentityEliminationPass()(model)
+    return ir.serde.serialize_function(function)
 
 
 def _matrix(rows: np.ndarray) -> str:
@@ -367,16 +382,15 @@ _SLSTM_SEQUENCE = f"""
             float[B, H, 1, D4] x_c
         ) => (
             float[B, H, 1, D] y_e, float[B, H, 1, D] c_e, float[B, H, 1, D] n_e, float[B, H, 1, D] m_e,
-            float[B, H, 1, D] y_out
+            float[B, H, D] y_out
         )
         {{
             Ry = MatMul(y_c, R_mat)
             {_SLSTM_CELL}
-            y_out = Identity(y_e)
+            y_out = Squeeze(y_e, minus_2)
         }}> (y_u, c_u, n_u, m_u, xs)
 
-    y_rows = Squeeze(ys, minus_2)
-    y32 = Transpose <perm = [1, 0, 2, 3]> (y_rows)
+    y32 = Transpose <perm = [1, 0, 2, 3]> (ys)
     {_SLSTM_RESULT}
 """
 

@@ -1,0 +1,371 @@
+"""One protocol to run a model, whatever runs it: state stays in the session between calls.
+
+`TorchSession` runs the user's module with its cells lifted (float64 for a reference, float32 for a peer),
+`OrtSession` runs an exported graph. A session has a fixed batch; rows are independent streams.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .config import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
+from .errors import BuildError, EnvironmentError_, InputError
+from .runfolder import MODEL, read_io, readable_os_errors
+
+if TYPE_CHECKING:
+    from .checkpoint import Loaded
+
+Arrays = dict[str, np.ndarray]
+
+
+class Session(Protocol):
+    """A stream of calls against one model; see `StatefulSession` for what each method does."""
+
+    io: IoSpec
+    batch: int
+
+    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays: ...
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays: ...
+    def state(self) -> Arrays: ...
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None: ...
+    def reset(self, rows: Sequence[int] | None = None) -> None: ...
+
+
+class StatefulSession:
+    """What all sessions share: checks of inputs and states, and reset."""
+
+    io: IoSpec
+    batch: int
+
+    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Run S ≥ 1 positions from the current state, which moves on.
+
+        Args:
+            inputs: by graph input name, each (batch, S, ...).
+
+        Returns:
+            The model's outputs by name, in memory of the caller's own.
+
+        Raises:
+            InputError: a name, shape or dtype does not fit the graph.
+        """
+        raise NotImplementedError
+
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Run one position (S = 1); otherwise as `prefill`.
+
+        The returned arrays may be overwritten by the next call.
+        """
+        raise NotImplementedError
+
+    def state(self) -> Arrays:
+        """A copy of the current state: past name → (batch, ...)."""
+        raise NotImplementedError
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from `state`, as `state()` returned it, of this or another session of the model.
+
+        Raises:
+            InputError: names or shapes do not fit.
+        """
+        _compare_names("state", state, [s.past for s in self.io.states])
+        for spec in self.io.states:
+            expected = (self.batch, *spec.shape)
+            if state[spec.past].shape != expected:
+                raise InputError(
+                    f"state {spec.past} has shape {state[spec.past].shape}, expected {expected}",
+                    "a state belongs to one model and one batch size",
+                )
+        for spec in self.io.states:
+            self._store(spec.past, state[spec.past])
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Start afresh: every stream, or only those of the given batch rows.
+
+        Raises:
+            InputError: a row is not in the batch.
+        """
+        bad = [row for row in rows or () if not 0 <= row < self.batch]
+        if bad:
+            raise InputError(f"no batch row {bad[0]}", f"rows are 0 … {self.batch - 1}")
+        current = {} if rows is None else self.state()
+        for spec in self.io.states:
+            value = current.get(spec.past, np.zeros((self.batch, *spec.shape), dtype=spec.dtype))
+            if rows is not None:
+                value[list(rows)] = 0
+            self._store(spec.past, value)
+
+    def _check_inputs(self, inputs: Mapping[str, np.ndarray], length: int | None = None) -> None:
+        _compare_names("input", inputs, [spec.name for spec in self.io.inputs])
+        sequence = length
+        for spec in self.io.inputs:
+            array = inputs[spec.name]
+            if array.dtype != np.dtype(spec.dtype):
+                raise InputError(f"input {spec.name} is {array.dtype}, expected {spec.dtype}")
+            wanted: list[int | str] = [self.batch if d == "B" else d for d in spec.shape]
+            if "S" in wanted and array.ndim == len(wanted):
+                sequence = array.shape[1] if sequence is None else sequence
+                wanted[1] = sequence
+            if list(array.shape) != wanted or 0 in array.shape:
+                raise InputError(
+                    f"input {spec.name} has shape {list(array.shape)}, expected {wanted}",
+                    "B is the session's batch, S at least 1 and the same for all inputs",
+                )
+
+
+def _compare_names(what: str, given: Mapping[str, Any], expected: Sequence[str]) -> None:
+    missing = [name for name in expected if name not in given]
+    extra = sorted(set(given) - set(expected))
+    if missing or extra:
+        found = f"missing {', '.join(missing[:5])}" if missing else f"unknown {', '.join(extra[:5])}"
+        raise InputError(f"{what}: {found}", f"the model has {', '.join(expected[:12]) or 'none'}")
+
+
+def save_state(session: Session, path: Path) -> None:
+    """Write the session's state to an .npz file, atomically; no pickles."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    with readable_os_errors(path):
+        try:
+            np.savez(temporary, **session.state())  # type: ignore[arg-type]
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_state(session: Session, path: Path) -> None:
+    """Continue a session from a file of `save_state`.
+
+    Raises:
+        InputError: the file is missing or damaged, or belongs to another model or batch.
+    """
+    import zipfile
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            state = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not a saved state: {error}", "save it again with save_state") from error
+    session.set_state(state)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------
+
+
+class TorchSession(StatefulSession):
+    """The user's module, cells lifted, in the reference form of `ops.py`.
+
+    Args:
+        loaded: the model.
+        batch: number of streams.
+        dtype: "float64" for a reference, "float32" for what PyTorch users have.
+    """
+
+    def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
+        import torch
+
+        from . import cells
+
+        lifted = cells.lift(loaded.module)
+        self._torch = torch
+        self._dtype = getattr(torch, dtype)
+        # The copy shares the user's parameters, so the conversion must not be in place.
+        self._module = lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
+        self._output = loaded.output
+        self.batch = batch
+        states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
+        self.io = IoSpec(
+            tuple(_symbolic(name, x, loaded.inputs) for name, x in loaded.inputs.items()), (), states
+        )
+        self._past = lifted.fresh_state(batch, self._dtype)
+
+    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs)
+        return self._run(inputs)
+
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs, length=1)
+        return self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        from . import cells
+        from .trace import named_outputs
+
+        tensors = []
+        for spec in self.io.inputs:
+            tensor = self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name]))
+            tensors.append(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+        with self._torch.no_grad():
+            result, present = cells.run_lifted(self._module, tuple(tensors), self._past)
+        self._past = {s.past: present[s.present] for s in self.io.states}
+        return {name: t.numpy() for name, t in named_outputs(result, self._output).items()}
+
+    def state(self) -> Arrays:
+        return {name: tensor.numpy().copy() for name, tensor in self._past.items()}
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        self._past[name] = self._torch.from_numpy(np.array(value)).to(self._dtype)
+
+
+def _converted(module: Any, dtype: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(module).to(dtype)
+
+
+def _symbolic(name: str, example: Any, inputs: Mapping[str, Any]) -> TensorSpec:
+    dtype = str(example.dtype).removeprefix("torch.")
+    return TensorSpec(name, dtype, ("B", "S", *(int(d) for d in example.shape[2:])))
+
+
+# --- ONNX Runtime -----------------------------------------------------------------------------------
+
+
+class OrtSession(StatefulSession):
+    """An exported graph in ONNX Runtime on the CPU.
+
+    Two ONNX Runtime sessions over one file share its weights: both map them from disk unpacked, so that
+    memory holds them once. Prefill runs the graph as exported. Decode runs it with S and B fixed, where
+    shape arithmetic folds away, and with the step bodies of the recurrences. State lives in two sets of
+    buffers that swap roles at every call; nothing is copied.
+
+    Args:
+        folder: run folder of `export`.
+        batch: number of streams.
+        threads: threads of one operator; all cores by default.
+    """
+
+    def __init__(self, folder: Path, batch: int = 1, threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EnvironmentError_(
+                f"onnxruntime cannot be imported: {error}", 'pip install "xlstm-export[cpu]"'
+            ) from error
+        self._ort = onnxruntime
+        self._folder = Path(folder)
+        self._threads = threads
+        self.io = read_io(self._folder)
+        self.batch = batch
+        self._prefill_session: Any = None
+        self._decode_session: Any = None
+        self._bindings: list[_StepBinding] = []
+        self._buffers = [
+            {s.past: np.zeros((batch, *s.shape), dtype=s.dtype) for s in self.io.states} for _ in range(2)
+        ]
+        self._values = [
+            {name: self._value(array) for name, array in buffer.items()} for buffer in self._buffers
+        ]
+        self._now = 0  # which buffer set holds the current state
+
+    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs)
+        if self._prefill_session is None:
+            self._prefill_session = self._open(decode=False)
+        binding = self._prefill_session.io_binding()
+        for spec in self.io.inputs:
+            binding.bind_ortvalue_input(spec.name, self._value(np.ascontiguousarray(inputs[spec.name])))
+        self._bind_states(binding, self._now)
+        for output in self.io.outputs:
+            binding.bind_output(output.name, "cpu")
+        self._run(self._prefill_session, binding)
+        results = dict(zip((o.name for o in self.io.outputs), binding.get_outputs()[-len(self.io.outputs) :]))
+        return {name: value.numpy() for name, value in results.items()}
+
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs, length=1)
+        if self._decode_session is None:
+            self._decode_session = self._open(decode=True)
+            self._bindings = [_StepBinding(self, now) for now in (0, 1)]
+        binding = self._bindings[self._now]
+        for name, buffer in binding.inputs.items():
+            buffer[...] = inputs[name]
+        self._run(self._decode_session, binding.binding)
+        return binding.outputs
+
+    def state(self) -> Arrays:
+        return {name: array.copy() for name, array in self._buffers[self._now].items()}
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        self._buffers[self._now][name][...] = value
+
+    def _run(self, session: Any, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # the runtime's own exception types derive from nothing else
+            raise BuildError(f"ONNX Runtime stopped: {error}", "is the file from this version?") from error
+        self._now = 1 - self._now
+
+    def _value(self, array: np.ndarray) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory on the CPU
+
+    def _bind_states(self, binding: Any, now: int) -> None:
+        for spec in self.io.states:
+            binding.bind_ortvalue_input(spec.past, self._values[now][spec.past])
+            binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
+
+    def _open(self, *, decode: bool) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # Packed weights would be a private copy per session. Unpacked, products with one row are as
+        # fast (they wait for memory), and larger ones lose a few percent.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        path = self._folder / MODEL
+        source: Any = str(path)
+        if decode:
+            options.add_free_dimension_override_by_name("B", self.batch)
+            options.add_free_dimension_override_by_name("S", 1)
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self._folder)
+            )
+            source = _with_step_bodies(path)
+        try:
+            return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
+
+
+class _StepBinding:
+    """Everything one direction of the state swap needs, bound once."""
+
+    def __init__(self, owner: OrtSession, now: int) -> None:
+        def fixed(spec: TensorSpec) -> np.ndarray:
+            shape = [{"B": owner.batch, "S": 1}.get(d, d) if isinstance(d, str) else d for d in spec.shape]
+            return np.zeros([int(d) for d in shape], dtype=spec.dtype)
+
+        self.binding = owner._decode_session.io_binding()
+        self.inputs = {spec.name: fixed(spec) for spec in owner.io.inputs}
+        self.outputs = {spec.name: fixed(spec) for spec in owner.io.outputs}
+        self._values = {name: owner._value(a) for name, a in (*self.inputs.items(), *self.outputs.items())}
+        for name in self.inputs:
+            self.binding.bind_ortvalue_input(name, self._values[name])
+        for name in self.outputs:
+            self.binding.bind_ortvalue_output(name, self._values[name])
+        owner._bind_states(self.binding, now)
+
+
+def _with_step_bodies(path: Path) -> bytes:
+    """The graph file (without its weights) with the recurrences' bodies for S = 1."""
+    import onnx
+
+    from . import functions
+
+    model = onnx.load(str(path), load_external_data=False)
+    calls = [node for node in model.graph.node if node.domain == OP_DOMAIN]
+    clamp = any(attribute.name == "forget_max" for node in calls for attribute in node.attribute)
+    step = {
+        "XlstmMlstm": functions.mlstm_function("step"),
+        "XlstmSlstm": functions.slstm_function("step", clamp=clamp),
+    }
+    for function in model.functions:
+        if function.domain == OP_DOMAIN and function.name in step:
+            function.CopyFrom(step[function.name])
+    return bytes(model.SerializeToString())

@@ -330,9 +330,7 @@ class LiftedCausalConv1d(RecurrentCell):
             taps = conv.weight.detach()[:, 0].t().contiguous()  # (k, D)
             self.taps = nn.ParameterList([nn.Parameter(tap.clone(), False) for tap in taps])
 
-    def forward(
-        self, x: Tensor, conv_state: Tensor | None = None, return_last_state: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, conv_state: Tensor | None = None, return_last_state: bool = False) -> Tensor:
         """x (B, S, D) → (B, S, D)."""
         if conv_state is not None or return_last_state:
             raise BuildError(

@@ -79,7 +79,8 @@ def load(checkpoint: str | None, module: str | None = None, weights: str | None 
     """
     if (checkpoint is None) == (module is None):
         raise UsageError(
-            "give either a checkpoint path or --module", "e.g. `xlstm-export export examples/austen_lm -o out`"
+            "give either a checkpoint path or --module",
+            "e.g. `xlstm-export export examples/austen_lm -o out`",
         )
     if checkpoint is not None:
         if weights is not None:
@@ -297,7 +298,9 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
     values = {}
     for name, value in data.items():
         nested = _dataclass_in(hints[name])
-        values[name] = _from_dict(nested, value, f"{where}: {name}") if nested and value is not None else value
+        values[name] = (
+            _from_dict(nested, value, f"{where}: {name}") if nested and value is not None else value
+        )
     return cls(**values)
 
 
@@ -420,7 +423,11 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
             'return (module, {"x": tensor of shape (B, S, ...)}), keyed by forward\'s parameter names',
         )
     is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)
-    if not is_pair or not isinstance(result[1], dict) or not all(isinstance(v, Tensor) for v in result[1].values()):
+    if (
+        not is_pair
+        or not isinstance(result[1], dict)
+        or not all(isinstance(v, Tensor) for v in result[1].values())
+    ):
         raise InputError(
             f"--module {spec}: the factory returned {type(result).__name__}",
             'return (module, {"x": tensor of shape (B, S, ...)}), keyed by forward\'s parameter names',

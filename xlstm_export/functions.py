@@ -47,9 +47,7 @@ def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.Funct
 
 
 @cache
-def slstm_function(
-    form: Form = "sequence", *, clamp: bool = False, cast: bool = False
-) -> onnx.FunctionProto:
+def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool = False) -> onnx.FunctionProto:
     """FunctionProto of `XlstmSlstm`; see `ops.slstm` for shapes.
 
     Args:

@@ -41,7 +41,9 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
     """
     out = Path(os.path.abspath(out))
     if out.exists() and not force:
-        raise UsageError(f"{out} already exists", "choose another output folder, or pass --force to replace it")
+        raise UsageError(
+            f"{out} already exists", "choose another output folder, or pass --force to replace it"
+        )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
@@ -108,9 +110,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(
-        folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files}
-    )
+    write_json(folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files})
 
 
 def versions() -> dict[str, str]:
@@ -145,9 +145,13 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder} is not a run folder: {name} is missing", "run `xlstm-export export` first") from None
+        raise InputError(
+            f"{folder} is not a run folder: {name} is missing", "run `xlstm-export export` first"
+        ) from None
     except NotADirectoryError:
-        raise InputError(f"{folder} is a file, not a run folder", "give the folder that export wrote") from None
+        raise InputError(
+            f"{folder} is a file, not a run folder", "give the folder that export wrote"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "export again") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:

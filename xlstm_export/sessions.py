@@ -177,7 +177,9 @@ class TorchSession(StatefulSession):
         self._torch = torch
         self._dtype = getattr(torch, dtype)
         # The copy shares the user's parameters, so the conversion must not be in place.
-        self._module = lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
+        self._module = (
+            lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
+        )
         self._output = loaded.output
         self.batch = batch
         states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)

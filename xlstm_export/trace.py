@@ -76,9 +76,7 @@ def export(
     return Path(out)
 
 
-def trace(
-    loaded: Loaded, *, stateless: bool = False, last_logits: bool = False
-) -> tuple[ir.Model, IoSpec]:
+def trace(loaded: Loaded, *, stateless: bool = False, last_logits: bool = False) -> tuple[ir.Model, IoSpec]:
     """The traced and cleaned graph, function bodies attached, and its description."""
     lifted = cells.lift(loaded.module)
     wrapper = _Streaming(lifted, len(loaded.inputs), stateless)

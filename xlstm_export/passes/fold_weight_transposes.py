@@ -38,16 +38,12 @@ def fold_weight_transposes(model: ir.Model) -> int:
     return count
 
 
-def _store_transposed(
-    graph: ir.Graph, weight: ir.Value, nodes: list[ir.Node], perm: tuple[int, ...]
-) -> None:
+def _store_transposed(graph: ir.Graph, weight: ir.Value, nodes: list[ir.Node], perm: tuple[int, ...]) -> None:
     source = weight.const_value
     assert source is not None and weight.name is not None
     name = f"{weight.name}.T"
     view = _TransposedTensor(source.numpy().transpose(perm), dtype=source.dtype, name=name)
-    transposed = ir.Value(
-        name=name, shape=view.shape, type=ir.TensorType(source.dtype), const_value=view
-    )
+    transposed = ir.Value(name=name, shape=view.shape, type=ir.TensorType(source.dtype), const_value=view)
     graph.register_initializer(transposed)
     for node in nodes:
         node.outputs[0].replace_all_uses_with(transposed)

@@ -15,7 +15,23 @@ import onnx_ir as ir
 from ..errors import BuildError
 
 POSITIONWISE = frozenset(
-    "MatMul Add Sub Mul Div LayerNormalization Tanh Sigmoid Softmax Softplus Relu Erf Exp Identity Cast".split()
+    [
+        "MatMul",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "LayerNormalization",
+        "Tanh",
+        "Sigmoid",
+        "Softmax",
+        "Softplus",
+        "Relu",
+        "Erf",
+        "Exp",
+        "Identity",
+        "Cast",
+    ]
 )
 
 

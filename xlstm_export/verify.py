@@ -1,0 +1,380 @@
+"""Is the exported graph the PyTorch model? Checks with limits; the verdict is the exit code.
+
+Three parties: the user's own module in float64 (upstream), the same module with its cells lifted, in
+float64 (reference: it also has states, and goes beyond the context length), and the exported graph
+(candidate). Every limit stands in `LIMITS` with its reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import data as evaluation
+from .checkpoint import Loaded
+from .compare import Difference, compare_states, difference
+from .config import CHUNK, IoSpec
+from .errors import UsageError
+from .runfolder import read_io, write_json
+from .sessions import Arrays, OrtSession, TorchSession, load_state, save_state
+
+LIMITS = {
+    # FP32 rounding through all blocks measured 2e-7 … 7e-7 on every mix of blocks; a wrong gate, mask or
+    # carried state is 1e-3 and more.
+    "output": 5e-6,
+    # Products of decays over the whole stream round more than one output does.
+    "state": 1e-5,
+    # Lifted against upstream, both float64. They differ where eps meets the stabilizer: the parallel form
+    # has no m of the fresh state. That is at most eps = 1e-6 of the normalizer.
+    "lift": 2e-6,
+    # Rows computed beside others: the same kernels may split their work differently.
+    "rows": 1e-6,
+    # "Equal to four digits."
+    "metric": 5e-5,
+}
+BATCH = 3
+RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: `value` must not exceed `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit  # False for NaN
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "value": self.value,
+            "limit": self.limit,
+            **self.detail,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `verify`."""
+
+    checks: tuple[Check, ...]
+    metric: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "passed": self.passed,
+            "metric": self.metric,
+            "checks": [check.to_json() for check in self.checks],
+        }
+
+
+def verify(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Compare an export with the module it was made from and write `verify/report.json`.
+
+    Args:
+        folder: run folder.
+        loaded: the checkpoint it was exported from.
+        data: held-out data for the task metric; real sequences are then used for all checks.
+        seed: of the inputs and the cuts of the stream.
+        threads: of ONNX Runtime.
+        progress: called with the name of each stage.
+    """
+    run = _Run(folder, loaded, data, seed, threads)
+    checks: list[Check] = []
+    stages: list[tuple[str, Callable[[], list[Check]]]] = [
+        ("lift", run.check_lift),
+        ("prefill", run.check_prefill),
+    ]
+    if run.io.states:
+        stages += [
+            ("step", run.check_step),
+            ("chunked", run.check_chunked),
+            ("resumed", run.check_resumed),
+            ("rows", run.check_rows),
+            ("reset", run.check_reset),
+            ("long stream", run.check_long),
+        ]
+    for name, stage in stages:
+        progress(name)
+        checks += stage()
+    metric: dict[str, Any] = {}
+    if run.data is not None and run.io.states:
+        progress("task metric")
+        check, metric = run.check_metric(run.data)
+        checks.append(check)
+    report = Report(tuple(checks), metric)
+    write_json(folder / "verify" / "report.json", report.to_json())
+    return report
+
+
+class _Run:
+    """What the checks share: inputs, sessions, and the reference's results."""
+
+    def __init__(self, folder: Path, loaded: Loaded, data: Path | None, seed: int, threads: int) -> None:
+        self.folder, self.loaded, self.threads = folder, loaded, threads
+        self.io = read_io(folder)
+        self.rng = np.random.default_rng(seed)
+        self.reference = TorchSession(loaded, BATCH, "float64")
+        self.candidate = OrtSession(folder, BATCH, threads)
+        if {s.past for s in self.io.states} - {s.past for s in self.reference.io.states} or [
+            i.name for i in self.io.inputs
+        ] != list(loaded.inputs):
+            raise UsageError(
+                f"{folder} was not exported from this model", "verify against the checkpoint it was made from"
+            )
+        self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
+        self.limit_context = loaded.context_length or 10**9
+        self.inputs = self._make_inputs(max(RAGGED))
+        self._expected: dict[int, tuple[Arrays, Arrays]] = {}
+        self._double: Any = None
+
+    def check_lift(self) -> list[Check]:
+        """The lifted module is the user's module: nothing was rewritten but the cells."""
+        length = min(max(RAGGED), self.limit_context)
+        ours = self._reference(length)[0]
+        theirs = self._upstream(length)
+        return [_output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
+
+    def check_prefill(self) -> list[Check]:
+        """One call of S positions against upstream (up to its context length) and the reference's state."""
+        checks = []
+        for length in RAGGED:
+            reference, state = self._reference(length)
+            expected = self._upstream(length) if length <= self.limit_context else reference
+            self.candidate.reset()
+            outputs = self.candidate.prefill(_cut(self.inputs, 0, length))
+            checks += self._checks(f"prefill {length}", outputs, expected, state)
+        return checks
+
+    def check_step(self) -> list[Check]:
+        """The same positions one by one."""
+        length = max(RAGGED)
+        return self._streamed("step", [1] * length, self.candidate)
+
+    def check_chunked(self) -> list[Check]:
+        """The same positions in pieces that do not respect chunk borders."""
+        length = max(RAGGED)
+        random_cuts = np.sort(self.rng.choice(np.arange(1, length), size=5, replace=False))
+        pieces = np.diff([0, *random_cuts, length]).tolist()
+        return [
+            *self._streamed(
+                "chunked 1+63+1+64+…", [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1], self.candidate
+            ),
+            *self._streamed(f"chunked {'+'.join(map(str, pieces))}", pieces, self.candidate),
+        ]
+
+    def check_resumed(self) -> list[Check]:
+        """State saved to disk in mid-stream, loaded into a new session, stream continued there."""
+        length = max(RAGGED)
+        cut = CHUNK + 5
+        self.candidate.reset()
+        first = self.candidate.prefill(_cut(self.inputs, 0, cut))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.npz"
+            save_state(self.candidate, path)
+            fresh = OrtSession(self.folder, BATCH, self.threads)
+            load_state(fresh, path)
+        second = fresh.prefill(_cut(self.inputs, cut, length))
+        expected, state = self._reference(length)
+        outputs = {name: np.concatenate([first[name], second[name]], axis=1) for name in first}
+        return self._checks("resumed", outputs, expected, state, fresh.state(), ends=[cut, length])
+
+    def check_rows(self) -> list[Check]:
+        """A row gives the same results alone, and does not feel what the others compute."""
+        length = CHUNK + 1
+        inputs = _cut(self.inputs, 0, length)
+        self.candidate.reset()
+        together = self.candidate.prefill(inputs)
+        state = self.candidate.state()
+        checks = []
+        alone = OrtSession(self.folder, 1, self.threads)
+        for row in range(BATCH):
+            alone.reset()
+            single = alone.prefill(
+                {name: np.ascontiguousarray(x[row : row + 1]) for name, x in inputs.items()}
+            )
+            worst = max(difference(together[n][row : row + 1], single[n]).relative_l2 for n in single)
+            checks.append(Check(f"row {row} alone", worst, LIMITS["rows"]))
+        other = {name: x.copy() for name, x in inputs.items()}
+        for name, x in self._make_inputs(length).items():
+            other[name][1] = x[1][::-1]
+        self.candidate.reset()
+        disturbed = self.candidate.prefill(other)
+        rows = [0, 2]
+        worst = max(difference(disturbed[n][rows], together[n][rows]).relative_l2 for n in together)
+        moved = self.candidate.state()
+        worst = max(worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state))
+        checks.append(Check("rows 0, 2 while row 1 differs", worst, LIMITS["rows"]))
+        return checks
+
+    def check_reset(self) -> list[Check]:
+        """Reset leaves nothing behind, also of single rows while the others go on."""
+        inputs = _cut(self.inputs, 0, CHUNK + 1)
+        fresh = OrtSession(self.folder, BATCH, self.threads)
+        expected = fresh.prefill(inputs)
+        self.candidate.reset()
+        self.candidate.prefill(self.inputs)
+        continued_from = self.candidate.state()
+        self.candidate.reset()
+        again = self.candidate.prefill(inputs)
+        checks = [Check("reset", max(difference(again[n], expected[n]).max_abs for n in expected), 0.0)]
+
+        self.candidate.set_state(continued_from)
+        continued = self.candidate.prefill(inputs)
+        self.candidate.set_state(continued_from)
+        self.candidate.reset(rows=[1])
+        mixed = self.candidate.prefill(inputs)
+        one = max(difference(mixed[n][1], expected[n][1]).relative_l2 for n in expected)
+        rest = max(difference(mixed[n][[0, 2]], continued[n][[0, 2]]).relative_l2 for n in expected)
+        return [
+            *checks,
+            Check("reset of row 1", one, LIMITS["rows"]),
+            Check("rows 0, 2 go on", rest, LIMITS["rows"]),
+        ]
+
+    def check_long(self) -> list[Check]:
+        """Past the context length of training, where upstream's own forward stops."""
+        length = 2 * min(self.limit_context, 1024) + 7
+        inputs = self._make_inputs(length)
+        self.reference.reset()
+        expected = self.reference.prefill(inputs)
+        self.candidate.reset()
+        outputs = self.candidate.prefill(inputs)
+        return self._checks(f"long stream {length}", outputs, expected, self.reference.state())
+
+    def check_metric(self, data: evaluation.EvalData) -> tuple[Check, dict[str, Any]]:
+        """The task's metric on held-out data, reference in float64."""
+        reference = TorchSession(self.loaded, data.rows, "float64")
+        candidate = OrtSession(self.folder, data.rows, self.threads)
+        expected = data.score(evaluation.stream(reference, data.inputs))
+        found = data.score(evaluation.stream(candidate, data.inputs))
+        gap = abs(found - expected) / abs(expected)
+        metric = {
+            "name": data.metric,
+            "pytorch_float64": expected,
+            "exported": found,
+            "positions": data.rows * data.length,
+        }
+        return Check(f"{data.metric} on held-out data", gap, LIMITS["metric"], metric), metric
+
+    def _streamed(self, name: str, pieces: Sequence[int], session: OrtSession) -> list[Check]:
+        session.reset()
+        parts: list[Arrays] = []
+        start = 0
+        for piece in pieces:
+            inputs = _cut(self.inputs, start, start + piece)
+            result = session.step(inputs) if piece == 1 else session.prefill(inputs)
+            parts.append({n: x.copy() for n, x in result.items()})
+            start += piece
+        outputs = {n: np.concatenate([part[n] for part in parts], axis=1) for n in parts[0]}
+        expected, state = self._reference(start)
+        ends = np.cumsum(pieces).tolist()
+        return self._checks(name, outputs, expected, state, ends=ends)
+
+    def _checks(
+        self,
+        name: str,
+        outputs: Arrays,
+        expected: Arrays,
+        state: Arrays,
+        found_state: Arrays | None = None,
+        ends: Sequence[int] | None = None,
+    ) -> list[Check]:
+        """Outputs and, where the graph has states, the worst gauge-free state."""
+        checks = []
+        for spec in self.io.outputs:
+            wanted = expected[spec.name]
+            if len(spec.shape) > 1 and spec.shape[1] == 1:  # exported with --last-logits
+                wanted = wanted[:, [end - 1 for end in ends or [wanted.shape[1]]]]
+            checks.append(_output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, LIMITS["output"]))
+        if self.io.states:
+            found = found_state if found_state is not None else self.candidate.state()
+            differences = compare_states(found, state, self.io.states)
+            worst = max(differences, key=lambda key: differences[key].relative_l2)
+            detail = {"worst": worst, **differences[worst].to_json()}
+            checks.append(Check(f"{name}: states", differences[worst].relative_l2, LIMITS["state"], detail))
+        return checks
+
+    def _reference(self, length: int) -> tuple[Arrays, Arrays]:
+        if length not in self._expected:
+            self.reference.reset()
+            outputs = self.reference.prefill(_cut(self.inputs, 0, length))
+            self._expected[length] = (outputs, self.reference.state())
+        return self._expected[length]
+
+    def _upstream(self, length: int) -> Arrays:
+        """The user's own forward in float64 on a copy; it has no state and knows nothing of us."""
+        import torch
+
+        from .trace import named_outputs
+
+        if self._double is None:
+            self._double = copy.deepcopy(self.loaded.module).double()
+        tensors = [torch.from_numpy(x) for x in _cut(self.inputs, 0, length).values()]
+        with torch.no_grad():
+            result = self._double(*(t.double() if t.is_floating_point() else t for t in tensors))
+        return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
+
+    def _make_inputs(self, length: int) -> Arrays:
+        """Sequences (BATCH, length, ...): real ones when there is data, otherwise like the examples."""
+        if self.data is not None and self.data.length > length:
+            starts = self.rng.integers(0, self.data.length - length, size=BATCH)
+            rows = self.rng.integers(0, self.data.rows, size=BATCH)
+            return {
+                name: np.stack(
+                    [x[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
+                )
+                for name, x in self.data.inputs.items()
+            }
+        return random_inputs(self.loaded, self.io, BATCH, length, self.rng)
+
+
+def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.random.Generator) -> Arrays:
+    """Inputs (batch, length, ...) without data: uniform tokens, or example positions with noise."""
+    inputs: Arrays = {}
+    for spec in io.inputs:
+        example = loaded.inputs[spec.name].numpy()
+        if np.issubdtype(example.dtype, np.integer):
+            high = loaded.vocab_size or int(example.max()) + 1
+            inputs[spec.name] = rng.integers(0, high, (batch, length, *example.shape[2:])).astype(spec.dtype)
+            continue
+        flat = example.reshape(-1, *example.shape[2:])
+        chosen = flat[rng.integers(0, len(flat), (batch, length))]
+        spread = flat.std(axis=0)
+        noise = rng.standard_normal(chosen.shape) * np.where(spread > 0, spread, 1.0)
+        inputs[spec.name] = (chosen + noise).astype(spec.dtype)
+    return inputs
+
+
+def _output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
+    result: Difference = difference(found, expected)
+    return Check(name, result.relative_l2, limit, result.to_json())
+
+
+def _cut(inputs: Arrays, start: int, end: int) -> Arrays:
+    return {name: np.ascontiguousarray(x[:, start:end]) for name, x in inputs.items()}

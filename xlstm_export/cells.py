@@ -185,7 +185,7 @@ def _adapter_of(module: nn.Module) -> AdapterFunction | None:
     for cls in type(module).__mro__:
         adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
         # A subclass with a forward of its own computes something we do not know.
-        if adapter is not None and type(module).forward is cls.forward:
+        if adapter is not None and type(module).forward is cls.forward:  # type: ignore[attr-defined]
             return adapter
     return None
 
@@ -216,8 +216,7 @@ def _number(recurrent: list[tuple[str, RecurrentCell]]) -> tuple[BlockSpec, ...]
     groups: dict[str, list[tuple[str, RecurrentCell]]] = {}
     for path, cell in recurrent:
         groups.setdefault(path.rpartition(".")[0], []).append((path, cell))
-    blocks = []
-    taken: dict[tuple[int, str], str] = {}
+    blocks: list[BlockSpec] = []
     for members in groups.values():
         # Two cells of one kind under one parent cannot share a block: their states would collide.
         for bundle in _split_by_kind(members):
@@ -226,7 +225,6 @@ def _number(recurrent: list[tuple[str, RecurrentCell]]) -> tuple[BlockSpec, ...]
             for path, cell in bundle:
                 cell.block, cell.path = index, path
                 states += [StateSpec(index, kind, shape) for kind, shape in cell.state_shapes.items()]
-                taken.update({(index, kind): path for kind in cell.state_shapes})
             path, main = next(((p, c) for p, c in bundle if c.cell != "conv"), bundle[0])
             blocks.append(BlockSpec(index, path, main.cell, main.heads, main.head_dim, tuple(states)))
     return tuple(blocks)
@@ -400,7 +398,7 @@ class MergedHeadwiseLinear(nn.Module):
         merged = merged.reshape(count // merge, merge * in_dim, merge * out_dim)
         # (N, d, o) with N blocks left, or (d, o) where merging left one: a plain product then.
         self.weight = nn.Parameter(merged[0] if count == merge else merged, False)
-        self.bias = source.bias
+        self.bias: Tensor | None = source.bias  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., N·d) → (..., N·o)."""

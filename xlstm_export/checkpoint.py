@@ -466,9 +466,6 @@ def _at_least_two(x: Tensor) -> Tensor:
 
 
 def _context_length(module: nn.Module) -> int | None:
-    lengths = [
-        m.config.context_length
-        for m in module.modules()
-        if isinstance(getattr(getattr(m, "config", None), "context_length", None), int)
-    ]
-    return min((n for n in lengths if n > 0), default=None)
+    """The shortest context length any xLSTM part of the module was built for."""
+    found = (getattr(getattr(m, "config", None), "context_length", None) for m in module.modules())
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)

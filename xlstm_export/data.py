@@ -93,11 +93,9 @@ def _load_npz(path: Path, io: IoSpec, limit: int) -> EvalData:
         if spec.name not in arrays:
             raise InputError(f"{path} lacks input {spec.name}", f"it holds {', '.join(sorted(arrays))}")
         array = arrays[spec.name]
-        wanted = spec.shape[2:]
-        if array.ndim != len(spec.shape) or array.shape[2:] != wanted:
-            raise InputError(
-                f"{path}: {spec.name} has shape {array.shape}, expected (N, S{', ' if wanted else ''}{', '.join(map(str, wanted))})"
-            )
+        if array.ndim != len(spec.shape) or array.shape[2:] != spec.shape[2:]:
+            expected = ", ".join(map(str, ("N", "S", *spec.shape[2:])))
+            raise InputError(f"{path}: {spec.name} has shape {array.shape}, expected ({expected})")
         if not np.isfinite(array).all():
             raise InputError(f"{path}: {spec.name} holds NaN or Inf", "fill the gaps before evaluating")
         inputs[spec.name] = np.ascontiguousarray(array[:, :limit].astype(spec.dtype))

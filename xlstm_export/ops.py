@@ -11,6 +11,7 @@ Dimension names: B batch, S sequence, H heads, D head size, Dk/Dv key and value 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,8 @@ def mlstm_sequence(
     """`mlstm` as S single steps: slow, and the form everything else is judged by."""
     outputs = []
     for t in range(q.shape[1]):
-        piece = (x[:, t : t + 1] for x in (q, k, v, i, f))
-        h, state = mlstm_step(*piece, state, scale=scale, eps=eps)
+        q_t, k_t, v_t, i_t, f_t = (x[:, t : t + 1] for x in (q, k, v, i, f))
+        h, state = mlstm_step(q_t, k_t, v_t, i_t, f_t, state, scale=scale, eps=eps)
         outputs.append(h)
     return torch.cat(outputs, dim=1), state
 
@@ -101,8 +102,8 @@ def mlstm_chunkwise(
     """
     outputs = []
     for start in range(0, q.shape[1], chunk):
-        piece = (x[:, start : start + chunk].transpose(1, 2) for x in (q, k, v, i, f))
-        h, state = _mlstm_chunk(*piece, state, scale=scale, eps=eps)
+        q_c, k_c, v_c, i_c, f_c = (x[:, start : start + chunk].transpose(1, 2) for x in (q, k, v, i, f))
+        h, state = _mlstm_chunk(q_c, k_c, v_c, i_c, f_c, state, scale=scale, eps=eps)
         outputs.append(h.transpose(1, 2))
     return torch.cat(outputs, dim=1), state
 
@@ -218,7 +219,7 @@ def slstm_sequence(
 def _slstm_symbol(
     x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, forget_max: float
 ) -> tuple[Tensor, SlstmState]:
-    attrs: dict[str, float | str] = {
+    attrs: dict[str, Any] = {
         "plugin_version": PLUGIN_VERSION,
         "plugin_namespace": PLUGIN_NAMESPACE,
     }

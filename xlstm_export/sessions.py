@@ -275,11 +275,13 @@ class OrtSession(StatefulSession):
         for spec in self.io.inputs:
             binding.bind_ortvalue_input(spec.name, self._value(np.ascontiguousarray(inputs[spec.name])))
         self._bind_states(binding, self._now)
-        for output in self.io.outputs:
-            binding.bind_output(output.name, "cpu")
+        names = [spec.name for spec in self.io.outputs]
+        for name in names:
+            binding.bind_output(name, "cpu")
         self._run(self._prefill_session, binding)
-        results = dict(zip((o.name for o in self.io.outputs), binding.get_outputs()[-len(self.io.outputs) :]))
-        return {name: value.numpy() for name, value in results.items()}
+        # Outputs come back in the order of binding, so the model's own are the last ones.
+        results = binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, results, strict=True)}
 
     def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         self._check_inputs(inputs, length=1)

@@ -318,7 +318,9 @@ def _attach_functions(model: ir.Model) -> None:
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.shape is not None and value.dtype is not None
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
     return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)
 

@@ -40,7 +40,8 @@ def fold_weight_transposes(model: ir.Model) -> int:
 
 def _store_transposed(graph: ir.Graph, weight: ir.Value, nodes: list[ir.Node], perm: tuple[int, ...]) -> None:
     source = weight.const_value
-    assert source is not None and weight.name is not None
+    assert source is not None
+    assert weight.name is not None
     name = f"{weight.name}.T"
     view = _TransposedTensor(source.numpy().transpose(perm), dtype=source.dtype, name=name)
     transposed = ir.Value(name=name, shape=view.shape, type=ir.TensorType(source.dtype), const_value=view)

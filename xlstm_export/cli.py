@@ -1,0 +1,260 @@
+"""The command line. A command parses, calls one library function per stage, and prints the result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import EnvironmentError_, ExportError, GateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+checkpoint_argument = click.argument("checkpoint", required=False)
+run_argument = click.argument("run", type=click.Path(path_type=Path))
+
+
+def source_options(command: F) -> F:
+    """How to load the model: CHECKPOINT, or --module with --weights."""
+    command = click.option("--module", help="factory of your own module, as package.module:function")(command)
+    return click.option("--weights", help="weights for --module (.safetensors or state_dict)")(command)
+
+
+def run_options(command: F) -> F:
+    """Options of everything that runs a model."""
+    command = click.option("--threads", default=0, help="CPU threads; all cores by default")(command)
+    return click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="show the traceback of an error")
+def cli(debug: bool) -> None:
+    """Put trained xLSTM models on edge devices: streaming ONNX, proven equal to PyTorch.
+
+    Exit codes: 0 pass, 1 gate failed, 2 usage, 3 environment, 4 bad input, 5 build.
+    """
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_json: bool) -> None:
+    """Show blocks, states and the roofline of CHECKPOINT, or the tensors of a run folder."""
+    from . import report, runfolder
+
+    if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
+        io = runfolder.read_io(Path(checkpoint))
+        _emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
+        return
+    spec = _load(checkpoint, module, weights).spec()
+    _emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
+@click.option("--force", is_flag=True, help="replace an existing run folder")
+@click.option("--stateless", is_flag=True, help="no state inputs and outputs; every call starts fresh")
+@click.option("--last-logits", is_flag=True, help="compute the output for the last position only")
+def export(
+    checkpoint: str | None, module: str | None, weights: str | None, out: Path, **options: bool
+) -> None:
+    """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
+    from . import trace
+
+    with _progress() as stage:
+        stage("loading")
+        loaded = _load(checkpoint, module, weights)
+        stage("tracing")
+        folder = trace.export(loaded, out, command=_command_line(), **options)
+    click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
+
+
+@cli.command()
+@run_argument
+@checkpoint_argument
+@source_options
+@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
+@run_options
+def verify(
+    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
+) -> None:
+    """Compare a run folder with the model it was exported from; the exit code is the gate.
+
+    CHECKPOINT may be left away: the manifest of the run folder names it.
+    """
+    from . import report
+
+    verify_ = _import_verify()
+    loaded = _load_for(run, checkpoint, module, weights)
+    with _progress() as stage:
+        result = verify_(run, loaded, progress=stage, **options)
+    _emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
+    _gate(result.passed, run)
+
+
+@cli.command()
+@run_argument
+@checkpoint_argument
+@source_options
+@click.option("--batch", default=1, show_default=True, help="streams per call")
+@click.option("--prefill-length", default=512, show_default=True, help="positions per prefill")
+@click.option("--steps", default=200, show_default=True, help="decode steps to time")
+@run_options
+def bench(
+    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
+) -> None:
+    """Time a verified run folder against PyTorch eager and the memory bandwidth."""
+    from . import report
+    from .bench import bench as bench_
+    from .bench import require_verified
+
+    require_verified(run)
+    loaded = _load_for(run, checkpoint, module, weights)
+    with _progress() as stage:
+        result = bench_(run, loaded, progress=stage, **options)
+    _emit(result.to_json(), as_json, lambda console: report.show_bench(console, result))
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
+@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--force", is_flag=True, help="replace an existing run folder")
+@run_options
+def deploy(
+    checkpoint: str | None, module: str | None, weights: str | None, out: Path, as_json: bool, **options: Any
+) -> None:
+    """Export, verify and bench CHECKPOINT (or --module) in one go."""
+    from . import pipeline, report
+
+    with _progress() as stage:
+        stage("loading")
+        loaded = _load(checkpoint, module, weights)
+        result = pipeline.deploy(loaded, out, command=_command_line(), progress=stage, **options)
+    _emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
+    _gate(result.verification.passed, out)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what is missing, and what to do."""
+    from dataclasses import asdict
+
+    from . import report
+    from .doctor import examine
+
+    findings = examine()
+    _emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
+    if any(f.status == "missing" for f in findings):
+        raise EnvironmentError_("something needed is missing", "see the last column above")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: run a command; errors become a message and an exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    try:
+        cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except ExportError as error:
+        if debug:
+            traceback.print_exc()
+        click.secho(f"error: {error.message}", fg="red", err=True)
+        if error.hint:
+            click.echo(f"  → {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left under the final name", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        click.secho(f"error: unexpected {type(error).__name__}: {error}", fg="red", err=True)
+        click.echo("  → this is a bug in xlstm-export; please report it with the output of --debug", err=True)
+        sys.exit(ExportError.exit_code)
+
+
+def _load(checkpoint: str | None, module: str | None, weights: str | None) -> Any:
+    from .checkpoint import load
+
+    return load(checkpoint, module, weights)
+
+
+def _load_for(run: Path, checkpoint: str | None, module: str | None, weights: str | None) -> Any:
+    from .runfolder import read_manifest
+
+    if checkpoint is None and module is None:
+        origin = read_manifest(run)["origin"]
+        return _load(origin.get("checkpoint"), origin.get("module"), weights or origin.get("weights"))
+    return _load(checkpoint, module, weights)
+
+
+def _import_verify() -> Callable[..., Any]:
+    from .verify import verify as function
+
+    return function
+
+
+def _spec_json(spec: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from . import roofline
+    from .config import TARGETS
+
+    floors = {name: roofline.floor(spec, target).milliseconds for name, target in TARGETS.items()}
+    return {**asdict(spec), "state_elements": spec.state_elements, "fp16_step_floor_ms": floors}
+
+
+def _emit(data: Any, as_json: bool, show: Callable[[Console], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+        return
+    from rich.console import Console
+
+    show(Console())
+
+
+def _gate(passed: bool, run: Path) -> None:
+    if not passed:
+        raise GateError(f"{run} is not equal to the PyTorch model", f"details: {run}/verify/report.json")
+
+
+def _command_line() -> str:
+    return shlex.join(["xlstm-export", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with the stage and the time it has taken, on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting")
+        yield lambda stage: progress.update(task, description=stage)
+
+
+if __name__ == "__main__":
+    main()

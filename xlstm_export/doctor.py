@@ -1,0 +1,86 @@
+"""What is installed here, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+MODELS = 'pip install "xlstm-export[models]"'
+# distribution → (module, what it is for, how to get it, needed for the main job)
+PACKAGES = {
+    "torch": ("torch", "load and trace checkpoints", "pip install torch", True),
+    "onnx": ("onnx", "write and check graphs", "pip install onnx", True),
+    "onnxscript": ("onnxscript", "torch's exporter", "pip install onnxscript", True),
+    "onnxruntime": ("onnxruntime", "verify, bench and run", 'pip install "xlstm-export[cpu]"', True),
+    "xlstm": ("xlstm", "load checkpoints of the xlstm package", MODELS, True),
+    "transformers": ("transformers", "load Hugging Face models", MODELS, False),
+    "tensorrt": ("tensorrt", "build engines", "on a Jetson it comes with JetPack", False),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        status: "ok", "missing" (the main job cannot run) or "optional".
+        action: what to do; empty when there is nothing to do.
+    """
+
+    name: str
+    status: str
+    detail: str
+    action: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at this machine; imports nothing heavy."""
+    findings = [_python()]
+    for distribution, (module, purpose, action, needed) in PACKAGES.items():
+        version = _version(distribution, module)
+        if version:
+            findings.append(Finding(distribution, "ok", f"{version} — {purpose}"))
+        else:
+            status = "missing" if needed else "optional"
+            findings.append(Finding(distribution, status, f"not installed — {purpose}", action))
+    findings.append(_gpu())
+    findings.append(
+        Finding("machine", "ok", f"{platform.machine()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB")
+    )
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{platform.python_version()} at {sys.prefix}")
+
+
+def _version(distribution: str, module: str) -> str:
+    if find_spec(module) is None:
+        return ""
+    # onnxruntime-gpu provides the same module under another distribution name
+    for name in (distribution, f"{distribution}-gpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def _gpu() -> Finding:
+    if shutil.which("nvidia-smi") or os.path.exists("/etc/nv_tegra_release"):
+        return Finding("gpu", "ok", "NVIDIA driver found")
+    return Finding(
+        "gpu", "optional", "no NVIDIA driver found; everything but engine building runs on the CPU"
+    )
+
+
+def _memory_gb() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (ValueError, OSError):
+        return 0.0

@@ -1,0 +1,133 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import roofline
+from .config import TARGETS, IoSpec, ModelSpec
+from .doctor import Finding
+
+if TYPE_CHECKING:
+    from .bench import BenchReport
+    from .pipeline import Deployment
+    from .verify import Report
+
+MARK = {True: "[green]pass[/]", False: "[bold red]FAIL[/]"}
+
+
+def show_model(console: Console, spec: ModelSpec) -> None:
+    """Blocks, parameters, state, and the decode floor per target."""
+    console.print(
+        f"[bold]{spec.name}[/]: {spec.parameters:,} parameters ({spec.parameters_read:,} read per step), "
+        f"context length {spec.context_length or '—'}, vocabulary {spec.vocab_size or '—'}"
+    )
+    table = Table("block", "cell", "heads", "head dim", "state per stream", "path")
+    for block in spec.blocks:
+        size = sum(s.elements for s in block.states) * roofline.STATE_BYTES
+        kinds = ", ".join(f"{s.kind} {'×'.join(map(str, s.shape))}" for s in block.states)
+        state = f"{_bytes(size)}: {kinds}"
+        table.add_row(str(block.index), block.cell, str(block.heads), str(block.head_dim), state, block.path)
+    console.print(table)
+    console.print(f"state per stream: {_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
+    floors = Table("target", "FP16 floor", "tok/s", "INT8 floor", "tok/s", title="decode roofline, batch 1")
+    for target in TARGETS.values():
+        cells = []
+        for weight_bytes in (2.0, 1.0):
+            bound = roofline.floor(spec, target, weight_bytes)
+            if bound.fits:
+                cells += [f"{bound.milliseconds:.3g} ms", f"{bound.tokens_per_second:,.0f}"]
+            else:
+                cells += ["does not fit", "—"]
+        floors.add_row(target.name, *cells)
+    console.print(floors)
+
+
+def show_io(console: Console, io: IoSpec) -> None:
+    """Inputs, outputs and states of an exported graph."""
+    table = Table("tensor", "dtype", "shape")
+    for spec in (*io.inputs, *io.outputs):
+        table.add_row(spec.name, spec.dtype, str(list(spec.shape)))
+    for state in io.states:
+        table.add_row(f"{state.past} → {state.present}", state.dtype, str(["B", *state.shape]))
+    console.print(table)
+
+
+def show_verify(console: Console, report: Report) -> None:
+    """Every check with its value and limit; the verdict last."""
+    table = Table("check", "rel. L2", "limit", "cosine", "norm ratio", "max |error| at", "")
+    for check in report.checks:
+        detail = check.detail
+        where = f"{detail['max_abs']:.1e} at {tuple(detail['at'])}" if "at" in detail else ""
+        cosine = f"{detail['cosine']:.9f}" if "cosine" in detail else ""
+        ratio = f"{detail['norm_ratio']:.7f}" if "norm_ratio" in detail else ""
+        table.add_row(
+            check.name, f"{check.value:.1e}", f"{check.limit:.0e}", cosine, ratio, where, MARK[check.passed]
+        )
+    console.print(table)
+    if report.metric:
+        m = report.metric
+        console.print(
+            f"{m['name']} on {m['positions']:,} held-out positions: "
+            f"PyTorch (float64) {m['pytorch_float64']:.6f}, exported {m['exported']:.6f}"
+        )
+    failed = sum(not check.passed for check in report.checks)
+    verdict = "equal to PyTorch" if report.passed else f"NOT equal to PyTorch: {failed} check(s) failed"
+    console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")
+
+
+def show_bench(console: Console, report: BenchReport) -> None:
+    """Latency, throughput, share of the bandwidth roof."""
+    table = Table("", "exported", "PyTorch eager", "ratio")
+    step, eager = report.step, report.torch_step
+    table.add_row(
+        "decode step, p50",
+        f"{step.percentile(50) * 1e3:.3f} ms",
+        f"{eager.percentile(50) * 1e3:.3f} ms",
+        f"{report.step_speedup:.2f}×",
+    )
+    table.add_row(
+        "decode step, p99", f"{step.percentile(99) * 1e3:.3f} ms", f"{eager.percentile(99) * 1e3:.3f} ms", ""
+    )
+    table.add_row(
+        f"prefill, {report.prefill_length} positions",
+        f"{report.tokens_per_second(report.prefill):,.0f} tok/s",
+        f"{report.tokens_per_second(report.torch_prefill):,.0f} tok/s",
+        f"{report.prefill_speedup:.2f}×",
+    )
+    console.print(table)
+    console.print(
+        f"a step moves {_bytes(report.moved_bytes)} at {report.achieved_gbs:.1f} GB/s, "
+        f"{report.roof_share:.0%} of the {report.bandwidth_gbs:.1f} GB/s measured in this run "
+        f"({report.threads} threads, batch {report.batch}; eager through {report.baseline})"
+    )
+
+
+def show_deploy(console: Console, result: Deployment) -> None:
+    """Verification, bench, and what was written where."""
+    show_verify(console, result.verification)
+    if result.benchmark is not None:
+        show_bench(console, result.benchmark)
+    for path in result.written:
+        console.print(f"  {path}", highlight=False)
+
+
+def show_doctor(console: Console, findings: list[Finding]) -> None:
+    """What was found and what to do."""
+    colors = {"ok": "green", "missing": "bold red", "optional": "yellow"}
+    table = Table("", "status", "found", "do")
+    for f in findings:
+        table.add_row(f.name, f"[{colors[f.status]}]{f.status}[/]", escape(f.detail), escape(f.action))
+    console.print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

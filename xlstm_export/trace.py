@@ -86,6 +86,7 @@ def trace(loaded: Loaded, *, stateless: bool = False, last_logits: bool = False)
     states = () if stateless else lifted.states
     model = _torch_to_ir(wrapper, example, past, list(loaded.inputs), output_names, states)
     _rename(model, prefix="module.", example=example)
+    _make_contiguous(model)
     fold_weight_transposes(model)
     _simplify(model)
     copy_dims_in_reshape(model)
@@ -262,6 +263,15 @@ def _renamed(dim: Any, symbols: dict[str, str]) -> int | str | None:
     if text in symbols:
         return symbols[text]
     return None  # an expression of symbols; runtimes infer it
+
+
+def _make_contiguous(model: ir.Model) -> None:
+    """Users' parameters and buffers may be strided views; what is written to a file may not."""
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
 
 
 def _simplify(model: ir.Model) -> None:

@@ -1,0 +1,37 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench install clean
+
+demo: $(INSTALLED)
+	$(BIN)/xlstm-export deploy examples/austen_lm \
+	    --data examples/austen_lm/heldout.txt -o out/austen_lm --force
+	$(BIN)/xlstm-export deploy --module examples.weather_forecaster.model:build \
+	    --weights examples/weather_forecaster/model.safetensors \
+	    --data examples/weather_forecaster/heldout.npz -o out/weather_forecaster --force
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/decode_120m.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

@@ -1,0 +1,243 @@
+"""The 120M-parameter figures: export, decode and prefill against PyTorch eager, torch.compile and the roof.
+
+    python benchmarks/decode_120m.py [--threads 2] [--out benchmarks/results/cpu.json]
+
+A synthetic checkpoint (d 768, 12 blocks, one sLSTM, 4 heads, vocabulary 50304) is written, exported,
+verified, then timed in turns in one run. Absolute figures belong to a machine; quote the ratios. What
+fails verification is not timed. Peak memory is that of whole processes, as the operating system counts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xlstm_export import bench, checkpoint, roofline, sessions
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 50304,
+    "context_length": 4096,
+    "num_blocks": 12,
+    "embedding_dim": 768,
+    "slstm_at": [3],
+    "mlstm_block": {"mlstm": {"num_heads": 4}},
+    "slstm_block": {
+        "slstm": {"num_heads": 4, "backend": "vanilla"},
+        "feedforward": {"proj_factor": 1.3},
+    },
+}
+ROUNDS = 6
+DECODE_CALLS = 15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)"
+    )
+    parser.add_argument("--child", nargs=3, metavar=("SIDE", "FOLDER", "LENGTH"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        side, folder, length = options.child
+        print(json.dumps(prefill_alone(side, Path(folder), int(length), options.threads)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        result = run(Path(scratch), options.threads, with_compile=not options.no_compile)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {options.out}")
+
+
+def run(scratch: Path, threads: int, *, with_compile: bool) -> dict[str, Any]:
+    source, folder = scratch / "checkpoint", scratch / "export"
+    size = write_checkpoint(source)
+    result: dict[str, Any] = {"environment": bench.environment(threads), "checkpoint_bytes": size}
+
+    start = time.perf_counter()
+    peak = child([sys.executable, "-m", "xlstm_export.cli", "export", str(source), "-o", str(folder)])[1]
+    seconds = time.perf_counter() - start
+    result["export"] = {"seconds": seconds, "peak_bytes": peak, "peak_over_checkpoint": peak / size}
+    say("export", f"{seconds:.1f} s", f"peak memory {peak / 1e6:.0f} MB = {peak / size:.2f}x the checkpoint")
+
+    child([sys.executable, "-m", "xlstm_export.cli", "verify", str(folder), "--threads", str(threads)])
+    say("verify", "passed")
+
+    result["decode"] = decode(source, folder, threads, with_compile)
+    result["prefill"] = prefill(source, folder, threads)
+    result["long_prefill"] = long_prefill(source, folder, threads)
+    return result
+
+
+def write_checkpoint(folder: Path) -> int:
+    """Random weights in the shapes and scales of a trained model; returns the size in bytes."""
+    import torch
+    import xlstm
+    import yaml
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    model = xlstm.xLSTMLMModel(checkpoint._from_dict(xlstm.xLSTMLMModelConfig, CONFIG, "CONFIG"))
+    model.reset_parameters()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and recurrent kernels start at zero; trained ones are not
+                parameter.normal_(std=0.02)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return (folder / "model.safetensors").stat().st_size
+
+
+def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict[str, Any]:
+    """One position at batch 1: exported, eager, compiled, and reading a buffer of the same size."""
+    import torch
+
+    torch.set_num_threads(threads)
+    loaded = checkpoint.load_checkpoint(source)
+    moved = roofline.step_bytes(loaded.spec())
+    one = {"tokens": np.array([[17]])}
+    session = sessions.OrtSession(folder, 1, threads)
+    eager, _ = bench._eager_step(loaded, one, 1)
+    contestants = {
+        "exported": lambda: session.step(one),
+        "eager": eager,
+        "reading": bench._bandwidth_probe(moved),
+    }
+    if with_compile:
+        contestants["compiled"] = compiled_step(loaded)
+    timings = dict(
+        zip(contestants, bench._in_turns(list(contestants.values()), calls=DECODE_CALLS), strict=True)
+    )
+    median = {name: timing.percentile(50) for name, timing in timings.items()}
+    result: dict[str, Any] = {name: timing.to_json() for name, timing in timings.items()}
+    result["moved_bytes"] = moved
+    result["roof_share"] = median["reading"] / median["exported"]
+    result["over_eager"] = median["eager"] / median["exported"]
+    for name in contestants:
+        say(f"decode, {name}", f"{median[name] * 1e3:.2f} ms", f"{moved / median[name] / 1e9:.1f} GB/s")
+    say("  over eager", f"{result['over_eager']:.2f}x")
+    if with_compile:
+        result["over_compiled"] = median["compiled"] / median["exported"]
+        say("  over torch.compile", f"{result['over_compiled']:.2f}x")
+    say("  share of the roof", f"{result['roof_share']:.0%}", "reading the same bytes with the same threads")
+    return result
+
+
+def compiled_step(loaded: checkpoint.Loaded) -> Any:
+    """The model's own step through torch.compile, state carried; compiled before it is timed."""
+    import torch
+
+    module: Any = loaded.module
+    step = torch.compile(module.step)
+    tokens = torch.tensor([[17]])
+    state: dict[str, Any] = {}
+
+    def run() -> None:
+        with torch.no_grad():
+            _, state["now"] = step(tokens, state.get("now"))
+
+    start = time.perf_counter()
+    for _ in range(4):  # without state, with state, and what is recompiled after that
+        run()
+    say("torch.compile", f"{time.perf_counter() - start:.0f} s", "to compile")
+    return run
+
+
+def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """Whole sequences, all logits on both sides, in turns."""
+    import torch
+
+    torch.set_num_threads(threads)
+    loaded = checkpoint.load_checkpoint(source)
+    session = sessions.OrtSession(folder, 1, threads)
+    result: dict[str, Any] = {}
+    for length in (512, 2048):
+        inputs = {"tokens": np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))}
+        contestants = [partial(session.prefill, inputs), bench._eager_prefill(loaded, inputs)]
+        ours, theirs = (timing.percentile(50) for timing in bench._in_turns(contestants, calls=1))
+        result[str(length)] = {
+            "exported_tokens_per_second": length / ours,
+            "eager_tokens_per_second": length / theirs,
+            "over_eager": theirs / ours,
+        }
+        say(
+            f"prefill {length}",
+            f"{length / ours:.0f} tok/s",
+            f"eager {length / theirs:.0f} tok/s: {theirs / ours:.2f}x",
+        )
+    return result
+
+
+def long_prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """Time and peak memory over the length, each in a process of its own."""
+    result: dict[str, Any] = {"exported": {}, "eager": {}}
+    for side, path, lengths in (
+        ("exported", folder, (2048, 4096, 8192, 16384)),
+        ("eager", source, (1024, 2048, 4096)),
+    ):
+        for length in lengths:
+            command = [sys.executable, __file__, "--threads", str(threads)]
+            output, peak = child([*command, "--child", side, str(path), str(length)])
+            figures = json.loads(output)
+            figures["peak_bytes"] = peak
+            result[side][str(length)] = figures
+            say(
+                f"prefill {length} {side}",
+                f"{figures['seconds']:.2f} s",
+                f"{figures['seconds'] / length * 1e3:.2f} ms per token, peak {peak / 1e9:.2f} GB "
+                f"(logits {figures['logits_bytes'] / 1e9:.2f} GB)",
+            )
+    return result
+
+
+def prefill_alone(side: str, path: Path, length: int, threads: int) -> dict[str, Any]:
+    """One prefill of `length` positions after a short one to warm up."""
+    tokens = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))
+    if side == "exported":
+        session = sessions.OrtSession(path, 1, threads)
+        session.prefill({"tokens": tokens[:, :64]})
+        start = time.perf_counter()
+        logits = session.prefill({"tokens": tokens})["logits"]
+    else:
+        import torch
+
+        torch.set_num_threads(threads)
+        module = checkpoint.load_checkpoint(path).module
+        with torch.no_grad():
+            module(torch.from_numpy(tokens[:, :64]))
+            start = time.perf_counter()
+            logits = module(torch.from_numpy(tokens)).numpy()
+    return {"seconds": time.perf_counter() - start, "logits_bytes": logits.nbytes}
+
+
+def child(command: list[str]) -> tuple[str, int]:
+    """Run a command; its stdout and its peak resident memory in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{output}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return output, usage.ru_maxrss * scale
+
+
+def say(what: str, figure: str, note: str = "") -> None:
+    print(f"{what:28} {figure:>14}  {note}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trained example models, on real data, for the exporter and its tests."""

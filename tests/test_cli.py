@@ -1,0 +1,216 @@
+"""The command line: stages end to end, exit codes, and that no bad input leaves anything half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from xlstm_export import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*args: object) -> int:
+    """Run a command in this process; its exit code."""
+    try:
+        cli.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def start(*args: object) -> subprocess.Popen[str]:
+    """Start a command in a process of its own."""
+    command = [sys.executable, "-m", "xlstm_export.cli", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_stages_one_by_one(
+    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("export", small_checkpoint, "-o", out) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "io.json",
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+    ]
+    assert run("bench", out) == 1, "what did not verify is not timed"
+    assert "verify has not run" in capsys.readouterr().err
+    assert run("verify", out, "--json") == 0, "the manifest says which checkpoint to compare with"
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert len(report["checks"]) >= 25
+    assert run("bench", out, "--steps", 10, "--prefill-length", 16, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["step"]["exported"]["calls"] == 10
+    with (out / "model.onnx.data").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x00\x80\x3f")
+    assert run("verify", out) == 1
+    assert "is not equal to the PyTorch model" in capsys.readouterr().err
+    assert run("bench", out) == 1
+    assert "did not pass" in capsys.readouterr().err
+
+
+def test_inspect_checkpoint_and_run_folder(
+    small_checkpoint: Path, small_export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", small_checkpoint) == 0
+    shown = capsys.readouterr().out
+    assert "slstm" in shown
+    assert "orin-nano-8gb" in shown
+    assert run("inspect", small_checkpoint, "--json") == 0
+    spec = json.loads(capsys.readouterr().out)
+    assert [block["cell"] for block in spec["blocks"]] == ["mlstm", "slstm", "mlstm"]
+    assert run("inspect", small_export) == 0
+    assert "past_1_c" in capsys.readouterr().out
+
+
+def test_help_is_fast_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, xlstm_export.cli; print(sorted({'torch', 'onnx', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in cli.cli.commands:
+        assert run(name, "--help") == 0
+        assert "Usage:" in capsys.readouterr().out
+
+
+def test_own_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    weights = ROOT / "examples/weather_forecaster/model.safetensors"
+    spec = ["--module", "examples.weather_forecaster.model:build", "--weights", weights]
+    assert run("export", *spec, "-o", out, "--stateless") == 0
+    io = json.loads((out / "io.json").read_text())
+    assert [x["name"] for x in io["inputs"]] == ["x"]
+    assert io["states"] == []
+    assert run("verify", out) == 0
+
+
+def damaged(folder: Path, how: str) -> Path:
+    """A checkpoint with one thing wrong."""
+    models.make(folder)
+    weights, config_path = folder / "model.safetensors", folder / "config.yaml"
+    config, state = yaml.safe_load(config_path.read_text()), load_file(weights)
+    if how == "missing weights":
+        weights.unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "corrupted":
+        weights.write_bytes(b"\xff" * 64 + weights.read_bytes()[64:])
+    elif how == "wrong config":
+        config["embedding_dim"] = 128
+    elif how == "nan":
+        state["lm_head.weight"][3, 5] = float("nan")
+        save_file(state, weights)
+    elif how == "pickle":
+        weights.unlink()
+        torch.save(["not", "a", "state_dict"], folder / "model.pt")
+    elif how == "unknown block":
+        config["mamba_block"] = {"mamba": {}}
+    elif how == "lstm":
+        config["slstm_block"]["slstm"]["function"] = "lstm"
+    config_path.write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [
+        ("missing weights", 4, "holds no weights"),
+        ("truncated", 4, "not a complete safetensors file"),
+        ("corrupted", 4, "not a complete safetensors file"),
+        ("wrong config", 4, "token_embedding.weight: weights (256, 64), config (256, 128)"),
+        ("nan", 4, "lm_head.weight has 1 non-finite value(s), the first is nan at [3, 5]"),
+        ("pickle", 4, "not a state_dict"),
+        ("unknown block", 4, "unknown key(s) mamba_block"),
+        ("lstm", 5, 'function="lstm"'),
+    ],
+)
+def test_bad_checkpoints(
+    how: str, code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = damaged(tmp_path / "checkpoint", how)
+    assert run("export", checkpoint, "-o", tmp_path / "out") == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"], "nothing half-written"
+
+
+def test_output_in_use(small_checkpoint: Path, small_export: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(small_export, out)
+    before = (out / "manifest.json").read_bytes()
+    assert run("export", small_checkpoint, "-o", out) == 2
+    assert (out / "manifest.json").read_bytes() == before
+    assert run("export", small_checkpoint, "-o", out, "--force") == 0
+    assert (out / "manifest.json").read_bytes() != before, "the command line is recorded"
+
+
+def test_unwritable_output(
+    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("export", small_checkpoint, "-o", tmp_path / "file" / "out") == 3
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["export"], 2),
+        (["nonsense"], 2),
+        (["export", "missing", "-o", "x", "--module", "a:b"], 2),
+        (["export", "--module", "no_such_module_anywhere:f", "-o", "x"], 2),
+        (["verify", "missing"], 4),
+        (["bench", "missing"], 4),
+    ],
+)
+def test_usage_errors(args: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*args) == code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_killed_in_mid_export(sent: signal.Signals, small_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("export", small_checkpoint, "-o", out)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*")):  # the temporary folder: the export is under way
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    process.communicate()
+    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert not out.exists()
+    if sent == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+    assert run("export", small_checkpoint, "-o", out) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "what the killed process left is gone"

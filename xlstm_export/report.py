@@ -58,17 +58,20 @@ def show_io(console: Console, io: IoSpec) -> None:
 
 
 def show_verify(console: Console, report: Report) -> None:
-    """Every check with its value and limit; the verdict last."""
-    table = Table("check", "rel. L2", "limit", "cosine", "norm ratio", "max |error| at", "")
+    """Every check with its error; the verdict last. Fits a terminal of 80 columns."""
+    table = Table(
+        "check", "rel. L2", "1-cos", "ratio-1", "max |error| at", "", box=None, padding=(0, 1, 0, 0)
+    )
     for check in report.checks:
-        detail = check.detail
-        where = f"{detail['max_abs']:.1e} at {tuple(detail['at'])}" if "at" in detail else ""
-        cosine = f"{detail['cosine']:.9f}" if "cosine" in detail else ""
-        ratio = f"{detail['norm_ratio']:.7f}" if "norm_ratio" in detail else ""
-        table.add_row(
-            check.name, f"{check.value:.1e}", f"{check.limit:.0e}", cosine, ratio, where, MARK[check.passed]
-        )
+        d = check.detail
+        cosine = f"{1 - d['cosine']:.0e}" if "cosine" in d else ""
+        ratio = f"{d['norm_ratio'] - 1:.0e}" if "norm_ratio" in d else ""
+        where = f"{d['max_abs']:.0e} ({','.join(map(str, d['at']))})" if "at" in d else ""
+        table.add_row(check.name, f"{check.value:.1e}", cosine, ratio, where, MARK[check.passed])
     console.print(table)
+    for check in report.checks:
+        if not check.passed:
+            console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.0e}")
     if report.metric:
         m = report.metric
         console.print(

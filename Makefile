@@ -24,7 +24,8 @@ lint: $(INSTALLED)
 
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/decode_120m.py
+	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/readme.py
 
 install: $(INSTALLED)
 

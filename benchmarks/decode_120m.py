@@ -4,14 +4,13 @@
 
 A synthetic checkpoint (d 768, 12 blocks, one sLSTM, 4 heads, vocabulary 50304) is written, exported,
 verified, then timed in turns in one run. Absolute figures belong to a machine; quote the ratios. What
-fails verification is not timed. Peak memory is that of whole processes, as the operating system counts it.
+fails verification is not timed. Peak memory is that of whole processes (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export import bench, checkpoint, roofline, sessions
+from xlstm_export import bench, checkpoint, roofline, sessions, trace, verify
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50304,
@@ -47,11 +46,11 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)"
     )
-    parser.add_argument("--child", nargs=3, metavar=("SIDE", "FOLDER", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        side, folder, length = options.child
-        print(json.dumps(prefill_alone(side, Path(folder), int(length), options.threads)))
+        task, source, folder, length, threads = options.child
+        run_child(task, Path(source), Path(folder), int(length), int(threads))
         return
     with tempfile.TemporaryDirectory() as scratch:
         result = run(Path(scratch), options.threads, with_compile=not options.no_compile)
@@ -67,12 +66,12 @@ def run(scratch: Path, threads: int, *, with_compile: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"environment": bench.environment(threads), "checkpoint_bytes": size}
 
     start = time.perf_counter()
-    peak = child([sys.executable, "-m", "xlstm_export.cli", "export", str(source), "-o", str(folder)])[1]
+    peak = child("export", source, folder)["peak_bytes"]
     seconds = time.perf_counter() - start
     result["export"] = {"seconds": seconds, "peak_bytes": peak, "peak_over_checkpoint": peak / size}
     say("export", f"{seconds:.1f} s", f"peak memory {peak / 1e6:.0f} MB = {peak / size:.2f}x the checkpoint")
 
-    child([sys.executable, "-m", "xlstm_export.cli", "verify", str(folder), "--threads", str(threads)])
+    child("verify", source, folder)
     say("verify", "passed")
 
     result["decode"] = decode(source, folder, threads, with_compile)
@@ -184,55 +183,67 @@ def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
 def long_prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
     """Time and peak memory over the length, each in a process of its own."""
     result: dict[str, Any] = {"exported": {}, "eager": {}}
-    for side, path, lengths in (
-        ("exported", folder, (2048, 4096, 8192, 16384)),
-        ("eager", source, (1024, 2048, 4096)),
-    ):
+    for side, lengths in (("exported", (2048, 4096, 8192, 16384)), ("eager", (1024, 2048, 4096))):
         for length in lengths:
-            command = [sys.executable, __file__, "--threads", str(threads)]
-            output, peak = child([*command, "--child", side, str(path), str(length)])
-            figures = json.loads(output)
-            figures["peak_bytes"] = peak
+            figures = child(side, source, folder, length=length, threads=threads)
             result[side][str(length)] = figures
             say(
                 f"prefill {length} {side}",
                 f"{figures['seconds']:.2f} s",
-                f"{figures['seconds'] / length * 1e3:.2f} ms per token, peak {peak / 1e9:.2f} GB "
+                f"{figures['seconds'] / length * 1e3:.2f} ms per token, "
+                f"peak {figures['peak_bytes'] / 1e9:.2f} GB "
                 f"(logits {figures['logits_bytes'] / 1e9:.2f} GB)",
             )
     return result
 
 
-def prefill_alone(side: str, path: Path, length: int, threads: int) -> dict[str, Any]:
+def child(task: str, source: Path, folder: Path, length: int = 0, threads: int = 2) -> dict[str, Any]:
+    """Run one task in a process of its own; its figures and its peak memory."""
+    command = [sys.executable, __file__, "--child", task, str(source), str(folder), str(length), str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{task} failed:\n{done.stdout}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_child(task: str, source: Path, folder: Path, length: int, threads: int) -> None:
+    """What a child process does."""
+    loaded = checkpoint.load_checkpoint(source)
+    figures: dict[str, Any] = {}
+    if task == "export":
+        trace.export(loaded, folder)
+    elif task == "verify":
+        report = verify.verify(folder, loaded, threads=threads)
+        if not report.passed:
+            print("\n".join(str(check) for check in report.checks if not check.passed))
+            sys.exit(1)
+    else:
+        figures = prefill_alone(task, loaded, folder, length, threads)
+    # Of this program alone: what wait4 reports would include the parent's size at the fork.
+    status = Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({**figures, "peak_bytes": int(peak.split()[1]) * 1024}))
+
+
+def prefill_alone(
+    side: str, loaded: checkpoint.Loaded, folder: Path, length: int, threads: int
+) -> dict[str, Any]:
     """One prefill of `length` positions after a short one to warm up."""
+    import torch
+
     tokens = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))
+    torch.set_num_threads(threads)
     if side == "exported":
-        session = sessions.OrtSession(path, 1, threads)
+        session = sessions.OrtSession(folder, 1, threads)
         session.prefill({"tokens": tokens[:, :64]})
         start = time.perf_counter()
         logits = session.prefill({"tokens": tokens})["logits"]
     else:
-        import torch
-
-        torch.set_num_threads(threads)
-        module = checkpoint.load_checkpoint(path).module
         with torch.no_grad():
-            module(torch.from_numpy(tokens[:, :64]))
+            loaded.module(torch.from_numpy(tokens[:, :64]))
             start = time.perf_counter()
-            logits = module(torch.from_numpy(tokens)).numpy()
+            logits = loaded.module(torch.from_numpy(tokens)).numpy()
     return {"seconds": time.perf_counter() - start, "logits_bytes": logits.nbytes}
-
-
-def child(command: list[str]) -> tuple[str, int]:
-    """Run a command; its stdout and its peak resident memory in bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{output}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return output, usage.ru_maxrss * scale
 
 
 def say(what: str, figure: str, note: str = "") -> None:

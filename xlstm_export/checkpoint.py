@@ -123,7 +123,7 @@ def load_checkpoint(path: Path) -> Loaded:
         origin={"checkpoint": str(path)},
         sha256={p.name: sha256(p) for p in (config_path, weight_path)},
         config=config,
-        context_length=model_config.context_length if model_config.context_length > 0 else None,
+        context_length=_context_length(module),
         vocab_size=vocab,
     )
 
@@ -183,7 +183,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path} does not exist", "give the path of a weight file")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
+    # DistributedDataParallel and torch.compile wrap a model in either order.
+    for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
@@ -213,8 +214,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, so it is not loaded",
             "save the weights alone: torch.save(model.state_dict(), path), or use safetensors",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a complete torch file: {error}", "copy it again") from error
+    except Exception as error:  # a damaged stream fails wherever its garbage leads the reader
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not a complete torch file: {found}", "copy it again") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
@@ -260,7 +262,15 @@ def _build_xlstm(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
         # On the meta device nothing is allocated; `_assign` brings the weights in.
         with torch.device("meta"):
             module = model_class(model_config)
-    except (AssertionError, ValueError, TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
+    except (
+        AssertionError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+    ) as error:
         raise InputError(
             f"{path}: the xlstm package refuses this configuration: {error or type(error).__name__}",
             "compare it with the config the model was trained with",
@@ -271,11 +281,11 @@ def _build_xlstm(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
 def _with_vanilla_backend(config: dict[str, Any]) -> dict[str, Any]:
     """The sLSTM's CUDA backend compiles a kernel at construction; its weights are converted instead."""
     block = config.get("slstm_block")
-    if not isinstance(block, dict) or not isinstance(block.get("slstm"), dict):
-        if "slstm_block" in config and isinstance(block, dict):
-            return {**config, "slstm_block": {**block, "slstm": {"backend": "vanilla"}}}
+    if not isinstance(block, dict):
         return config
-    slstm = block["slstm"]
+    slstm = {} if block.get("slstm") is None else block["slstm"]
+    if not isinstance(slstm, dict):
+        return config  # refused where the dataclasses are filled
     # The CUDA kernel clips states when this is set; the vanilla backend does not know how.
     if slstm.get("backend", "cuda") == "cuda" and slstm.get("gradient_recurrent_clipval") is not None:
         raise BuildError(
@@ -332,8 +342,10 @@ def _assign(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Put `state` into a module on the meta device, as float32, after comparing names and shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     tied = {"lm_head.weight"} if getattr(getattr(module, "config", None), "tie_weights", False) else set()
-    if "lm_head.weight" in tied and "token_embedding.weight" in state:
-        state.setdefault("lm_head.weight", state["token_embedding.weight"])
+    shared = state.get("token_embedding.weight", state.get("lm_head.weight"))
+    if tied and shared is not None:  # a file that stores shared tensors once keeps either name
+        state.setdefault("lm_head.weight", shared)
+        state.setdefault("token_embedding.weight", shared)
     problems = [f"missing in the weights: {name}" for name in expected if name not in state]
     problems += [f"not in the config's model: {name}" for name in state if name not in expected]
     problems += [
@@ -396,7 +408,7 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
 
 def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
     module_name, _, attribute = spec.partition(":")
-    if not attribute:
+    if not module_name or not attribute:
         raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -408,6 +420,11 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
         ) from error
     except AttributeError as error:
         raise UsageError(f"--module {spec}: {error}", "name a function of that module") from error
+    except Exception as error:
+        raise InputError(
+            f"--module {spec}: importing {module_name} raised {type(error).__name__}: {error}",
+            "import it by itself to see where; --debug shows the traceback",
+        ) from error
     try:
         result = factory()
     except ExportError:
@@ -426,6 +443,7 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if (
         not is_pair
         or not isinstance(result[1], dict)
+        or not result[1]
         or not all(isinstance(v, Tensor) for v in result[1].values())
     ):
         raise InputError(

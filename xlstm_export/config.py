@@ -133,12 +133,16 @@ class IoSpec:
         def tensor(entry: dict[str, Any]) -> TensorSpec:
             return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
 
+        def state(entry: dict[str, Any]) -> StateSpec:
+            spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])
+            if (entry["past"], entry["present"]) != (spec.past, spec.present):
+                raise ValueError(f"{entry['past']} is not carried on by {entry['present']}")
+            return spec
+
         return IoSpec(
             tuple(tensor(entry) for entry in data["inputs"]),
             tuple(tensor(entry) for entry in data["outputs"]),
-            tuple(
-                StateSpec(s["block"], s["kind"], tuple(s["shape"][1:]), s["dtype"]) for s in data["states"]
-            ),
+            tuple(state(entry) for entry in data["states"]),
         )
 
 

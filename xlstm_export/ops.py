@@ -198,8 +198,10 @@ def slstm_step(
     lf = F.logsigmoid(f.clamp(max=forget_max))
     # n = 0 marks a fresh unit: its m is no stabilizer yet and must not enter the maximum.
     m_new = torch.where(n == 0, i, torch.maximum(i, lf + m))
-    input_gate = torch.exp(i - m_new).clamp(max=1)
-    forget_gate = torch.exp(lf + (m - m_new)).clamp(max=1)  # order of the sum: see mlstm_step
+    input_gate = torch.exp(i - m_new)
+    # Order of the sum: see mlstm_step. Both gates are at most 1 but for rounding, and that bit must not be
+    # cut off: it is what compensates the rounding of m. A fresh unit has nothing to keep.
+    forget_gate = torch.where(n == 0, 0.0, torch.exp(lf + (m - m_new)))
     c_new = forget_gate * c + input_gate * torch.tanh(z)
     n_new = forget_gate * n + input_gate
     return torch.sigmoid(o) * c_new / n_new, c_new, n_new, m_new

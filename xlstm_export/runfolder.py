@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,11 @@ from .config import IoSpec
 from .errors import EnvironmentError_, InputError, UsageError
 
 SCHEMA = 1
+NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    # A parent that is no folder, a name the file system does not take, a file system without new folders.
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT),
+)
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
 
 
@@ -40,16 +46,16 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
         EnvironmentError_: `out` cannot be written, or the disk is full.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not force:
-        raise UsageError(
-            f"{out} already exists", "choose another output folder, or pass --force to replace it"
-        )
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
-        raise UsageError(f"{out} is not a run folder (no {MANIFEST}), so --force does not replace it")
     with readable_os_errors(out):
+        if out.exists() and not force:
+            raise UsageError(
+                f"{out} already exists", "choose another output folder, or pass --force to replace it"
+            )
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
+        if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+            # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
+            raise UsageError(f"{out} is not a run folder (no {MANIFEST}), so --force does not replace it")
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         free = shutil.disk_usage(out.parent).free
@@ -76,14 +82,7 @@ def readable_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EnvironmentError_(f"{path}: the disk is full", "free space and run again") from error
-        if error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.EEXIST,
-            errno.ENAMETOOLONG,
-        ):
+        if error.errno in NOT_WRITABLE:
             raise EnvironmentError_(
                 f"{path} cannot be written: {error.strerror}", "choose another output folder"
             ) from error
@@ -143,7 +142,7 @@ def read_io(folder: Path) -> IoSpec:
     data = _read_json(folder, IO)
     try:
         return IoSpec.from_json(data)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{folder / IO} does not describe a graph: {error!r}", "export again") from error
 
 
@@ -159,6 +158,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise InputError(
             f"{folder} is a file, not a run folder", "give the folder that export wrote"
         ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "export again") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "export again") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
@@ -177,11 +178,12 @@ def _replace(temporary: Path, out: Path) -> None:
         os.rename(temporary, out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
-    os.rename(out, old / "old")
     try:
+        os.rename(out, old / "old")
         os.rename(temporary, out)
-    except OSError:
-        os.rename(old / "old", out)
+    except BaseException:  # nor may Ctrl-C between the two cost the old one
+        if not out.exists():
+            os.rename(old / "old", out)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
@@ -189,9 +191,11 @@ def _replace(temporary: Path, out: Path) -> None:
 
 def _remove_abandoned(out: Path) -> None:
     """Delete temporary folders of processes that no longer live."""
-    for path in out.parent.glob(f".{out.name}.*.*"):
-        pid = path.name[len(out.name) + 2 :].split(".")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+    # Exactly what mkdtemp made of our prefix: neither `.out.2023.old`, nor the folders of an `out.1`.
+    ours = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,7}})\.[a-z0-9_]{{8}}")
+    for path in out.parent.iterdir():
+        match = ours.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 

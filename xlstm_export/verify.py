@@ -78,13 +78,24 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": 1,
-            "passed": self.passed,
-            "metric": self.metric,
-            "files": self.files,
-            "checks": [check.to_json() for check in self.checks],
-        }
+        return _finite(
+            {
+                "schema": 1,
+                "passed": self.passed,
+                "metric": self.metric,
+                "files": self.files,
+                "checks": [check.to_json() for check in self.checks],
+            }
+        )
+
+
+def _finite(data: Any) -> Any:
+    """JSON has neither NaN nor Infinity: null instead, next to a `passed` that is false."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not np.isfinite(data) else data
 
 
 def verify(
@@ -143,9 +154,10 @@ class _Run:
         self.rng = np.random.default_rng(seed)
         self.reference = TorchSession(loaded, BATCH, "float64")
         self.candidate = OrtSession(folder, BATCH, threads)
-        if {s.past for s in self.io.states} - {s.past for s in self.reference.io.states} or [
-            i.name for i in self.io.inputs
-        ] != list(loaded.inputs):
+        known = {(s.past, s.shape) for s in self.reference.io.states}
+        if {(s.past, s.shape) for s in self.io.states} - known or [i.name for i in self.io.inputs] != list(
+            loaded.inputs
+        ):
             raise UsageError(
                 f"{folder} was not exported from this model", "verify against the checkpoint it was made from"
             )
@@ -275,7 +287,7 @@ class _Run:
         candidate = OrtSession(self.folder, data.rows, self.threads)
         expected = data.score(evaluation.stream(reference, data.inputs))
         found = data.score(evaluation.stream(candidate, data.inputs))
-        gap = abs(found - expected) / abs(expected)
+        gap = abs(found - expected) / max(abs(expected), np.finfo(np.float64).tiny)
         metric = {
             "name": data.metric,
             "pytorch_float64": expected,

@@ -1,0 +1,67 @@
+"""Put the measured figures of benchmarks/results/cpu.json into the README, between its speed markers.
+
+python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
+
+
+def main() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    environment, decode, prefill = result["environment"], result["decode"], result["prefill"]
+    export, long = result["export"], result["long_prefill"]
+    versions = environment["versions"]
+
+    def ms(name: str) -> str:
+        return f"{decode[name]['p50_ms']:.1f} ms"
+
+    def per_token(side: str) -> str:
+        return ", ".join(f"{f['seconds'] / int(n) * 1e3:.2f} at {n}" for n, f in long[side].items())
+
+    rows = [
+        ("decode step, batch 1", ms("exported"), f"{ms('eager')} ({decode['over_eager']:.2f}×)"),
+        ("", "", f"torch.compile {ms('compiled')} ({decode['over_compiled']:.2f}×)"),
+        *(
+            (
+                f"prefill of {length} tokens, all logits",
+                f"{figures['exported_tokens_per_second']:.0f} tok/s",
+                f"{figures['eager_tokens_per_second']:.0f} tok/s ({figures['over_eager']:.2f}×)",
+            )
+            for length, figures in prefill.items()
+        ),
+        ("long prefill, ms per token", per_token("exported"), per_token("eager")),
+    ]
+    lines = [
+        "120M parameters (d 768, 12 blocks, one sLSTM, vocabulary 50304), FP32, "
+        f"{environment['threads']} threads of an {environment['cpu']}, onnxruntime {versions['onnxruntime']}, "
+        f"torch {versions['torch']}; everything in turns in one run (`make bench`). "
+        "Ratios travel, milliseconds do not.",
+        "",
+        "| | exported | PyTorch eager |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"A decode step runs at {decode['roof_share']:.0%} of the bandwidth roof (the time of reading the "
+        f"same bytes with the same threads). Export: {export['seconds']:.0f} s, peak memory "
+        f"{export['peak_over_checkpoint']:.2f}× the checkpoint. On GPUs and Jetsons: not measured.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""What a stage writes is complete under its final name, or not there at all, whatever interrupts it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xlstm_export import checkpoint, runfolder, sessions, trace
+from xlstm_export.config import IoSpec, StateSpec, TensorSpec
+from xlstm_export.errors import EnvironmentError_, ExportError, InputError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+NOBODY = 65534
+EXIT_CODES = {UsageError: 2, EnvironmentError_: 3, InputError: 4}
+
+
+@contextlib.contextmanager
+def refused(kind: type[ExportError], *words: str) -> Iterator[None]:
+    """The block raises exactly `kind`; its message names every one of `words`."""
+    with pytest.raises(ExportError) as caught:
+        yield
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == EXIT_CODES[kind]
+    for word in words:
+        assert word in caught.value.message
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    """The least a run folder holds."""
+    (folder / runfolder.MANIFEST).write_text("{}")
+    (folder / "content").write_text(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stage(out: Path, *, error: BaseException | None = None, **options: Any) -> None:
+    """Write a run folder, or fail half-way."""
+    with runfolder.staged(out, **options) as folder:
+        fill(folder)
+        if error is not None:
+            raise error
+
+
+def refuse(out: Path, **options: Any) -> None:
+    """Try to; it must not come to writing."""
+    with runfolder.staged(out, **options):
+        pytest.fail("the block ran")
+
+
+# --- staged -------------------------------------------------------------------------------------------
+
+
+def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "below" / "out"
+    with runfolder.staged(out) as folder:
+        fill(folder)
+        assert folder.parent == out.parent  # same file system, so that the last step is one rename
+        assert not out.exists()
+    assert names(out) == ["content", runfolder.MANIFEST]
+    assert names(out.parent) == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, UsageError])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_changes_when_the_block_fails(
+    tmp_path: Path, error: type[BaseException], exists: bool
+) -> None:
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+        fill(out, "old")
+    with pytest.raises(error):
+        stage(out, force=True, error=error("stop"))
+    assert names(tmp_path) == (["out"] if exists else [])
+    assert not exists or (out / "content").read_text() == "old"
+
+
+def test_existing_folder_needs_force(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out, "old")
+    with refused(UsageError, str(out), "already exists"):
+        refuse(out)
+    assert (out / "content").read_text() == "old"
+    with runfolder.staged(out, force=True) as folder:
+        fill(folder)
+        assert (out / "content").read_text() == "old"  # until the new one is complete
+    assert (out / "content").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "verify").mkdir(parents=True)
+    fill(out)
+    stage(out, force=True)
+    assert names(out) == ["content", runfolder.MANIFEST]
+
+
+def test_force_spares_what_is_no_run_folder(tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with refused(UsageError, str(out), "not a run folder"):
+        refuse(out, force=True)
+    assert names(out) == ["thesis.tex"]
+    (out / "thesis.tex").unlink()
+    stage(out, force=True)  # an empty folder holds nothing to lose
+
+
+def test_force_does_not_replace_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("a file")
+    with refused(UsageError, str(out), "not a folder"):
+        refuse(out, force=True)
+    assert out.read_text() == "a file"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2])
+def test_old_folder_survives_a_failed_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
+) -> None:
+    """The old folder steps aside and the new one in: an error at either leaves the old one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out, "old")
+    calls = 0
+    rename = os.rename
+
+    def failing(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(type(error)):
+        stage(out, force=True)
+    assert (out / "content").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+# --- Places that cannot be written --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_folder_without_permission(mode: int) -> None:
+    """Not writable, and not even to be looked into. Root may do both, so it steps down for the attempt."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        closed = Path(name) / "closed"
+        closed.mkdir()
+        Path(name).chmod(0o755)
+        closed.chmod(mode)
+        stack.callback(closed.chmod, 0o755)
+        if os.geteuid() == 0:
+            os.seteuid(NOBODY)
+            stack.callback(os.seteuid, 0)
+        with refused(EnvironmentError_, str(closed / "out"), "Permission denied"):
+            refuse(closed / "out")
+
+
+@pytest.mark.parametrize("below", ["out", "deeper/out"])
+def test_output_below_a_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / below
+    with refused(EnvironmentError_, str(out), "cannot be written"):
+        refuse(out)
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 300])
+def test_name_that_is_too_long(tmp_path: Path, name: str) -> None:
+    """As a name of its own, or once the temporary suffix is added."""
+    limit = os.pathconf(tmp_path, "PC_NAME_MAX")
+    if len(name) + len(f"..{os.getpid()}.") + 8 <= limit:
+        pytest.skip(f"names of {limit} characters are allowed here")
+    with refused(EnvironmentError_, "name too long"):
+        refuse(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_file_system_without_folders_of_its_own() -> None:
+    with refused(EnvironmentError_, "/proc/out", "cannot be written"):
+        refuse(Path("/proc/out"))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small file system; skipped where that is not permitted."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    mounts = 0
+
+    def mount(options: str) -> Path:
+        nonlocal mounts
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted")
+        mounts += 1
+        return folder
+
+    yield mount
+    for _ in range(mounts):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_read_only_file_system(mounted: Callable[[str], Path]) -> None:
+    out = mounted("ro,size=1m") / "out"
+    with refused(EnvironmentError_, str(out), "Read-only file system"):
+        refuse(out)
+
+
+def test_disk_that_is_full_is_seen_before_the_first_byte(mounted: Callable[[str], Path]) -> None:
+    folder = mounted("size=1m")
+    with refused(EnvironmentError_, str(folder), "1 MB free", "7 MB are needed"):
+        refuse(folder / "out", bytes_needed=7_000_000)
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("file", [runfolder.MODEL_DATA, runfolder.MODEL])
+def test_disk_that_fills_up(
+    mounted: Callable[[str], Path], small_export: Path, small_loaded: checkpoint.Loaded, file: str
+) -> None:
+    """Enough space for the first check, but not for the weights as they are laid out, or for the graph."""
+    size = {path.name: path.stat().st_size for path in small_export.iterdir()}
+    parameters = sum(t.numel() * t.element_size() for t in small_loaded.module.state_dict().values())
+    if file == runfolder.MODEL_DATA:
+        space = (int(1.1 * parameters) + size[runfolder.MODEL_DATA]) // 2
+    else:
+        space = size[runfolder.MODEL_DATA] + size[runfolder.MODEL] // 2
+    folder = mounted(f"size={space}")
+    with refused(EnvironmentError_, str(folder / "out"), "disk is full"):
+        trace.export(small_loaded, folder / "out")
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_anywhere_in_the_block(tmp_path: Path, code: int) -> None:
+    with refused(EnvironmentError_, "disk is full"):
+        stage(tmp_path / "out", error=OSError(code, os.strerror(code)))
+    assert names(tmp_path) == []
+
+
+# --- Signals ------------------------------------------------------------------------------------------
+
+EXPORT = """
+import signal, sys, time
+from pathlib import Path
+from xlstm_export import checkpoint, runfolder, trace
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are born deaf to Ctrl-C
+source, out, stop = sys.argv[1:]
+if stop == "before the rename":
+    write_manifest = runfolder.write_manifest
+    runfolder.write_manifest = lambda *args: (write_manifest(*args), time.sleep(600))
+trace.export(checkpoint.load_checkpoint(Path(source)), Path(out))
+"""
+
+
+def interrupted(source: Path, out: Path, number: signal.Signals, stop: str) -> Path:
+    """Run an export in a process of its own, end it by a signal, and return its temporary folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXPORT, str(source), str(out), stop],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wanted = "*" if stop == "at once" else f"*/{runfolder.MANIFEST}"
+        deadline = time.monotonic() + 300
+        while not (found := list(out.parent.glob(f".{out.name}.{process.pid}.{wanted}"))):
+            assert process.poll() is None, "the export ended before it could be interrupted"
+            assert time.monotonic() < deadline, "the export never started to write"
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.wait()
+    return found[0] if stop == "at once" else found[0].parent
+
+
+@pytest.mark.parametrize("stop", ["at once", "before the rename"])
+def test_killed_export(
+    small_checkpoint: Path, small_loaded: checkpoint.Loaded, tmp_path: Path, stop: str
+) -> None:
+    """SIGKILL leaves nothing under the final name, and the next export cleans up behind it."""
+    out = tmp_path / "out"
+    abandoned = interrupted(small_checkpoint, out, signal.SIGKILL, stop)
+    assert not out.exists()
+    assert names(tmp_path) == [abandoned.name]
+    if stop == "at once":
+        stage(out)
+    else:
+        trace.export(small_loaded, out)
+        assert_hashes(out)
+    assert names(tmp_path) == ["out"]
+
+
+def test_interrupted_export(small_checkpoint: Path, tmp_path: Path) -> None:
+    """Ctrl-C leaves nothing at all, not even for the next export to clean."""
+    interrupted(small_checkpoint, tmp_path / "out", signal.SIGINT, "at once")
+    assert names(tmp_path) == []
+
+
+def test_only_abandoned_folders_are_cleaned(tmp_path: Path) -> None:
+    """Not those of a living process, of another output folder, or of somebody else."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = [
+        f".out.{os.getpid()}.abcdefgh",  # in use
+        f".out.1.{gone.pid}.abcdefgh",  # of the folder `out.1`, whichever process 1 is
+        f".out.{gone.pid}.old",  # never came from here
+        ".out.99999999999.abcdefgh",
+        ".out.backup.abcdefgh",
+        f"out.{gone.pid}.abcdefgh",
+    ]
+    for name in (*kept, f".out.{gone.pid}.abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    stage(tmp_path / "out")
+    assert names(tmp_path) == sorted([*kept, "out"])
+
+
+def test_names_with_special_characters_are_cleaned_too(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".run[1]*.{gone.pid}.abcdefgh").mkdir()
+    stage(tmp_path / "run[1]*")
+    assert names(tmp_path) == ["run[1]*"]
+
+
+# --- Manifest and io.json -----------------------------------------------------------------------------
+
+
+def assert_hashes(folder: Path) -> None:
+    """The manifest lists every file beside it, with its hash and size."""
+    files = runfolder.read_manifest(folder)["files"]
+    assert sorted(files) == sorted(name for name in names(folder) if name != runfolder.MANIFEST)
+    for name, entry in files.items():
+        data = (folder / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def test_manifest_of_an_export(small_export: Path, small_checkpoint: Path) -> None:
+    manifest = runfolder.read_manifest(small_export)
+    assert sorted(manifest["files"]) == ["io.json", "model.onnx", "model.onnx.data"]
+    for name, entry in manifest["files"].items():
+        data = (small_export / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    assert manifest["checkpoint_sha256"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small_checkpoint.iterdir()
+    }
+    assert manifest["origin"] == {"checkpoint": str(small_checkpoint)}
+    assert manifest["model"] == "xLSTMLMModel"
+    assert manifest["options"] == {"stateless": False, "last_logits": False}
+    assert manifest["schema"] == runfolder.SCHEMA
+
+
+def test_versions(small_export: Path) -> None:
+    import onnx
+    import torch
+
+    versions = runfolder.read_manifest(small_export)["versions"]
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert versions["torch"] == torch.__version__
+    assert versions["onnx"] == onnx.__version__
+    assert {"onnx-ir", "onnxscript", "numpy", "xlstm"} <= set(versions)
+
+
+def test_manifest_covers_files_in_folders(tmp_path: Path) -> None:
+    (tmp_path / "verify").mkdir()
+    (tmp_path / "verify" / "report.json").write_text("{}")
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    runfolder.write_manifest(tmp_path, {"command": "test"})
+    manifest = runfolder.read_manifest(tmp_path)
+    assert sorted(manifest["files"]) == ["model.onnx", "verify/report.json"]
+    assert manifest["command"] == "test"
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    runfolder.write_json(path, {"value": 1})
+    with pytest.raises(TypeError):
+        runfolder.write_json(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("name", [runfolder.MANIFEST, runfolder.IO])
+def test_folders_that_are_no_run_folders(tmp_path: Path, name: str) -> None:
+    read = runfolder.read_manifest if name == runfolder.MANIFEST else runfolder.read_io
+    with refused(InputError, str(tmp_path), "not a run folder", name):
+        read(tmp_path)
+    with refused(InputError, "nowhere", "not a run folder"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with refused(InputError, str(tmp_path / "file"), "is a file"):
+        read(tmp_path / "file")
+    for content in (b"", b'{"schema": 1', b'{"schema": "\xff"}', b"not JSON"):
+        (tmp_path / name).write_bytes(content)
+        with refused(InputError, str(tmp_path / name), "not valid JSON"):
+            read(tmp_path)
+    for content, found in ((b'{"schema": 2}', "2"), (b"{}", "None"), (b"[]", "'list'"), (b"1", "'int'")):
+        (tmp_path / name).write_bytes(content)
+        with refused(InputError, str(tmp_path / name), f"schema {found}"):
+            read(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with refused(InputError, str(tmp_path / name), "cannot be read"):
+        read(tmp_path)
+
+
+def test_io_survives_the_round_trip(tmp_path: Path) -> None:
+    spec = IoSpec(
+        (TensorSpec("tokens", "int64", ("B", "S")),),
+        (TensorSpec("logits", "float32", ("B", "S", 256)),),
+        (StateSpec(0, "C", (4, 8, 8)), StateSpec(3, "conv", (3, 16))),
+    )
+    runfolder.write_json(tmp_path / runfolder.IO, spec.to_json())
+    assert runfolder.read_io(tmp_path) == spec
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda io: io.pop("states"),
+        lambda io: io.update(inputs=3),
+        lambda io: io["inputs"][0].pop("dtype"),
+        lambda io: io["outputs"].append("logits"),
+        lambda io: io["states"][0].update(shape=None),
+        # The pairs are what other runtimes go by: they must be the ones this package goes by.
+        lambda io: io["states"][1].update(present=io["states"][0]["present"]),
+        lambda io: io["states"][0].update(past="past_9_C"),
+    ],
+)
+def test_io_that_describes_no_graph(
+    small_export: Path, tmp_path: Path, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    io = json.loads((small_export / runfolder.IO).read_text())
+    damage(io)
+    (tmp_path / runfolder.IO).write_text(json.dumps(io))
+    with refused(InputError, str(tmp_path / runfolder.IO), "does not describe a graph"):
+        runfolder.read_io(tmp_path)
+
+
+def test_state_saved_into_a_folder_that_is_not_there(small_export: Path, tmp_path: Path) -> None:
+    with refused(EnvironmentError_, "nowhere", "cannot be written"):
+        sessions.save_state(sessions.OrtSession(small_export), tmp_path / "nowhere" / "state.npz")

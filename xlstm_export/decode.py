@@ -1,0 +1,47 @@
+"""An exported graph → the same function for one position of a fixed number of streams.
+
+At S = 1 a recurrence needs no Scan, and with B and S known every shape is a constant: nothing is left but
+arithmetic. A small model's step is bound by the number of operators, so this is where its time goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from . import functions
+from .config import OP_DOMAIN
+from .passes.merge_static_views import merge_static_views
+
+
+def decode_graph(path: Path, batch: int) -> bytes:
+    """Serialized ONNX of the graph at `path` for S = 1 and B = `batch`; weights stay in their file.
+
+    Args:
+        path: model.onnx of a run folder.
+        batch: number of streams.
+    """
+    model = ir.load(path)
+    _use_step_bodies(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        sizes = {"B": batch, "S": 1}
+        assert value.shape is not None
+        value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d), d) for d in value.shape])
+    common.InlinePass()(model)
+    common.ShapeInferencePass()(model)
+    merge_static_views(model)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def _use_step_bodies(model: ir.Model) -> None:
+    calls = [node for node in model.graph if node.domain == OP_DOMAIN]
+    clamp = any("forget_max" in node.attributes for node in calls)
+    bodies = {
+        "XlstmMlstm": functions.mlstm_function("step"),
+        "XlstmSlstm": functions.slstm_function("step", clamp=clamp),
+    }
+    for identifier, function in list(model.functions.items()):
+        if function.domain == OP_DOMAIN and function.name in bodies:
+            model.functions[identifier] = ir.serde.deserialize_function(bodies[function.name])

@@ -46,10 +46,11 @@ def table(result: dict[str, Any]) -> str:
         ),
         ("long prefill, ms per token", per_token("exported"), per_token("eager")),
     ]
+    machine = f"{environment['threads']} threads of an {environment['cpu']}"
+    software = f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}"
     lines = [
         "120M parameters (d 768, 12 blocks, one sLSTM, vocabulary 50304), FP32, "
-        f"{environment['threads']} threads of an {environment['cpu']}, onnxruntime {versions['onnxruntime']}, "
-        f"torch {versions['torch']}; everything in turns in one run (`make bench`). "
+        f"{machine}, {software}; everything in turns in one run (`make bench`). "
         "Ratios travel, milliseconds do not.",
         "",
         "| | exported | PyTorch eager |",

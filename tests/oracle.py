@@ -168,11 +168,10 @@ def worst(candidate: np.ndarray, reference: np.ndarray, scale: np.ndarray | floa
 
 
 def mlstm_errors(result, reference, bounds) -> dict[str, float]:
-    """Worst error of h, C, n in units of their bounds, states in the reference's gauge, and of m in ulps-like
-    units of max(1, |m|).
+    """Worst errors of h, C, n in units of their bounds, states in the reference's gauge, and of m.
 
     A rounded m is a gauge like any other as long as C and n belong to it, so C and n are compared as
-    C·eᵐ and n·eᵐ; m itself by its own error.
+    C·eᵐ and n·eᵐ. The roundings of m itself may add up over the positions, so it counts per position.
     """
     h, C, n, m = (np.asarray(x, dtype=np.float64) for x in result)
     gauge = np.exp(m - reference[3])
@@ -180,12 +179,12 @@ def mlstm_errors(result, reference, bounds) -> dict[str, float]:
         "h": worst(h, reference[0], bounds[0]),
         "C": worst(C * gauge[..., None, None], reference[1], bounds[1]),
         "n": worst(n * gauge[..., None], reference[2], bounds[2]),
-        "m": worst(m, reference[3], np.maximum(1.0, np.abs(reference[3]))),
+        "m": worst(m, reference[3], h.shape[1] * np.maximum(1.0, np.abs(reference[3]))),
     }
 
 
 def slstm_errors(result, reference) -> dict[str, float]:
-    """Worst error of the outputs and of y, c, n (c and n in units of n, in the reference's gauge) and m."""
+    """Worst errors of the outputs, of y, of c and n in units of n and in the reference's gauge, and of m."""
     ys, y, c, n, m = (np.asarray(x, dtype=np.float64) for x in result)
     gauge = np.exp(m - reference[4])
     return {
@@ -193,5 +192,5 @@ def slstm_errors(result, reference) -> dict[str, float]:
         "y": worst(y, reference[1], 1.0),
         "c": worst(c * gauge, reference[2], reference[3]),
         "n": worst(n * gauge, reference[3], reference[3]),
-        "m": worst(m, reference[4], np.maximum(1.0, np.abs(reference[4]))),
+        "m": worst(m, reference[4], ys.shape[1] * np.maximum(1.0, np.abs(reference[4]))),
     }

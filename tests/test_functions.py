@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnxruntime
 import oracle
 import pytest
@@ -71,11 +70,12 @@ def build(
         helper.make_tensor_value_info(name, dict(types).get(name, TensorProto.FLOAT), shape)
         for name, shape in SHAPES[kind].items()
     ]
-    # The first output has the type of v or x, a state that of its incoming self.
-    sources = ("v", "C", "n", "m") if kind == "mlstm" else ("x", "y", "c", "n", "m")
+    # The first output has the type of v or x, a state the type and shape of its incoming self.
+    first, states = ("v", "Cnm") if kind == "mlstm" else ("x", "ycnm")
+    shapes = [("B", "S", "H", "Dv" if kind == "mlstm" else "D"), *(SHAPES[kind][s] for s in states)]
     outputs = [
-        helper.make_tensor_value_info(name, dict(types).get(source, TensorProto.FLOAT), None)
-        for name, source in zip(OUTPUTS[kind], sources, strict=True)
+        helper.make_tensor_value_info(name, dict(types).get(source, TensorProto.FLOAT), shape)
+        for name, source, shape in zip(OUTPUTS[kind], (first, *states), shapes, strict=True)
     ]
     node = helper.make_node(
         BODIES[body].name, list(SHAPES[kind]), list(OUTPUTS[kind]), domain=OP_DOMAIN, **dict(attributes)
@@ -239,7 +239,7 @@ def test_padding_does_not_touch_the_state() -> None:
         _, *whole = run_mlstm("mlstm", data)
         _, *first = run_mlstm("mlstm", {k: x[:, :CHUNK] if k in "qkvif" else x for k, x in data.items()})
         rest = {k: x[:, CHUNK:] for k, x in data.items() if k in "qkvif"}
-        h, *pieces = run_mlstm("mlstm", {**rest, **dict(zip("Cnm", first, strict=True))})
+        _, *pieces = run_mlstm("mlstm", {**rest, **dict(zip("Cnm", first, strict=True))})
         for ours, theirs in zip(whole, pieces, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
 
@@ -317,10 +317,8 @@ def test_no_scan_names_one_value_as_two_outputs(body: str) -> None:
     """ONNX Runtime 1.32 then mixes up its other outputs."""
     for node in nodes_of(BODIES[body]):
         if node.op_type == "Scan":
-            outputs = [value.name for value in node.attribute[0].g.output] if node.attribute else []
-            for attribute in node.attribute:
-                if attribute.name == "body":
-                    outputs = [value.name for value in attribute.g.output]
+            (body_of_scan,) = (attribute.g for attribute in node.attribute if attribute.name == "body")
+            outputs = [value.name for value in body_of_scan.output]
             assert outputs
             assert len(set(outputs)) == len(outputs)
 

@@ -190,8 +190,11 @@ def _adapter_of(module: nn.Module) -> AdapterFunction | None:
     return None
 
 
+# Names of classes that carry a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, …; not
+# those that only mention one, such as xLSTMHead. What slips through fails verification, not in silence.
 _LOOKS_RECURRENT = re.compile(
-    r"lstm|gru(?![a-z])|rnn|recurrent|rwkv|mamba|ssm|retention|delta_?net|minimal_?gated", re.IGNORECASE
+    r"(lstm|gru|rnn|recurrent|rwkv|mamba|ssm|retention|delta_?net|cell)(cell|layer|block|mixer|unit)?\d*$",
+    re.IGNORECASE,
 )
 
 

@@ -361,14 +361,17 @@ def _assign(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             "check num_blocks, embedding_dim, slstm_at, heads and vocab_size in the config",
         )
     module.load_state_dict({name: t.to(torch.float32) for name, t in state.items()}, assign=True)
+    # Masks of the parallel form, not stored in checkpoints; one for all blocks (context² bytes each).
+    masks: dict[torch.Size, Tensor] = {}
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if not buffer.is_meta:
                 continue
             if name != "causal_mask":
                 raise BuildError(f"{type(owner).__name__}.{name} is not stored in the checkpoint")
-            ones = torch.ones(buffer.shape, dtype=torch.bool)
-            owner.register_buffer(name, ones.tril_(), persistent=False)
+            if buffer.shape not in masks:
+                masks[buffer.shape] = torch.ones(buffer.shape, dtype=torch.bool).tril_()
+            owner.register_buffer(name, masks[buffer.shape], persistent=False)
 
 
 # --- A user's own module ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, EnvironmentError_, InputError
-from .runfolder import MODEL, read_io, readable_os_errors
+from .runfolder import IO, MODEL, read_io, readable_os_errors
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
@@ -364,9 +364,16 @@ class OrtSession(StatefulSession):
         try:
             if decode:
                 source = decode_graph(path, self.batch)
-            return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
+        given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
+        wanted = [x.name for x in (*self.io.inputs, *self.io.outputs)]
+        wanted += [name for s in self.io.states for name in (s.past, s.present)]
+        lacking = [name for name in wanted if name not in given]
+        if lacking:
+            raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
+        return session
 
 
 class _StepBinding:

@@ -199,14 +199,19 @@ _LOOKS_RECURRENT = re.compile(
 
 
 def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
-    """Stop at a module that looks recurrent, is not known, and does not merely contain known ones."""
+    """Stop at a module that looks recurrent, is not known, and does not merely contain known ones.
+
+    What derives from a known cell and was not replaced has a forward of its own: known to be recurrent.
+    """
     for path, child in module.named_modules():
         inside = any(parent == "" or path == parent or path.startswith(f"{parent}.") for parent in covered)
         contains = any(parent == path or parent.startswith(f"{path}.") or path == "" for parent in covered)
-        if inside or contains:
+        derived = any(f"{cls.__module__}.{cls.__qualname__}" in ADAPTERS for cls in type(child).__mro__)
+        if inside or (contains and not derived):
             continue
         name = type(child).__name__
-        if isinstance(child, (nn.RNNBase, nn.RNNCellBase)) or _LOOKS_RECURRENT.search(name):
+        if derived or isinstance(child, (nn.RNNBase, nn.RNNCellBase)) or _LOOKS_RECURRENT.search(name):
+            path = path or "<root>"
             where = f"{type(child).__module__}.{type(child).__qualname__}"
             raise BuildError(
                 f"{path}: recurrent cell {where} is not known; exported as it is, its state would be lost",
@@ -293,9 +298,10 @@ class LiftedSlstmCell(RecurrentCell):
         heads, dim = config.num_heads, config.hidden_size // config.num_heads
         super().__init__(heads, dim, {kind: (heads, dim) for kind in "ycnm"})
         with torch.no_grad():
-            # The proxies hide how each backend stores its weights: (H, D, 4, D) and (H, 4, D).
-            R = source.recurrent_kernel[:].contiguous()  # type: ignore[index]
-            bias = source.bias[:].transpose(0, 1).contiguous()  # type: ignore[index]
+            # These hide how each backend stores its weights: (H, D, 4, D) and (H, 4, D). The attributes
+            # `recurrent_kernel` and `bias` do too, but deepcopy makes plain, stale tensors of them.
+            R = source._recurrent_kernel_int2ext(source._recurrent_kernel_).contiguous()  # type: ignore[operator]
+            bias = source._bias_int2ext(source._bias_).transpose(0, 1).contiguous()  # type: ignore[operator]
         self.R = nn.Parameter(R, False)
         self.bias = nn.Parameter(bias, False)
 

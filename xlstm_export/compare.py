@@ -81,9 +81,10 @@ def gauge_free(
         if spec.kind in ("C", "n", "c") and spec.block in shifts:
             shift = shifts[spec.block]
             shift = shift.reshape(shift.shape + (1,) * (value.ndim - shift.ndim))
-            with np.errstate(over="ignore"):
-                # A zero stays zero in every gauge, also where the shift is out of range.
-                value = np.where(value == 0.0, 0.0, value * np.exp(shift))
+            with np.errstate(over="ignore", invalid="ignore"):
+                # A zero stays zero in every gauge, also where exp of the shift is out of range.
+                zero = (value == 0.0) & np.isfinite(shift)
+                value = np.where(zero, 0.0, value * np.exp(shift))
         result[spec.past] = value
     return result
 

@@ -92,9 +92,13 @@ def _load_npz(path: Path, io: IoSpec, limit: int) -> EvalData:
         if spec.name not in arrays:
             raise InputError(f"{path} lacks input {spec.name}", f"it holds {', '.join(sorted(arrays))}")
         array = arrays[spec.name]
-        if array.ndim != len(spec.shape) or array.shape[2:] != spec.shape[2:]:
+        if array.ndim != len(spec.shape) or array.shape[2:] != spec.shape[2:] or 0 in array.shape[:2]:
             expected = ", ".join(map(str, ("N", "S", *spec.shape[2:])))
             raise InputError(f"{path}: {spec.name} has shape {array.shape}, expected ({expected})")
+        first = arrays[io.inputs[0].name]
+        if array.shape[:2] != first.shape[:2]:
+            other = f"{io.inputs[0].name} has shape {first.shape}"
+            raise InputError(f"{path}: {spec.name} has shape {array.shape}, but {other}")
         if array.dtype.kind not in "biuf":
             raise InputError(f"{path}: {spec.name} holds {array.dtype}, not numbers")
         if not np.isfinite(array).all():

@@ -115,6 +115,10 @@ def show_deploy(console: Console, result: Deployment) -> None:
     show_verify(console, result.verification)
     if result.benchmark is not None:
         show_bench(console, result.benchmark)
+    passed = result.verification.passed
+    speed = f"; decode {result.benchmark.step_speedup:.1f}× PyTorch eager" if result.benchmark else ""
+    verdict = "equal to PyTorch" if passed else "NOT equal to PyTorch, so it was not timed"
+    console.print(f"\n[bold]verdict:[/] {MARK[passed]} {verdict}{speed}\nwrote")
     for path in result.written:
         console.print(f"  {path}", highlight=False)
 

@@ -141,7 +141,7 @@ class _Streaming(nn.Module):
         else:
             states = {s.past: t for s, t in zip(lifted.states, past, strict=True)}
         result, present = cells.run_lifted(self.module, inputs, states)
-        outputs = tuple(named_outputs(result, "y").values())
+        outputs = tuple(t.clone() for t in named_outputs(result, "y").values())
         if self._stateless:
             return outputs
         missing = [s.present for s in lifted.states if s.present not in present]

@@ -155,9 +155,8 @@ class _Run:
         self.reference = TorchSession(loaded, BATCH, "float64")
         self.candidate = OrtSession(folder, BATCH, threads)
         known = {(s.past, s.shape) for s in self.reference.io.states}
-        if {(s.past, s.shape) for s in self.io.states} - known or [i.name for i in self.io.inputs] != list(
-            loaded.inputs
-        ):
+        found = {(s.past, s.shape) for s in self.io.states}  # none of them in a stateless export
+        if (found and found != known) or [i.name for i in self.io.inputs] != list(loaded.inputs):
             raise UsageError(
                 f"{folder} was not exported from this model", "verify against the checkpoint it was made from"
             )
@@ -386,6 +385,11 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
 
 
 def _output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
+    if found.shape != expected.shape:
+        raise UsageError(
+            f"{name}: the export gives shape {found.shape}, the model {expected.shape}",
+            "verify against the checkpoint it was made from",
+        )
     result: Difference = difference(found, expected)
     return Check(name, result.relative_l2, limit, result.to_json())
 

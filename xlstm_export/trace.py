@@ -93,6 +93,7 @@ def trace(loaded: Loaded, *, stateless: bool = False, last_logits: bool = False)
     if last_logits:
         keep_last_position(model, output_names[0])
     _clean(model)
+    _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
     _attach_functions(model)
     outputs = [o for o in model.graph.outputs if o.name in output_names]
     spec = IoSpec(
@@ -141,6 +142,7 @@ class _Streaming(nn.Module):
         else:
             states = {s.past: t for s, t in zip(lifted.states, past, strict=True)}
         result, present = cells.run_lifted(self.module, inputs, states)
+        # Clones, so that an input that is handed through becomes an output of its own.
         outputs = tuple(t.clone() for t in named_outputs(result, "y").values())
         if self._stateless:
             return outputs
@@ -310,6 +312,16 @@ def _clean(model: ir.Model) -> None:
                 value.type = None
 
 
+def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states: tuple[Any, ...]) -> None:
+    """A tensor has one name in a graph: an output that is another output too has lost its own."""
+    found = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    if found != [*inputs, *outputs, *(s.present for s in states)]:
+        raise BuildError(
+            f"of the outputs {', '.join(outputs)}, two are one tensor, or one has the name of an input",
+            "return every computed tensor once, under a name of its own",
+        )
+
+
 def _attach_functions(model: ir.Model) -> None:
     """Give each recurrence operator in the graph its body of standard operators."""
     nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
@@ -332,6 +344,11 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.shape is not None
     assert value.dtype is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    if not all(isinstance(dim, int) or dim in ("B", "S") for dim in shape):
+        raise BuildError(
+            f"{value.name} has a length that is neither fixed nor that of the input",
+            "return one position per input position, or a fixed number of them",
+        )
     return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)
 
 

@@ -64,4 +64,7 @@ def _dimension_read(piece: ir.Value) -> str | None:
         return None
     start = node.attributes.get_int("start", 0)
     end = node.attributes.get_int("end", len(node.inputs[0].shape))
-    return str(node.inputs[0].shape[start]) if end == start + 1 else None
+    dim = node.inputs[0].shape[start]
+    # A dimension without a symbol is not known to equal any other.
+    known = isinstance(dim, int) or dim.value is not None
+    return str(dim) if end == start + 1 and known else None

@@ -1,0 +1,34 @@
+"""Tables for the terminal hold what they are given."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from xlstm_export import report, runfolder
+from xlstm_export.checkpoint import Loaded
+
+
+def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = small_loaded.spec()
+    report.show_model(Console(width=200), spec)
+    shown = capsys.readouterr().out
+    assert f"{spec.parameters:,} parameters" in shown
+    assert "C 4×32×32" in shown
+    assert "xlstm_block_stack.blocks.1.xlstm.slstm_cell" in shown
+    for target in ("orin-nano-8gb", "thor-t5000"):
+        assert target in shown
+
+
+def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_io(Console(width=120), runfolder.read_io(small_export))
+    shown = capsys.readouterr().out
+    assert "past_0_C → present_0_C" in shown
+    assert "['B', 4, 32, 32]" in shown
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (2.36e6, "2.36 MB"), (7e9, "7 GB")]
+)
+def test_bytes(count: float, text: str) -> None:
+    assert report._bytes(count) == text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -50,6 +50,15 @@ SLSTM_CASES: dict[str, dict[str, Any]] = {
 }
 
 repeatable = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Tensors this small take longer to hand to a second thread than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def single(data: oracle.Arrays, names: str) -> float:
@@ -146,10 +155,11 @@ def test_mlstm_over_ten_thousand_steps(gates: float) -> None:
 
 
 # Forget gates that leave m = 80 a step of about its own rounding error, in the same direction every time:
-# with the decay taken from the rounded m the state would be off by 1e-2 and more after 10⁴ steps. What
-# remains is the rounding of a decay near 1, at most one unit per step.
-HOLDING = (6.9, 6.5, 5.0, 3.0)
+# with the decay taken from the rounded m the state would be off by up to 7e-3 after 10⁴ steps, and by up to
+# 4e-4 after 157 chunks. What remains is the rounding of a decay near 1: one unit per step, five per chunk.
+HOLDING = (6.9, 6.5, 5.0)
 HELD = 10_000 * UNIT
+HELD_IN_CHUNKS = 5 * 157 * UNIT
 
 
 @pytest.mark.parametrize("forget", HOLDING)
@@ -159,9 +169,9 @@ def test_mlstm_holds_its_state_for_ten_thousand_steps(forget: float) -> None:
     data["i"][:], data["f"][:] = -1e4, forget
     reference = oracle.mlstm(*data.values(), scale=SCALE, eps=EPS)
     bounds = oracle.mlstm_scale(*data.values(), scale=SCALE, eps=EPS)
-    for form in (ops.mlstm_sequence, ops.mlstm_chunkwise):
+    for form, limit in ((ops.mlstm_sequence, HELD), (ops.mlstm_chunkwise, HELD_IN_CHUNKS)):
         errors = oracle.mlstm_errors(run_mlstm(form, data, torch.float32), reference, bounds)
-        assert max(errors["C"], errors["n"]) <= HELD, f"{form.__name__}: {errors}"
+        assert max(errors["C"], errors["n"]) <= limit, f"{form.__name__}: {errors}"
 
 
 @pytest.mark.parametrize("m", [-80.0, -20.0, 20.0, 80.0])

@@ -295,6 +295,26 @@ def test_wrong_state(
     assert checks["prefill 64: states"]["worst"] in worst
 
 
+def test_wrong_decode_graph(
+    folder: Path, small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps run a graph of their own, derived when it is loaded: right files do not make it right."""
+    from xlstm_export import decode
+
+    derive = decode.decode_graph
+
+    def broken(path: Path, batch: int) -> bytes:
+        model = onnx.load_from_string(derive(path, batch))
+        tensor, values = weight(model, "blocks.2.xlstm.conv1d.conv.bias")
+        tensor.CopyFrom(numpy_helper.from_array(-values, tensor.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(decode, "decode_graph", broken)
+    report = verify(folder, small_loaded, threads=1)
+    assert {"step", "chunked"} == stages(report)
+    assert {"step: logits", "step: states"} <= set(failed(report))
+
+
 def test_pairs_exchanged_in_io_json(folder: Path, small_loaded: checkpoint.Loaded) -> None:
     """Other runtimes read the pairs from there, so a wrong pair must not pass because we do not."""
     io = json.loads((folder / runfolder.IO).read_text())

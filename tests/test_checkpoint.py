@@ -456,6 +456,17 @@ def test_weights_that_do_not_fit_the_config(folder: Path, small_state: dict[str,
         checkpoint.load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_quantized_weights_are_not_taken_for_numbers(
+    folder: Path, small_state: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Their scales are elsewhere; cast to float they would be off by orders of magnitude."""
+    state = {**small_state, "lm_head.weight": torch.ones(256, 64, dtype=dtype)}
+    save_file(state, folder / "model.safetensors")
+    with refused(InputError, f"lm_head.weight: weights are {str(dtype).removeprefix('torch.')}"):
+        checkpoint.load_checkpoint(folder)
+
+
 def test_long_lists_of_misfits_are_cut(folder: Path) -> None:
     rewrite_config(folder, lambda config: config.update(num_blocks=9))
     with refused(InputError, "blocks.3.", "more", "num_blocks"):
@@ -605,6 +616,16 @@ class Pair(nn.Module):
         return self.inner(left + right)
 
 
+class Speller(nn.Module):
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, 5) for n in tables)
+        self.inner = Forecaster()
+
+    def forward(self, tokens):
+        return self.inner(sum(table(tokens) for table in self.tables))
+
+
 EXAMPLE = torch.zeros(1, 1, 5)
 
 
@@ -616,6 +637,12 @@ def swapped():
 
 def masked():
     return Forecaster(), {"x": EXAMPLE, "mask": torch.ones(1, 1, 1)}
+
+def speller():
+    return Speller([99]), {"tokens": torch.zeros(2, 9, dtype=torch.int64)}
+
+def two_tables():
+    return Speller([99, 7]), {"tokens": torch.zeros(2, 9, dtype=torch.int64)}
 
 def half():
     return Forecaster().half(), {"x": EXAMPLE}
@@ -699,6 +726,12 @@ def test_examples_come_in_the_order_of_forward(package: str) -> None:
     assert list(inputs) == ["left", "right"]
     assert (inputs["left"].sum(), inputs["right"].sum()) == (0, 20)
     assert list(checkpoint.load_module(f"{package}:masked").inputs) == ["x", "mask"]
+
+
+def test_vocabulary_of_a_factorys_module(package: str) -> None:
+    """Without it, tokens of an example of zeros would be verified with zeros alone."""
+    assert checkpoint.load_module(f"{package}:speller").vocab_size == 99
+    assert checkpoint.load_module(f"{package}:two_tables").vocab_size is None
 
 
 def test_half_precision_module_becomes_float32(package: str) -> None:

@@ -133,6 +133,18 @@ def test_force_does_not_replace_a_file(tmp_path: Path) -> None:
     assert out.read_text() == "a file"
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_folder_that_appears_meanwhile(tmp_path: Path, force: bool) -> None:
+    """An export takes minutes; what takes its name in that time is spared like what was there before."""
+    out = tmp_path / "out"
+    with refused(UsageError, str(out)), runfolder.staged(out, force=force) as folder:
+        fill(folder)
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["thesis.tex"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [1, 2])
 def test_old_folder_survives_a_failed_swap(
@@ -393,6 +405,19 @@ def test_manifest_covers_files_in_folders(tmp_path: Path) -> None:
     manifest = runfolder.read_manifest(tmp_path)
     assert sorted(manifest["files"]) == ["model.onnx", "verify/report.json"]
     assert manifest["command"] == "test"
+
+
+def test_hashes_are_of_the_files_as_they_are(small_export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_export, tmp_path / "copy")
+    files = runfolder.read_manifest(folder)["files"]
+    assert runfolder.hashes(folder) == files
+    with (folder / runfolder.MODEL_DATA).open("r+b") as file:
+        file.write(b"x")
+    now = runfolder.hashes(folder)
+    assert [name for name in files if now[name] != files[name]] == [runfolder.MODEL_DATA]
+    (folder / runfolder.MODEL_DATA).unlink()
+    with refused(InputError, str(folder / runfolder.MODEL_DATA), "cannot be read"):
+        runfolder.hashes(folder)
 
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

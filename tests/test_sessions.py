@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_export import checkpoint, compare, trace
+from xlstm_export import checkpoint, compare, sessions, trace
 from xlstm_export.errors import ExportError, InputError
 from xlstm_export.sessions import OrtSession, StatefulSession, TorchSession, load_state, save_state
 
@@ -462,3 +462,29 @@ def test_stateless_export(small_loaded: checkpoint.Loaded, tmp_path: Path) -> No
     assert_same_output(first, TorchSession(small_loaded, BATCH).prefill(tokens(9))["logits"])
     session.reset()
     session.set_state({})
+
+
+class Pooled(torch.nn.Module):
+    """Outputs that are no sequence: a mean over all positions (B, 1, K), and positions on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = models.build({k: v for k, v in models.lm_config().items() if k != "vocab_size"})
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.stack(x)
+        return y.mean(1, keepdim=True), y.transpose(1, 2)
+
+
+def test_outputs_that_are_no_sequence_are_never_computed_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    loaded = checkpoint.Loaded(Pooled().eval(), {"x": example}, "y", "Pooled", {}, {})
+    session = sessions.OrtSession(trace.export(loaded, tmp_path / "out"), 2)
+    monkeypatch.setattr(sessions, "PIECE", 5)
+    found = session.prefill({"x": example.numpy()})
+    with torch.no_grad():
+        mean, transposed = loaded.module(example)
+    np.testing.assert_allclose(found["y_0"], mean.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["y_1"], transposed.numpy(), rtol=1e-3, atol=1e-5)

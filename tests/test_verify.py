@@ -203,6 +203,9 @@ def test_one_wrong_weight(folder: Path, small_loaded: checkpoint.Loaded, name: s
     assert {"prefill", "step", "chunked", "resumed", "long"} == stages(report)
     assert "prefill 64: logits" in failed(report)
     assert unseen.isdisjoint(failed(report))
+    # What was verified is what lies there, not what the manifest says was written once.
+    changed = [n for n, e in runfolder.read_manifest(folder)["files"].items() if report.files[n] != e]
+    assert changed == [runfolder.MODEL_DATA]
     assert read_report(folder)["passed"] is False
 
 

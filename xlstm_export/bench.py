@@ -20,7 +20,7 @@ import numpy as np
 from .checkpoint import Loaded
 from .errors import GateError
 from .roofline import step_bytes
-from .runfolder import read_io, read_manifest, versions, write_json
+from .runfolder import hashes, read_io, read_manifest, versions, write_json
 from .sessions import Arrays, OrtSession, TorchSession
 from .verify import random_inputs
 
@@ -174,7 +174,7 @@ def bench(
 
 def require_verified(folder: Path) -> None:
     """Raise GateError unless `verify` passed on exactly these files."""
-    manifest = read_manifest(folder)
+    read_manifest(folder)  # or it is no run folder at all
     try:
         report = json.loads((folder / "verify" / "report.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -182,7 +182,7 @@ def require_verified(folder: Path) -> None:
     if not report.get("passed"):
         state = "did not pass" if report else "has not run"
         raise GateError(f"verify {state} on {folder}, so it is not timed", "run `xlstm-export verify` first")
-    if report.get("files") != manifest["files"]:
+    if report.get("files") != hashes(folder):
         raise GateError(f"{folder} changed since it was verified", "run `xlstm-export verify` again")
 
 

@@ -353,6 +353,11 @@ def _assign(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name, tensor in state.items()
         if name in expected and tuple(tensor.shape) != expected[name]
     ]
+    problems += [
+        f"{name}: weights are {str(tensor.dtype).removeprefix('torch.')}, not floating point"
+        for name, tensor in state.items()
+        if name in expected and not tensor.is_floating_point()  # quantized, and the scales are elsewhere
+    ]
     if problems:
         shown = "\n  ".join(problems[:12])
         more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -393,9 +398,11 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(f"{weights} does not fit the module of {spec}: {error}") from error
-    module = module.eval()
+    # Tracing happens on the CPU in float32, whatever device and type the factory chose.
+    module = module.eval().cpu()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()
+    inputs = {name: example.cpu() for name, example in inputs.items()}
     for name, parameter in module.named_parameters():
         _check_finite(weights or Path(spec), name, parameter.detach())
     return Loaded(
@@ -406,6 +413,7 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
         origin={"module": spec, **({"weights": str(weights)} if weights else {})},
         sha256={weights.name: sha256(weights)} if weights else {},
         context_length=_context_length(module),
+        vocab_size=_vocab_size(module),
     )
 
 
@@ -484,6 +492,12 @@ def _at_least_two(x: Tensor) -> Tensor:
         if x.shape[axis] == 1:
             x = torch.cat([x, x], dim=axis)
     return x
+
+
+def _vocab_size(module: nn.Module) -> int | None:
+    """Rows of the embedding table, where there is one and no doubt which."""
+    tables = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+    return tables.pop() if len(tables) == 1 else None
 
 
 def _context_length(module: nn.Module) -> int | None:

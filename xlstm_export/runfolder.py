@@ -47,15 +47,7 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
     """
     out = Path(os.path.abspath(out))
     with readable_os_errors(out):
-        if out.exists() and not force:
-            raise UsageError(
-                f"{out} already exists", "choose another output folder, or pass --force to replace it"
-            )
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
-        if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-            # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
-            raise UsageError(f"{out} is not a run folder (no {MANIFEST}), so --force does not replace it")
+        _check_free(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         free = shutil.disk_usage(out.parent).free
@@ -68,6 +60,7 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
         try:
             yield temporary
+            _check_free(out, force)  # somebody else may have taken the name meanwhile
             _replace(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,6 +110,21 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
         if path.is_file() and path.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files})
+
+
+def hashes(folder: Path) -> dict[str, Any]:
+    """`files` of the manifest as they are now; equal to it while nobody has touched them.
+
+    Raises:
+        InputError: `folder` is no run folder, or a file is gone.
+    """
+    try:
+        return {
+            name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+            for name in read_manifest(folder).get("files", {})
+        }
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}", "export again") from error
 
 
 def versions() -> dict[str, str]:
@@ -169,6 +177,19 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
             "use the version of xlstm-export that wrote it, or export again",
         )
     return data
+
+
+def _check_free(out: Path, force: bool) -> None:
+    """Raise UsageError where something is that must not be replaced."""
+    if out.exists() and not force:
+        raise UsageError(
+            f"{out} already exists", "choose another output folder, or pass --force to replace it"
+        )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
+        raise UsageError(f"{out} is not a run folder (no {MANIFEST}), so --force does not replace it")
 
 
 def _replace(temporary: Path, out: Path) -> None:

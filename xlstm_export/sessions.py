@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, EnvironmentError_, InputError
-from .runfolder import IO, MODEL, read_io, readable_os_errors
+from .runfolder import IO, MODEL, read_io, read_manifest, readable_os_errors
 
 if TYPE_CHECKING:
     from .checkpoint import Loaded
@@ -259,6 +259,7 @@ class OrtSession(StatefulSession):
         self._folder = Path(folder)
         self._threads = threads
         self.io = read_io(self._folder)
+        self._last_logits = bool(read_manifest(self._folder).get("options", {}).get("last_logits"))
         self.batch = batch
         self._prefill_session: Any = None
         self._decode_session: Any = None
@@ -275,7 +276,7 @@ class OrtSession(StatefulSession):
         self._check_inputs(inputs)
         if self._prefill_session is None:
             self._prefill_session = self._open(decode=False)
-        length = max((inputs[x.name].shape[1] for x in self.io.inputs if "S" in x.shape), default=1)
+        length = max((inputs[x.name].shape[1] for x in self.io.inputs if _per_position(x)), default=1)
         piece = PIECE if self._divisible else length
         outputs = {x.name: self._empty(x, length) for x in self.io.outputs}
         for start in range(0, length, piece):
@@ -284,20 +285,23 @@ class OrtSession(StatefulSession):
 
     @property
     def _divisible(self) -> bool:
-        """Whether pieces give what the whole would: outputs per position, or of the last one."""
-        return bool(self.io.states) and all(
-            len(x.shape) > 1 and x.shape[1] in ("S", 1) for x in self.io.outputs
-        )
+        """Whether pieces give what the whole would: outputs per position, or of the last one by option.
+
+        Another output without a sequence axis may be anything, a mean over the sequence for one.
+        """
+        whole = self.io.outputs[1:] if self._last_logits else self.io.outputs
+        return bool(self.io.states) and all(map(_per_position, whole))
 
     def _prefill_piece(self, inputs: Mapping[str, np.ndarray], outputs: Arrays, piece: slice) -> None:
         binding = self._prefill_session.io_binding()
         held = []  # bindings do not keep the arrays they point to
         for spec in self.io.inputs:
-            array = inputs[spec.name][:, piece] if "S" in spec.shape else inputs[spec.name]
+            array = inputs[spec.name][:, piece] if _per_position(spec) else inputs[spec.name]
             held.append(self._value(np.ascontiguousarray(array)))
             binding.bind_ortvalue_input(spec.name, held[-1])
         views = {
-            x.name: outputs[x.name][:, piece] if "S" in x.shape else outputs[x.name] for x in self.io.outputs
+            x.name: outputs[x.name][:, piece] if _per_position(x) else outputs[x.name]
+            for x in self.io.outputs
         }
         # With one row a stretch of positions is contiguous and is written in place.
         targets = {name: np.ascontiguousarray(view) for name, view in views.items()}
@@ -374,6 +378,10 @@ class OrtSession(StatefulSession):
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         return session
+
+
+def _per_position(spec: TensorSpec) -> bool:
+    return spec.shape[1:2] == ("S",)
 
 
 class _StepBinding:

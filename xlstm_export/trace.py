@@ -224,9 +224,9 @@ def _torch_to_ir(
             cause = cause.__cause__
         if isinstance(cause, BuildError):
             raise cause from None
-        first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+        told = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
         raise BuildError(
-            f"tracing failed: {type(cause).__name__}: {first}",
+            f"tracing failed: {type(cause).__name__}: {told[:400]}",
             "forward must not branch on tensor values; --debug shows where it stopped",
         ) from error
     assert program is not None
@@ -296,7 +296,8 @@ def _clean(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
     ):
-        graph_pass(model)
+        with _quiet():
+            graph_pass(model)
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"
     model.graph.name = "xlstm"
@@ -354,15 +355,16 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks on stdout, in warnings and through loggers; none of it helps a user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence torch's exporter: prints, warnings and logs that do not help a user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -21,7 +21,7 @@ from .checkpoint import Loaded
 from .compare import Difference, compare_states, difference
 from .config import CHUNK, IoSpec
 from .errors import UsageError
-from .runfolder import read_io, read_manifest, write_json
+from .runfolder import hashes, read_io, read_manifest, write_json
 from .sessions import Arrays, OrtSession, TorchSession, load_state, save_state
 
 LIMITS = {
@@ -71,7 +71,7 @@ class Report:
 
     checks: tuple[Check, ...]
     metric: dict[str, Any]
-    files: dict[str, Any]  # of the manifest: what exactly was verified
+    files: dict[str, Any]  # hashes of what exactly was verified
 
     @property
     def passed(self) -> bool:
@@ -140,7 +140,7 @@ def verify(
         progress("task metric")
         check, metric = run.check_metric(run.data)
         checks.append(check)
-    report = Report(tuple(checks), metric, read_manifest(folder)["files"])
+    report = Report(tuple(checks), metric, hashes(folder))
     write_json(folder / "verify" / "report.json", report.to_json())
     return report
 

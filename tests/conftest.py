@@ -11,8 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout is enough to run the tests
 
 import models  # noqa: E402
+import torch  # noqa: E402
 
 from xlstm_export import checkpoint, trace  # noqa: E402
+
+# The models are tiny: threads only wait for each other, on a loaded machine for a long time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def verified(small_export: Path, tmp_path: Path) -> Path:
     """A copy of the export with the report of a verification that passed."""
     folder = tmp_path / "run"
     shutil.copytree(small_export, folder)
-    files = runfolder.read_manifest(folder)["files"]
+    files = runfolder.hashes(folder)
     check = verify.Check("prefill", 1e-7, 5e-6)
     runfolder.write_json(folder / "verify" / "report.json", verify.Report((check,), {}, files).to_json())
     return folder
@@ -31,6 +31,11 @@ def test_refuses_what_did_not_verify(small_export: Path, verified: Path, small_l
     with pytest.raises(errors.GateError, match="did not pass"):
         bench.bench(verified, small_loaded)
     report.write_text(json.dumps({**data, "files": {}}))
+    with pytest.raises(errors.GateError, match="changed since"):
+        bench.bench(verified, small_loaded)
+    report.write_text(json.dumps(data))
+    with (verified / "model.onnx.data").open("r+b") as weights:
+        weights.write(b"changed after it was verified")
     with pytest.raises(errors.GateError, match="changed since"):
         bench.bench(verified, small_loaded)
     report.unlink()

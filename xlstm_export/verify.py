@@ -72,6 +72,7 @@ class Report:
     checks: tuple[Check, ...]
     metric: dict[str, Any]
     files: dict[str, Any]  # hashes of what exactly was verified
+    inputs: str = "random"  # what the checks ran on
 
     @property
     def passed(self) -> bool:
@@ -84,6 +85,7 @@ class Report:
                 "passed": self.passed,
                 "metric": self.metric,
                 "files": self.files,
+                "inputs": self.inputs,
                 "checks": [check.to_json() for check in self.checks],
             }
         )
@@ -136,11 +138,11 @@ def verify(
         progress(name)
         checks += stage()
     metric: dict[str, Any] = {}
-    if run.data is not None and run.io.states:
+    if run.data is not None:
         progress("task metric")
         check, metric = run.check_metric(run.data)
         checks.append(check)
-    report = Report(tuple(checks), metric, hashes(folder))
+    report = Report(tuple(checks), metric, hashes(folder), run.source)
     write_json(folder / "verify" / "report.json", report.to_json())
     return report
 
@@ -163,7 +165,11 @@ class _Run:
         # Outputs of --last-logits have a position per call; the reference computes them all.
         options = read_manifest(folder).get("options", {})
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
+        if data is not None and not self.io.states:
+            raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
         self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
+        real = self.data is not None and self.data.length > max(RAGGED)
+        self.source = "held-out data" if real else "random"
         self.limit_context = loaded.context_length or 10**9
         self.inputs = self._make_inputs(max(RAGGED))
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
@@ -190,7 +196,7 @@ class _Run:
     def check_step(self) -> list[Check]:
         """The same positions one by one."""
         length = max(RAGGED)
-        return self._streamed("step", [1] * length, self.candidate)
+        return self._streamed("step", [1] * length, self.candidate.step)
 
     def check_chunked(self) -> list[Check]:
         """The same positions in pieces that do not respect chunk borders."""
@@ -199,9 +205,11 @@ class _Run:
         pieces = np.diff([0, *random_cuts, length]).tolist()
         return [
             *self._streamed(
-                "chunked 1+63+1+64+70", [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1], self.candidate
+                "chunked 1+63+1+64+70",
+                [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1],
+                self.candidate.prefill,
             ),
-            *self._streamed("chunked at random", pieces, self.candidate),
+            *self._streamed("chunked at random", pieces, self.candidate.prefill),
         ]
 
     def check_resumed(self) -> list[Check]:
@@ -299,13 +307,14 @@ class _Run:
         }
         return Check(f"{data.metric} on held-out data", gap, LIMITS["metric"], metric), metric
 
-    def _streamed(self, name: str, pieces: Sequence[int], session: OrtSession) -> list[Check]:
-        session.reset()
+    def _streamed(self, name: str, pieces: Sequence[int], call: Callable[[Arrays], Arrays]) -> list[Check]:
+        """The shared inputs in pieces from a fresh start, through the candidate's `step` or `prefill`."""
+        self.candidate.reset()
         parts: list[Arrays] = []
         start = 0
         for piece in pieces:
             inputs = _cut(self.inputs, start, start + piece)
-            result = session.step(inputs) if piece == 1 else session.prefill(inputs)
+            result = call(inputs)
             parts.append({n: x.copy() for n, x in result.items()})
             start += piece
         outputs = self._joined(parts)

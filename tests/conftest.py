@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,17 +13,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout is enough to 
 
 import models  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from xlstm_export import checkpoint, trace  # noqa: E402
 
-# The models are tiny: threads only wait for each other, on a loaded machine for a long time.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    """The models are tiny: threads only wait for each other, on a loaded machine for a long time."""
+    torch.set_num_threads(1)  # before every test, because bench sets its own
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a small mixed language model."""
     return models.make(tmp_path_factory.mktemp("checkpoint") / "small")
+
+
+@pytest.fixture
+def folder(small_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the small checkpoint to tamper with."""
+    return shutil.copytree(small_checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def small_state(small_checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the small checkpoint."""
+    return load_file(small_checkpoint / "model.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,6 @@ from xlstm_export.errors import BuildError
 WIDTH, HEADS = 12, 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Tensors this small take longer to hand to a second thread than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlstm_cell(kind: type[mLSTMCell] = mLSTMCell) -> mLSTMCell:
     return kind(mLSTMCellConfig(context_length=32, embedding_dim=WIDTH, num_heads=HEADS))
 

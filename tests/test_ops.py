@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -50,15 +50,6 @@ SLSTM_CASES: dict[str, dict[str, Any]] = {
 }
 
 repeatable = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Tensors this small take longer to hand to a second thread than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def single(data: oracle.Arrays, names: str) -> float:

@@ -18,25 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from xlstm_export import checkpoint, runfolder, sessions, trace
 from xlstm_export.config import IoSpec, StateSpec, TensorSpec
-from xlstm_export.errors import EnvironmentError_, ExportError, InputError, UsageError
+from xlstm_export.errors import EnvironmentError_, InputError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
-EXIT_CODES = {UsageError: 2, EnvironmentError_: 3, InputError: 4}
-
-
-@contextlib.contextmanager
-def refused(kind: type[ExportError], *words: str) -> Iterator[None]:
-    """The block raises exactly `kind`; its message names every one of `words`."""
-    with pytest.raises(ExportError) as caught:
-        yield
-    assert type(caught.value) is kind
-    assert caught.value.exit_code == EXIT_CODES[kind]
-    for word in words:
-        assert word in caught.value.message
 
 
 def fill(folder: Path, text: str = "new") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from xlstm_export.sessions import OrtSession, StatefulSession, TorchSession, loa
 BATCH = 2
 LIMITS = {"output": 5e-6, "state": 1e-5}  # those of verify: FP32 rounding, measured 5e-7
 KINDS = ["torch64", "torch32", "ort"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Tensors this small take longer to hand to a second thread than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

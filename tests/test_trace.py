@@ -40,15 +40,6 @@ CONTEXT = 96
 LENGTHS = (1, 37, 64, 65, CONTEXT)  # 64: the chunk length
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Tensors this small take longer to hand to a second thread than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Case:
     """A model configuration: changes to `models.lm_config`, dtype of the checkpoint, streams."""

@@ -22,16 +22,6 @@ from xlstm_export.errors import InputError, UsageError
 from xlstm_export.sessions import OrtSession, StatefulSession
 from xlstm_export.verify import LIMITS, Check, Report, verify
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Tensors this small take longer to hand to a second thread than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 Edit = Callable[[onnx.ModelProto], None]
 
 

@@ -1,0 +1,25 @@
+"""What a test of bad input asks for: the right error, its exit code, and words that name the thing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from xlstm_export.errors import BuildError, EnvironmentError_, ExportError, InputError, UsageError
+
+EXIT_CODES = {UsageError: 2, EnvironmentError_: 3, InputError: 4, BuildError: 5}
+
+
+@contextlib.contextmanager
+def refused(kind: type[ExportError], *words: str) -> Iterator[None]:
+    """The block raises exactly `kind`; its message and hint name every one of `words`."""
+    with pytest.raises(ExportError) as caught:
+        yield
+    error = caught.value
+    assert type(error) is kind
+    assert error.exit_code == EXIT_CODES[kind]
+    text = f"{error.message}\n{error.hint}"
+    for word in words:
+        assert word in text

@@ -178,7 +178,7 @@ def _build_xlstm(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
         import xlstm
     except ImportError as error:
         raise EnvironmentError_(
-            f"the `xlstm` package cannot be imported: {error}", 'pip install "xlstm-export[models]"'
+            f"the `xlstm` package cannot be imported: {error}", "pip install xlstm"
         ) from error
     is_lm = "vocab_size" in config
     config_class = xlstm.xLSTMLMModelConfig if is_lm else xlstm.xLSTMBlockStackConfig

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-MODELS = 'pip install "xlstm-export[models]"'
 # distribution → (module, what it is for, how to get it, needed for the main job)
 PACKAGES = {
     "torch": ("torch", "load and trace checkpoints", "pip install torch", True),
     "onnx": ("onnx", "write and check graphs", "pip install onnx", True),
     "onnxscript": ("onnxscript", "torch's exporter", "pip install onnxscript", True),
-    "onnxruntime": ("onnxruntime", "verify, bench and run", 'pip install "xlstm-export[cpu]"', True),
-    "xlstm": ("xlstm", "load checkpoints of the xlstm package", MODELS, True),
-    "transformers": ("transformers", "load Hugging Face models", MODELS, False),
+    "onnxruntime": ("onnxruntime", "verify, bench and run", "pip install onnxruntime", True),
+    "xlstm": ("xlstm", "load checkpoints of the xlstm package", "pip install xlstm", True),
+    "transformers": ("transformers", "load Hugging Face models", "pip install transformers", False),
     "tensorrt": ("tensorrt", "build engines", "on a Jetson it comes with JetPack", False),
 }
 

@@ -253,7 +253,7 @@ class OrtSession(StatefulSession):
             import onnxruntime
         except ImportError as error:
             raise EnvironmentError_(
-                f"onnxruntime cannot be imported: {error}", 'pip install "xlstm-export[cpu]"'
+                f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
             ) from error
         self._ort = onnxruntime
         self._folder = Path(folder)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_export import bench, checkpoint, roofline, sessions, trace, verify
+from xlstm_export.families import blocks
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50304,
@@ -89,7 +90,7 @@ def write_checkpoint(folder: Path) -> int:
 
     torch.manual_seed(0)
     folder.mkdir()
-    model = xlstm.xLSTMLMModel(checkpoint._from_dict(xlstm.xLSTMLMModelConfig, CONFIG, "CONFIG"))
+    model = xlstm.xLSTMLMModel(blocks._from_dict(xlstm.xLSTMLMModelConfig, CONFIG, "CONFIG"))
     model.reset_parameters()
     with torch.no_grad():
         for parameter in model.parameters():

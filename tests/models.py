@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from xlstm_export import checkpoint
+from xlstm_export.families import blocks
 
 
 def lm_config(**changes: Any) -> dict[str, Any]:
@@ -42,11 +42,11 @@ def build(config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
     import xlstm
 
     torch.manual_seed(seed)
-    config = checkpoint._with_vanilla_backend(config)
+    config = blocks._with_vanilla_backend(config)
     is_lm = "vocab_size" in config
     config_class = xlstm.xLSTMLMModelConfig if is_lm else xlstm.xLSTMBlockStackConfig
     model = (xlstm.xLSTMLMModel if is_lm else xlstm.xLSTMBlockStack)(
-        checkpoint._from_dict(config_class, config, "config")
+        blocks._from_dict(config_class, config, "config")
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,8 @@ from xlstm.components.conv import CausalConv1d, CausalConv1dConfig
 from xlstm.components.linear_headwise import LinearHeadwiseExpand, LinearHeadwiseExpandConfig
 from xlstm.components.ln import MultiHeadLayerNorm
 
-from xlstm_export import cells, xlstm_cells
+from xlstm_export import cells
+from xlstm_export.families import blocks_cells
 from xlstm_export.errors import BuildError
 
 WIDTH, HEADS = 12, 2
@@ -395,7 +396,7 @@ def test_registered_adapter_wins_over_the_base_class(
 ) -> None:
     """The way out for a subclass that is refused: register it."""
 
-    class LiftedLouder(xlstm_cells.LiftedMlstmCell):
+    class LiftedLouder(blocks_cells.LiftedMlstmCell):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
             return 2 * super().forward(q, k, v, **kwargs)
 
@@ -475,8 +476,8 @@ def test_headwise_linear(count: int, dim: int, bias: bool) -> None:
     for factor in (1, 2):
         config = LinearHeadwiseExpandConfig(count * dim, count, expand_factor_up=factor, bias=bias)
         source = randomized(LinearHeadwiseExpand(config))
-        merged = xlstm_cells.MergedHeadwiseLinear(source)
-        assert merged.weight.shape[-2] <= max(xlstm_cells.BLOCK_WIDTH, dim)
+        merged = blocks_cells.MergedHeadwiseLinear(source)
+        assert merged.weight.shape[-2] <= max(blocks_cells.BLOCK_WIDTH, dim)
         for lead in ((5,), (2, 7), (2, 3, 4)):
             x = torch.randn(*lead, count * dim, dtype=torch.float64)
             torch.testing.assert_close(merged(x), source(x), rtol=1e-12, atol=1e-12)
@@ -490,8 +491,8 @@ def test_head_norm(weight: bool, bias: bool, residual: bool) -> None:
     source = randomized(source)
     x = torch.randn(2, 3, 5, WIDTH // 3, dtype=torch.float64)  # (B, H, S, D)
     expected = source(x)
-    torch.testing.assert_close(xlstm_cells.LiftedHeadNorm(source)(x), expected, rtol=1e-12, atol=1e-12)
-    shaped = xlstm_cells.LiftedHeadNorm(source, 3, WIDTH // 3)
+    torch.testing.assert_close(blocks_cells.LiftedHeadNorm(source)(x), expected, rtol=1e-12, atol=1e-12)
+    shaped = blocks_cells.LiftedHeadNorm(source, 3, WIDTH // 3)
     heads_last = shaped.heads_last(x.transpose(1, 2))
     torch.testing.assert_close(heads_last, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
 

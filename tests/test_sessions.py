@@ -470,7 +470,7 @@ def test_outputs_that_are_no_sequence_are_never_computed_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
-    loaded = checkpoint.Loaded(Pooled().eval(), {"x": example}, "y", "Pooled", {}, {})
+    loaded = checkpoint.Loaded(Pooled().eval(), {"x": example}, "y", "Pooled", {})
     session = sessions.OrtSession(trace.export(loaded, tmp_path / "out"), 2)
     monkeypatch.setattr(sessions, "PIECE", 5)
     found = session.prefill({"x": example.numpy()})

@@ -398,7 +398,7 @@ def load_custom(combine: Callable[..., Any], **inputs: Tensor) -> checkpoint.Loa
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     inputs = inputs or {"x": torch.randn(2, 8, WIDTH)}
-    return checkpoint.Loaded(module=module, inputs=inputs, output="y", name="Custom", origin={}, sha256={})
+    return checkpoint.Loaded(skeleton=module, inputs=inputs, output="y", name="Custom", origin={})
 
 
 def export_and_compare(loaded: checkpoint.Loaded, folder: Path, **options: Any) -> OrtSession:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Loaded
 from .errors import GateError
+from .loaded import Loaded
 from .roofline import step_bytes
 from .runfolder import hashes, read_io, read_manifest, versions, write_json
 from .sessions import Arrays, OrtSession, TorchSession

@@ -10,24 +10,24 @@ and register a function that builds it from the original::
     def _(cell: nn.Module) -> nn.Module:
         return MyLiftedCell(cell)
 
-`xlstm_cells.py` does this for the `xlstm` package.
+`families/*_cells.py` do this for the published families; docs/adapters.md has an example of your own.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import xlstm_cells  # noqa: F401 - registers the cells of the xlstm package
 from .config import BlockSpec, StateSpec
 from .errors import BuildError
-from .registry import ADAPTERS, AdapterFunction, RecurrentCell, register, run_lifted
+from .families import blocks_cells  # noqa: F401 - registers its cells
+from .registry import ADAPTERS, AdapterFunction, RecurrentCell, count_calls, register, run_lifted
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
 
@@ -39,10 +39,14 @@ class Lifted:
     Attributes:
         module: the copy; call it through `run_lifted`.
         blocks: its recurrent layers in the order of the module tree.
+        replaced: path → (the original cell, the adapter that replaced it), to build a replacement again.
+        outputs: what forward returns on the example inputs, unless there were none.
     """
 
     module: nn.Module
     blocks: tuple[BlockSpec, ...]
+    replaced: Mapping[str, tuple[nn.Module, AdapterFunction]]
+    outputs: Any = None
 
     @property
     def states(self) -> tuple[StateSpec, ...]:
@@ -53,18 +57,23 @@ class Lifted:
         return {s.past: torch.zeros((batch, *s.shape), dtype=dtype) for s in self.states}
 
 
-def lift(module: nn.Module) -> Lifted:
+def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
     """Replace every known cell of `module` on a copy that shares its parameters.
 
+    Args:
+        module: the user's module.
+        example: inputs of its forward, which is run once to count how often each cell is called; without
+            them, every cell is taken to be called once.
+
     Raises:
-        BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, or there
-            is no xLSTM cell at all.
+        BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
+            module does not work, forward never reaches a cell, or there is no xLSTM cell at all.
     """
     replacements: dict[int, nn.Module] = {}
+    replaced: dict[str, tuple[nn.Module, AdapterFunction]] = {}
     recurrent: list[tuple[str, RecurrentCell]] = []
-    covered: set[str] = set()
     for path, child in module.named_modules():
-        if any(path.startswith(f"{parent}.") or parent == "" for parent in covered):
+        if any(path.startswith(f"{parent}.") or parent == "" for parent in replaced):
             continue  # inside a replaced cell
         adapter = _adapter_of(child)
         if adapter is None:
@@ -74,29 +83,90 @@ def lift(module: nn.Module) -> Lifted:
         except BuildError as error:
             raise BuildError(f"{path or '<root>'}: {error.message}", error.hint) from None
         replacements[id(child)] = replacement
-        covered.add(path)
+        replaced[path] = (child, adapter)
         if isinstance(replacement, RecurrentCell):
+            replacement.path = path
             recurrent.append((path, replacement))
-    _refuse_unknown(module, covered)
-    if not any(cell.cell in ("mlstm", "slstm") for _, cell in recurrent):
+    _refuse_unknown(module, set(replaced))
+    # A cell may be of any kind of its own; but a convolution alone is no recurrent model.
+    if all(cell.cell == "conv" for _, cell in recurrent):
         raise BuildError(
             f"{type(module).__name__} holds no xLSTM cell that is known here",
             "known cells: " + ", ".join(sorted(ADAPTERS)),
         )
-
-    blocks = _number(recurrent)
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
-    memo: dict[int, Any] = dict(replacements)
-    memo.update({id(t): t for t in (*module.parameters(), *module.buffers())})
+    lifted = copy_sharing_tensors(module, replacements).eval()
+    inputs = tuple(example)
+    if not inputs:
+        return Lifted(lifted, _number(recurrent, {}), replaced)
+    outputs, calls = _try(lifted, inputs)
+    missing = [path for path, cell in recurrent if cell.state_shapes and cell not in calls]
+    if missing:
+        raise BuildError(
+            f"forward never reaches the cell(s) {', '.join(missing)}",
+            "export a module whose forward uses every cell it holds",
+        )
+    return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+
+
+def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
+    """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
+    if isinstance(result, Tensor):
+        return {single: result}
+    if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
+        return {f"{single}_{index}": r for index, r in enumerate(result)}
+    if isinstance(result, dict) and result and all(isinstance(r, Tensor) for r in result.values()):
+        return {str(key): r for key, r in result.items()}
+    raise BuildError(
+        f"forward returns {type(result).__name__}, which has no names for its tensors",
+        "return a tensor, a tuple of tensors, or a dict of tensors",
+    )
+
+
+def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[RecurrentCell, int]]:
     try:
-        lifted = copy.deepcopy(module, memo)
+        with torch.no_grad():
+            return count_calls(module, inputs)
+    except BuildError:
+        raise
+    except Exception as error:
+        raise BuildError(
+            f"forward fails on the example inputs: {type(error).__name__}: {error}",
+            "the example inputs must have the shapes forward expects",
+        ) from error
+
+
+def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy whose submodules may be replaced; parameters and buffers are the original's.
+
+    Raises:
+        BuildError: something in the module cannot be copied.
+    """
+    known: dict[int, Any] = dict(memo or {})
+    known.update({id(t): t for t in (*module.parameters(), *module.buffers())})
+    try:
+        return copy.deepcopy(module, known)
     except (TypeError, RuntimeError) as error:
         raise BuildError(
             f"{type(module).__name__} cannot be copied: {error}",
             "keep locks, files and non-leaf tensors out of the module's attributes",
         ) from error
-    return Lifted(lifted.eval(), blocks)
+
+
+def block_stacks(lifted: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """The outermost lists of modules every one of which holds a recurrent cell: path → list."""
+    found: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
+    for path, child in lifted.named_modules():
+        if any(path.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) and all(map(_recurs, child)):
+            found.append((path, child))
+    return found
+
+
+def _recurs(module: nn.Module) -> bool:
+    return any(isinstance(part, RecurrentCell) and part.cell != "conv" for part in module.modules())
 
 
 def _adapter_of(module: nn.Module) -> AdapterFunction | None:
@@ -137,8 +207,13 @@ def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
             )
 
 
-def _number(recurrent: list[tuple[str, RecurrentCell]]) -> tuple[BlockSpec, ...]:
-    """Cells with the same parent module form one block; blocks count in the order of the module tree."""
+def _number(
+    recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[RecurrentCell, int]
+) -> tuple[BlockSpec, ...]:
+    """Cells with the same parent module form one block; blocks count in the order of the module tree.
+
+    Every call in a forward pass carries a state of its own, so what is called twice forms two blocks.
+    """
     groups: dict[str, list[tuple[str, RecurrentCell]]] = {}
     for path, cell in recurrent:
         groups.setdefault(path.rpartition(".")[0], []).append((path, cell))
@@ -146,13 +221,16 @@ def _number(recurrent: list[tuple[str, RecurrentCell]]) -> tuple[BlockSpec, ...]
     for members in groups.values():
         # Two cells of one kind under one parent cannot share a block: their states would collide.
         for bundle in _split_by_kind(members):
-            index = len(blocks)
-            states = []
-            for path, cell in bundle:
-                cell.block, cell.path = index, path
-                states += [StateSpec(index, kind, shape) for kind, shape in cell.state_shapes.items()]
-            path, main = next(((p, c) for p, c in bundle if c.cell != "conv"), bundle[0])
-            blocks.append(BlockSpec(index, path, main.cell, main.heads, main.head_dim, tuple(states)))
+            for call in range(max(calls.get(cell, 1) for _, cell in bundle)):
+                index = len(blocks)
+                called = [(path, cell) for path, cell in bundle if calls.get(cell, 1) > call]
+                states = []
+                for _, cell in called:
+                    cell.blocks = (*cell.blocks, index)
+                    states += [StateSpec(index, kind, shape) for kind, shape in cell.state_shapes.items()]
+                path, main = next(((p, c) for p, c in called if c.cell != "conv"), called[0])
+                path = path if call == 0 else f"{path} (call {call + 1})"
+                blocks.append(BlockSpec(index, path, main.cell, main.heads, main.head_dim, tuple(states)))
     return tuple(blocks)
 
 

@@ -71,8 +71,15 @@ def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_
 @click.option("--force", is_flag=True, help="replace an existing run folder")
 @click.option("--stateless", is_flag=True, help="no state inputs and outputs; every call starts fresh")
 @click.option("--last-logits", is_flag=True, help="compute the output for the last position only")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="type the weights are stored in; arithmetic stays FP32",
+)
 def export(
-    checkpoint: str | None, module: str | None, weights: str | None, out: Path, **options: bool
+    checkpoint: str | None, module: str | None, weights: str | None, out: Path, **options: Any
 ) -> None:
     """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
     from . import trace
@@ -80,8 +87,7 @@ def export(
     with _progress() as stage:
         stage("loading")
         loaded = _load(checkpoint, module, weights)
-        stage("tracing")
-        folder = trace.export(loaded, out, command=_command_line(), **options)
+        folder = trace.export(loaded, out, command=_command_line(), progress=stage, **options)
     click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import trace
 from .bench import BenchReport, bench
-from .checkpoint import Loaded
+from .loaded import Loaded
 from .verify import Report, verify
 
 
@@ -53,8 +53,7 @@ def deploy(
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Deployment:
     """Export into `out`, verify, and bench what verified. Arguments as in those stages."""
-    progress("tracing")
-    folder = trace.export(loaded, out, force=force, command=command)
+    folder = trace.export(loaded, out, force=force, command=command, progress=progress)
     verification = verify(
         folder, loaded, data=data, threads=threads, progress=lambda stage: progress(f"verify: {stage}")
     )

@@ -50,12 +50,7 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
         _check_free(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        free = shutil.disk_usage(out.parent).free
-        if bytes_needed > free:
-            raise EnvironmentError_(
-                f"{out.parent} has {free / 1e6:.0f} MB free, {bytes_needed / 1e6:.0f} MB are needed",
-                "free space or choose an output folder on another disk",
-            )
+        require_space(out.parent, bytes_needed)
         # The process id in the name tells a folder in use from one left by a killed process.
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
         try:
@@ -65,6 +60,16 @@ def staged(out: Path, *, force: bool = False, bytes_needed: int = 0) -> Iterator
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise EnvironmentError_ where the disk under `folder` has less than `needed` bytes of room."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise EnvironmentError_(
+            f"{folder} has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB are needed",
+            "free space or choose an output folder on another disk",
+        )
 
 
 @contextlib.contextmanager

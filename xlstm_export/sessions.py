@@ -18,7 +18,7 @@ from .errors import BuildError, EnvironmentError_, InputError
 from .runfolder import IO, MODEL, read_io, read_manifest, readable_os_errors
 
 if TYPE_CHECKING:
-    from .checkpoint import Loaded
+    from .loaded import Loaded
 
 Arrays = dict[str, np.ndarray]
 
@@ -175,9 +175,7 @@ class TorchSession(StatefulSession):
     def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
         import torch
 
-        from . import cells
-
-        lifted = cells.lift(loaded.module)
+        lifted = loaded.lift()
         self._torch = torch
         self._dtype = getattr(torch, dtype)
         # The copy shares the user's parameters, so the conversion must not be in place.
@@ -188,7 +186,7 @@ class TorchSession(StatefulSession):
         self.batch = batch
         states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
         self.io = IoSpec(
-            tuple(_symbolic(name, x, loaded.inputs) for name, x in loaded.inputs.items()), (), states
+            tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items()), (), states
         )
         self._past = lifted.fresh_state(batch, self._dtype)
 
@@ -202,7 +200,7 @@ class TorchSession(StatefulSession):
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         from . import cells
-        from .trace import named_outputs
+        from .cells import named_outputs
 
         tensors = []
         for spec in self.io.inputs:
@@ -226,9 +224,8 @@ def _converted(module: Any, dtype: Any) -> Any:
     return copy.deepcopy(module).to(dtype)
 
 
-def _symbolic(name: str, example: Any, inputs: Mapping[str, Any]) -> TensorSpec:
-    dtype = str(example.dtype).removeprefix("torch.")
-    return TensorSpec(name, dtype, ("B", "S", *(int(d) for d in example.shape[2:])))
+def _symbolic(name: str, example: Any, loaded: Loaded) -> TensorSpec:
+    return TensorSpec(name, str(example.dtype).removeprefix("torch."), loaded.input_dims(name))
 
 
 # --- ONNX Runtime -----------------------------------------------------------------------------------

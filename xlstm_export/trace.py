@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from . import cells, functions, runfolder
-from .checkpoint import Loaded
-from .config import OP_DOMAIN, IoSpec, TensorSpec
-from .errors import BuildError
+from . import cells, functions, graph_weights, runfolder
+from .config import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
+from .errors import BuildError, UsageError
+from .loaded import Dims, Loaded
 from .passes.copy_dims_in_reshape import copy_dims_in_reshape
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
@@ -40,29 +41,42 @@ def export(
     force: bool = False,
     stateless: bool = False,
     last_logits: bool = False,
+    dtype: str = "fp32",
     command: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Path:
-    """Export into the run folder `out`.
+    """Export into the run folder `out`; the model's weights are never in memory all at once.
 
     Args:
         loaded: from `checkpoint.load`.
         out: created; replaced only with `force`.
         stateless: leave the state inputs and outputs away; every call starts fresh.
         last_logits: compute the first output for the last position only.
+        dtype: type the matrices are stored in ("fp32", "bf16", "fp16"); arithmetic is FP32.
         command: recorded in the manifest.
+        progress: called with the name of each stage.
 
     Returns:
         The run folder.
 
     Raises:
         BuildError: the module cannot be lifted or traced.
+        InputError: a weight is damaged or does not fit `dtype`.
         UsageError, EnvironmentError_: see `runfolder.staged`.
     """
-    needed = sum(t.numel() * t.element_size() for t in loaded.module.state_dict().values())
-    with runfolder.staged(out, force=force, bytes_needed=int(needed * 1.1)) as folder:
-        model, spec = trace(loaded, stateless=stateless, last_logits=last_logits)
-        save(model, folder)
+    if dtype not in graph_weights.DTYPES:
+        raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(graph_weights.DTYPES)}")
+    width = graph_weights.DTYPES[dtype].itemsize
+    needed = sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
+    with runfolder.staged(out, force=force, bytes_needed=int(needed * 1.05)) as folder:
+        progress("tracing")
+        model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
+        runfolder.require_space(folder, sum(t.nbytes for t in _initializers(model)))
+        save(model, folder, progress)
         runfolder.write_json(folder / runfolder.IO, spec.to_json())
+        for companion in loaded.companions:
+            shutil.copyfile(companion, folder / companion.name)
+        progress("hashing")
         runfolder.write_manifest(
             folder,
             {
@@ -70,28 +84,38 @@ def export(
                 "model": loaded.name,
                 "origin": loaded.origin,
                 "checkpoint_sha256": loaded.sha256,
-                "options": {"stateless": stateless, "last_logits": last_logits},
+                "options": {"stateless": stateless, "last_logits": last_logits, "dtype": dtype},
             },
         )
     return Path(out)
 
 
-def trace(loaded: Loaded, *, stateless: bool = False, last_logits: bool = False) -> tuple[ir.Model, IoSpec]:
+def trace(
+    loaded: Loaded, *, stateless: bool = False, last_logits: bool = False, dtype: str = "fp32"
+) -> tuple[ir.Model, IoSpec]:
     """The traced and cleaned graph, function bodies attached, and its description."""
-    lifted = cells.lift(loaded.module)
-    wrapper = _Streaming(lifted, len(loaded.inputs), stateless)
+    lifted = loaded.lift(values=False)
+    streamed = loaded.weights is not None
+    module = graph_weights.hollow(lifted.module) if streamed else lifted.module
+    wrapper = _Streaming(module, lifted.states, len(loaded.inputs), stateless)
     example = tuple(loaded.inputs.values())
     past = () if stateless else tuple(lifted.fresh_state(example[0].shape[0]).values())
-    output_names = _output_names(wrapper, example, past, loaded.output)
     states = () if stateless else lifted.states
-    model = _torch_to_ir(wrapper, example, past, list(loaded.inputs), output_names, states)
-    _rename(model, prefix="module.", example=example)
-    _make_contiguous(model)
+    output_names = list(cells.named_outputs(lifted.outputs, loaded.output))
+    _check_reserved(output_names, lifted.states)
+    dims = [loaded.input_dims(name) for name in loaded.inputs]
+    model = _torch_to_ir(wrapper, example, dims, past, list(loaded.inputs), output_names, states)
+    _rename(model, prefix="module.", dims=dims)
+    if streamed:
+        graph_weights.attach_weights(model, loaded, lifted)
+    else:
+        _make_contiguous(model)
     fold_weight_transposes(model)
     _simplify(model)
     copy_dims_in_reshape(model)
     if last_logits:
         keep_last_position(model, output_names[0])
+    graph_weights.narrow_weights(model, dtype)
     _clean(model)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
     _attach_functions(model)
@@ -104,8 +128,16 @@ def trace(loaded: Loaded, *, stateless: bool = False, last_logits: bool = False)
     return model, spec
 
 
-def save(model: ir.Model, folder: Path) -> None:
+def _initializers(model: ir.Model) -> list[ir.TensorProtocol]:
+    return [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+
+
+def save(model: ir.Model, folder: Path, progress: Callable[[str], None] = lambda stage: None) -> None:
     """Write model.onnx and model.onnx.data, weights one at a time, and let the ONNX checker read them."""
+
+    def report(tensor: Any, info: Any) -> None:
+        progress(f"writing weights, {info.index + 1} of {info.total}")
+
     ir.save(
         model,
         folder / runfolder.MODEL,
@@ -115,7 +147,9 @@ def save(model: ir.Model, folder: Path) -> None:
         max_in_flight_bytes=1 << 26,
         alignment=ALIGNMENT,
         align_threshold=ALIGNMENT,
+        callback=report,
     )
+    progress("checking the graph")
     try:
         onnx.checker.check_model(str(folder / runfolder.MODEL))
     except onnx.checker.ValidationError as error:
@@ -125,84 +159,47 @@ def save(model: ir.Model, folder: Path) -> None:
 class _Streaming(nn.Module):
     """The lifted module as a function of tensors: (inputs..., past...) → (outputs..., present...)."""
 
-    def __init__(self, lifted: cells.Lifted, inputs: int, stateless: bool) -> None:
+    def __init__(
+        self, module: nn.Module, states: tuple[StateSpec, ...], inputs: int, stateless: bool
+    ) -> None:
         super().__init__()
-        self.module = lifted.module
-        self._lifted = (lifted,)  # in a tuple, so that it does not register as a submodule
+        self.module = module
+        self._states = states
         self._inputs = inputs
         self._stateless = stateless
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        lifted = self._lifted[0]
         inputs, past = tensors[: self._inputs], tensors[self._inputs :]
         if self._stateless:
             batch = inputs[0].shape[0]
-            states = {s.past: torch.zeros((batch, *s.shape)) for s in lifted.states}
+            states = {s.past: torch.zeros((batch, *s.shape)) for s in self._states}
         else:
-            states = {s.past: t for s, t in zip(lifted.states, past, strict=True)}
+            states = {s.past: t for s, t in zip(self._states, past, strict=True)}
         result, present = cells.run_lifted(self.module, inputs, states)
         # Clones, so that an input that is handed through becomes an output of its own.
-        outputs = tuple(t.clone() for t in named_outputs(result, "y").values())
-        if self._stateless:
-            return outputs
-        missing = [s.present for s in lifted.states if s.present not in present]
-        if missing:
-            raise BuildError(
-                f"forward never reaches the cell(s) behind {', '.join(missing)}",
-                "export a module whose forward uses every cell it holds",
-            )
-        return (*outputs, *(present[s.present] for s in lifted.states))
+        outputs = tuple(t.clone() for t in cells.named_outputs(result, "y").values())
+        return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
 
 
-def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
-    """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
-    if isinstance(result, Tensor):
-        return {single: result}
-    if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
-        return {f"{single}_{index}": r for index, r in enumerate(result)}
-    if isinstance(result, dict) and result and all(isinstance(r, Tensor) for r in result.values()):
-        return {str(key): r for key, r in result.items()}
-    raise BuildError(
-        f"forward returns {type(result).__name__}, which has no names for its tensors",
-        "return a tensor, a tuple of tensors, or a dict of tensors",
-    )
-
-
-def _output_names(
-    wrapper: _Streaming, example: tuple[Tensor, ...], past: tuple[Tensor, ...], single: str
-) -> list[str]:
-    lifted = wrapper._lifted[0]
-    states = dict(zip((s.past for s in lifted.states), past, strict=False)) or lifted.fresh_state(
-        example[0].shape[0]
-    )
-    try:
-        with torch.no_grad():
-            result, _ = cells.run_lifted(lifted.module, example, states)
-    except BuildError:
-        raise
-    except Exception as error:
-        raise BuildError(
-            f"forward fails on the example inputs: {type(error).__name__}: {error}",
-            "the example inputs must have the shapes forward expects",
-        ) from error
-    names = list(named_outputs(result, single))
-    clash = set(names) & {*(s.past for s in lifted.states), *(s.present for s in lifted.states)}
+def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:
+    clash = set(outputs) & {*(s.past for s in states), *(s.present for s in states)}
     if clash:
         raise BuildError(f"output name(s) {', '.join(sorted(clash))} are reserved for states")
-    return names
 
 
 def _torch_to_ir(
     wrapper: nn.Module,
     example: tuple[Tensor, ...],
+    dims: list[Dims],
     past: tuple[Tensor, ...],
     input_names: list[str],
     output_names: list[str],
     states: tuple[Any, ...],
 ) -> ir.Model:
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = (*({0: dynamic, 1: dynamic} for _ in example), *({0: dynamic} for _ in past))
+    named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
+    shapes = (*named, *({0: dynamic} for _ in past))
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -233,7 +230,7 @@ def _torch_to_ir(
     return program.model
 
 
-def _rename(model: ir.Model, *, prefix: str, example: tuple[Tensor, ...]) -> None:
+def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
     """Weights carry the names of the user's module; dimensions are called B and S."""
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -244,9 +241,9 @@ def _rename(model: ir.Model, *, prefix: str, example: tuple[Tensor, ...]) -> Non
     symbols: dict[str, str] = {}
     for position, value in enumerate(graph.inputs):
         assert value.shape is not None
-        letters = "BS" if position < len(example) else "B"
+        letters = dims[position] if position < len(dims) else ("B",)
         for letter, dim in zip(letters, value.shape, strict=False):
-            if not isinstance(dim, int):
+            if not isinstance(dim, int) and isinstance(letter, str):
                 symbols[str(dim)] = letter
     values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
     for value in values:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from . import data as evaluation
-from .checkpoint import Loaded
 from .compare import Difference, compare_states, difference
 from .config import CHUNK, IoSpec
 from .errors import UsageError
+from .loaded import Loaded
 from .runfolder import hashes, read_io, read_manifest, write_json
 from .sessions import Arrays, OrtSession, TorchSession, load_state, save_state
 
@@ -366,7 +366,7 @@ class _Run:
         """The user's own forward in float64 on a copy; it has no state and knows nothing of us."""
         import torch
 
-        from .trace import named_outputs
+        from .cells import named_outputs
 
         if self._double is None:
             self._double = copy.deepcopy(self.loaded.module).double()

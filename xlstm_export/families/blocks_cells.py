@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .errors import BuildError
-from .registry import RecurrentCell, register
+from .. import ops
+from ..errors import BuildError
+from ..registry import RecurrentCell, register
 
 # Block-diagonal weights are merged up to this width: a 4 x 4 block is too small for any matrix unit,
 # while the zeros of a 64 x 64 one cost less than the call overhead they save.
@@ -166,7 +166,7 @@ class MergedHeadwiseLinear(nn.Module):
             g for g in range(1, count + 1) if count % g == 0 and (g == 1 or g * in_dim <= BLOCK_WIDTH)
         )
         blocks = weight.reshape(count // merge, merge, out_dim, in_dim)
-        merged = torch.zeros(count // merge, merge, in_dim, merge, out_dim, dtype=weight.dtype)
+        merged = weight.new_zeros(count // merge, merge, in_dim, merge, out_dim)
         for g in range(merge):
             merged[:, g, :, g, :] = blocks[:, g].transpose(1, 2)
         merged = merged.reshape(count // merge, merge * in_dim, merge * out_dim)

@@ -1,0 +1,189 @@
+"""The weights of a traced graph: read from the checkpoint while the graph is written, in the type asked for.
+
+A model whose weights are not in memory is traced with stand-ins (`hollow`). `attach_weights` then gives every
+initializer its values: at once where passes may want to look at them, otherwise when the file is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from . import lazy
+from .cells import Lifted
+from .errors import BuildError, InputError
+from .loaded import Loaded, with_weights
+
+DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "bf16": ir.DataType.BFLOAT16,
+    "fp16": ir.DataType.FLOAT16,
+}
+FP16_MAX = 65504.0
+
+
+def hollow(module: nn.Module) -> nn.Module:
+    """A copy whose meta tensors are CPU tensors of one element, expanded: shape and type without memory."""
+    module = copy.deepcopy(module)
+    made: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            made[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+        return made[id(tensor)]
+
+    for owner in module.modules():
+        tensors = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if tensor.is_meta:
+                setattr(owner, name, stand_in(tensor))
+    return module
+
+
+def attach_weights(model: ir.Model, loaded: Loaded, lifted: Lifted) -> None:
+    """Replace the stand-ins among the initializers of `model` by what the checkpoint holds."""
+    values = _Values(loaded, lifted)
+    module = lifted.module
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name, value in model.graph.initializers.items():
+        if name not in named or not named[name].is_meta or value.const_value is None:
+            continue
+        tensor = lazy.lazy(
+            lambda name=name: values.read(name).numpy(),  # type: ignore[misc]
+            ir.DataType.FLOAT,
+            tuple(named[name].shape),
+            name,
+        )
+        value.const_value = ir.Tensor(tensor.numpy(), name=name) if tensor.size <= lazy.SMALL else tensor
+
+
+class _Values:
+    """Values of the lifted module's tensors by name, at most one cell of them in memory.
+
+    A replaced cell may store its weights in another form; the adapter is run again on the cell with its
+    weights in, so that adapters need to know nothing of all this.
+    """
+
+    def __init__(self, loaded: Loaded, lifted: Lifted) -> None:
+        assert loaded.weights is not None
+        self._weights = loaded.weights
+        self._replaced = lifted.replaced
+        self._cell: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def read(self, name: str) -> Tensor:
+        path = next((p for p in self._replaced if name.startswith(f"{p}.") or p == ""), None)
+        if path is None:
+            if name not in self._weights:
+                raise BuildError(
+                    f"{name} is part of the graph but not stored in the checkpoint",
+                    "a buffer must be persistent to be exported",
+                )
+            return self._weights[name].read().to(torch.float32).contiguous()
+        if self._cell[0] != path or not self._cell[1]:
+            self._cell = ("", {})  # freed before the next one is read
+            original, adapter = self._replaced[path]
+            replacement = adapter(with_weights(original, self._weights, path=path))
+            self._cell = (path, dict(_tensors(replacement)))
+        return self._cell[1][name[len(path) + 1 if path else 0 :]].to(torch.float32).contiguous()
+
+
+def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
+    found = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def narrow_weights(model: ir.Model, dtype: str) -> int:
+    """Store the matrices of the graph as `dtype`, with a Cast to FP32 where they are used.
+
+    Matrices are what products and table look-ups read, and the recurrent weights R; vectors (biases, norm
+    weights) are few bytes and stay FP32. All arithmetic stays FP32, so the exported function is that of the
+    rounded weights, and of the very weights where the checkpoint is of that type already.
+
+    Returns:
+        How many initializers are stored in `dtype` now.
+    """
+    target = DTYPES[dtype]
+    if target == ir.DataType.FLOAT:
+        return 0
+    graph = model.graph
+    count = 0
+    for name, value in list(graph.initializers.items()):
+        source = value.const_value
+        uses = list(value.uses())
+        if source is None or source.dtype != ir.DataType.FLOAT or not any(_is_matrix(use) for use in uses):
+            continue
+        narrow = ir.Value(
+            name=name,
+            shape=source.shape,
+            type=ir.TensorType(target),
+            const_value=_converted(source, target, name),
+        )
+        del graph.initializers[name]
+        graph.register_initializer(narrow)
+        _widen(graph, value, narrow, uses)
+        count += 1
+    return count
+
+
+# operator → inputs that are matrices
+MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Gather": (0,), "XlstmSlstm": (1,)}
+
+
+def _is_matrix(use: ir.Usage) -> bool:
+    return use.idx in MATRICES.get(use.node.op_type, ())
+
+
+def _widen(graph: ir.Graph, old: ir.Value, narrow: ir.Value, uses: list[ir.Usage]) -> None:
+    """Casts to FP32: of the rows that a look-up picks, not of its table; else one for all readers."""
+    whole: ir.Node | None = None
+    first = min(uses, key=lambda use: _position(graph, use.node)).node
+    for use in uses:
+        if use.node.op_type == "Gather" and use.idx == 0:
+            use.node.replace_input_with(0, narrow)
+            rows = use.node.outputs[0]
+            cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT})
+            cast.outputs[0].shape, cast.outputs[0].type = rows.shape, ir.TensorType(ir.DataType.FLOAT)
+            rows.type = ir.TensorType(narrow.dtype)  # type: ignore[arg-type]
+            for other in list(rows.uses()):
+                other.node.replace_input_with(other.idx, cast.outputs[0])
+            cast.replace_input_with(0, rows)
+            graph.insert_after(use.node, cast)
+            continue
+        if whole is None:
+            whole = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT})
+            whole.outputs[0].shape, whole.outputs[0].type = narrow.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.insert_before(first, whole)
+        use.node.replace_input_with(use.idx, whole.outputs[0])
+    assert not list(old.uses())
+
+
+def _position(graph: ir.Graph, node: ir.Node) -> int:
+    return next(index for index, other in enumerate(graph) if other is node)
+
+
+def _converted(source: ir.TensorProtocol, target: ir.DataType, name: str) -> ir.TensorProtocol:
+    def compute() -> np.ndarray:
+        array = source.numpy()
+        if target == ir.DataType.FLOAT16:
+            largest = float(np.abs(array).max(initial=0.0))
+            if largest > FP16_MAX:
+                raise InputError(
+                    f"{name} holds {largest:g}, beyond the largest FP16 number ({FP16_MAX:g})",
+                    "export with --dtype bf16 or fp32",
+                )
+        kind = torch.bfloat16 if target == ir.DataType.BFLOAT16 else torch.float16
+        return torch.from_numpy(array).to(kind).view(torch.int16).numpy().view(target.numpy())
+
+    return lazy.lazy(compute, target, [int(dim) for dim in source.shape], name)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""What every door of `checkpoint` returns: a module, where its weights are, and how to call it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cells
+from .config import ModelSpec
+from .errors import InputError, UsageError
+from .runfolder import sha256
+from .weights import Weights
+
+Dims = tuple[int | str, ...]
+
+
+def _nothing(module: nn.Module) -> None:
+    """Default of the two hooks below."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be lifted and traced.
+
+    Attributes:
+        skeleton: the user's module in eval mode, on the meta device where `weights` holds its values. No
+            stage modifies it.
+        inputs: example inputs by graph input name, in the order of `forward`, two rows and positions at
+            least.
+        output: name of the graph output when `forward` returns a single tensor.
+        origin: how to load it again: checkpoint path, or module and weights.
+        files: config and weight files, for their hashes.
+        weights: the values of the skeleton's state_dict, read one at a time; None for a module that has them.
+        finish: called on the module once its weights are in: ties shared tensors, makes what no file stores.
+        exact: called on a copy of the module that serves as reference: switches off the rounding to less
+            than the weights' type that some upstream code does by itself.
+        dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
+        companions: files carried along into the run folder (tokenizer).
+        streams: whether states are carried unless the user says otherwise.
+    """
+
+    skeleton: nn.Module
+    inputs: dict[str, Tensor]
+    output: str
+    name: str
+    origin: dict[str, str]
+    files: tuple[Path, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    context_length: int | None = None
+    vocab_size: int | None = None
+    weights: Weights | None = None
+    finish: Callable[[nn.Module], None] = _nothing
+    exact: Callable[[nn.Module], None] = _nothing
+    dims: Mapping[str, Dims] = field(default_factory=dict)
+    companions: tuple[Path, ...] = ()
+    streams: bool = True
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The module with its weights in memory, float32; read when first asked for."""
+        if self.weights is None:
+            return self.skeleton
+        return with_weights(self.skeleton, self.weights, self.finish)
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Hash per weight and config file."""
+        return {path.name: sha256(path) for path in self.files}
+
+    def lift(self, *, values: bool = True) -> cells.Lifted:
+        """The module with its state outside; without `values` on the meta device where that is possible."""
+        if values or self.weights is None:
+            return cells.lift(self.module, self.inputs.values())
+        return cells.lift(self.skeleton, [x.to("meta") for x in self.inputs.values()])
+
+    def input_dims(self, name: str) -> Dims:
+        """Symbolic shape of an input."""
+        return self.dims.get(name) or ("B", "S", *self.inputs[name].shape[2:])
+
+    def spec(self) -> ModelSpec:
+        """Blocks, heads, dims, states and parameter counts."""
+        tables = {id(m.weight): m.weight for m in self.skeleton.modules() if isinstance(m, nn.Embedding)}
+        # A table tied to an output head is read in full at every step, so it counts.
+        heads = {id(m.weight) for m in self.skeleton.modules() if isinstance(m, nn.Linear)}
+        unread = sum(w.numel() for key, w in tables.items() if key not in heads)
+        total = sum(p.numel() for p in self.skeleton.parameters())
+        return ModelSpec(
+            name=self.name,
+            parameters=total,
+            parameters_read=total - unread,
+            blocks=self.lift(values=False).blocks,
+            context_length=self.context_length,
+            vocab_size=self.vocab_size,
+            config=self.config,
+        )
+
+    def truncated(self, num_blocks: int) -> Loaded:
+        """The model with only the first blocks of its stack, head and embedding as they are.
+
+        Raises:
+            UsageError: it has no stack of blocks, or no more than that many.
+        """
+        stacks = cells.block_stacks(self.lift(values=False).module)
+        if len(stacks) != 1:
+            raise UsageError(
+                f"{self.name} has {len(stacks)} stacks of blocks, so it cannot be cut after some of them",
+                "only a model with one nn.ModuleList of blocks can",
+            )
+        path = stacks[0][0]
+        module = cells.copy_sharing_tensors(self.skeleton)
+        stack: Any = module.get_submodule(path)
+        if not 1 <= num_blocks <= len(stack):
+            raise UsageError(f"--num-blocks {num_blocks}: the model has {len(stack)} blocks")
+        del stack[num_blocks:]
+        weights = self.weights
+        if weights is not None:
+            gone = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+            weights = {
+                name: weight
+                for name, weight in weights.items()
+                if not ((found := gone.match(name)) and int(found[1]) >= num_blocks)
+            }
+        return replace(self, skeleton=module, weights=weights)
+
+
+def with_weights(
+    skeleton: nn.Module, weights: Weights, finish: Callable[[nn.Module], None] = _nothing, path: str = ""
+) -> nn.Module:
+    """A copy of `skeleton` (a submodule at `path`) with its values, float32; nothing else is read."""
+    module = copy.deepcopy(skeleton)
+    prefix = f"{path}." if path else ""
+    state = {name: weights[prefix + name].read().to(torch.float32) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    finish(module)
+    return module.eval()
+
+
+def check_fit(module: nn.Module, weights: Weights, where: Path, hint: str) -> None:
+    """Compare names, shapes and types of `weights` with what the module of a config expects.
+
+    Raises:
+        InputError: with the first differences.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = [f"missing in the weights: {name}" for name in expected if name not in weights]
+    problems += [f"not in the config's model: {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name}: weights {weight.shape}, config {expected[name]}"
+        for name, weight in weights.items()
+        if name in expected and weight.shape != expected[name]
+    ]
+    problems += [
+        f"{name}: weights are {str(weight.dtype).removeprefix('torch.')}, not floating point"
+        for name, weight in weights.items()
+        if name in expected and not weight.dtype.is_floating_point  # quantized, the scales are elsewhere
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:12])
+        more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise InputError(f"{where} does not fit the config:\n  {shown}{more}", hint)
+
+
+def context_length(module: nn.Module) -> int | None:
+    """The shortest context length any xLSTM part of the module was built for."""
+    found = (getattr(getattr(m, "config", None), "context_length", None) for m in module.modules())
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)

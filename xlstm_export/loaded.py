@@ -137,7 +137,7 @@ def with_weights(
     """A copy of `skeleton` (a submodule at `path`) with its values, float32; nothing else is read."""
     module = copy.deepcopy(skeleton)
     prefix = f"{path}." if path else ""
-    state = {name: weights[prefix + name].read().to(torch.float32) for name in module.state_dict()}
+    state = {name: weights[prefix + name].read().to(torch.float32).contiguous() for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
     finish(module)
     return module.eval()

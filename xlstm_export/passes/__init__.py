@@ -1,1 +1,63 @@
-"""Small graph passes over `onnx_ir.Model`, one file each; a file's docstring lists the cases it handles."""
+"""Graph passes: one short function per file, whose docstring lists its cases, and the order they run in.
+
+A pass takes a model, changes it in place and returns how often it fired. None asks a large weight for its
+values. All keep every bit of ONNX Runtime's results, but those in `ROUNDING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from .cancel_casts import cancel_casts
+from .cancel_concats import cancel_concats
+from .cancel_transposes import cancel_transposes
+from .canonical_gelu import canonical_gelu
+from .canonical_rms_norm import canonical_rms_norm
+from .copy_dims_in_reshape import copy_dims_in_reshape
+from .drop_expands import drop_expands
+from .drop_unused import drop_unused
+from .fold_weight_transposes import fold_weight_transposes
+from .fuse_layer_norm import fuse_layer_norm
+from .fuse_projections import fuse_projections
+from .merge_views import merge_views
+from .name_boundaries import name_boundaries
+from .sink_splits import sink_splits
+
+# In this order, again and again until none fires. Each takes something away that no other brings back
+# (nodes, steps of a chain, shapes that are computed), so this ends.
+PASSES: tuple[Callable[[ir.Model], int], ...] = (
+    fold_weight_transposes,
+    cancel_casts,
+    cancel_transposes,
+    copy_dims_in_reshape,
+    merge_views,
+    drop_expands,
+    fuse_layer_norm,
+    canonical_rms_norm,
+    canonical_gelu,
+    fuse_projections,
+    sink_splits,
+    cancel_concats,
+    drop_unused,
+)
+ROUNDING = frozenset({"fuse_layer_norm", "canonical_rms_norm"})
+
+
+def run_passes(model: ir.Model) -> dict[str, int]:
+    """Apply all passes in place until none fires any more.
+
+    Values must carry their shapes, as tracing leaves them, and dimensions their names.
+
+    Returns:
+        How often each pass fired, by name, in the order they run.
+    """
+    fired = {graph_pass.__name__: 0 for graph_pass in PASSES}
+    while True:
+        round_ = {graph_pass.__name__: graph_pass(model) for graph_pass in PASSES}
+        if not any(round_.values()):
+            break
+        for name, count in round_.items():
+            fired[name] += count
+    return {**fired, name_boundaries.__name__: name_boundaries(model)}

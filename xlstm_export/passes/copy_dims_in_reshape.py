@@ -8,6 +8,7 @@ Cases:
    such piece stands at the index of the dimension it reads, where the data has the same symbol: zero.
 2. A piece that reads a dimension the data does not have at that index: the node is left alone.
 3. `allowzero=1` is dropped together with it (TensorRT 10.3 does not need to know it then).
+4. Where tracing lost the shape of the result, it is written down: later passes ask for it.
 """
 
 from __future__ import annotations
@@ -23,18 +24,29 @@ def copy_dims_in_reshape(model: ir.Model) -> int:
     for node in list(graph):
         if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        target = _constant_target(node.inputs[0], node.inputs[1])
+        target = constant_target(node.inputs[0], node.inputs[1])
         if target is None:
             continue
         shape = ir.node("Constant", [], {"value": ir.tensor(np.array(target, dtype=np.int64))})
         graph.insert_before(node, shape)
         node.replace_input_with(1, shape.outputs[0])
         node.attributes.pop("allowzero", None)
+        _note_shape(node, target)
         count += 1
     return count
 
 
-def _constant_target(data: ir.Value, shape: ir.Value) -> list[int] | None:
+def _note_shape(node: ir.Node, target: list[int]) -> None:
+    data, result = node.inputs[0], node.outputs[0]
+    assert data is not None
+    assert data.shape is not None
+    before = list(result.shape) if result.shape is not None else [None] * len(target)
+    dims = [data.shape[i] if want == 0 else want if want > 0 else before[i] for i, want in enumerate(target)]
+    result.shape = ir.Shape(dims)
+
+
+def constant_target(data: ir.Value, shape: ir.Value) -> list[int] | None:
+    """The target [0, 0, constants] that says what `shape` says of `data`; None where none does."""
     concat = shape.producer()
     if concat is None or concat.op_type != "Concat" or data.shape is None:
         return None

@@ -2,7 +2,7 @@
 
 Cases:
 1. An initializer consumed only by Transpose nodes of one permutation: replaced by an initializer named
-   `<weight>.T`. The data is permuted while the file is written, a few megabytes at a time.
+   `<weight>.T`. The data is permuted while the file is written.
 2. A 2-D initializer that others use too (weights tied with an embedding table) and whose transpose feeds
    only MatMuls: each MatMul becomes Reshape → Gemm(transB=1) → Reshape on the one stored copy.
 3. Anything else is left alone.
@@ -10,12 +10,10 @@ Cases:
 
 from __future__ import annotations
 
-from typing import BinaryIO
-
 import numpy as np
 import onnx_ir as ir
 
-WRITE_BLOCK = 1 << 23  # bytes
+from .. import lazy
 
 
 def fold_weight_transposes(model: ir.Model) -> int:
@@ -43,27 +41,13 @@ def _store_transposed(graph: ir.Graph, weight: ir.Value, nodes: list[ir.Node], p
     assert source is not None
     assert weight.name is not None
     name = f"{weight.name}.T"
-    view = _TransposedTensor(source.numpy().transpose(perm), dtype=source.dtype, name=name)
+    view = lazy.transposed(source, perm, name)
     transposed = ir.Value(name=name, shape=view.shape, type=ir.TensorType(source.dtype), const_value=view)
     graph.register_initializer(transposed)
     for node in nodes:
         node.outputs[0].replace_all_uses_with(transposed)
         graph.remove(node, safe=True)
     del graph.initializers[weight.name]
-
-
-class _TransposedTensor(ir.Tensor):
-    """A strided view that is made contiguous block by block on its way into a file."""
-
-    def numpy(self) -> np.ndarray:
-        return np.ascontiguousarray(self.raw)
-
-    def tofile(self, file: BinaryIO) -> None:
-        array = self.raw
-        row_bytes = max(1, array[0].nbytes)
-        rows = max(1, WRITE_BLOCK // row_bytes)
-        for start in range(0, len(array), rows):
-            file.write(np.ascontiguousarray(array[start : start + rows]).data)
 
 
 def _feeds_matmul_weight(transpose: ir.Node) -> bool:

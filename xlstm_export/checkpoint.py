@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import InputError, UsageError
-from .families import blocks
+from .families import blocks, huggingface, large
 from .families.own import load_module
+from .files import find_config, read_config
 from .loaded import Loaded
 
 __all__ = ["Loaded", "load", "load_checkpoint", "load_module"]
@@ -45,4 +46,9 @@ def load_checkpoint(path: Path) -> Loaded:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
+    if huggingface.matches(path):
+        return huggingface.load(path)
+    config = find_config(path)
+    if config is not None and large.matches(read_config(config)):
+        return large.load(path)
     return blocks.load(path)

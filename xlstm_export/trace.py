@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,7 @@ from . import cells, functions, graph_weights, runfolder
 from .config import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, UsageError
 from .loaded import Dims, Loaded
-from .passes.copy_dims_in_reshape import copy_dims_in_reshape
-from .passes.fold_weight_transposes import fold_weight_transposes
+from .passes import fold_weight_transposes, run_passes
 from .passes.last_position import keep_last_position
 
 IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
@@ -110,15 +111,19 @@ def trace(
         graph_weights.attach_weights(model, loaded, lifted)
     else:
         _make_contiguous(model)
-    fold_weight_transposes(model)
+    nodes_before = len(list(model.graph))
+    folded = fold_weight_transposes(model)  # before constants are folded, or small weights lose their names
     _simplify(model)
-    copy_dims_in_reshape(model)
+    fired = run_passes(model)
+    fired[fold_weight_transposes.__name__] += folded
     if last_logits:
         keep_last_position(model, output_names[0])
     graph_weights.narrow_weights(model, dtype)
     _clean(model)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
     _attach_functions(model)
+    model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
+    model.metadata_props["xlstm_export.passes"] = json.dumps(fired)
     outputs = [o for o in model.graph.outputs if o.name in output_names]
     spec = IoSpec(
         tuple(_tensor_spec(v) for v in model.graph.inputs[: len(loaded.inputs)]),
@@ -167,6 +172,7 @@ class _Streaming(nn.Module):
         self._states = states
         self._inputs = inputs
         self._stateless = stateless
+        _mark_boundaries(module)
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -180,6 +186,26 @@ class _Streaming(nn.Module):
         # Clones, so that an input that is handed through becomes an output of its own.
         outputs = tuple(t.clone() for t in cells.named_outputs(result, "y").values())
         return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
+
+
+def _mark_boundaries(module: nn.Module) -> None:
+    """Have every block of the residual stack mark its result, so that the graph can be cut behind it."""
+    stack = [block for _, blocks in cells.block_stacks(module) for block in blocks]
+    if any(len(cell.blocks) > 1 for cell in module.modules() if isinstance(cell, cells.RecurrentCell)):
+        return  # a block that is called twice has no place of its own in the graph
+    for index, block in enumerate(stack):
+        block.register_forward_hook(partial(_mark, index))
+
+
+def _mark(index: int, block: nn.Module, inputs: Any, result: Any) -> Any:
+    several = isinstance(result, tuple)
+    x = result[0] if several else result
+    if not isinstance(x, Tensor) or not torch.onnx.is_in_onnx_export():
+        return result
+    marked = torch.onnx.ops.symbolic(
+        f"{OP_DOMAIN}::Boundary", (x,), {"block": index}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return (marked, *result[1:]) if several else marked
 
 
 def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:

@@ -80,7 +80,10 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 def constant(array: Sequence[int] | np.ndarray) -> ir.Node:
     """A Constant node; integers become INT64."""
-    return ir.node("Constant", [], {"value": ir.tensor(np.asarray(array))})
+    tensor = ir.tensor(np.asarray(array))
+    node = ir.node("Constant", [], {"value": tensor})
+    node.outputs[0].shape, node.outputs[0].type = tensor.shape, ir.TensorType(tensor.dtype)
+    return node
 
 
 def typed(value: ir.Value, like: ir.Value, shape: Sequence[Any] | None) -> ir.Value:

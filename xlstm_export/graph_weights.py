@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import lazy
 from .cells import Lifted
-from .errors import BuildError, InputError
+from .errors import BuildError
 from .loaded import Loaded, with_weights
 
 DTYPES = {
@@ -24,7 +24,6 @@ DTYPES = {
     "bf16": ir.DataType.BFLOAT16,
     "fp16": ir.DataType.FLOAT16,
 }
-FP16_MAX = 65504.0
 
 
 def hollow(module: nn.Module) -> nn.Module:
@@ -48,7 +47,7 @@ def hollow(module: nn.Module) -> nn.Module:
 
 def attach_weights(model: ir.Model, loaded: Loaded, lifted: Lifted) -> None:
     """Replace the stand-ins among the initializers of `model` by what the checkpoint holds."""
-    values = _Values(loaded, lifted)
+    values = LiftedWeights(loaded, lifted)
     module = lifted.module
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -66,7 +65,7 @@ def attach_weights(model: ir.Model, loaded: Loaded, lifted: Lifted) -> None:
         value.const_value = ir.Tensor(tensor.numpy(), name=name) if tensor.size <= lazy.SMALL else tensor
 
 
-class _Values:
+class LiftedWeights:
     """Values of the lifted module's tensors by name, at most one cell of them in memory.
 
     A replaced cell may store its weights in another form; the adapter is run again on the cell with its
@@ -80,6 +79,7 @@ class _Values:
         self._cell: tuple[str, dict[str, Tensor]] = ("", {})
 
     def read(self, name: str) -> Tensor:
+        """A tensor of the lifted module, float32."""
         path = next((p for p in self._replaced if name.startswith(f"{p}.") or p == ""), None)
         if path is None:
             if name not in self._weights:
@@ -108,8 +108,8 @@ def narrow_weights(model: ir.Model, dtype: str) -> int:
     """Store the matrices of the graph as `dtype`, with a Cast to FP32 where they are used.
 
     Matrices are what products and table look-ups read, and the recurrent weights R; vectors (biases, norm
-    weights) are few bytes and stay FP32. All arithmetic stays FP32, so the exported function is that of the
-    rounded weights, and of the very weights where the checkpoint is of that type already.
+    weights) are few bytes and stay FP32, as does all arithmetic. `Loaded.stored_as` has rounded the weights,
+    so nothing is lost here.
 
     Returns:
         How many initializers are stored in `dtype` now.
@@ -174,16 +174,10 @@ def _position(graph: ir.Graph, node: ir.Node) -> int:
 
 
 def _converted(source: ir.TensorProtocol, target: ir.DataType, name: str) -> ir.TensorProtocol:
+    kind = torch.bfloat16 if target == ir.DataType.BFLOAT16 else torch.float16
+
     def compute() -> np.ndarray:
-        array = source.numpy()
-        if target == ir.DataType.FLOAT16:
-            largest = float(np.abs(array).max(initial=0.0))
-            if largest > FP16_MAX:
-                raise InputError(
-                    f"{name} holds {largest:g}, beyond the largest FP16 number ({FP16_MAX:g})",
-                    "export with --dtype bf16 or fp32",
-                )
-        kind = torch.bfloat16 if target == ir.DataType.BFLOAT16 else torch.float16
-        return torch.from_numpy(array).to(kind).view(torch.int16).numpy().view(target.numpy())
+        narrow = torch.from_numpy(source.numpy()).to(kind)
+        return narrow.view(torch.int16).numpy().view(target.numpy())
 
     return lazy.lazy(compute, target, [int(dim) for dim in source.shape], name)  # type: ignore[arg-type]

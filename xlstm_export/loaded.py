@@ -102,6 +102,32 @@ class Loaded:
             config=self.config,
         )
 
+    def stored_as(self, dtype: str) -> Loaded:
+        """The model with its matrices (tensors of two dimensions or more) rounded to `dtype`.
+
+        An export in that type computes this model, in FP32 arithmetic; it is the very model where the
+        checkpoint is of that type already.
+
+        Args:
+            dtype: "fp32" (nothing changes), "bf16" or "fp16".
+
+        Raises:
+            InputError: when a weight is read that FP16 cannot hold.
+        """
+        kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        if kind is None:
+            return self
+        if self.weights is not None:
+            weights = {
+                n: w.through(_rounding(n, kind)) if _is_matrix(w) else w for n, w in self.weights.items()
+            }
+            return replace(self, weights=weights)
+        module = copy.deepcopy(self.skeleton)
+        for name, parameter in module.named_parameters():
+            if _is_matrix(parameter):
+                parameter.data = _rounding(name, kind)(parameter.data).to(torch.float32)
+        return replace(self, skeleton=module)
+
     def truncated(self, num_blocks: int) -> Loaded:
         """The model with only the first blocks of its stack, head and embedding as they are.
 
@@ -131,13 +157,36 @@ class Loaded:
         return replace(self, skeleton=module, weights=weights)
 
 
+def _is_matrix(tensor: Any) -> bool:
+    return len(tensor.shape) >= 2 and tensor.dtype.is_floating_point
+
+
+def _rounding(name: str, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dtype == kind:
+            return tensor
+        narrow = tensor.to(kind)
+        if not tensor.is_meta and not torch.isfinite(narrow).all():
+            largest = float(tensor.abs().max())
+            raise InputError(
+                f"{name} holds {largest:g}, beyond the largest number of the type it is to be stored in "
+                f"({torch.finfo(kind).max:g})",
+                "export with --dtype bf16 or fp32",
+            )
+        return narrow
+
+    return change
+
+
 def with_weights(
     skeleton: nn.Module, weights: Weights, finish: Callable[[nn.Module], None] = _nothing, path: str = ""
 ) -> nn.Module:
     """A copy of `skeleton` (a submodule at `path`) with its values, float32; nothing else is read."""
     module = copy.deepcopy(skeleton)
     prefix = f"{path}." if path else ""
-    state = {name: weights[prefix + name].read().to(torch.float32).contiguous() for name in module.state_dict()}
+    state = {
+        name: weights[prefix + name].read().to(torch.float32).contiguous() for name in module.state_dict()
+    }
     module.load_state_dict(state, assign=True)
     finish(module)
     return module.eval()

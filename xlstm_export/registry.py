@@ -88,10 +88,16 @@ class RecurrentCell(nn.Module):
 
 
 def run_lifted(
-    module: nn.Module, args: tuple[Tensor, ...], past: Mapping[str, Tensor]
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    past: Mapping[str, Tensor],
+    present: dict[str, Tensor] | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """One forward pass: the module's own result, and the present states by graph output name."""
-    scope = _Scope(past)
+    """One forward pass: the module's own result, and the present states by graph output name.
+
+    States are put into `present` as soon as they are known, where the caller gives one.
+    """
+    scope = _Scope(past, {} if present is None else present)
     return _run(module, args, scope), scope.present
 
 

@@ -28,7 +28,8 @@ from . import cells, functions, graph_weights, runfolder
 from .config import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, UsageError
 from .loaded import Dims, Loaded
-from .passes import fold_weight_transposes, run_passes
+from .passes import run_passes
+from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
 
 IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
@@ -95,6 +96,7 @@ def trace(
     loaded: Loaded, *, stateless: bool = False, last_logits: bool = False, dtype: str = "fp32"
 ) -> tuple[ir.Model, IoSpec]:
     """The traced and cleaned graph, function bodies attached, and its description."""
+    loaded = loaded.stored_as(dtype)
     lifted = loaded.lift(values=False)
     streamed = loaded.weights is not None
     module = graph_weights.hollow(lifted.module) if streamed else lifted.module

@@ -60,9 +60,9 @@ class Weight:
         return tensor
 
     def through(self, change: Callable[[Tensor], Tensor]) -> Weight:
-        """This weight in another layout; `change` is also tried on a tensor without values."""
+        """This weight in another layout or type; `change` is also tried on a tensor without values."""
         like = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return replace(self, shape=tuple(like.shape), load=lambda: change(self.load()))
+        return replace(self, shape=tuple(like.shape), dtype=like.dtype, load=lambda: change(self.read()))
 
 
 Weights = dict[str, Weight]

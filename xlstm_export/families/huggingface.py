@@ -73,7 +73,7 @@ def load(path: Path) -> Loaded:
     _check_fields(config, xLSTMConfig, config_path)
     check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
     causal = not any(name.startswith("blocks.") for name in weights)
-    settings = {**config, **NATIVE, "weight_mode": weight_mode(weights), "use_cache": False}
+    settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": weight_mode(weights), "use_cache": False}
     # True: a Hugging Face model never hands states out unless it is given a cache.
     settings["return_last_states"] = True
     try:

@@ -97,4 +97,4 @@ def full_precision_norms(module: torch.nn.Module) -> None:
     """Upstream's norms reduce in FP32 even in a float64 model; a reference must not."""
     for part in module.modules():
         if hasattr(part, "force_float32_reductions"):
-            part.force_float32_reductions = False
+            part.force_float32_reductions = False  # type: ignore[assignment]

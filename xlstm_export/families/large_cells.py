@@ -1,6 +1,7 @@
 """The mLSTM layer of the 7B architecture (arXiv 2503.13427); importing this module registers it.
 
-`xlstm.xlstm_large` and `transformers` each have one. Heads are never transposed: the operator takes (B, S, H, D) as the projections give it.
+`xlstm.xlstm_large` and `transformers` each have one. Heads are never transposed: the operator takes
+(B, S, H, D) as the projections give it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,338 @@
+"""Verification of models that do not fit the memory: block by block, or with the first blocks only.
+
+`verify_per_block` goes through the whole depth with the weights of one block in memory. Three parties, as in
+`verify`: upstream's own blocks and the lifted ones, both in float64, and the exported graph, cut at the ends
+of its blocks. `verify_first_blocks` runs the whole of `verify` on a truncated model against the same blocks
+of the exported graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from . import cells, graph_cut
+from .cells import named_outputs
+from .compare import compare_states
+from .config import CHUNK, IoSpec, StateSpec
+from .errors import EnvironmentError_, UsageError
+from .graph_weights import LiftedWeights
+from .loaded import Loaded
+from .runfolder import (
+    IO,
+    MODEL,
+    MODEL_DATA,
+    hashes,
+    read_io,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from .sessions import Arrays
+from .streamed import Streamed
+from .verify import LIMITS, Check, Report, output_check, random_inputs, verify
+
+BATCH = 2
+LENGTH = CHUNK + 6
+PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums to LENGTH
+
+
+def verify_first_blocks(folder: Path, loaded: Loaded, num_blocks: int, **options: Any) -> Report:
+    """`verify` on the first blocks of an export, head included; nothing is exported again.
+
+    Args:
+        folder: run folder of the whole model.
+        loaded: the whole model.
+        num_blocks: how many blocks of the stack are kept.
+        options: of `verify`.
+
+    Raises:
+        UsageError: the model has no stack of blocks, or fewer.
+    """
+    with _truncated(folder, num_blocks) as part:
+        report = verify(part, loaded.truncated(num_blocks), **options)
+    write_json(folder / "verify" / f"first-{num_blocks}-blocks.json", report.to_json())
+    return report
+
+
+@contextmanager
+def _truncated(folder: Path, num_blocks: int) -> Iterator[Path]:
+    """A run folder with the first blocks of the graph, on the very weight file of `folder`."""
+    io, manifest = read_io(folder), read_manifest(folder)
+    model = graph_cut.first_blocks(graph_cut.load_graph(folder / MODEL), num_blocks)
+    kept = {value.name for value in model.graph.inputs}
+    states = tuple(state for state in io.states if state.past in kept)
+    with tempfile.TemporaryDirectory(prefix=".first-blocks.", dir=folder) as name:
+        part = Path(name)
+        (part / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
+        try:
+            os.link(folder / MODEL_DATA, part / MODEL_DATA)  # a runtime accepts no symbolic link
+        except OSError as error:
+            raise EnvironmentError_(
+                f"{folder} is on a file system without hard links: {error.strerror}",
+                "copy the run folder to another disk",
+            ) from error
+        write_json(part / IO, IoSpec(io.inputs, io.outputs, states).to_json())
+        write_manifest(part, {key: manifest.get(key) for key in ("model", "origin", "options")})
+        yield part
+
+
+def verify_per_block(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Compare every block of an export with the model's, with one block's weights in memory at a time.
+
+    Each block is checked alone (both sides start from the reference's input to it), in one call and in
+    pieces with the state carried, and as part of the whole depth (the candidate starts from its own result).
+
+    Args:
+        folder: run folder.
+        loaded: the checkpoint it was exported from; its weights are read part by part.
+        seed: of the inputs.
+        threads: of ONNX Runtime.
+        progress: called with the name of each stage.
+
+    Returns:
+        The report, also written to `verify/per_block.json`.
+
+    Raises:
+        UsageError: the model has no stack of blocks, or its weights are in memory already.
+    """
+    if loaded.weights is None:
+        raise UsageError(
+            f"{loaded.name} was built in memory by a factory", "verify it as a whole, without --per-block"
+        )
+    run = _PerBlock(folder, loaded, seed, threads, progress)
+    report = Report(tuple(run.checks()), {}, hashes(folder), f"random, {BATCH} rows of {LENGTH} positions")
+    write_json(folder / "verify" / "per_block.json", report.to_json())
+    return report
+
+
+class _PerBlock:
+    def __init__(
+        self,
+        folder: Path,
+        loaded: Loaded,
+        seed: int,
+        threads: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.progress = progress
+        self.io = read_io(folder)
+        options = read_manifest(folder).get("options", {})
+        self.loaded = loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
+        self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
+        self.lifted = loaded.lift(values=False)
+        self.stack = [
+            f"{path}.{index}"
+            for path, blocks in cells.block_stacks(self.lifted.module)
+            for index in range(len(blocks))
+        ]
+        self.candidate = _Segments(folder, self.io, threads)
+        if not self.stack or len(self.stack) != self.candidate.blocks:
+            raise UsageError(
+                f"{folder} has {self.candidate.blocks} blocks, the model {len(self.stack)}",
+                "verify against the checkpoint it was made from; only a stack of blocks can be verified so",
+            )
+        rng = np.random.default_rng(seed)
+        self.inputs = random_inputs(loaded, self.io, BATCH, LENGTH, rng)
+        self.found: list[Check] = []
+        self.hidden: list[np.ndarray] = []
+        self.own = {name: x.copy() for name, x in self.inputs.items()}  # the candidate's way to this block
+        self.present: dict[str, Tensor] = {}
+
+    def checks(self) -> list[Check]:
+        """Reference and candidate in lockstep, then upstream's own blocks against the reference."""
+        result = self._reference()
+        self._head(result)
+        self._upstream(result)
+        return self.found
+
+    def _reference(self) -> Arrays:
+        values = LiftedWeights(self.loaded, self.lifted)
+        streamed = Streamed(
+            self.lifted.module,
+            values.read,
+            torch.float64,
+            self.stack,
+            after=self._compare_block,
+        )
+        past = _Zeros(self.lifted.states, BATCH)
+        with torch.no_grad():
+            result, _ = cells.run_lifted(streamed.module, self._tensors(), past, present=self.present)
+        return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
+
+    def _compare_block(self, index: int, result: Tensor) -> None:
+        """The candidate's block on the reference's input, whole and in pieces, and on its own."""
+        self.progress(f"block {index + 1} of {len(self.stack)}")
+        reference = result.numpy()
+        session = self.candidate.open(index)
+        entry = dict(self.inputs)
+        if index:
+            entry[f"hidden_{index - 1}"] = self.hidden[-1].astype(np.float32)
+        states = [spec for spec in self.io.states if spec.past in session.states]
+        expected = {s.past: self.present.pop(s.present).numpy() for s in states}
+        whole, state = session.run([entry])
+        self._block_checks(f"block {index}", whole, state, reference, expected, states)
+        pieces, state = session.run(_pieces(entry))
+        self._block_checks(f"block {index} in pieces", pieces, state, reference, expected, states)
+        own, _ = session.run([self.own])
+        self.found.append(
+            output_check(f"depth {index}", own, reference, LIMITS["output"] * _depth(index + 1))
+        )
+        self.own = {**self.inputs, f"hidden_{index}": own}
+        self.hidden.append(reference)
+
+    def _block_checks(
+        self,
+        name: str,
+        found: np.ndarray,
+        state: Arrays,
+        reference: np.ndarray,
+        expected: Arrays,
+        states: list[StateSpec],
+    ) -> None:
+        self.found.append(output_check(name, found, reference, LIMITS["output"]))
+        if states:
+            differences = compare_states(state, expected, tuple(states))
+            worst = max(differences, key=lambda key: differences[key].relative_l2)
+            detail = {"worst": worst, **differences[worst].to_json()}
+            value = differences[worst].relative_l2
+            self.found.append(Check(f"{name}: states", value, LIMITS["state"], detail))
+
+    def _head(self, result: Arrays) -> None:
+        self.progress("head")
+        session = self.candidate.open(len(self.stack))
+        for name, expected in result.items():
+            if name in self.last_only:
+                expected = expected[:, -1:]
+            entry = {**self.inputs, f"hidden_{len(self.stack) - 1}": self.hidden[-1].astype(np.float32)}
+            alone = session.run_outputs(entry)
+            self.found.append(output_check(f"head: {name}", alone[name], expected, LIMITS["output"]))
+            own = session.run_outputs(self.own)
+            limit = LIMITS["output"] * _depth(len(self.stack))
+            self.found.append(output_check(f"whole depth: {name}", own[name], expected, limit))
+
+    def _upstream(self, result: Arrays) -> None:
+        """The lifted blocks against upstream's, both float64 and with the weights as they are exported."""
+        weights = self.loaded.weights
+        assert weights is not None
+        module = copy.deepcopy(self.loaded.skeleton)
+        self.loaded.exact(module)
+        lift: list[Check] = []
+        # Upstream's forward may stop at its context length; what follows cannot change what comes before.
+        length = min(LENGTH, self.loaded.context_length or LENGTH)
+
+        def compare(index: int, hidden: Tensor) -> None:
+            self.progress(f"upstream's block {index + 1} of {len(self.stack)}")
+            ours = self.hidden[index][:, :length]
+            lift.append(output_check(f"lift: block {index}", ours, hidden.numpy(), LIMITS["lift"]))
+
+        streamed = Streamed(
+            module,
+            lambda name: weights[name].read(),
+            torch.float64,
+            self.stack,
+            finish=self.loaded.finish,
+            after=compare,
+        )
+        theirs = named_outputs(streamed(*self._tensors(length)), self.loaded.output)
+        for name, tensor in theirs.items():
+            ours = result[name][:, :length]
+            lift.append(output_check(f"lift: {name}", ours, tensor.numpy(), LIMITS["lift"]))
+        self.found = [*lift, *self.found]
+
+    def _tensors(self, length: int = LENGTH) -> tuple[Tensor, ...]:
+        tensors = (torch.from_numpy(x[:, :length]) for x in self.inputs.values())
+        return tuple(t.double() if t.is_floating_point() else t for t in tensors)
+
+
+def _depth(blocks: int) -> float:
+    """Rounding errors of independent blocks add up like a random walk along the residual stream."""
+    return max(1.0, blocks**0.5)
+
+
+def _pieces(inputs: Mapping[str, np.ndarray]) -> list[Arrays]:
+    ends = np.cumsum(PIECES).tolist()
+    return [
+        {name: np.ascontiguousarray(x[:, start:end]) for name, x in inputs.items()}
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+class _Zeros(Mapping[str, Tensor]):
+    """Fresh float64 states, made when they are asked for: all of them at once may not fit the memory."""
+
+    def __init__(self, states: tuple[StateSpec, ...], batch: int) -> None:
+        self._shapes = {s.past: (batch, *s.shape) for s in states}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.zeros(self._shapes[name], dtype=torch.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+class _Segments:
+    """The exported graph as one ONNX Runtime session per block, one open at a time."""
+
+    def __init__(self, folder: Path, io: IoSpec, threads: int) -> None:
+        self._folder, self._io, self._threads = folder, io, threads
+        self.blocks = len(graph_cut.boundaries(graph_cut.load_graph(folder / MODEL)))
+
+    def open(self, index: int) -> _Segment:
+        import onnxruntime
+
+        model = graph_cut.segment(graph_cut.load_graph(self._folder / MODEL), index)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._folder)
+        )
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        names = {x.name for x in session.get_inputs()}
+        return _Segment(session, tuple(s for s in self._io.states if s.past in names))
+
+
+class _Segment:
+    def __init__(self, session: Any, specs: tuple[StateSpec, ...]) -> None:
+        self._session, self._specs = session, specs
+        self.states = {s.past for s in specs}
+
+    def run(self, parts: list[Arrays]) -> tuple[np.ndarray, Arrays]:
+        """Consecutive pieces from a fresh state: the block's result (B, S, D) and the last state."""
+        state = {s.past: np.zeros((BATCH, *s.shape), dtype=s.dtype) for s in self._specs}
+        results = []
+        for part in parts:
+            outputs = self.run_outputs({**part, **state})
+            results.append(next(outputs[n] for n in outputs if n.startswith("hidden_")))
+            state = {s.past: outputs[s.present] for s in self._specs}
+        return np.concatenate(results, axis=1), state
+
+    def run_outputs(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """One call; inputs the segment does not read are left away."""
+        names = [x.name for x in self._session.get_outputs()]
+        wanted = {x.name for x in self._session.get_inputs()}
+        inputs = {name: x for name, x in inputs.items() if name in wanted}
+        return dict(zip(names, self._session.run(names, inputs), strict=True))

@@ -97,6 +97,8 @@ def export(
 @source_options
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
 @click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
+@click.option("--num-blocks", type=int, help="only the first blocks, all checks")
+@click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")
 @run_options
 def verify(
     run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
@@ -107,10 +109,9 @@ def verify(
     """
     from . import report
 
-    verify_ = _import_verify()
     loaded = _load_for(run, checkpoint, module, weights)
     with _progress() as stage:
-        result = verify_(run, loaded, progress=stage, **options)
+        result = _import_verify()(run, loaded, progress=stage, **options)
     _emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
     _gate(result.passed, run)
 
@@ -217,9 +218,9 @@ def _load_for(run: Path, checkpoint: str | None, module: str | None, weights: st
 
 
 def _import_verify() -> Callable[..., Any]:
-    from .verify import verify as function
+    from .verify_blocks import verify_any
 
-    return function
+    return verify_any
 
 
 def _spec_json(spec: Any) -> dict[str, Any]:

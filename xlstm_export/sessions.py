@@ -185,9 +185,7 @@ class TorchSession(StatefulSession):
         self._output = loaded.output
         self.batch = batch
         states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
-        self.io = IoSpec(
-            tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items()), (), states
-        )
+        self.io = IoSpec(tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items()), (), states)
         self._past = lifted.fresh_state(batch, self._dtype)
 
     def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:

@@ -180,7 +180,7 @@ class _Run:
         length = min(max(RAGGED), self.limit_context)
         ours = self._reference(length)[0]
         theirs = self._upstream(length)
-        return [_output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
+        return [output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
 
     def check_prefill(self) -> list[Check]:
         """One call of S positions against upstream (up to its context length) and the reference's state."""
@@ -346,7 +346,7 @@ class _Run:
             wanted = expected[spec.name]
             if spec.name in self.last_only:
                 wanted = wanted[:, [end - 1 for end in ends or [wanted.shape[1]]]]
-            checks.append(_output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, LIMITS["output"]))
+            checks.append(output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, LIMITS["output"]))
         if self.io.states:
             found = found_state if found_state is not None else self.candidate.state()
             differences = compare_states(found, state, self.io.states)
@@ -406,7 +406,7 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
     return inputs
 
 
-def _output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
+def output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
     if found.shape != expected.shape:
         raise UsageError(
             f"{name}: the export gives shape {found.shape}, the model {expected.shape}",

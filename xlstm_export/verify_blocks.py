@@ -47,6 +47,48 @@ LENGTH = CHUNK + 6
 PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums to LENGTH
 
 
+def verify_any(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    num_blocks: int | None = None,
+    per_block: bool = False,
+    data: Path | None = None,
+    **options: Any,
+) -> Report:
+    """The verification that was asked for: of the whole, of the first blocks, or block by block.
+
+    Raises:
+        UsageError: the options exclude each other.
+        EnvironmentError_: the whole was asked for and does not fit the memory.
+    """
+    if per_block:
+        if num_blocks is not None or data is not None:
+            raise UsageError("--per-block goes neither with --num-blocks nor with --data")
+        return verify_per_block(folder, loaded, **options)
+    if num_blocks is not None:
+        return verify_first_blocks(folder, loaded, num_blocks, data=data, **options)
+    _require_memory(loaded)
+    return verify(folder, loaded, data=data, **options)
+
+
+def _require_memory(loaded: Loaded) -> None:
+    """The model in float32, twice in float64 (upstream and lifted), and packed weights of the runtime."""
+    needed = sum(t.numel() for t in loaded.skeleton.parameters()) * (4 + 2 * 8 + 2 * 4)
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return
+    # What the system caches of files is free for the asking, but how much of it is not known everywhere.
+    if needed > max(available, total * 0.8):
+        raise EnvironmentError_(
+            f"verifying {loaded.name} as a whole takes about {needed / 1e9:.0f} GB of memory, "
+            f"this machine has {total / 1e9:.0f} GB",
+            "use --per-block (one block at a time) or --num-blocks N (the first N blocks)",
+        )
+
+
 def verify_first_blocks(folder: Path, loaded: Loaded, num_blocks: int, **options: Any) -> Report:
     """`verify` on the first blocks of an export, head included; nothing is exported again.
 

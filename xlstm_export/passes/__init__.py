@@ -1,12 +1,13 @@
 """Graph passes: one short function per file, whose docstring lists its cases, and the order they run in.
 
 A pass takes a model, changes it in place and returns how often it fired. None asks a large weight for its
-values. All keep every bit of ONNX Runtime's results, but those in `ROUNDING`.
+values. All but those in `ROUNDING` keep every bit of what the graph computes as it is written; ONNX
+Runtime's own fusions then find more to do, and round in their own way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -45,19 +46,24 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
 ROUNDING = frozenset({"fuse_layer_norm", "canonical_rms_norm"})
 
 
-def run_passes(model: ir.Model) -> dict[str, int]:
-    """Apply all passes in place until none fires any more.
+def run_passes(model: ir.Model, order: Sequence[Callable[[ir.Model], int]] | None = None) -> dict[str, int]:
+    """Apply the passes in place until none fires any more, `name_boundaries` at the end.
 
     Values must carry their shapes, as tracing leaves them, and dimensions their names.
+
+    Args:
+        model: changed in place.
+        order: the passes to run; all of them by default.
 
     Returns:
         How often each pass fired, by name, in the order they run.
     """
-    fired = {graph_pass.__name__: 0 for graph_pass in PASSES}
+    order = PASSES if order is None else order
+    fired = {graph_pass.__name__: 0 for graph_pass in order}
     while True:
-        round_ = {graph_pass.__name__: graph_pass(model) for graph_pass in PASSES}
-        if not any(round_.values()):
+        latest = {graph_pass.__name__: graph_pass(model) for graph_pass in order}
+        if not any(latest.values()):
             break
-        for name, count in round_.items():
+        for name, count in latest.items():
             fired[name] += count
     return {**fired, name_boundaries.__name__: name_boundaries(model)}

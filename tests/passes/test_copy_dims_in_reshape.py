@@ -89,3 +89,20 @@ def test_unknown_dims_are_not_taken_for_equal() -> None:
         value.shape = ir.Shape(["B", None, *list(value.shape)[2:]])
     assert copy_dims_in_reshape(model) == 0
     assert run(model, {"x": random(2, 4, 6), "z": random(2, 8)})[0].shape == (2, 8, 3)
+
+
+def test_shape_that_tracing_lost_is_written_down() -> None:
+    model = model_of(
+        "(float[B, S, 6] x) => (float[B, S, 2, 3] y)",
+        f"""
+        {READ_B_AND_S}
+        tail = Constant <value_ints = [2, 3]> ()
+        shape = Concat <axis = 0> (b, s, tail)
+        a = Reshape(x, shape)
+        y = Exp(a)
+        """,
+    )
+    (reshape,) = (node for node in model.graph if node.op_type == "Reshape")
+    reshape.outputs[0].shape = ir.Shape([None] * 4)
+    assert copy_dims_in_reshape(model) == 1
+    assert [str(dim) for dim in reshape.outputs[0].shape] == ["B", "S", "2", "3"]

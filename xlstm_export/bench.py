@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from .errors import GateError
+from .inputs import Arrays, cut, has_positions, random_inputs
 from .loaded import Loaded
 from .roofline import step_bytes
 from .runfolder import hashes, read_io, read_manifest, versions, write_json
-from .sessions import Arrays, OrtSession, TorchSession
-from .verify import random_inputs
+from .sessions import OrtSession, TorchSession
 
 ROUNDS = 5
 PAUSE = 0.05  # seconds between contestants: worker threads of the last one spin before they sleep
@@ -126,7 +126,8 @@ def bench(
         loaded: the checkpoint it was exported from; PyTorch eager runs it.
         threads: of both sides; all cores by default.
         batch: streams per call.
-        prefill_length: positions per prefill, cut to the model's context length.
+        prefill_length: positions per prefill, cut to the model's context length. A model whose inputs have
+            no positions has one kind of call, which is then timed twice, as prefill and as step.
         steps: decode steps per side.
         progress: called with the name of each stage.
 
@@ -138,11 +139,11 @@ def bench(
 
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    length = min(prefill_length, loaded.context_length or prefill_length)
-    rng = np.random.default_rng(0)
     io = read_io(folder)
+    length = min(prefill_length, loaded.context_length or prefill_length) if has_positions(io) else 1
+    rng = np.random.default_rng(0)
     inputs = random_inputs(loaded, io, batch, length, rng)
-    one = {name: np.ascontiguousarray(x[:, :1]) for name, x in inputs.items()}
+    one = cut(inputs, io, 0, 1)
     session = OrtSession(folder, batch, threads)
     moved = step_bytes(loaded.spec(), 4.0, batch)
 
@@ -231,11 +232,12 @@ def _eager_prefill(loaded: Loaded, inputs: Arrays) -> Callable[[], Any]:
 
 
 def _eager_step(loaded: Loaded, one: Arrays, batch: int) -> tuple[Callable[[], Any], str]:
-    """PyTorch's own decode: the model's `step` where it has one, else the lifted module."""
+    """PyTorch's own decode: the `step` of a published model that has one, else the lifted module."""
     import torch
 
     module: Any = loaded.module
-    if not hasattr(module, "step"):
+    # What a user's own module calls step may be anything.
+    if not hasattr(module, "step") or "module" in loaded.origin:
         session = TorchSession(loaded, batch, "float32")
         return lambda: session.step(one), "the lifted module; the model has no step of its own"
     (tensor,) = (torch.from_numpy(x) for x in one.values())

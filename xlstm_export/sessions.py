@@ -15,12 +15,12 @@ import numpy as np
 
 from .config import IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, EnvironmentError_, InputError
+from .inputs import Arrays as Arrays
+from .inputs import cut, per_position
 from .runfolder import IO, MODEL, read_io, read_manifest, readable_os_errors
 
 if TYPE_CHECKING:
     from .loaded import Loaded
-
-Arrays = dict[str, np.ndarray]
 
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
@@ -271,7 +271,7 @@ class OrtSession(StatefulSession):
         self._check_inputs(inputs)
         if self._prefill_session is None:
             self._prefill_session = self._open(decode=False)
-        length = max((inputs[x.name].shape[1] for x in self.io.inputs if _per_position(x)), default=1)
+        length = max((inputs[x.name].shape[1] for x in self.io.inputs if per_position(x)), default=1)
         piece = PIECE if self._divisible else length
         outputs = {x.name: self._empty(x, length) for x in self.io.outputs}
         for start in range(0, length, piece):
@@ -285,18 +285,17 @@ class OrtSession(StatefulSession):
         Another output without a sequence axis may be anything, a mean over the sequence for one.
         """
         whole = self.io.outputs[1:] if self._last_logits else self.io.outputs
-        return bool(self.io.states) and all(map(_per_position, whole))
+        return bool(self.io.states) and all(map(per_position, whole))
 
     def _prefill_piece(self, inputs: Mapping[str, np.ndarray], outputs: Arrays, piece: slice) -> None:
         binding = self._prefill_session.io_binding()
         held = []  # bindings do not keep the arrays they point to
+        pieces = cut(inputs, self.io, piece.start, piece.stop)
         for spec in self.io.inputs:
-            array = inputs[spec.name][:, piece] if _per_position(spec) else inputs[spec.name]
-            held.append(self._value(np.ascontiguousarray(array)))
+            held.append(self._value(np.ascontiguousarray(pieces[spec.name])))
             binding.bind_ortvalue_input(spec.name, held[-1])
         views = {
-            x.name: outputs[x.name][:, piece] if _per_position(x) else outputs[x.name]
-            for x in self.io.outputs
+            x.name: outputs[x.name][:, piece] if per_position(x) else outputs[x.name] for x in self.io.outputs
         }
         # With one row a stretch of positions is contiguous and is written in place.
         targets = {name: np.ascontiguousarray(view) for name, view in views.items()}
@@ -315,6 +314,8 @@ class OrtSession(StatefulSession):
 
     def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         self._check_inputs(inputs, length=1)
+        if not self.io.states:
+            return self.prefill(inputs)  # recurrences need not run along S, so no graph for S = 1 will do
         if self._decode_session is None:
             self._decode_session = self._open(decode=True)
             self._bindings = [_StepBinding(self, now) for now in (0, 1)]
@@ -373,10 +374,6 @@ class OrtSession(StatefulSession):
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         return session
-
-
-def _per_position(spec: TensorSpec) -> bool:
-    return spec.shape[1:2] == ("S",)
 
 
 class _StepBinding:

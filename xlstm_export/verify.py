@@ -18,11 +18,13 @@ import numpy as np
 
 from . import data as evaluation
 from .compare import Difference, compare_states, difference
-from .config import CHUNK, IoSpec
+from .config import CHUNK
 from .errors import UsageError
+from .inputs import Arrays, cut, has_positions, per_position
+from .inputs import random_inputs as random_inputs
 from .loaded import Loaded
 from .runfolder import hashes, read_io, read_manifest, write_json
-from .sessions import Arrays, OrtSession, TorchSession, load_state, save_state
+from .sessions import OrtSession, TorchSession, load_state, save_state
 
 LIMITS = {
     # FP32 rounding through all blocks measured 2e-7 … 7e-7 on every mix of blocks; a wrong gate, mask or
@@ -126,14 +128,10 @@ def verify(
         ("prefill", run.check_prefill),
     ]
     if run.io.states:
-        stages += [
-            ("step", run.check_step),
-            ("chunked", run.check_chunked),
-            ("resumed", run.check_resumed),
-            ("rows", run.check_rows),
-            ("reset", run.check_reset),
-            ("long stream", run.check_long),
-        ]
+        stages += [("step", run.check_step), ("chunked", run.check_chunked), ("resumed", run.check_resumed)]
+    stages.append(("rows", run.check_rows))
+    if run.io.states:
+        stages += [("reset", run.check_reset), ("long stream", run.check_long)]
     for name, stage in stages:
         progress(name)
         checks += stage()
@@ -167,17 +165,21 @@ class _Run:
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
         if data is not None and not self.io.states:
             raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
+        if data is not None and not all(map(per_position, self.io.inputs)):
+            raise UsageError("--data needs a model all of whose inputs are (B, S, ...)")
         self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
         real = self.data is not None and self.data.length > max(RAGGED)
         self.source = "held-out data" if real else "random"
         self.limit_context = loaded.context_length or 10**9
-        self.inputs = self._make_inputs(max(RAGGED))
+        # Without an input that has positions there is one way to call the model.
+        self.lengths = RAGGED if has_positions(self.io) else (1,)
+        self.inputs = self._make_inputs(max(self.lengths))
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
         self._double: Any = None
 
     def check_lift(self) -> list[Check]:
         """The lifted module is the user's module: nothing was rewritten but the cells."""
-        length = min(max(RAGGED), self.limit_context)
+        length = min(max(self.lengths), self.limit_context)
         ours = self._reference(length)[0]
         theirs = self._upstream(length)
         return [output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
@@ -185,12 +187,13 @@ class _Run:
     def check_prefill(self) -> list[Check]:
         """One call of S positions against upstream (up to its context length) and the reference's state."""
         checks = []
-        for length in RAGGED:
+        for length in self.lengths:
             reference, state = self._reference(length)
             expected = self._upstream(length) if length <= self.limit_context else reference
             self.candidate.reset()
-            outputs = self.candidate.prefill(_cut(self.inputs, 0, length))
-            checks += self._checks(f"prefill {length}", outputs, expected, state)
+            outputs = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
+            name = f"prefill {length}" if self.lengths is RAGGED else "one call"
+            checks += self._checks(name, outputs, expected, state)
         return checks
 
     def check_step(self) -> list[Check]:
@@ -215,23 +218,23 @@ class _Run:
     def check_resumed(self) -> list[Check]:
         """State saved to disk in mid-stream, loaded into a new session, stream continued there."""
         length = max(RAGGED)
-        cut = CHUNK + 5
+        middle = CHUNK + 5
         self.candidate.reset()
-        first = self.candidate.prefill(_cut(self.inputs, 0, cut))
+        first = self.candidate.prefill(cut(self.inputs, self.io, 0, middle))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
             fresh = OrtSession(self.folder, BATCH, self.threads)
             load_state(fresh, path)
-        second = fresh.prefill(_cut(self.inputs, cut, length))
+        second = fresh.prefill(cut(self.inputs, self.io, middle, length))
         expected, state = self._reference(length)
         outputs = self._joined([first, second])
-        return self._checks("resumed", outputs, expected, state, fresh.state(), ends=[cut, length])
+        return self._checks("resumed", outputs, expected, state, fresh.state(), ends=[middle, length])
 
     def check_rows(self) -> list[Check]:
         """A row gives the same results alone, and does not feel what the others compute."""
-        length = CHUNK + 1
-        inputs = _cut(self.inputs, 0, length)
+        length = min(CHUNK + 1, max(self.lengths))
+        inputs = cut(self.inputs, self.io, 0, length)
         self.candidate.reset()
         together = self.candidate.prefill(inputs)
         state = self.candidate.state()
@@ -246,19 +249,19 @@ class _Run:
             checks.append(Check(f"row {row} alone", worst, LIMITS["rows"]))
         other = {name: x.copy() for name, x in inputs.items()}
         for name, x in self._make_inputs(length).items():
-            other[name][1] = x[1][::-1]
+            other[name][1] = x[1][::-1] if x.ndim > 1 else x[1]
         self.candidate.reset()
         disturbed = self.candidate.prefill(other)
         rows = [0, 2]
         worst = max(difference(disturbed[n][rows], together[n][rows]).relative_l2 for n in together)
         moved = self.candidate.state()
-        worst = max(worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state))
+        worst = max([worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state)])
         checks.append(Check("rows beside another row 1", worst, LIMITS["rows"]))
         return checks
 
     def check_reset(self) -> list[Check]:
         """Reset leaves nothing behind, also of single rows while the others go on."""
-        inputs = _cut(self.inputs, 0, CHUNK + 1)
+        inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
         fresh = OrtSession(self.folder, BATCH, self.threads)
         expected = fresh.prefill(inputs)
         self.candidate.reset()
@@ -313,7 +316,7 @@ class _Run:
         parts: list[Arrays] = []
         start = 0
         for piece in pieces:
-            inputs = _cut(self.inputs, start, start + piece)
+            inputs = cut(self.inputs, self.io, start, start + piece)
             result = call(inputs)
             parts.append({n: x.copy() for n, x in result.items()})
             start += piece
@@ -358,7 +361,7 @@ class _Run:
     def _reference(self, length: int) -> tuple[Arrays, Arrays]:
         if length not in self._expected:
             self.reference.reset()
-            outputs = self.reference.prefill(_cut(self.inputs, 0, length))
+            outputs = self.reference.prefill(cut(self.inputs, self.io, 0, length))
             self._expected[length] = (outputs, self.reference.state())
         return self._expected[length]
 
@@ -370,7 +373,7 @@ class _Run:
 
         if self._double is None:
             self._double = copy.deepcopy(self.loaded.module).double()
-        tensors = [torch.from_numpy(x) for x in _cut(self.inputs, 0, length).values()]
+        tensors = [torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values()]
         with torch.no_grad():
             result = self._double(*(t.double() if t.is_floating_point() else t for t in tensors))
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
@@ -389,23 +392,6 @@ class _Run:
         return random_inputs(self.loaded, self.io, BATCH, length, self.rng)
 
 
-def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.random.Generator) -> Arrays:
-    """Inputs (batch, length, ...) without data: uniform tokens, or example positions with noise."""
-    inputs: Arrays = {}
-    for spec in io.inputs:
-        example = loaded.inputs[spec.name].numpy()
-        if np.issubdtype(example.dtype, np.integer):
-            high = loaded.vocab_size or int(example.max()) + 1
-            inputs[spec.name] = rng.integers(0, high, (batch, length, *example.shape[2:])).astype(spec.dtype)
-            continue
-        flat = example.reshape(-1, *example.shape[2:])
-        chosen = flat[rng.integers(0, len(flat), (batch, length))]
-        spread = flat.std(axis=0)
-        noise = rng.standard_normal(chosen.shape) * np.where(spread > 0, spread, 1.0)
-        inputs[spec.name] = (chosen + noise).astype(spec.dtype)
-    return inputs
-
-
 def output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
     if found.shape != expected.shape:
         raise UsageError(
@@ -414,7 +400,3 @@ def output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: floa
         )
     result: Difference = difference(found, expected)
     return Check(name, result.relative_l2, limit, result.to_json())
-
-
-def _cut(inputs: Arrays, start: int, end: int) -> Arrays:
-    return {name: np.ascontiguousarray(x[:, start:end]) for name, x in inputs.items()}

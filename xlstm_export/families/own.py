@@ -5,26 +5,35 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, InputError, UsageError
-from ..loaded import Loaded, context_length
+from ..loaded import Dims, Loaded, context_length
 from ..weights import check_finite, read_weights
+
+RETURN = (
+    'return (module, {"x": example tensor}), keyed by forward\'s parameter names, and as a third element '
+    '{"x": ("B", 3, 32, 32)} for inputs that are not (B, S, ...)'
+)
 
 
 def load_module(spec: str, weights: Path | None = None) -> Loaded:
-    """Call `pkg.mod:factory`, which returns (nn.Module, {"input name": example tensor}), and load weights.
+    """Call `pkg.mod:factory` and load weights.
 
-    The names are those of `forward`'s parameters; examples have the shape (B, S, ...).
+    The factory returns (nn.Module, inputs) or (nn.Module, inputs, dims). `inputs` holds an example tensor
+    per parameter of `forward`; `dims` gives the symbolic shape of inputs that are not (B, S, ...):
+    `{"image": ("B", 3, 32, 32), "goal": ("B", 8)}`. A model none of whose inputs has an S carries no state.
 
     Raises:
         UsageError: `spec` is not of that form or names something that does not exist.
         InputError: the factory fails or returns something else; weights do not fit.
     """
-    module, inputs = _call_factory(spec)
+    module, inputs, dims = _call_factory(spec)
     if weights is not None:
         state = read_weights(weights)
         try:
@@ -35,22 +44,24 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
     module = module.eval().cpu()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()
-    inputs = {name: example.cpu() for name, example in inputs.items()}
     for name, parameter in module.named_parameters():
         check_finite(weights or Path(spec), name, parameter.detach())
+    inputs, dims = _checked_inputs(module, inputs, dims, spec)
     return Loaded(
         skeleton=module,
-        inputs=_ordered_inputs(module, inputs, spec),
+        inputs=inputs,
         output="y",
         name=type(module).__name__,
         origin={"module": spec, **({"weights": str(weights)} if weights else {})},
         files=(weights,) if weights else (),
         context_length=context_length(module),
         vocab_size=_vocab_size(module),
+        dims=dims,
+        streams=any(dim[1:2] == ("S",) for dim in dims.values()),
     )
 
 
-def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str, Any]]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
@@ -58,6 +69,8 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
+    except ExportError:
+        raise
     except ImportError as error:
         raise UsageError(
             f"--module {spec}: {error}", "run from the folder that holds the package, or install it"
@@ -78,26 +91,33 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor]]:
             f"--module {spec}: the factory raised {type(error).__name__}: {error}",
             "call it by itself to see where; --debug shows the traceback",
         ) from error
+    return _parts(result, spec)
+
+
+def _parts(result: Any, spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str, Any]]:
+    """What the factory returned, with no dims where it gave none."""
     if isinstance(result, nn.Module):
-        raise InputError(
-            f"--module {spec}: the factory returned a module without example inputs",
-            'return (module, {"x": tensor of shape (B, S, ...)}), keyed by forward\'s parameter names',
-        )
-    is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)
+        raise InputError(f"--module {spec}: the factory returned a module without example inputs", RETURN)
+    fits = isinstance(result, tuple) and len(result) in (2, 3) and isinstance(result[0], nn.Module)
     if (
-        not is_pair
+        not fits
         or not isinstance(result[1], dict)
         or not result[1]
         or not all(isinstance(v, Tensor) for v in result[1].values())
     ):
+        raise InputError(f"--module {spec}: the factory returned {type(result).__name__}", RETURN)
+    dims = result[2] if len(result) == 3 else {}
+    if not isinstance(dims, Mapping):
         raise InputError(
-            f"--module {spec}: the factory returned {type(result).__name__}",
-            'return (module, {"x": tensor of shape (B, S, ...)}), keyed by forward\'s parameter names',
+            f"--module {spec}: the third element the factory returned is {type(dims).__name__}", RETURN
         )
-    return result
+    return result[0], result[1], dims
 
 
-def _ordered_inputs(module: nn.Module, inputs: dict[str, Tensor], spec: str) -> dict[str, Tensor]:
+def _checked_inputs(
+    module: nn.Module, inputs: dict[str, Tensor], dims: Mapping[str, Any], spec: str
+) -> tuple[dict[str, Tensor], dict[str, Dims]]:
+    """Examples in the order of `forward`, on the CPU, and the symbolic shape of each."""
     names = [
         p.name
         for p in inspect.signature(module.forward).parameters.values()
@@ -109,22 +129,61 @@ def _ordered_inputs(module: nn.Module, inputs: dict[str, Tensor], spec: str) -> 
             f"--module {spec}: example inputs {sorted(inputs)} do not match forward({', '.join(names)})",
             "give an example for each of forward's first parameters, by name",
         )
-    for name, tensor in inputs.items():
-        if tensor.ndim < 2:
+    strangers = sorted(map(str, set(dims) - set(inputs)))
+    if strangers:
+        raise InputError(
+            f"--module {spec}: dims given for {', '.join(strangers)}, which is no example input",
+            f"the example inputs are {', '.join(inputs)}",
+        )
+    ordered = {name: inputs[name].cpu() for name in names if name in inputs}
+    symbolic = {name: _symbolic(name, x, dims.get(name), spec) for name, x in ordered.items()}
+    for axis, letter in enumerate("BS"):
+        found = {
+            name: x.shape[axis] for name, x in ordered.items() if symbolic[name][axis : axis + 1] == (letter,)
+        }
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{name} {size}" for name, size in found.items())
             raise InputError(
-                f"--module {spec}: example input {name} has shape {tuple(tensor.shape)}",
-                "inputs are (B, S, ...): batch first, then sequence",
+                f"--module {spec}: {letter} differs between the example inputs: {told}",
+                "all inputs of one call have the same batch B and the same number of positions S",
             )
-    ordered = {name: inputs[name] for name in names if name in inputs}
-    return {name: _at_least_two(tensor) for name, tensor in ordered.items()}
+    return {name: _example(x, symbolic[name]) for name, x in ordered.items()}, symbolic
 
 
-def _at_least_two(x: Tensor) -> Tensor:
-    """Tracing specializes dimensions of size 1, so examples get two rows and two positions."""
-    for axis in (0, 1):
-        if x.shape[axis] == 1:
+def _symbolic(name: str, example: Tensor, given: Any, spec: str) -> Dims:
+    """The symbolic shape of an input, checked against its example."""
+    shape = tuple(example.shape)
+    if 0 in shape:
+        raise InputError(
+            f"--module {spec}: example input {name} of shape {shape} is empty", "every dimension needs a size"
+        )
+    if given is None:
+        if len(shape) < 2:
+            raise InputError(
+                f"--module {spec}: example input {name} has shape {shape}",
+                "inputs are (B, S, ...): batch first, then sequence; others need dims beside them",
+            )
+        return ("B", "S", *shape[2:])
+    dims: Dims = tuple(given) if isinstance(given, (tuple, list)) else ()
+    fits = len(dims) == len(shape) > 0 and dims[0] == "B"
+    for axis, (dim, size) in enumerate(zip(dims[1:], shape[1:], strict=False), start=1):
+        fits = fits and ((dim == "S" and axis == 1) or (type(dim) is int and dim == size))
+    if not fits:
+        raise InputError(
+            f"--module {spec}: dims of input {name} are {given!r}, its example has shape {shape}",
+            '"B" first, "S" second if it has positions, and the sizes of the example for all others',
+        )
+    return dims
+
+
+def _example(x: Tensor, dims: Dims) -> Tensor:
+    """Float inputs in float32, two rows and positions: tracing specializes dimensions of size 1."""
+    if x.is_floating_point():
+        x = x.float()
+    for axis, dim in enumerate(dims):
+        if isinstance(dim, str) and x.shape[axis] == 1:
             x = torch.cat([x, x], dim=axis)
-    return x
+    return x.detach()
 
 
 def _vocab_size(module: nn.Module) -> int | None:

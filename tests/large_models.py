@@ -38,7 +38,9 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 if "fgate_preact.bias" in name:
                     parameter.add_(3.0)
             else:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+                # Branches add a part to the residual stream, as in trained models, and do not drown it.
+                scale = 0.3 if name.endswith(("out_proj.weight", "proj_down.weight")) else 1.0
+                parameter.copy_(scale * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
     return module.eval()
 
 
@@ -77,7 +79,9 @@ def make_hf(
     from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM, xLSTMModel
 
     config = {**CONFIG, "hidden_size": CONFIG["embedding_dim"], "num_hidden_layers": 3, **changes}
-    model = randomize((xLSTMModel if base else xLSTMForCausalLM)(xLSTMConfig(**config)), seed).to(dtype)
+    with torch.device("meta"):  # its own initialization of the fused weight mode fails
+        model = (xLSTMModel if base else xLSTMForCausalLM)(xLSTMConfig(**config))
+    model = randomize(model.to_empty(device="cpu"), seed).to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit = {} if shards == 1 else {"max_shard_size": int(size / shards) + 1}
     model.save_pretrained(folder, **limit)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .config import BlockSpec, StateSpec
 from .errors import BuildError
-from .families import blocks_cells, large_cells, norm_cells  # noqa: F401 - they register their cells
+from .families import blocks_cells, large_cells, norm_cells, tirex_cells  # noqa: F401 - they register their cells
 from .registry import ADAPTERS, AdapterFunction, RecurrentCell, count_calls, register, run_lifted
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import InputError, UsageError
-from .families import blocks, huggingface, large
+from .families import blocks, huggingface, large, tirex
 from .families.own import load_module
 from .files import find_config, read_config
 from .loaded import Loaded
@@ -17,8 +17,20 @@ from .loaded import Loaded
 __all__ = ["Loaded", "load", "load_checkpoint", "load_module"]
 
 
-def load(checkpoint: str | None, module: str | None = None, weights: str | None = None) -> Loaded:
+def load(
+    checkpoint: str | None,
+    module: str | None = None,
+    weights: str | None = None,
+    *,
+    stateless: bool | None = None,
+) -> Loaded:
     """Either door, as the command line offers them.
+
+    Args:
+        checkpoint: path of a checkpoint of a published family, or
+        module: factory of a user's own module, as package.module:function, and
+        weights: file with its weights.
+        stateless: the form that will be exported; None for the one upstream uses.
 
     Raises:
         UsageError: both or neither of `checkpoint` and `module` are given.
@@ -31,13 +43,17 @@ def load(checkpoint: str | None, module: str | None = None, weights: str | None 
     if checkpoint is not None:
         if weights is not None:
             raise UsageError("--weights belongs to --module", "a checkpoint path already names its weights")
-        return load_checkpoint(Path(checkpoint))
+        return load_checkpoint(Path(checkpoint), stateless=stateless)
     assert module is not None
     return load_module(module, Path(weights) if weights else None)
 
 
-def load_checkpoint(path: Path) -> Loaded:
+def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
     """Load a checkpoint of a published family from a directory or a weight file with its config.
+
+    Args:
+        path: the directory or file.
+        stateless: the form that will be exported, where a family has a module for each.
 
     Raises:
         InputError: something is missing or truncated, or config and weights do not fit.
@@ -46,6 +62,8 @@ def load_checkpoint(path: Path) -> Loaded:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
+    if tirex.matches(path):
+        return tirex.load(path, streaming=stateless is False)
     if huggingface.matches(path):
         return huggingface.load(path)
     config = find_config(path)

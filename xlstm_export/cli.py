@@ -53,9 +53,13 @@ def cli(debug: bool) -> None:
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
 def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_json: bool) -> None:
-    """Show blocks, states and the roofline of CHECKPOINT, or the tensors of a run folder."""
-    from . import report, runfolder
+    """Show blocks, states and the roofline of CHECKPOINT, the tensors of a run folder, or a model.onnx."""
+    from . import graph_info, report, runfolder
 
+    if checkpoint is not None and checkpoint.endswith(".onnx"):
+        info = graph_info.graph_info(Path(checkpoint))
+        _emit(info.to_json(), as_json, lambda console: graph_info.show_graph(console, info))
+        return
     if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
         io = runfolder.read_io(Path(checkpoint))
         _emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
@@ -69,7 +73,11 @@ def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_
 @source_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
 @click.option("--force", is_flag=True, help="replace an existing run folder")
-@click.option("--stateless", is_flag=True, help="no state inputs and outputs; every call starts fresh")
+@click.option(
+    "--stateless/--streaming",
+    default=None,
+    help="every call starts fresh, or states are carried; default: as upstream uses the model",
+)
 @click.option("--last-logits", is_flag=True, help="compute the output for the last position only")
 @click.option(
     "--dtype",
@@ -86,7 +94,7 @@ def export(
 
     with _progress() as stage:
         stage("loading")
-        loaded = _load(checkpoint, module, weights)
+        loaded = _load(checkpoint, module, weights, options["stateless"])
         folder = trace.export(loaded, out, command=_command_line(), progress=stage, **options)
     click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
 
@@ -202,19 +210,25 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(ExportError.exit_code)
 
 
-def _load(checkpoint: str | None, module: str | None, weights: str | None) -> Any:
+def _load(
+    checkpoint: str | None, module: str | None, weights: str | None, stateless: bool | None = None
+) -> Any:
     from .checkpoint import load
 
-    return load(checkpoint, module, weights)
+    return load(checkpoint, module, weights, stateless=stateless)
 
 
 def _load_for(run: Path, checkpoint: str | None, module: str | None, weights: str | None) -> Any:
+    """The model of a run folder, in the form it was exported in."""
     from .runfolder import read_manifest
 
+    manifest = read_manifest(run)
+    stateless = bool(manifest.get("options", {}).get("stateless"))
     if checkpoint is None and module is None:
-        origin = read_manifest(run)["origin"]
-        return _load(origin.get("checkpoint"), origin.get("module"), weights or origin.get("weights"))
-    return _load(checkpoint, module, weights)
+        origin = manifest["origin"]
+        weights = weights or origin.get("weights")
+        return _load(origin.get("checkpoint"), origin.get("module"), weights, stateless)
+    return _load(checkpoint, module, weights, stateless)
 
 
 def _import_verify() -> Callable[..., Any]:

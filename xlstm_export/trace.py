@@ -31,6 +31,7 @@ from .loaded import Dims, Loaded
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
+from .streaming import check_streams
 
 IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
 ALIGNMENT = 4096  # external tensors start on a page, so that a runtime can map them
@@ -41,7 +42,7 @@ def export(
     out: Path,
     *,
     force: bool = False,
-    stateless: bool = False,
+    stateless: bool | None = None,
     last_logits: bool = False,
     dtype: str = "fp32",
     command: str = "",
@@ -52,7 +53,8 @@ def export(
     Args:
         loaded: from `checkpoint.load`.
         out: created; replaced only with `force`.
-        stateless: leave the state inputs and outputs away; every call starts fresh.
+        stateless: leave the state inputs and outputs away; every call starts fresh. A model that does not
+            stream by itself (`Loaded.streams`) is exported so in any case.
         last_logits: compute the first output for the last position only.
         dtype: type the matrices are stored in ("fp32", "bf16", "fp16"); arithmetic is FP32.
         command: recorded in the manifest.
@@ -62,15 +64,20 @@ def export(
         The run folder.
 
     Raises:
-        BuildError: the module cannot be lifted or traced.
+        BuildError: the module cannot be lifted or traced, or does not stream and is not to be stateless.
         InputError: a weight is damaged or does not fit `dtype`.
         UsageError, EnvironmentError_: see `runfolder.staged`.
     """
     if dtype not in graph_weights.DTYPES:
         raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(graph_weights.DTYPES)}")
+    stateless = stateless or not loaded.streams
+    stateless = not loaded.streams if stateless is None else stateless
     width = graph_weights.DTYPES[dtype].itemsize
     needed = sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
     with runfolder.staged(out, force=force, bytes_needed=int(needed * 1.05)) as folder:
+        if not stateless and loaded.weights is None:
+            progress("streaming")
+            check_streams(loaded)
         progress("tracing")
         model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
         runfolder.require_space(folder, sum(t.nbytes for t in _initializers(model)))
@@ -93,9 +100,10 @@ def export(
 
 
 def trace(
-    loaded: Loaded, *, stateless: bool = False, last_logits: bool = False, dtype: str = "fp32"
+    loaded: Loaded, *, stateless: bool | None = None, last_logits: bool = False, dtype: str = "fp32"
 ) -> tuple[ir.Model, IoSpec]:
     """The traced and cleaned graph, function bodies attached, and its description."""
+    stateless = not loaded.streams if stateless is None else stateless
     loaded = loaded.stored_as(dtype)
     lifted = loaded.lift(values=False)
     streamed = loaded.weights is not None
@@ -113,9 +121,9 @@ def trace(
         graph_weights.attach_weights(model, loaded, lifted)
     else:
         _make_contiguous(model)
-    nodes_before = len(list(model.graph))
     folded = fold_weight_transposes(model)  # before constants are folded, or small weights lose their names
     _simplify(model)
+    nodes_before = sum(node.op_type != "Constant" for node in model.graph)
     fired = run_passes(model)
     fired[fold_weight_transposes.__name__] += folded
     if last_logits:
@@ -314,7 +322,6 @@ def _clean(model: ir.Model) -> None:
     for graph_pass in (
         common.ClearMetadataAndDocStringPass(),
         common.CommonSubexpressionEliminationPass(),
-        common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateHashedInitializersPass(size_limit=1 << 16),
         common.RemoveUnusedNodesPass(),

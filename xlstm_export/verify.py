@@ -149,6 +149,9 @@ class _Run:
     """What the checks share: inputs, sessions, and the reference's results."""
 
     def __init__(self, folder: Path, loaded: Loaded, data: Path | None, seed: int, threads: int) -> None:
+        options = read_manifest(folder).get("options", {})
+        # Weights as they are stored: rounding them is the exporter's choice, computing with them its duty.
+        loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
         self.folder, self.loaded, self.threads = folder, loaded, threads
         self.io = read_io(folder)
         self.rng = np.random.default_rng(seed)
@@ -161,7 +164,6 @@ class _Run:
                 f"{folder} was not exported from this model", "verify against the checkpoint it was made from"
             )
         # Outputs of --last-logits have a position per call; the reference computes them all.
-        options = read_manifest(folder).get("options", {})
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
         if data is not None and not self.io.states:
             raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
@@ -328,7 +330,7 @@ class _Run:
     def _joined(self, parts: Sequence[Arrays]) -> Arrays:
         """Results of consecutive calls as if of one: those of a whole sequence are the last call's."""
         return {
-            x.name: np.concatenate([part[x.name] for part in parts], axis=1)
+            x.name: np.concatenate([p[x.name] for p in parts], x.shape.index("S") if "S" in x.shape else 1)
             if "S" in x.shape or x.name in self.last_only
             else parts[-1][x.name]
             for x in self.io.outputs
@@ -372,7 +374,9 @@ class _Run:
         from .cells import named_outputs
 
         if self._double is None:
-            self._double = copy.deepcopy(self.loaded.module).double()
+            module = copy.deepcopy(self.loaded.module)
+            self.loaded.exact(module)
+            self._double = module.double()
         tensors = [torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values()]
         with torch.no_grad():
             result = self._double(*(t.double() if t.is_floating_point() else t for t in tensors))

@@ -17,7 +17,6 @@ from torch import nn
 from ..errors import EnvironmentError_, InputError
 from ..files import find_weights, read_config
 from ..loaded import Loaded, check_fit
-from ..weights import Weights
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
 
 CONFIG = "config.json"
@@ -85,8 +84,13 @@ def load(path: Path) -> Loaded:
             f"{config_path}: transformers refuses this configuration: {error}",
             "compare it with the config the model was published with",
         ) from error
-    if causal and model_config.tie_word_embeddings:
-        weights = _tied(weights)
+    finish = _leave
+    if causal and model_config.tie_word_embeddings and (TABLE in weights) != (HEAD in weights):
+        # Stored once, under either name. Where both are stored they are two, whatever the config says.
+        finish = _tie
+        _tie(module)
+        shared = weights.get(TABLE) or weights[HEAD]
+        weights = {**weights, TABLE: shared, HEAD: shared}
     check_fit(module, weights, files[0], HINT)
     return Loaded(
         skeleton=module.eval(),
@@ -98,7 +102,7 @@ def load(path: Path) -> Loaded:
         config=config,
         vocab_size=model_config.vocab_size,
         weights=weights,
-        finish=_tie if causal and model_config.tie_word_embeddings else _leave,
+        finish=finish,
         exact=full_precision_norms,
         companions=tuple(path / name for name in TOKENIZER if (path / name).is_file()),
     )
@@ -122,12 +126,6 @@ def _check_fields(config: dict[str, Any], config_class: type, where: Path) -> No
 
 
 TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
-
-
-def _tied(weights: Weights) -> Weights:
-    """A file that stores shared tensors once keeps either name."""
-    shared = next((weights[name] for name in (TABLE, HEAD) if name in weights), None)
-    return weights if shared is None else {TABLE: shared, HEAD: shared, **weights}
 
 
 def _tie(module: nn.Module) -> None:

@@ -206,6 +206,12 @@ class TorchSession(StatefulSession):
             tensors.append(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
         with self._torch.no_grad():
             result, present = cells.run_lifted(self._module, tuple(tensors), self._past)
+        lacking = [s.present for s in self.io.states if s.present not in present]
+        if lacking:
+            raise BuildError(
+                f"forward gives no {lacking[0]} for this input, because it does not call the cell",
+                "forward must call every cell, whatever its input",
+            )
         self._past = {s.past: present[s.present] for s in self.io.states}
         return {name: t.numpy() for name, t in named_outputs(result, self._output).items()}
 

@@ -124,6 +124,8 @@ def values(name: str, shape: tuple[int, ...], noise: Any, generator: Any) -> Any
     # Drawing billions of numbers takes minutes: rows are windows of one long draw, at random places.
     starts = torch.randint(0, noise.numel() - width, (rows,), generator=generator)
     scale = 0.02 if "embedding" in name else width**-0.5
+    if name.endswith(("out_proj.weight", "proj_down.weight")):
+        scale *= 0.2  # branches add a part to the residual stream, and do not drown it
     return torch.stack([noise[start : start + width] for start in starts.tolist()]) * scale
 
 

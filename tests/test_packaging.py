@@ -19,12 +19,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = """
-import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.passes, xlstm_export.cli
+import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.cli
 import sys
-for name in ("", ".calibration", ".plugins", ".passes"):
-    print(sys.modules["xlstm_export" + name].__file__)
 heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
+import xlstm_export.passes, xlstm_export.families
+for name in ("", ".calibration", ".plugins", ".passes", ".families"):
+    print(sys.modules["xlstm_export" + name].__file__)
 """
 
 

@@ -321,6 +321,26 @@ def test_interrupted_export(small_checkpoint: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_terminated_command(small_checkpoint: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C."""
+    command = [sys.executable, "-c", "from xlstm_export.cli import main; main()", "export"]
+    process = subprocess.Popen(
+        [*command, str(small_checkpoint), "-o", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not names(tmp_path):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert names(tmp_path) == []
+
+
 def test_only_abandoned_folders_are_cleaned(tmp_path: Path) -> None:
     """Not those of a living process, of another output folder, or of somebody else."""
     gone = subprocess.Popen([sys.executable, "-c", ""])

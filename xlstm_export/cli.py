@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -187,6 +188,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: run a command; errors become a message and an exit code."""
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
+    if args is None:  # a process of its own: being asked to end must clean up like Ctrl-C
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False)
     except click.ClickException as error:
@@ -208,6 +211,10 @@ def main(args: list[str] | None = None) -> None:
         click.secho(f"error: unexpected {type(error).__name__}: {error}", fg="red", err=True)
         click.echo("  → this is a bug in xlstm-export; please report it with the output of --debug", err=True)
         sys.exit(ExportError.exit_code)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)  # through every `finally`
 
 
 def _load(

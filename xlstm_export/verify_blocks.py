@@ -27,6 +27,7 @@ from .compare import Difference, compare_states, difference
 from .config import CHUNK, IoSpec, StateSpec
 from .errors import EnvironmentError_, UsageError
 from .graph_weights import LiftedWeights
+from .inputs import per_position, random_inputs
 from .loaded import Loaded
 from .runfolder import (
     IO,
@@ -40,7 +41,7 @@ from .runfolder import (
 )
 from .sessions import Arrays
 from .streamed import Streamed
-from .verify import LIMITS, Check, Report, output_check, random_inputs, verify
+from .verify import LIMITS, Check, Report, output_check, verify
 
 BATCH = 2
 LENGTH = CHUNK + 6
@@ -183,6 +184,7 @@ class _PerBlock:
         options = read_manifest(folder).get("options", {})
         self.loaded = loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
+        self.whole = {x.name for x in self.io.inputs if not per_position(x)}  # inputs without positions
         self.lifted = loaded.lift(values=False)
         self.stack = [
             f"{path}.{index}"
@@ -236,7 +238,7 @@ class _PerBlock:
         expected = {s.past: self.present.pop(s.present).numpy() for s in states}
         whole, state = session.run([entry])
         self._block_checks(f"block {index}", whole, state, reference, expected, states)
-        pieces, state = session.run(_pieces(entry))
+        pieces, state = session.run(self._pieces(entry))
         self._block_checks(f"block {index} in pieces", pieces, state, reference, expected, states)
         own, _ = session.run([self.own])
         self.depth.append((f"depth {index}", difference(own, reference)))
@@ -327,21 +329,23 @@ class _PerBlock:
         outputs = named_outputs(streamed(*self._tensors(self.length, dtype)), self.loaded.output)
         return hidden, {name: tensor.numpy() for name, tensor in outputs.items()}
 
+    def _pieces(self, inputs: Arrays) -> list[Arrays]:
+        ends = np.cumsum(PIECES).tolist()
+        return [
+            {name: np.ascontiguousarray(self._cut(name, x, start, end)) for name, x in inputs.items()}
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+
+    def _cut(self, name: str, x: np.ndarray, start: int, end: int) -> np.ndarray:
+        return x if name in self.whole else x[:, start:end]
+
     def _start(self, x: np.ndarray) -> np.ndarray:
         """The positions that upstream computes, whose forward may stop at its context length."""
         return x[:, : self.length]
 
     def _tensors(self, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-        tensors = (torch.from_numpy(x[:, :length]) for x in self.inputs.values())
+        tensors = (torch.from_numpy(self._cut(name, x, 0, length)) for name, x in self.inputs.items())
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
-
-
-def _pieces(inputs: Mapping[str, np.ndarray]) -> list[Arrays]:
-    ends = np.cumsum(PIECES).tolist()
-    return [
-        {name: np.ascontiguousarray(x[:, start:end]) for name, x in inputs.items()}
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
 
 
 class _Zeros(Mapping[str, Tensor]):

@@ -78,6 +78,11 @@ def show_verify(console: Console, report: Report) -> None:
             f"{m['name']} on {m['positions']:,} held-out positions: "
             f"PyTorch (float64) {m['pytorch_float64']:.6f}, exported {m['exported']:.6f}"
         )
+    for name, far in report.as_it_comes.items():
+        console.print(
+            f"{name}: PyTorch as it comes (FP32) is {far['from_float64']:.1e} from float64 and "
+            f"{far['from_export']:.1e} from the export"
+        )
     failed = sum(not check.passed for check in report.checks)
     verdict = "equal to PyTorch" if report.passed else f"NOT equal to PyTorch: {failed} check(s) failed"
     console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")

@@ -75,6 +75,9 @@ class Report:
     metric: dict[str, Any]
     files: dict[str, Any]  # hashes of what exactly was verified
     inputs: str = "random"  # what the checks ran on
+    # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
+    # (relative L2) from the float64 reference and from the export. Told, not judged.
+    as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -88,6 +91,7 @@ class Report:
                 "metric": self.metric,
                 "files": self.files,
                 "inputs": self.inputs,
+                "upstream_as_it_comes": self.as_it_comes,
                 "checks": [check.to_json() for check in self.checks],
             }
         )
@@ -140,7 +144,8 @@ def verify(
         progress("task metric")
         check, metric = run.check_metric(run.data)
         checks.append(check)
-    report = Report(tuple(checks), metric, hashes(folder), run.source)
+    progress("upstream as it comes")
+    report = Report(tuple(checks), metric, hashes(folder), run.source, run.as_it_comes())
     write_json(folder / "verify" / "report.json", report.to_json())
     return report
 
@@ -185,6 +190,21 @@ class _Run:
         ours = self._reference(length)[0]
         theirs = self._upstream(length)
         return [output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
+
+    def as_it_comes(self) -> dict[str, dict[str, float]]:
+        """Upstream in FP32, as its users run it, against the float64 reference and the export."""
+        length = min(max(self.lengths), self.limit_context)
+        theirs = self._forward(self.loaded.module, length, double=False)
+        reference = self._upstream(length)
+        self.candidate.reset()
+        ours = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
+        return {
+            name: {
+                "from_float64": difference(x, reference[name]).relative_l2,
+                "from_export": difference(ours[name], x[:, -1:] if name in self.last_only else x).relative_l2,
+            }
+            for name, x in theirs.items()
+        }
 
     def check_prefill(self) -> list[Check]:
         """One call of S positions against upstream (up to its context length) and the reference's state."""
@@ -369,17 +389,20 @@ class _Run:
 
     def _upstream(self, length: int) -> Arrays:
         """The user's own forward in float64 on a copy; it has no state and knows nothing of us."""
-        import torch
-
-        from .cells import named_outputs
-
         if self._double is None:
             module = copy.deepcopy(self.loaded.module)
             self.loaded.exact(module)
             self._double = module.double()
+        return self._forward(self._double, length, double=True)
+
+    def _forward(self, module: Any, length: int, *, double: bool) -> Arrays:
+        import torch
+
+        from .cells import named_outputs
+
         tensors = [torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values()]
         with torch.no_grad():
-            result = self._double(*(t.double() if t.is_floating_point() else t for t in tensors))
+            result = module(*(t.double() if double and t.is_floating_point() else t for t in tensors))
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
 
     def _make_inputs(self, length: int) -> Arrays:

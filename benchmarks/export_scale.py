@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def main() -> None:
             result["sizes"][size] = run(size, Path(scratch), options.dtype, verify=not options.no_verify)
     from xlstm_export import bench
 
-    result["environment"] = bench.environment(0)
+    result["environment"] = bench.environment(os.cpu_count() or 1)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

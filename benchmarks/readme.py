@@ -1,4 +1,4 @@
-"""Put the measured figures of benchmarks/results/cpu.json into the README, between its speed markers.
+"""Put the measured figures of benchmarks/results/ into the README, between its markers.
 
 python benchmarks/readme.py
 """
@@ -10,18 +10,43 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 
 
 def main() -> None:
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for marker, file, make in (("speed", "cpu.json", speed), ("scale", "scale.json", scale)):
+        begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        before, rest = text.split(begin)
+        result = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        text = f"{before}{begin}\n{make(result)}\n{end}{rest.split(end)[1]}"
+    readme.write_text(text, encoding="utf-8")
 
 
-def table(result: dict[str, Any]) -> str:
+def scale(result: dict[str, Any]) -> str:
+    """Time, memory and disk of large models as Markdown."""
+    environment = result["environment"]
+
+    def cost(figures: dict[str, Any]) -> str:
+        return f"{figures['seconds']:.0f} s, {figures['peak_bytes'] / 1e9:.2f} GB"
+
+    lines = [
+        f"Synthetic bf16 checkpoints in Hugging Face format, `--dtype {result['dtype']}`, on "
+        f"{environment['threads']} cores of an {environment['cpu']} (`benchmarks/export_scale.py`):",
+        "",
+        "| model | checkpoint | export: time, peak memory | written | `verify --per-block`: time, peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for size, figures in result["sizes"].items():
+        lines.append(
+            f"| {size.upper()} ({figures['parameters'] / 1e9:.2f} G parameters) "
+            f"| {figures['checkpoint_bytes'] / 1e9:.1f} GB | {cost(figures['export'])} "
+            f"| {figures['export']['written_bytes'] / 1e9:.1f} GB | {cost(figures['verify'])} |"
+        )
+    return "\n".join(lines)
+
+
+def speed(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     environment, decode, prefill = result["environment"], result["decode"], result["prefill"]
     export, long = result["export"], result["long_prefill"]

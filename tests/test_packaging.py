@@ -99,6 +99,7 @@ def test_bare_checkout(checkout: Path) -> None:
         checkout / "calibration" / "__init__.py",
         checkout / "plugins" / "__init__.py",
         checkout / "xlstm_export" / "passes" / "__init__.py",
+        checkout / "xlstm_export" / "families" / "__init__.py",
     ]
 
 
@@ -114,6 +115,7 @@ def test_wheel(installed: Path, tmp_path: Path) -> None:
         package / "calibration" / "__init__.py",
         package / "plugins" / "__init__.py",
         package / "passes" / "__init__.py",
+        package / "families" / "__init__.py",
     ]
 
 
@@ -175,6 +177,7 @@ def test_editable_install(checkout: Path, tmp_path: Path) -> None:
         source / "calibration" / "__init__.py",
         source / "plugins" / "__init__.py",
         source / "xlstm_export" / "passes" / "__init__.py",
+        source / "xlstm_export" / "families" / "__init__.py",
     ]
     done = subprocess.run(
         [str(venv / "bin" / "xlstm-export"), "--help"],

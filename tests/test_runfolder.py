@@ -238,18 +238,39 @@ def test_disk_that_is_full_is_seen_before_the_first_byte(mounted: Callable[[str]
 
 @pytest.mark.parametrize("file", [runfolder.MODEL_DATA, runfolder.MODEL])
 def test_disk_that_fills_up(
-    mounted: Callable[[str], Path], small_export: Path, small_loaded: checkpoint.Loaded, file: str
+    mounted: Callable[[str], Path],
+    small_export: Path,
+    small_loaded: checkpoint.Loaded,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Enough space for the first check, but not for the weights as they are laid out, or for the graph."""
+    """Somebody else takes the space after it was checked: it ends in the weights, or in the graph."""
     size = {path.name: path.stat().st_size for path in small_export.iterdir()}
-    parameters = sum(t.numel() * t.element_size() for t in small_loaded.module.state_dict().values())
     if file == runfolder.MODEL_DATA:
-        space = (int(1.1 * parameters) + size[runfolder.MODEL_DATA]) // 2
+        space = size[runfolder.MODEL_DATA] // 2
     else:
         space = size[runfolder.MODEL_DATA] + size[runfolder.MODEL] // 2
     folder = mounted(f"size={space}")
+    monkeypatch.setattr(runfolder, "require_space", lambda folder, needed: None)
     with refused(EnvironmentError_, str(folder / "out"), "disk is full"):
         trace.export(small_loaded, folder / "out")
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_very_size_of_the_weights_is_checked_before_the_first_byte(
+    mounted: Callable[[str], Path],
+    small_loaded: checkpoint.Loaded,
+    tmp_path: Path,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As laid out in pages and in the type they are stored in, which is known once the graph is traced."""
+    whole = trace.export(small_loaded, tmp_path / "whole", dtype=dtype)
+    folder = mounted(f"size={(whole / runfolder.MODEL_DATA).stat().st_size - 8192}")
+    monkeypatch.setattr(trace, "save", lambda *args: pytest.fail("a byte was written"))
+    with refused(EnvironmentError_, "MB are needed"):
+        trace.export(small_loaded, folder / "out", dtype=dtype)
     assert names(folder) == []
 
 
@@ -391,7 +412,7 @@ def test_manifest_of_an_export(small_export: Path, small_checkpoint: Path) -> No
     }
     assert manifest["origin"] == {"checkpoint": str(small_checkpoint)}
     assert manifest["model"] == "xLSTMLMModel"
-    assert manifest["options"] == {"stateless": False, "last_logits": False}
+    assert manifest["options"] == {"stateless": False, "last_logits": False, "dtype": "fp32"}
     assert manifest["schema"] == runfolder.SCHEMA
 
 

@@ -13,7 +13,7 @@ from refusals import refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xlstm_export import checkpoint, weights
+from xlstm_export import checkpoint, trace, weights
 from xlstm_export.errors import InputError
 
 
@@ -147,14 +147,18 @@ def test_whole_module_in_a_pickle(folder: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_not_finite(
-    folder: Path, small_state: dict[str, Tensor], value: float, dtype: torch.dtype
+    folder: Path, tmp_path: Path, small_state: dict[str, Tensor], value: float, dtype: torch.dtype
 ) -> None:
     state = {name: t.clone().to(dtype) for name, t in small_state.items()}
     state["lm_head.weight"][3, 5] = value
     state["lm_head.weight"][200, 1] = value
     save_file(state, folder / "model.safetensors")
+    loaded = checkpoint.load_checkpoint(folder)
     with refused(InputError, "lm_head.weight", "2 non-finite", str(value), "[3, 5]"):
-        checkpoint.load_checkpoint(folder)
+        _ = loaded.module
+    with refused(InputError, "lm_head.weight", "2 non-finite", str(value), "[3, 5]"):
+        trace.export(loaded, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
 
 
 def test_large_finite_weights_pass(tmp_path: Path) -> None:

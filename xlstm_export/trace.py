@@ -80,7 +80,7 @@ def export(
             check_streams(loaded)
         progress("tracing")
         model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
-        runfolder.require_space(folder, sum(t.nbytes for t in _initializers(model)))
+        runfolder.require_space(folder, _stored_bytes(model))
         save(model, folder, progress)
         runfolder.write_json(folder / runfolder.IO, spec.to_json())
         for companion in loaded.companions:
@@ -143,8 +143,10 @@ def trace(
     return model, spec
 
 
-def _initializers(model: ir.Model) -> list[ir.TensorProtocol]:
-    return [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+def _stored_bytes(model: ir.Model) -> int:
+    """What `save` writes at least: every weight of a page or more starts on a page."""
+    sizes = [v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT if size >= ALIGNMENT else size for size in sizes)
 
 
 def save(model: ir.Model, folder: Path, progress: Callable[[str], None] = lambda stage: None) -> None:

@@ -25,9 +25,9 @@ def load(path: Path) -> Loaded:
         EnvironmentError_: the `xlstm` package is not installed.
         BuildError: the model has a variant that cannot be exported.
     """
+    weights, files = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)
-    weights, files = find_weights(path)
     module, model_config = _build(config, config_path)
     weights = _slstm_to_vanilla(module, weights)
     tied = bool(getattr(model_config, "tie_weights", False))

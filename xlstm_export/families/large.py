@@ -44,9 +44,9 @@ def load(path: Path) -> Loaded:
         raise EnvironmentError_(
             f"the `xlstm` package cannot be imported: {error}", "pip install xlstm"
         ) from error
+    weights, files = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)
-    weights, files = find_weights(path)
     known = {f.name for f in dataclasses.fields(xLSTMLargeConfig)}
     unknown = sorted(set(map(str, config)) - known)
     if unknown:

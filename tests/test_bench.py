@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_export import bench, errors, runfolder, verify
+from xlstm_export import bench, checks, errors, runfolder
 from xlstm_export.checkpoint import Loaded
 
 
@@ -18,8 +18,8 @@ def verified(small_export: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     shutil.copytree(small_export, folder)
     files = runfolder.hashes(folder)
-    check = verify.Check("prefill", 1e-7, 5e-6)
-    runfolder.write_json(folder / "verify" / "report.json", verify.Report((check,), {}, files).to_json())
+    check = checks.Check("prefill", 1e-7, 5e-6)
+    runfolder.write_json(folder / "verify" / "report.json", checks.Report((check,), {}, files).to_json())
     return folder
 
 

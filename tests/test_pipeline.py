@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from xlstm_export import pipeline, report, verify
+from xlstm_export import checks, pipeline, report
 from xlstm_export.checkpoint import Loaded
 
 
@@ -32,7 +32,7 @@ def test_writes_everything_and_says_so(
 def test_what_is_not_equal_is_not_timed(
     small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(verify.LIMITS, "output", 1e-12)
+    monkeypatch.setitem(checks.LIMITS, "output", 1e-12)
     result = pipeline.deploy(small_loaded, tmp_path / "out", threads=1)
     assert not result.verification.passed
     assert result.benchmark is None

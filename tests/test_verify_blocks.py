@@ -14,7 +14,7 @@ import pytest
 import torch
 from refusals import refused
 
-from xlstm_export import checkpoint, runfolder, trace, verify, verify_blocks
+from xlstm_export import checkpoint, checks, runfolder, trace, verify_blocks
 from xlstm_export.errors import EnvironmentError_, UsageError
 from xlstm_export.sessions import OrtSession, TorchSession
 
@@ -30,7 +30,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[checkpoint.Loaded, 
     return loaded, trace.export(loaded, folder / "out", dtype="bf16")
 
 
-def failed(report: verify.Report) -> list[str]:
+def failed(report: checks.Report) -> list[str]:
     return [check.name for check in report.checks if not check.passed]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from . import trace
 from .bench import BenchReport, bench
+from .checks import Report
 from .loaded import Loaded
-from .verify import Report, verify
+from .verify import verify
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from .doctor import Finding
 
 if TYPE_CHECKING:
     from .bench import BenchReport
+    from .checks import Report
     from .pipeline import Deployment
-    from .verify import Report
 
 MARK = {True: "[green]pass[/]", False: "[bold red]FAIL[/]"}
 

@@ -2,7 +2,7 @@
 
 Three parties: the user's own module in float64 (upstream), the same module with its cells lifted, in
 float64 (reference: it also has states, and goes beyond the context length), and the exported graph
-(candidate). Every limit stands in `LIMITS` with its reason.
+(candidate). Every limit stands in `checks.py` with its reason.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import data as evaluation
-from .compare import Difference, compare_states, difference
+from .checks import LIMITS, Check, Report, output_check
+from .compare import compare_states, difference
 from .config import CHUNK
 from .errors import UsageError
 from .inputs import Arrays, cut, has_positions, per_position
@@ -26,84 +26,8 @@ from .loaded import Loaded
 from .runfolder import hashes, read_io, read_manifest, write_json
 from .sessions import OrtSession, TorchSession, load_state, save_state
 
-LIMITS = {
-    # FP32 rounding through all blocks measured 2e-7 … 7e-7 on every mix of blocks; a wrong gate, mask or
-    # carried state is 1e-3 and more.
-    "output": 5e-6,
-    # Products of decays over the whole stream round more than one output does.
-    "state": 1e-5,
-    # Lifted against upstream, both float64. They differ where eps meets the stabilizer: the parallel form
-    # has no m of the fresh state. That is at most eps = 1e-6 of the normalizer.
-    "lift": 2e-6,
-    # Rows computed beside others: the same kernels may split their work differently.
-    "rows": 1e-6,
-    # "Equal to four digits."
-    "metric": 5e-5,
-}
 BATCH = 3
 RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: `value` must not exceed `limit`."""
-
-    name: str
-    value: float
-    limit: float
-    detail: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.limit  # False for NaN
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "passed": self.passed,
-            "value": self.value,
-            "limit": self.limit,
-            **self.detail,
-        }
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of `verify`."""
-
-    checks: tuple[Check, ...]
-    metric: dict[str, Any]
-    files: dict[str, Any]  # hashes of what exactly was verified
-    inputs: str = "random"  # what the checks ran on
-    # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
-    # (relative L2) from the float64 reference and from the export. Told, not judged.
-    as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        return _finite(
-            {
-                "schema": 1,
-                "passed": self.passed,
-                "metric": self.metric,
-                "files": self.files,
-                "inputs": self.inputs,
-                "upstream_as_it_comes": self.as_it_comes,
-                "checks": [check.to_json() for check in self.checks],
-            }
-        )
-
-
-def _finite(data: Any) -> Any:
-    """JSON has neither NaN nor Infinity: null instead, next to a `passed` that is false."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not np.isfinite(data) else data
 
 
 def verify(
@@ -417,13 +341,3 @@ class _Run:
                 for name, x in self.data.inputs.items()
             }
         return random_inputs(self.loaded, self.io, BATCH, length, self.rng)
-
-
-def output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
-    if found.shape != expected.shape:
-        raise UsageError(
-            f"{name}: the export gives shape {found.shape}, the model {expected.shape}",
-            "verify against the checkpoint it was made from",
-        )
-    result: Difference = difference(found, expected)
-    return Check(name, result.relative_l2, limit, result.to_json())

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench scale install clean
 
 demo: $(INSTALLED)
 	$(BIN)/xlstm-export deploy examples/austen_lm \
@@ -25,6 +25,11 @@ lint: $(INSTALLED)
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/readme.py
+
+# Export and verification of 1.3B and 7B parameters; half an hour, 45 GB of disk.
+scale: $(INSTALLED)
+	$(BIN)/python benchmarks/export_scale.py --out benchmarks/results/scale.json
 	$(BIN)/python benchmarks/readme.py
 
 install: $(INSTALLED)

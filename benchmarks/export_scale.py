@@ -1,6 +1,6 @@
 """Export and verify models larger than the memory they are given: wall time, peak memory, bytes written.
 
-    python benchmarks/export_scale.py [--size 1.3b] [--size 7b] [--dtype bf16] [--out benchmarks/results/scale.json]
+    python benchmarks/export_scale.py [--size 1.3b] [--size 7b] [--dtype bf16] [--out scale.json]
 
 A synthetic checkpoint in Hugging Face format (bf16, shards with an index) is written, exported, and verified
 block by block, each step in a process of its own through the command line. Peak memory is that of the process

@@ -34,7 +34,8 @@ def scale(result: dict[str, Any]) -> str:
         f"Synthetic bf16 checkpoints in Hugging Face format, `--dtype {result['dtype']}`, on "
         f"{environment['threads']} cores of an {environment['cpu']} (`benchmarks/export_scale.py`):",
         "",
-        "| model | checkpoint | export: time, peak memory | written | `verify --per-block`: time, peak memory |",
+        "| model | checkpoint | export: time, peak memory | written "
+        "| `verify --per-block`: time, peak memory |",
         "|---|---|---|---|---|",
     ]
     for size, figures in result["sizes"].items():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import large_models
 import models
 import onnx
 import pytest
@@ -63,6 +64,15 @@ def test_model(small_export: Path) -> None:
 def test_model_with_tied_weights_and_last_logits(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "tied", tie_weights=True))
     check_builds(trace.export(loaded, tmp_path / "out", last_logits=True) / "model.onnx")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_large_model(tmp_path: Path, dtype: str) -> None:
+    """The 7B architecture, weights stored in each type."""
+    loaded = checkpoint.load_checkpoint(
+        large_models.make_hf(tmp_path / "model", num_blocks=2, num_hidden_layers=2)
+    )
+    check_builds(trace.export(loaded, tmp_path / "out", dtype=dtype) / "model.onnx")
 
 
 def test_parse_error_is_noticed(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import large_models
 import models
 import pytest
+import tirex_models
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,48 @@ def test_stages_one_by_one(
     assert "is not equal to the PyTorch model" in capsys.readouterr().err
     assert run("bench", out) == 1
     assert "did not pass" in capsys.readouterr().err
+
+
+def test_a_large_model_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """bf16 shards → export in their type → block by block, and the first blocks; the graph inspected."""
+    source = large_models.make_hf(tmp_path / "model", shards=2, dtype=torch.bfloat16)
+    out = tmp_path / "out"
+    assert run("export", source, "-o", out, "--dtype", "bf16") == 0
+    capsys.readouterr()
+    assert run("verify", out, "--per-block", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"block 2: states", "whole depth: logits"} <= {check["name"] for check in report["checks"]}
+    assert run("verify", out, "--num-blocks", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert run("verify", out, "--num-blocks", 9) == 2
+    assert run("verify", out, "--per-block", "--num-blocks", 1) == 2
+    capsys.readouterr()
+    assert run("inspect", out / "model.onnx", "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert [block["nodes"] for block in info["blocks"] if block["kind"] == "mlstm"] == [43, 43, 43]
+    assert info["passes"]["fuse_projections"] > 0
+    assert run("inspect", out / "model.onnx") == 0
+    assert "fuse_projections" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "absent.onnx") == 4
+    with (out / "model.onnx.data").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\x80\x3f" * 64)
+    assert run("verify", out, "--per-block") == 1
+
+
+def test_tirex_streams_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tirex_models.make(tmp_path / "model")
+    assert run("export", source, "-o", tmp_path / "stateless") == 0
+    assert run("export", source, "-o", tmp_path / "streaming", "--streaming") == 0
+    for name, inputs in (("stateless", ["context"]), ("streaming", ["x", "loc", "scale"])):
+        io = json.loads((tmp_path / name / "io.json").read_text())
+        assert [spec["name"] for spec in io["inputs"]] == inputs
+        assert bool(io["states"]) == (name == "streaming")
+        capsys.readouterr()
+        assert run("verify", tmp_path / name, "--json") == 0, "the manifest knows the form"
+        told = json.loads(capsys.readouterr().out)["upstream_as_it_comes"]["quantiles"]
+        assert told["from_export"] > 1e-4, "upstream rounds to bf16"
+        assert abs(told["from_export"] / told["from_float64"] - 1) < 0.01
 
 
 def test_inspect_checkpoint_and_run_folder(

@@ -18,6 +18,7 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "verify, bench and run", "pip install onnxruntime", True),
     "xlstm": ("xlstm", "load checkpoints of the xlstm package", "pip install xlstm", True),
     "transformers": ("transformers", "load Hugging Face models", "pip install transformers", False),
+    "tirex-ts": ("tirex", "load TiRex forecasters", "pip install tirex-ts", False),
     "tensorrt": ("tensorrt", "build engines", "on a Jetson it comes with JetPack", False),
 }
 

@@ -15,6 +15,7 @@ and register a function that builds it from the original::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,10 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import lookalikes
+from .adapter_check import check_adapters
 from .config import BlockSpec, StateSpec
-from .errors import BuildError
-from .families import blocks_cells, large_cells, norm_cells, tirex_cells  # noqa: F401 - they register their cells
-from .registry import ADAPTERS, AdapterFunction, RecurrentCell, count_calls, register, run_lifted
+from .errors import BuildError, ExportError
+from .families import (  # noqa: F401 - they register their cells
+    blocks_cells,
+    large_cells,
+    norm_cells,
+    tirex_cells,
+)
+from .registry import (
+    ADAPTERS,
+    AdapterFunction,
+    RecurrentCell,
+    adapter_name,
+    count_calls,
+    register,
+    run_lifted,
+)
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
 
@@ -69,6 +85,7 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
         BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
             module does not work, forward never reaches a cell, or there is no xLSTM cell at all.
     """
+    inputs = tuple(example)
     replacements: dict[int, nn.Module] = {}
     replaced: dict[str, tuple[nn.Module, AdapterFunction]] = {}
     recurrent: list[tuple[str, RecurrentCell]] = []
@@ -78,18 +95,16 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
         adapter = _adapter_of(child)
         if adapter is None:
             continue
-        try:
-            replacement = adapter(child)
-        except BuildError as error:
-            raise BuildError(f"{path or '<root>'}: {error.message}", error.hint) from None
-        replacements[id(child)] = replacement
+        replacements[id(child)] = replacement = _adapt(path, child, adapter)
         replaced[path] = (child, adapter)
-        if isinstance(replacement, RecurrentCell):
-            replacement.path = path
-            recurrent.append((path, replacement))
+        for inner, cell in replacement.named_modules():
+            if isinstance(cell, RecurrentCell):
+                cell.path, cell.adapter = ".".join(filter(None, (path, inner))), adapter_name(adapter)
+                recurrent.append((cell.path, cell))
     _refuse_unknown(module, set(replaced))
     # A cell may be of any kind of its own; but a convolution alone is no recurrent model.
     if all(cell.cell == "conv" for _, cell in recurrent):
+        _refuse_look_alikes(module, inputs)
         raise BuildError(
             f"{type(module).__name__} holds no xLSTM cell that is known here",
             "known cells: " + ", ".join(sorted(ADAPTERS)),
@@ -97,9 +112,9 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
     lifted = copy_sharing_tensors(module, replacements).eval()
-    inputs = tuple(example)
     if not inputs:
         return Lifted(lifted, _number(recurrent, {}), replaced)
+    check_adapters(module, lifted, replaced, inputs)
     outputs, calls = _try(lifted, inputs)
     missing = [path for path, cell in recurrent if cell.state_shapes and cell not in calls]
     if missing:
@@ -108,6 +123,26 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
             "export a module whose forward uses every cell it holds",
         )
     return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+
+
+def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
+    """The replacement of a cell; whatever its adapter does wrong is told with the path."""
+    where = path or "<root>"
+    try:
+        replacement: Any = adapter(cell)
+    except ExportError as error:
+        raise BuildError(f"{where}: {error.message}", error.hint) from None
+    except Exception as error:
+        raise BuildError(
+            f"{where}: adapter {adapter_name(adapter)} raised {type(error).__name__}: {error}",
+            f"call it by itself on a {type(cell).__qualname__}; --debug shows where it stopped",
+        ) from error
+    if not isinstance(replacement, nn.Module):
+        raise BuildError(
+            f"{where}: adapter {adapter_name(adapter)} returned {type(replacement).__name__}",
+            "return the module that takes the cell's place, a RecurrentCell if it has a state",
+        )
+    return replacement
 
 
 def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
@@ -125,16 +160,27 @@ def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
 
 
 def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[RecurrentCell, int]]:
+    paths = {id(child): path for path, child in module.named_modules()}
     try:
-        with torch.no_grad():
-            return count_calls(module, inputs)
+        with torch.no_grad(), lookalikes.watch() as seen:
+            result = count_calls(module, inputs)
     except BuildError:
         raise
     except Exception as error:
+        seen.refuse(paths)  # says more than how its kernel failed
         raise BuildError(
             f"forward fails on the example inputs: {type(error).__name__}: {error}",
             "the example inputs must have the shapes forward expects",
         ) from error
+    seen.refuse(paths)
+    return result
+
+
+def _refuse_look_alikes(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Name a recurrence that is called as a function, in a module without a known cell."""
+    with torch.no_grad(), lookalikes.watch() as seen, contextlib.suppress(Exception):
+        module(*inputs)
+    seen.refuse({id(child): path for path, child in module.named_modules()})
 
 
 def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
@@ -178,10 +224,11 @@ def _adapter_of(module: nn.Module) -> AdapterFunction | None:
     return None
 
 
-# Names of classes that carry a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, …; not
-# those that only mention one, such as xLSTMHead. What slips through fails verification, not in silence.
+# Names of classes that carry a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
+# not those that only mention one, such as xLSTMHead. What slips through does not stream, which is noticed.
 _LOOKS_RECURRENT = re.compile(
-    r"(lstm|gru|rnn|recurrent|rwkv|mamba|ssm|retention|delta_?net|cell)(cell|layer|block|mixer|unit)?\d*$",
+    r"(lstm|gru|rnn|sru|lru|recurrent|rwkv|mamba|ssm|^s4d?|^s5|hgrn|retnet|retention|delta_?net|time_?mix|cell)"
+    r"_?(cell|layer|block|mixer|unit)?_?v?\d*$",
     re.IGNORECASE,
 )
 

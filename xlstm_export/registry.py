@@ -6,6 +6,7 @@ opens around one forward pass. A cell that is called several times in one pass h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,14 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BuildError
+from .errors import BuildError, UsageError
 
 AdapterFunction = Callable[[nn.Module], nn.Module]
 ADAPTERS: dict[str, AdapterFunction] = {}
 
 
 def register(class_path: str) -> Callable[[AdapterFunction], AdapterFunction]:
-    """Decorator: build the replacement of every module whose class is `package.module.Class`."""
+    """Decorator: build the replacement of every module whose class is `package.module.Class`.
+
+    Raises:
+        UsageError: `class_path` is not of that form.
+    """
+    if not isinstance(class_path, str) or "." not in class_path.strip("."):
+        raise UsageError(
+            f"register takes the path of a class, not {class_path!r}", '@register("package.module.Class")'
+        )
 
     def store(function: AdapterFunction) -> AdapterFunction:
         ADAPTERS[class_path] = function
@@ -38,12 +47,21 @@ def refuse(class_path: str, reason: str, hint: str) -> None:
         raise BuildError(f"{class_path} is not supported: {reason}", hint)
 
 
+def adapter_name(adapter: AdapterFunction) -> str:
+    """Where an adapter is defined, as package.module.function."""
+    name = getattr(adapter, "__qualname__", type(adapter).__qualname__)
+    return f"{getattr(adapter, '__module__', None) or '?'}.{name}"
+
+
 class RecurrentCell(nn.Module):
     """Base of the modules that replace a cell with state.
 
     Subclasses set the class attribute `cell` and pass `state_shapes`: state kind → shape without the batch
     dimension. In `forward` they read every state with `past` and hand out its successor with `keep`. `heads`
     and `head_dim` describe the cell in listings.
+
+    Raises:
+        BuildError: a state kind or shape cannot be used.
     """
 
     cell = ""
@@ -52,20 +70,33 @@ class RecurrentCell(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.state_shapes = state_shapes
+        self.state_shapes = _checked(state_shapes, type(self))
         self.blocks: tuple[int, ...] = ()  # block of each call in one forward pass; set by `lift`
         self.path = ""
+        self.adapter = ""  # name of the function that built this cell; set by `lift`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = _scope()
-        scope.calls[self] = scope.calls.get(self, 0) + 1
-        return super().__call__(*args, **kwargs)
+        call = scope.calls[self] = scope.calls.get(self, 0) + 1
+        result = super().__call__(*args, **kwargs)
+        lost = [kind for kind in self.state_shapes if (self, call, kind) not in scope.kept]
+        if lost:
+            raise BuildError(
+                f"{self.told} never keeps state {lost[0]!r}, which it declared",
+                f"call self.keep({lost[0]!r}, value) in forward: what is not handed out is lost",
+            )
+        return result
+
+    @property
+    def told(self) -> str:
+        """Which cell, and whose adapter: the beginning of an error message."""
+        return f"{self.path or '<root>'}: adapter {self.adapter or type(self).__qualname__}"
 
     def past(self, kind: str) -> Tensor:
         """The incoming state (B, ...) of this call."""
         if kind not in self.state_shapes:
             raise BuildError(
-                f"{self.path}: the adapter reads state {kind!r}, which it did not declare",
+                f"{self.told} reads state {kind!r}, which it did not declare",
                 f"it declared {', '.join(self.state_shapes) or 'none'}",
             )
         return _scope().past_of(self, kind)
@@ -81,10 +112,47 @@ class RecurrentCell(nn.Module):
             declared = ", ".join(f"{k} (B, {', '.join(map(str, s))})" for k, s in self.state_shapes.items())
             found = ", ".join(map(str, value.shape[1:]))
             raise BuildError(
-                f"{self.path}: the adapter keeps state {kind!r} of shape (B, {found})",
+                f"{self.told} keeps state {kind!r} of shape (B, {found})",
                 f"it declared {declared or 'no state'}",
             )
-        _scope().keep(self, kind, value)
+        scope = _scope()
+        scope.kept.add((self, scope.calls[self], kind))
+        scope.keep(self, kind, value)
+
+
+# States of the operators. They mean something together only: C·exp(m) and n·exp(m), or c·exp(m), and are
+# compared as such, so none of the names is free for a state of another kind.
+_STABILIZED = ({"C", "n", "m"}, {"c", "n", "m"})
+
+
+def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
+    """State shapes as declared, or an error that says what is wrong with them."""
+    if not owner.cell.isidentifier():  # type: ignore[attr-defined]
+        raise BuildError(
+            f"{owner.__qualname__} has no name for listings", 'set the class attribute, e.g. cell = "average"'
+        )
+    if not isinstance(shapes, Mapping):
+        raise BuildError(
+            f"state shapes are {type(shapes).__name__}, not a dict", 'e.g. {"last": (width,)}: kind → shape'
+        )
+    for kind, shape in shapes.items():
+        if not isinstance(kind, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9]*", kind):
+            raise BuildError(
+                f"state kind {kind!r} cannot be part of a tensor's name", "use letters and digits, e.g. last"
+            )
+        if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n > 0 for n in shape):
+            raise BuildError(
+                f"state {kind!r} has shape {shape!r}",
+                "give positive integers, without the batch dimension, e.g. (width,)",
+            )
+    reserved = set(shapes) & {"C", "c", "n", "m"}
+    if reserved and not any(group <= set(shapes) for group in _STABILIZED):
+        raise BuildError(
+            f"state kind(s) {', '.join(sorted(reserved))} belong to the operators: C, n, m of the mLSTM and "
+            "y, c, n, m of the sLSTM",
+            "choose another name for a state of your own, e.g. last or memory",
+        )
+    return {kind: tuple(shape) for kind, shape in shapes.items()}
 
 
 def run_lifted(
@@ -107,10 +175,23 @@ def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[
     return _run(module, args, scope), scope.calls
 
 
-def _run(module: nn.Module, args: tuple[Tensor, ...], scope: _Scope) -> Any:
+def run_alone(cell: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Tensor) -> Any:
+    """One call of a replacement by itself from zero states, its own states checked in full.
+
+    Args:
+        cell: what an adapter returned.
+        args, kwargs: of the call.
+        like: an input of the model; its batch and device are those of the states.
+    """
+    return _run(cell, args, _CheckingScope({}, batch=like.shape[0], like=like), kwargs)
+
+
+def _run(
+    module: nn.Module, args: tuple[Any, ...], scope: _Scope, kwargs: Mapping[str, Any] | None = None
+) -> Any:
     token = _SCOPE.set(scope)
     try:
-        return module(*args)
+        return module(*args, **(kwargs or {}))
     finally:
         _SCOPE.reset(token)
 
@@ -120,6 +201,7 @@ class _Scope:
     given: Mapping[str, Tensor]
     present: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[RecurrentCell, int] = field(default_factory=dict)
+    kept: set[tuple[RecurrentCell, int, str]] = field(default_factory=set)
 
     def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
         return self.given[f"past_{self._block(cell)}_{kind}"]
@@ -151,6 +233,22 @@ class _CountingScope(_Scope):
 
     def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
         pass
+
+
+class _CheckingScope(_CountingScope):
+    """A new state must be of the type and batch of the old one: they are one tensor to a runtime."""
+
+    def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
+        past = self.past_of(cell, kind)
+        if (value.dtype, value.shape[0]) != (past.dtype, self.batch):
+            raise BuildError(
+                f"{cell.told} keeps state {kind!r} as {_described(value)}, of past {_described(past)}",
+                "a state keeps its type and batch from call to call",
+            )
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
 _SCOPE: ContextVar[_Scope] = ContextVar("lifted state")

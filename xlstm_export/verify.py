@@ -63,13 +63,14 @@ def verify(
     for name, stage in stages:
         progress(name)
         checks += stage()
+    progress("upstream as it comes")
+    as_it_comes = run.as_it_comes()
     metric: dict[str, Any] = {}
     if run.data is not None:
         progress("task metric")
         check, metric = run.check_metric(run.data)
         checks.append(check)
-    progress("upstream as it comes")
-    report = Report(tuple(checks), metric, hashes(folder), run.source, run.as_it_comes())
+    report = Report(tuple(checks), metric, hashes(folder), run.source, as_it_comes)
     write_json(folder / "verify" / "report.json", report.to_json())
     return report
 

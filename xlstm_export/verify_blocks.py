@@ -47,9 +47,11 @@ from .verify import verify
 
 BATCH = 2
 LENGTH = CHUNK + 6
-# How much further from float64 than PyTorch's own FP32 the typical error over the whole depth may be. Both
-# are sums of many roundings in different orders; measured 0.9 to 1.1, and a wrong block is 1000 and more.
-PYTORCH_FP32 = 2.0
+# How much further from float64 than PyTorch's own FP32 the typical error over the depth may be. Measured
+# 0.9 to 1.1 on small models and 4.3 on 32 blocks of the 7B shape: ONNX Runtime's Tanh is 4 to 5 times less
+# exact than PyTorch's (8e-8 against 1.5e-8 below 0.5), and the soft cap of the gates multiplies that by 15.
+# One wrong weight in one block is 1000 and more.
+PYTORCH_FP32 = 8.0
 PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums to LENGTH
 
 

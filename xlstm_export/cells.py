@@ -116,7 +116,7 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
         return Lifted(lifted, _number(recurrent, {}), replaced)
     check_adapters(module, lifted, replaced, inputs)
     outputs, calls = _try(lifted, inputs)
-    missing = [path for path, cell in recurrent if cell.state_shapes and cell not in calls]
+    missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
     if missing:
         raise BuildError(
             f"forward never reaches the cell(s) {', '.join(missing)}",
@@ -159,7 +159,7 @@ def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
     )
 
 
-def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[RecurrentCell, int]]:
+def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
     paths = {id(child): path for path, child in module.named_modules()}
     try:
         with torch.no_grad(), lookalikes.watch() as seen:
@@ -254,9 +254,7 @@ def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
             )
 
 
-def _number(
-    recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[RecurrentCell, int]
-) -> tuple[BlockSpec, ...]:
+def _number(recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> tuple[BlockSpec, ...]:
     """Cells with the same parent module form one block; blocks count in the order of the module tree.
 
     Every call in a forward pass carries a state of its own, so what is called twice forms two blocks.
@@ -268,9 +266,9 @@ def _number(
     for members in groups.values():
         # Two cells of one kind under one parent cannot share a block: their states would collide.
         for bundle in _split_by_kind(members):
-            for call in range(max(calls.get(cell, 1) for _, cell in bundle)):
+            for call in range(max(calls.get(path, 1) for path, _ in bundle)):
                 index = len(blocks)
-                called = [(path, cell) for path, cell in bundle if calls.get(cell, 1) > call]
+                called = [(path, cell) for path, cell in bundle if calls.get(path, 1) > call]
                 states = []
                 for _, cell in called:
                     cell.blocks = (*cell.blocks, index)

@@ -77,9 +77,10 @@ class RecurrentCell(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = _scope()
-        call = scope.calls[self] = scope.calls.get(self, 0) + 1
+        # By path, not by identity: torch.export runs copies of a module that stands in two places.
+        call = scope.calls[self.path] = scope.calls.get(self.path, 0) + 1
         result = super().__call__(*args, **kwargs)
-        lost = [kind for kind in self.state_shapes if (self, call, kind) not in scope.kept]
+        lost = [kind for kind in self.state_shapes if (self.path, call, kind) not in scope.kept]
         if lost:
             raise BuildError(
                 f"{self.told} never keeps state {lost[0]!r}, which it declared",
@@ -116,7 +117,7 @@ class RecurrentCell(nn.Module):
                 f"it declared {declared or 'no state'}",
             )
         scope = _scope()
-        scope.kept.add((self, scope.calls[self], kind))
+        scope.kept.add((self.path, scope.calls[self.path], kind))
         scope.keep(self, kind, value)
 
 
@@ -169,8 +170,8 @@ def run_lifted(
     return _run(module, args, scope), scope.present
 
 
-def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[RecurrentCell, int]]:
-    """One forward pass from zero states: its result, and how often each cell was called."""
+def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
+    """One forward pass from zero states: its result, and how often the cell of each path was called."""
     scope = _CountingScope({}, batch=args[0].shape[0], like=args[0])
     return _run(module, args, scope), scope.calls
 
@@ -200,8 +201,8 @@ def _run(
 class _Scope:
     given: Mapping[str, Tensor]
     present: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[RecurrentCell, int] = field(default_factory=dict)
-    kept: set[tuple[RecurrentCell, int, str]] = field(default_factory=set)
+    calls: dict[str, int] = field(default_factory=dict)
+    kept: set[tuple[str, int, str]] = field(default_factory=set)
 
     def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
         return self.given[f"past_{self._block(cell)}_{kind}"]
@@ -210,7 +211,7 @@ class _Scope:
         self.present[f"present_{self._block(cell)}_{kind}"] = value
 
     def _block(self, cell: RecurrentCell) -> int:
-        call = self.calls[cell]
+        call = self.calls[cell.path]
         if call > len(cell.blocks):
             raise BuildError(
                 f"{cell.path} is called {call} times in one forward pass, {len(cell.blocks)} times before",

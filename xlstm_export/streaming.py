@@ -28,11 +28,11 @@ def check_streams(loaded: Loaded) -> None:
     """Run the lifted module over a sequence as a whole, and in two pieces with the state carried on.
 
     Raises:
-        BuildError: an output differs, or forward does not take the pieces.
+        BuildError: an output differs, forward does not take the pieces, or no input has positions.
     """
     session = TorchSession(loaded, 2, "float32")
     if not has_positions(session.io):
-        return
+        raise BuildError(f"no input of {loaded.name} has positions, so there is no stream", HINT)
     inputs = random_inputs(loaded, session.io, 2, LENGTH, np.random.default_rng(0))
     length, first = LENGTH, FIRST
     try:

@@ -53,8 +53,8 @@ def export(
     Args:
         loaded: from `checkpoint.load`.
         out: created; replaced only with `force`.
-        stateless: leave the state inputs and outputs away; every call starts fresh. A model that does not
-            stream by itself (`Loaded.streams`) is exported so in any case.
+        stateless: leave the state inputs and outputs away; every call starts fresh. By default as
+            `Loaded.streams` says.
         last_logits: compute the first output for the last position only.
         dtype: type the matrices are stored in ("fp32", "bf16", "fp16"); arithmetic is FP32.
         command: recorded in the manifest.
@@ -70,7 +70,6 @@ def export(
     """
     if dtype not in graph_weights.DTYPES:
         raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(graph_weights.DTYPES)}")
-    stateless = stateless or not loaded.streams
     stateless = not loaded.streams if stateless is None else stateless
     width = graph_weights.DTYPES[dtype].itemsize
     needed = sum(t.numel() * width for t in loaded.skeleton.state_dict().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from xlstm_export import checkpoint, ops, registry, trace, verify
 from xlstm_export.cells import RecurrentCell
-from xlstm_export.errors import BuildError
+from xlstm_export.errors import BuildError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = "examples.custom_cell.adapters:build"
@@ -140,6 +141,45 @@ class Double(Echo):
         return super().forward(x).double()
 
 
+class Half(Echo):
+    """Its state changes type from call to call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        self.keep("last", x[:, -1:].half())
+        return result
+
+
+class OneRow(Echo):
+    def forward(self, x: Tensor) -> Tensor:
+        result = super().forward(x)
+        self.keep("last", x[:1, -1:])
+        return result
+
+
+class Failing(Echo):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * gate
+
+
+class Empty(Echo):
+    shapes = {"last": (0, 4)}  # noqa: RUF012
+
+
+class Nameless(Echo):
+    cell = ""
+
+
+class NotADict(Echo):
+    shapes = ("last",)  # type: ignore[assignment]
+
+
+class Stabilizer(Echo):
+    """Stabilizers are compared with what they stabilize, so one alone would never be compared."""
+
+    shapes = {"m": (4,), "n": (4,)}  # noqa: RUF012
+
+
 class BadKind(Echo):
     shapes = {"last one": (1, 4)}  # noqa: RUF012
 
@@ -182,6 +222,15 @@ def test_a_right_one(adapted: Callable[..., checkpoint.Loaded], tmp_path: Path) 
         (lambda cell: Double(), ("float64", "float32")),
         (lambda cell: BadKind(), ("'last one' cannot be part of a tensor's name",)),
         (lambda cell: Reserved(), ("state kind(s) n belong to the operators",)),
+        (lambda cell: Half(), ("keeps state 'last' as float16 (2, 1, 4), of past float32 (2, 1, 4)",)),
+        (lambda cell: OneRow(), ("keeps state 'last' as float32 (1, 1, 4)",)),
+        (lambda cell: Failing(), ("fails where the original runs: TypeError", "'gate'")),
+        (lambda cell: Empty(), ("state 'last' has shape (0, 4)", "positive integers")),
+        (lambda cell: Nameless(), ("Nameless has no name for listings", 'cell = "average"')),
+        (lambda cell: NotADict(), ("state shapes are tuple, not a dict",)),
+        (lambda cell: Stabilizer(), ("state kind(s) m, n belong to the operators",)),
+        (lambda cell: None, ("returned NoneType",)),
+        (lambda cell: nn.Identity(), ("computes something else than the original",)),
         (lambda cell: "no module", ("returned str",)),
         (raising, ("raising raised KeyError: 'width'",)),
     ],
@@ -193,6 +242,135 @@ def test_a_wrong_one(
     words: tuple[str, ...],
 ) -> None:
     """Refused with the path of the cell, before a byte is written."""
-    with refused(BuildError, "inner.0", *words):
+    with refused(BuildError, "inner.0: adapter test_adapters.", *words):
         trace.export(adapted(adapter), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- What may differ, and what is never asked -----------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Returns its state, as cells do that are called step by step."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        return scale * (x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)), x[:, -1:]
+
+
+class LiftedPair(Echo):
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, None]:  # type: ignore[override]
+        return scale * super().forward(x), None
+
+
+class PairModel(nn.Module):
+    def __init__(self, *cells: nn.Module) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for cell in self.cells:
+            x, _ = cell(x, scale=0.5)
+        return x
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[type[nn.Module], Callable[[nn.Module], nn.Module]], None]]:
+    """Register an adapter for a class, until the test is over."""
+    before = dict(registry.ADAPTERS)
+    yield lambda cls, adapter: registry.register(f"{cls.__module__}.{cls.__qualname__}")(adapter)
+    registry.ADAPTERS.clear()
+    registry.ADAPTERS.update(before)
+
+
+def load(module: nn.Module) -> checkpoint.Loaded:
+    return checkpoint.Loaded(module.eval(), {"x": torch.randn(2, 6, 4)}, "y", "Own", {})
+
+
+def test_a_state_need_not_be_returned(register: Callable[..., None], tmp_path: Path) -> None:
+    """The graph carries it. Arguments by keyword reach both sides."""
+    register(Pair, lambda cell: LiftedPair())
+    model = load(PairModel(Pair(), Pair()))
+    assert verify.verify(trace.export(model, tmp_path / "out"), model).passed
+
+
+def test_a_replacement_may_hold_its_cells(register: Callable[..., None], tmp_path: Path) -> None:
+    """A plain module with two cells of one kind inside: each has a state of its own."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+            return x
+
+    register(Doubled, lambda cell: nn.Sequential(Echo(), Echo()))
+    model = load(nn.Sequential(nn.Linear(4, 4), Doubled()))
+    assert [(b.path, b.cell) for b in model.spec().blocks] == [("1.0", "echo"), ("1.1", "echo")]
+    assert verify.verify(trace.export(model, tmp_path / "out"), model).passed
+
+
+class BatteryCell(nn.Module):
+    """Has a name as of a recurrent cell, and no state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+
+def test_a_module_may_stand_for_itself(register: Callable[..., None], tmp_path: Path) -> None:
+    """The way out for what only looks recurrent."""
+    register(EchoCell, lambda cell: Echo())
+    module = nn.Sequential(EchoCell(), BatteryCell())
+    with refused(BuildError, "1: recurrent cell test_adapters.BatteryCell is not known", "register"):
+        load(module).lift()
+    register(BatteryCell, lambda cell: cell)
+    model = load(module)
+    assert verify.verify(trace.export(model, tmp_path / "out"), model).passed
+
+
+class NeedsGpu(EchoCell):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no GPU")
+
+
+def test_an_original_that_does_not_run_here_is_not_asked(register: Callable[..., None]) -> None:
+    register(NeedsGpu, lambda cell: Echo())
+    assert [b.cell for b in load(nn.Sequential(NeedsGpu())).lift().blocks] == ["echo"]
+
+
+def test_the_user_s_module_keeps_no_trace_of_the_comparison(register: Callable[..., None]) -> None:
+    register(EchoCell, lambda cell: Echo())
+    module = Model().eval()
+    load(module).lift()
+    register(EchoCell, lambda cell: WrongResult())
+    with refused(BuildError, "computes something else"):
+        load(module).lift()
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize("path", ["MyCell", "", ".", EchoCell, 3])
+def test_register_takes_the_path_of_a_class(path: object) -> None:
+    """`@register` without its argument is the mistake to make."""
+    with refused(UsageError, "register takes the path of a class", "package.module.Class"):
+        registry.register(path)  # type: ignore[arg-type]
+
+
+def test_a_wrong_adapter_on_the_command_line(tmp_path: Path) -> None:
+    """The adapters of the example with one figure changed: exit code, message, and nothing left."""
+    package = tmp_path / "sensors"
+    package.mkdir()
+    for name in ("__init__.py", "model.py", "adapters.py"):
+        text = (ROOT / "examples" / "custom_cell" / name).read_text()
+        text = text.replace("examples.custom_cell", "sensors").replace("head_dim**-0.5", "head_dim**-0.4")
+        (package / name).write_text(text)
+    command = [sys.executable, "-m", "xlstm_export.cli", "export", "--module", "sensors.adapters:build"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-o", "out"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert "cell: adapter sensors.adapters._matrix_cell computes something else" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sensors"]

@@ -31,6 +31,11 @@ class _Call:
     done: bool = False
 
 
+def is_built_in(adapter: AdapterFunction) -> bool:
+    """Whether an adapter is one of this package's."""
+    return str(getattr(adapter, "__module__", "")).startswith(f"{__package__}.")
+
+
 def check_adapters(
     module: nn.Module,
     lifted: nn.Module,
@@ -48,7 +53,7 @@ def check_adapters(
     Raises:
         BuildError: structure, shape, type or values of a result differ, or the replacement fails.
     """
-    theirs = {path: entry for path, entry in replaced.items() if not _built_in(entry[1])}
+    theirs = {path: entry for path, entry in replaced.items() if not is_built_in(entry[1])}
     if not theirs or module.training or any(x.is_meta for x in (*inputs, *module.parameters())):
         return  # nothing to compare, or dropout at work, or no values
     for call in _original_calls(module, theirs, inputs):
@@ -64,10 +69,6 @@ def check_adapters(
                 "its forward takes what the original's takes",
             ) from error
         _compare(where, "", call.result, found)
-
-
-def _built_in(adapter: AdapterFunction) -> bool:
-    return str(getattr(adapter, "__module__", "")).startswith(f"{__package__}.")
 
 
 def _original_calls(

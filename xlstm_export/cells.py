@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lookalikes
-from .adapter_check import check_adapters
+from .adapter_check import check_adapters, is_built_in
 from .config import BlockSpec, StateSpec
 from .errors import BuildError, ExportError
 from .families import (  # noqa: F401 - they register their cells
@@ -102,6 +102,11 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
                 cell.path, cell.adapter = ".".join(filter(None, (path, inner))), adapter_name(adapter)
                 recurrent.append((cell.path, cell))
     _refuse_unknown(module, set(replaced))
+    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
+    # (shared ones stay shared) and copies no weight.
+    lifted = copy_sharing_tensors(module, replacements).eval()
+    if inputs:
+        check_adapters(module, lifted, replaced, inputs)
     # A cell may be of any kind of its own; but a convolution alone is no recurrent model.
     if all(cell.cell == "conv" for _, cell in recurrent):
         _refuse_look_alikes(module, inputs)
@@ -109,12 +114,8 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
             f"{type(module).__name__} holds no xLSTM cell that is known here",
             "known cells: " + ", ".join(sorted(ADAPTERS)),
         )
-    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
-    # (shared ones stay shared) and copies no weight.
-    lifted = copy_sharing_tensors(module, replacements).eval()
     if not inputs:
         return Lifted(lifted, _number(recurrent, {}), replaced)
-    check_adapters(module, lifted, replaced, inputs)
     outputs, calls = _try(lifted, inputs)
     missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
     if missing:
@@ -131,7 +132,8 @@ def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
     try:
         replacement: Any = adapter(cell)
     except ExportError as error:
-        raise BuildError(f"{where}: {error.message}", error.hint) from None
+        whose = "" if is_built_in(adapter) else f"adapter {adapter_name(adapter)}: "
+        raise BuildError(f"{where}: {whose}{error.message}", error.hint) from None
     except Exception as error:
         raise BuildError(
             f"{where}: adapter {adapter_name(adapter)} raised {type(error).__name__}: {error}",

@@ -7,8 +7,10 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from xlstm_export.cells import RecurrentCell
 from xlstm_export.errors import BuildError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "adapters.md"
 EXAMPLE = "examples.custom_cell.adapters:build"
 
 
@@ -50,8 +53,8 @@ def test_the_example_carries_both_kinds_of_state(tmp_path: Path) -> None:
 
 def test_the_code_of_the_document_runs() -> None:
     """Its adapter, registered for a cell that computes the same."""
-    (code,) = re.findall(r"```python\n(.+?)\n```", (ROOT / "docs" / "adapters.md").read_text(), re.DOTALL)
-    names: dict[str, object] = {"__name__": "mypackage.adapters"}
+    code, factory = re.findall(r"```python\n(.+?)\n```", DOCUMENT.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "mypackage.adapters"}
     before = dict(registry.ADAPTERS)
     try:
         exec(code, names)
@@ -71,6 +74,17 @@ def test_the_code_of_the_document_runs() -> None:
     result, calls = registry.count_calls(lifted, (q, q, q, gate, gate))
     assert torch.equal(result, expected)
     assert list(calls.values()) == [1]
+
+    class Policy(nn.Module):
+        def forward(self, image: Tensor, goal: Tensor) -> Tensor:
+            return image[..., :8] + goal[:, None]
+
+    names["Policy"] = Policy
+    exec(factory, names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mypackage", types.SimpleNamespace(build=names["build"]))
+        loaded = checkpoint.load_module("mypackage:build")
+    assert {n: loaded.input_dims(n) for n in loaded.inputs} == {"image": ("B", "S", 64), "goal": ("B", 8)}
 
 
 # --- Adapters that are wrong ------------------------------------------------------------------------------
@@ -210,31 +224,31 @@ def test_a_right_one(adapted: Callable[..., checkpoint.Loaded], tmp_path: Path) 
     assert verify.verify(trace.export(loaded, tmp_path / "out"), loaded).passed
 
 
-@pytest.mark.parametrize(
-    ("adapter", "words"),
-    [
-        (lambda cell: WrongShape(), ("keeps state 'last' of shape (B, 4)", "last (B, 1, 4)")),
-        (lambda cell: Undeclared(), ("reads state 'first', which it did not declare", "last")),
-        (lambda cell: NeverKept(), ("never keeps state 'last'", "self.keep('last', value)")),
-        (lambda cell: WrongResult(), ("computes something else than the original",)),
-        (lambda cell: WrongRank(), ("(2, 6, 4, 1)", "(2, 6, 4)")),
-        (lambda cell: Tupled(), ("a tuple of 2",)),
-        (lambda cell: Double(), ("float64", "float32")),
-        (lambda cell: BadKind(), ("'last one' cannot be part of a tensor's name",)),
-        (lambda cell: Reserved(), ("state kind(s) n belong to the operators",)),
-        (lambda cell: Half(), ("keeps state 'last' as float16 (2, 1, 4), of past float32 (2, 1, 4)",)),
-        (lambda cell: OneRow(), ("keeps state 'last' as float32 (1, 1, 4)",)),
-        (lambda cell: Failing(), ("fails where the original runs: TypeError", "'gate'")),
-        (lambda cell: Empty(), ("state 'last' has shape (0, 4)", "positive integers")),
-        (lambda cell: Nameless(), ("Nameless has no name for listings", 'cell = "average"')),
-        (lambda cell: NotADict(), ("state shapes are tuple, not a dict",)),
-        (lambda cell: Stabilizer(), ("state kind(s) m, n belong to the operators",)),
-        (lambda cell: None, ("returned NoneType",)),
-        (lambda cell: nn.Identity(), ("computes something else than the original",)),
-        (lambda cell: "no module", ("returned str",)),
-        (raising, ("raising raised KeyError: 'width'",)),
-    ],
-)
+WRONG: list[tuple[Callable[[nn.Module], Any], tuple[str, ...]]] = [
+    (lambda cell: WrongShape(), ("keeps state 'last' of shape (B, 4)", "last (B, 1, 4)")),
+    (lambda cell: Undeclared(), ("reads state 'first', which it did not declare", "last")),
+    (lambda cell: NeverKept(), ("never keeps state 'last'", "self.keep('last', value)")),
+    (lambda cell: WrongResult(), ("computes something else than the original",)),
+    (lambda cell: WrongRank(), ("(2, 6, 4, 1)", "(2, 6, 4)")),
+    (lambda cell: Tupled(), ("a tuple of 2",)),
+    (lambda cell: Double(), ("float64", "float32")),
+    (lambda cell: BadKind(), ("'last one' cannot be part of a tensor's name",)),
+    (lambda cell: Reserved(), ("state kind(s) n belong to the operators",)),
+    (lambda cell: Half(), ("keeps state 'last' as float16 (2, 1, 4), of past float32 (2, 1, 4)",)),
+    (lambda cell: OneRow(), ("keeps state 'last' as float32 (1, 1, 4)",)),
+    (lambda cell: Failing(), ("fails where the original runs: TypeError", "'gate'")),
+    (lambda cell: Empty(), ("state 'last' has shape (0, 4)", "positive integers")),
+    (lambda cell: Nameless(), ("Nameless has no name for listings", 'cell = "average"')),
+    (lambda cell: NotADict(), ("state shapes are tuple, not a dict",)),
+    (lambda cell: Stabilizer(), ("state kind(s) m, n belong to the operators",)),
+    (lambda cell: None, ("returned NoneType",)),
+    (lambda cell: nn.Identity(), ("computes something else than the original",)),
+    (lambda cell: "no module", ("returned str",)),
+    (raising, ("raising raised KeyError: 'width'",)),
+]
+
+
+@pytest.mark.parametrize(("adapter", "words"), WRONG)
 def test_a_wrong_one(
     adapted: Callable[..., checkpoint.Loaded],
     tmp_path: Path,
@@ -245,6 +259,22 @@ def test_a_wrong_one(
     with refused(BuildError, "inner.0: adapter test_adapters.", *words):
         trace.export(adapted(adapter), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_messages_of_the_document_are_those_that_appear(
+    adapted: Callable[[Callable[[nn.Module], nn.Module]], checkpoint.Loaded],
+) -> None:
+    raised = []
+    for adapter, _ in WRONG:
+        with pytest.raises(BuildError) as caught:
+            adapted(adapter).lift()
+        raised.append(caught.value.message)
+    rows = re.findall(r"^\| (`.+?) \|", DOCUMENT.read_text(), re.MULTILINE)
+    documented = [m for row in rows for m in re.findall(r"`([^`]+)`", row) if not m.startswith("ops.")]
+    assert len(documented) == 10
+    for message in documented:
+        pattern = re.escape(message).replace("…", ".*")
+        assert any(re.search(pattern, found) for found in raised), message
 
 
 # --- What may differ, and what is never asked -----------------------------------------------------------

@@ -42,7 +42,8 @@ def scale(result: dict[str, Any]) -> str:
         lines.append(
             f"| {size.upper()} ({figures['parameters'] / 1e9:.2f} G parameters) "
             f"| {figures['checkpoint_bytes'] / 1e9:.1f} GB | {cost(figures['export'])} "
-            f"| {figures['export']['written_bytes'] / 1e9:.1f} GB | {cost(figures['verify'])} |"
+            f"| {figures['export']['written_bytes'] / 1e9:.1f} GB "
+            f"| {cost(figures['verify']) if 'verify' in figures else 'not measured'} |"
         )
     return "\n".join(lines)
 

@@ -1,0 +1,57 @@
+"""Every tick of the README's table of families: that family, form and type through the whole verify."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import large_models
+import models
+import pytest
+import test_own
+import tirex_models
+from test_tensorrt_build import check_builds
+
+from xlstm_export import checkpoint, runfolder, trace, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Make = Callable[[Path, bool], checkpoint.Loaded]
+FAMILIES: dict[str, Make] = {
+    "xLSTMLMModel": lambda p, stateless: checkpoint.load_checkpoint(models.make(p / "model")),
+    "xLSTMLarge": lambda p, stateless: checkpoint.load_checkpoint(large_models.make_large(p / "model")),
+    "Hugging Face": lambda p, stateless: checkpoint.load_checkpoint(large_models.make_hf(p / "model")),
+    "TiRex": lambda p, stateless: checkpoint.load_checkpoint(
+        tirex_models.make(p / "model"), stateless=stateless
+    ),
+    "nn.Module": lambda p, stateless: test_own.loaded(test_own.Classifier()),
+    "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stateless", [False, True], ids=["streaming", "stateless"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, stateless: bool, dtype: str, tmp_path: Path) -> None:
+    loaded = FAMILIES[family](tmp_path, stateless)
+    out = trace.export(loaded, tmp_path / "out", stateless=stateless, dtype=dtype)
+    assert bool(runfolder.read_io(out).states) != stateless
+    report = verify.verify(out, loaded)
+    assert [check for check in report.checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("family", ["xLSTMLarge", "nn.Module", "your own cell"])
+def test_family_in_nvidias_builder(family: str, tmp_path: Path) -> None:
+    """The others are built in test_tensorrt_build.py and test_tirex.py."""
+    loaded = FAMILIES[family](tmp_path, False)
+    check_builds(trace.export(loaded, tmp_path / "out") / "model.onnx")
+
+
+def test_the_table_has_a_row_per_family_and_none_more() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("| family | checkpoint |")[1].split("\n\n")[0]
+    rows = [row for row in table.splitlines()[2:] if row]
+    assert len(rows) == len(FAMILIES)
+    for name, row in zip(FAMILIES, rows, strict=True):
+        assert re.search(re.escape(name), row.split("|")[1])

@@ -62,9 +62,25 @@ def run(size: str, scratch: Path, dtype: str, *, verify: bool) -> dict[str, Any]
     report(size, "export", result["export"], f"{written / 1e9:.2f} GB written")
     if verify:
         result["verify"] = command("verify", str(folder), "--per-block", "--json")
-        report(size, "verify --per-block", result["verify"], "passed")
+        result["verify"] |= summary(json.loads((folder / "verify" / "per_block.json").read_text()))
+        note = (
+            f"worst block {result['verify']['worst_block']:.1e}, depth {result['verify']['depth_ratio']:.1f}x"
+        )
+        report(size, "verify --per-block", result["verify"], f"passed; {note} PyTorch's FP32")
     shutil.rmtree(scratch, ignore_errors=True)
     return result
+
+
+def summary(checked: dict[str, Any]) -> dict[str, Any]:
+    """The worst output of a block alone, and the error over the depth in units of PyTorch's own FP32."""
+    checks = {check["name"]: check for check in checked["checks"]}
+    alone = [c["value"] for name, c in checks.items() if name.startswith("block") and "states" not in name]
+    ratios = {n: c["value"] / c["pytorch_fp32"] for n, c in checks.items() if "pytorch_fp32" in c}
+    return {
+        "worst_block": max(alone),
+        "depth_ratio": ratios["whole depth: logits"],
+        "depth_ratios": [ratio for name, ratio in ratios.items() if name.startswith("depth")],
+    }
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[int, int]:

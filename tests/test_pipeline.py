@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from rich.console import Console
 
 from xlstm_export import checks, pipeline, report
 from xlstm_export.checkpoint import Loaded
+from xlstm_export.errors import EnvironmentError_
 
 
 def test_writes_everything_and_says_so(
@@ -41,3 +43,13 @@ def test_what_is_not_equal_is_not_timed(
     shown = capsys.readouterr().out
     assert "NOT equal to PyTorch" in shown
     assert "exceeds 1e-12" in shown
+
+
+def test_a_model_that_does_not_fit_the_memory_is_exported_and_not_verified_as_a_whole(
+    small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine must not be driven into swapping; the export stays, to be verified by block."""
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
+    with refused(EnvironmentError_, "as a whole takes about", "--per-block"):
+        pipeline.deploy(small_loaded, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()

@@ -48,11 +48,7 @@ def hollow(module: nn.Module) -> nn.Module:
 def attach_weights(model: ir.Model, loaded: Loaded, lifted: Lifted) -> None:
     """Replace the stand-ins among the initializers of `model` by what the checkpoint holds."""
     values = LiftedWeights(loaded, lifted)
-    module = lifted.module
-    named = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    named = _tensors(lifted.module)
     for name, value in model.graph.initializers.items():
         if name not in named or not named[name].is_meta or value.const_value is None:
             continue

@@ -20,6 +20,11 @@ from .runfolder import sha256
 from .weights import Weights
 
 Dims = tuple[int | str, ...]
+# What the families' packages raise, each in its own place, when a config does not make sense to them.
+CONFIG_ERRORS = (
+    *(AssertionError, ValueError, TypeError, AttributeError),
+    *(ArithmeticError, LookupError, RuntimeError),
+)
 
 
 def _nothing(module: nn.Module) -> None:

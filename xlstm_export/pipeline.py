@@ -11,7 +11,7 @@ from . import trace
 from .bench import BenchReport, bench
 from .checks import Report
 from .loaded import Loaded
-from .verify import verify
+from .verify_blocks import verify_any
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def deploy(
 ) -> Deployment:
     """Export into `out`, verify, and bench what verified. Arguments as in those stages."""
     folder = trace.export(loaded, out, force=force, command=command, progress=progress)
-    verification = verify(
+    verification = verify_any(
         folder, loaded, data=data, threads=threads, progress=lambda stage: progress(f"verify: {stage}")
     )
     benchmark = None

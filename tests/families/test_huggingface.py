@@ -131,6 +131,16 @@ def test_the_published_configs_legacy_fields_are_known(folder: Path) -> None:
     checkpoint.load_checkpoint(folder)
 
 
+def test_early_configs_name_sizes_by_their_older_names_only(folder: Path, sharded: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["embedding_dim"] == config.pop("hidden_size")
+    assert config["num_blocks"] == config.pop("num_hidden_layers")
+    (folder / "config.json").write_text(json.dumps(config))
+    early, late = (checkpoint.load_checkpoint(path).spec() for path in (folder, sharded))
+    assert early.blocks == late.blocks
+    assert early.parameters == late.parameters
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BuildError, EnvironmentError_, InputError
 from ..files import find_weights, need_config, read_config
-from ..loaded import Loaded, check_fit, context_length
+from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
 from ..weights import Weights
 
 
@@ -78,15 +78,7 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
         # On the meta device nothing is allocated; the weights are read where they are needed.
         with torch.device("meta"):
             module = model_class(model_config)
-    except (
-        AssertionError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-    ) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(
             f"{path}: the xlstm package refuses this configuration: {error or type(error).__name__}",
             "compare it with the config the model was trained with",

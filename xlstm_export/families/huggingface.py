@@ -24,8 +24,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json"),
 )
-# Fields of published checkpoints that no version of `transformers` reads any more; each describes what the
-# architecture does anyway, or how it was trained.
+# Fields of early configs that `transformers` does not read; each describes what the architecture does anyway,
+# or how it was trained.
 HARMLESS = frozenset(
     [
         *("add_embedding_dropout", "add_forward_backend_padding", "add_post_blocks_norm", "add_post_norm"),
@@ -75,6 +75,9 @@ def load(path: Path) -> Loaded:
     settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": weight_mode(weights), "use_cache": False}
     # True: a Hugging Face model never hands states out unless it is given a cache.
     settings["return_last_states"] = True
+    for ours, older in (("hidden_size", "embedding_dim"), ("num_hidden_layers", "num_blocks")):
+        if older in config:  # configs of the first releases have the older name only
+            settings.setdefault(ours, config[older])
     try:
         model_config = xLSTMConfig(**settings)
         with torch.device("meta"):

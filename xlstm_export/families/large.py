@@ -10,7 +10,7 @@ import torch
 
 from ..errors import EnvironmentError_, InputError
 from ..files import find_weights, need_config, read_config
-from ..loaded import Loaded, check_fit
+from ..loaded import CONFIG_ERRORS, Loaded, check_fit
 from ..weights import Weights
 
 # How upstream computes, not what: kernels that run everywhere, states and sums in FP32.
@@ -59,7 +59,7 @@ def load(path: Path) -> Loaded:
         # On the meta device nothing is allocated; the weights are read where they are needed.
         with torch.device("meta"):
             module = xLSTMLarge(model_config)
-    except (AssertionError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(
             f"{config_path}: the xlstm package refuses this configuration: {error or type(error).__name__}",
             "compare it with the config the model was trained with",

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import EnvironmentError_, InputError
 from ..files import find_config
-from ..loaded import Dims, Loaded, check_fit
+from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..weights import Weights, from_tensors, load_torch_file
 
 FILE = "model.ckpt"
@@ -301,15 +301,7 @@ def _build(hyper_parameters: dict[str, Any], file: Path) -> nn.Module:
             model: Any = TiRexZero(backend="torch", **hyper_parameters)
         patch, length = model.config.input_patch_size, model.config.train_ctx_len
         whole = length % patch == 0 and length > 0
-    except (
-        AssertionError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-    ) as error:
+    except CONFIG_ERRORS as error:
         raise InputError(
             f"{file}: the tirex package refuses these hyper_parameters: {error or type(error).__name__}",
             "compare them with those the model was trained with, and the version of tirex-ts",

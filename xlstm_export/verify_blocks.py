@@ -48,9 +48,9 @@ from .verify import verify
 BATCH = 2
 LENGTH = CHUNK + 6
 # How much further from float64 than PyTorch's own FP32 the typical error over the depth may be: twice the
-# largest ratio seen. Measured 0.9 to 1.4 up to 16 blocks of width 1024, and 4.3 on 32 blocks of width 4096 for
-# a reason that is not known (Tanh in double precision changes nothing). This check is coarse: one weight with
-# its sign flipped gives 4.5 on 16 blocks and passes here. The checks of each block alone find it.
+# largest ratio seen. Measured 0.9 to 1.4 up to 16 blocks of width 1024, and 4.3 on 32 blocks of width 4096
+# for a reason that is not known (Tanh in double precision changes nothing). This check is coarse: one weight
+# with its sign flipped gives 4.5 on 16 blocks and passes here. The checks of each block alone find it.
 PYTORCH_FP32 = 8.0
 PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums to LENGTH
 

@@ -70,6 +70,29 @@ def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool =
     )
 
 
+def attach(model: ir.Model, *, cast: bool = False) -> None:
+    """Give each recurrence operator of a graph its sequence body, at the opset of the graph.
+
+    Args:
+        model: changed in place.
+        cast: whether q, k, v, R or C may be of another type than FP32.
+    """
+    nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
+    kinds = {node.op_type for node in nodes}
+    clamp = any("forget_max" in node.attributes for node in nodes)
+    bodies = []
+    if "XlstmMlstm" in kinds:
+        bodies.append(mlstm_function(cast=cast))
+    if "XlstmSlstm" in kinds:
+        bodies.append(slstm_function(clamp=clamp, cast=cast))
+    for proto in bodies:
+        function = ir.serde.deserialize_function(proto)
+        # Nothing a body uses has changed its meaning since OPSET, only the types it may have.
+        function.opset_imports[""] = model.opset_imports.get("") or OPSET
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[OP_DOMAIN] = 1
+
+
 def _function(
     name: str, attributes: dict[str, float | str], inputs: str, outputs: str, body: str, cast: bool
 ) -> onnx.FunctionProto:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import lazy
 from .cells import Lifted
-from .errors import BuildError
+from .errors import BuildError, InputError
 from .loaded import Loaded, with_weights
 
 DTYPES = {
@@ -124,7 +124,7 @@ def narrow_weights(model: ir.Model, dtype: str) -> int:
             name=name,
             shape=source.shape,
             type=ir.TensorType(target),
-            const_value=_converted(source, target, name),
+            const_value=converted(source, target, name),
         )
         del graph.initializers[name]
         graph.register_initializer(narrow)
@@ -169,11 +169,64 @@ def _position(graph: ir.Graph, node: ir.Node) -> int:
     return next(index for index, other in enumerate(graph) if other is node)
 
 
-def _converted(source: ir.TensorProtocol, target: ir.DataType, name: str) -> ir.TensorProtocol:
+def converted(source: ir.TensorProtocol, target: ir.DataType, name: str) -> ir.TensorProtocol:
+    """`source` rounded to `target` (FP16 or BF16), computed when it is written.
+
+    Raises:
+        InputError: when it is computed, where a value is beyond the range of FP16.
+    """
     kind = torch.bfloat16 if target == ir.DataType.BFLOAT16 else torch.float16
 
     def compute() -> np.ndarray:
-        narrow = torch.from_numpy(source.numpy()).to(kind)
+        wide = torch.from_numpy(np.array(source.numpy(), dtype=np.float32))
+        narrow = wide.to(kind)
+        if not narrow.isfinite().all() and wide.isfinite().all():
+            largest = float(wide.abs().max())
+            raise InputError(
+                f"{name} holds {largest:.3g}, which {str(kind).removeprefix('torch.')} cannot",
+                "use bf16, or keep this weight in FP32",
+            )
         return narrow.view(torch.int16).numpy().view(target.numpy())
 
     return lazy.lazy(compute, target, [int(dim) for dim in source.shape], name)  # type: ignore[arg-type]
+
+
+def widen_weights(model: ir.Model) -> int:
+    """The opposite of `narrow_weights`: FP32 initializers (widened when they are read), no Casts.
+
+    Returns:
+        How many initializers were stored narrow.
+    """
+    graph = model.graph
+    count = 0
+    for name, value in list(graph.initializers.items()):
+        source = value.const_value
+        if source is None or source.dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            continue
+        wide = ir.Value(
+            name=name,
+            shape=source.shape,  # type: ignore[arg-type]
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=lazy.lazy(
+                lambda source=source: source.numpy().astype(np.float32),  # type: ignore[misc]
+                ir.DataType.FLOAT,
+                [int(dim) for dim in source.shape],  # type: ignore[arg-type]
+                name,
+            ),
+        )
+        del graph.initializers[name]
+        graph.register_initializer(wide)
+        for use in list(value.uses()):
+            cast = use.node
+            if use.node.op_type == "Gather":
+                use.node.replace_input_with(0, wide)
+                (cast,) = (reader.node for reader in use.node.outputs[0].uses())
+                wide_rows: ir.Value = use.node.outputs[0]
+                wide_rows.type = ir.TensorType(ir.DataType.FLOAT)
+            else:
+                wide_rows = wide
+            for reader in list(cast.outputs[0].uses()):
+                reader.node.replace_input_with(reader.idx, wide_rows)
+            graph.remove(cast, safe=True)
+        count += 1
+    return count

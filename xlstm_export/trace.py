@@ -79,7 +79,7 @@ def export(
             check_streams(loaded)
         progress("tracing")
         model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
-        runfolder.require_space(folder, _stored_bytes(model))
+        runfolder.require_space(folder, stored_bytes(model))
         save(model, folder, progress)
         runfolder.write_json(folder / runfolder.IO, spec.to_json())
         for companion in loaded.companions:
@@ -130,7 +130,8 @@ def trace(
     graph_weights.narrow_weights(model, dtype)
     _clean(model)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
-    _attach_functions(model)
+    functions.attach(model)
+    model.ir_version = IR_VERSION
     model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
     model.metadata_props["xlstm_export.passes"] = json.dumps(fired)
     outputs = [o for o in model.graph.outputs if o.name in output_names]
@@ -142,7 +143,7 @@ def trace(
     return model, spec
 
 
-def _stored_bytes(model: ir.Model) -> int:
+def stored_bytes(model: ir.Model) -> int:
     """What `save` writes at least: every weight of a page or more starts on a page."""
     sizes = [v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT if size >= ALIGNMENT else size for size in sizes)
@@ -331,14 +332,18 @@ def _clean(model: ir.Model) -> None:
     ):
         with _quiet():
             graph_pass(model)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
+    name_nodes(model)
     model.graph.name = "xlstm"
     model.producer_name = "xlstm-export"
     model.producer_version = None
     model.metadata_props.clear()
-    # Types and shapes of inner values can be inferred and only make files differ between versions.
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Number the nodes, and leave out what can be inferred: it only makes files differ between versions."""
     keep = {*model.graph.inputs, *model.graph.outputs}
+    for index, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{index}"
     for node in model.graph:
         for value in node.outputs:
             if value not in keep:
@@ -354,23 +359,6 @@ def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states:
             f"of the outputs {', '.join(outputs)}, two are one tensor, or one has the name of an input",
             "return every computed tensor once, under a name of its own",
         )
-
-
-def _attach_functions(model: ir.Model) -> None:
-    """Give each recurrence operator in the graph its body of standard operators."""
-    nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
-    kinds = {node.op_type for node in nodes}
-    clamp = any("forget_max" in node.attributes for node in nodes)
-    bodies = []
-    if "XlstmMlstm" in kinds:
-        bodies.append(functions.mlstm_function())
-    if "XlstmSlstm" in kinds:
-        bodies.append(functions.slstm_function(clamp=clamp))
-    for proto in bodies:
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
-    model.graph.opset_imports[OP_DOMAIN] = 1
-    model.ir_version = IR_VERSION
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:

@@ -1,0 +1,113 @@
+"""An exported graph with some of its inner values as outputs, run as a stream: states carried, FP32."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xlstm_export.errors import BuildError, EnvironmentError_, InputError, UsageError
+from xlstm_export.graph_cut import load_graph
+from xlstm_export.inputs import Arrays
+from xlstm_export.runfolder import MODEL, read_io
+
+
+class ObservedGraph:
+    """A graph in ONNX Runtime on the CPU that gives its inner values beside moving its states on.
+
+    Args:
+        folder: run folder of `export`.
+        names: values of the graph to give.
+        threads: threads of one operator; all cores by default.
+
+    Raises:
+        UsageError: there is no such value, or it is no float tensor.
+        InputError: the folder or the graph cannot be read.
+        EnvironmentError_: onnxruntime is not installed.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], threads: int = 0) -> None:
+        self.io = read_io(folder)
+        self.names = tuple(dict.fromkeys(names))
+        model = load_graph(folder / MODEL)
+        inputs = {value.name or "" for value in model.graph.inputs}
+        self._inner = [name for name in self.names if name not in inputs]
+        _add_outputs(model, self.names)
+        self._session = _open(model, folder, threads)
+        self._check_types()
+        self._state: Arrays = {}
+
+    def reset(self, batch: int) -> None:
+        """Fresh states for `batch` streams."""
+        self._state = {s.past: np.zeros((batch, *s.shape), dtype=s.dtype) for s in self.io.states}
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """One piece of the sequences: the observed values by name; states move on.
+
+        Args:
+            inputs: by graph input name, each (batch, S, ...).
+
+        Raises:
+            BuildError: the runtime stopped.
+        """
+        presents = [s.present for s in self.io.states]
+        wanted = list(dict.fromkeys([*self._inner, *presents]))
+        feed = {**inputs, **self._state}
+        try:
+            results = dict(zip(wanted, self._session.run(wanted, feed), strict=True)) if wanted else {}
+        except Exception as error:  # the runtime's own exception types derive from nothing else
+            raise BuildError(f"ONNX Runtime stopped: {error}", "does the data fit the model?") from error
+        self._state = {s.past: results[s.present] for s in self.io.states}
+        return {name: results[name] if name in results else feed[name] for name in self.names}
+
+    def _check_types(self) -> None:
+        types = {x.name: x.type for x in (*self._session.get_inputs(), *self._session.get_outputs())}
+        for name in self.names:
+            if types[name] != "tensor(float)":
+                raise UsageError(
+                    f"{name} is {types[name]}; only ranges of float tensors can be observed",
+                    "name activations of the graph",
+                )
+
+
+def _add_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """In place: the values as further outputs of the graph."""
+    graph = model.graph
+    computed = {v.name: v for node in graph for v in node.outputs if v.name}
+    given = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for name in names:
+        if name in given:
+            continue
+        if name in graph.initializers:
+            raise UsageError(f"{name} is a weight, not an activation", "its range needs no data")
+        if name not in computed:
+            near = difflib.get_close_matches(name, [*computed, *filter(None, given)], n=5)
+            raise UsageError(
+                f"the graph has no value {name}",
+                f"close to it are {', '.join(near)}" if near else "name a node's output in model.onnx",
+            )
+        graph.outputs.append(computed[name])
+
+
+def _open(model: ir.Model, folder: Path, threads: int) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentError_(
+            f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # As prefill does it: weights are read from the mapped file, not packed into a copy.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        source = ir.to_proto(model).SerializeToString()
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise InputError(f"{folder / MODEL} cannot be loaded: {error}", "export again") from error

@@ -1,0 +1,280 @@
+"""Ranges of activations, seen where they will be: in a stream, with the states that came before.
+
+A graph runs over sequences as it is deployed, in pieces with its states carried on. Of every observed tensor
+a histogram of magnitudes per bucket of positions is kept, the largest magnitude per bucket and per channel,
+and never the values.
+
+Buckets: positions 0, 1…7, 8…63, …, 4096… . The histogram that a method gets is the sum over the buckets,
+each weighted by 1 / √(its number of values). A bucket then counts as the square root of its size: the many
+late positions do not drown the few early ones, nor do these, met once per stream, weigh as much as they.
+
+Everything kept is a maximum or a count, so neither the order of sequences nor an interruption can change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from xlstm_export import runfolder
+from xlstm_export.errors import InputError
+from xlstm_export.graph_cut import load_graph
+from xlstm_export.inputs import cut
+from xlstm_export.precision.sites import observed_tensors
+
+from . import methods
+from .observed_graph import ObservedGraph
+from .partial import Partial
+from .scales import Scales, TensorScale
+from .sets import CalibrationSet
+
+BORDERS = (0, 1, 8, 64, 256, 1024, 4096)
+BINS = 2048
+BATCH = 4  # streams at a time: 1.4 times as fast as one on a small model; states of a large one are large
+PIECE = 512  # positions per call at most; larger pieces are no faster
+PIECE_BYTES = 64 << 20  # of the observed values of one call
+# Magnitudes below 2^-100 all fall into the first bin; smaller bins would leave the range of FP32.
+_LOWEST = -100
+_AT_ONCE = 1 << 18  # values that are binned at once, so that they stay in the cache
+
+
+@dataclass
+class Observer:
+    """What is kept of one tensor.
+
+    Bins have equal widths, a power of two. When a value lies beyond the last, pairs of bins are merged until
+    it does not: exact, and the end does not depend on the order in which values came.
+
+    Attributes:
+        counts: values seen per bucket, zeros included.
+        peaks: largest magnitude per bucket.
+        bins: (buckets, BINS) how many magnitudes other than 0 lie in each bin.
+        exponent: the bins cover [0, 2^exponent).
+        channels: largest magnitude per element of the last axis; None before the first value.
+    """
+
+    counts: np.ndarray
+    peaks: np.ndarray
+    bins: np.ndarray
+    exponent: int = _LOWEST
+    channels: np.ndarray | None = None
+
+    @staticmethod
+    def empty(buckets: int, bins: int = BINS) -> Observer:
+        return Observer(
+            np.zeros(buckets, np.int64), np.zeros(buckets, np.float32), np.zeros((buckets, bins), np.int64)
+        )
+
+    def add(self, values: np.ndarray, bucket: int) -> None:
+        """Count float32 values (..., channels) in.
+
+        Raises:
+            InputError: one is NaN or Inf, or the number of channels is another than before.
+        """
+        magnitudes = np.abs(values)
+        channels = magnitudes.reshape(-1, values.shape[-1] if values.ndim else 1).max(axis=0)
+        peak = channels.max()
+        if not np.isfinite(peak):
+            raise InputError("NaN or Inf", "")
+        if self.channels is not None and self.channels.shape != channels.shape:
+            raise InputError(f"a last axis of {len(self.channels)} and of {len(channels)}", "")
+        self.channels = channels if self.channels is None else np.maximum(self.channels, channels)
+        self.counts[bucket] += values.size
+        self.peaks[bucket] = max(self.peaks[bucket], peak)
+        self._cover(peak)
+        self._bin(magnitudes.reshape(-1), bucket)
+
+    def distribution(self) -> methods.Distribution:
+        """The histogram over all buckets, each weighted by 1 / √(number of its values)."""
+        seen = self.counts > 0
+        per_value = np.where(seen, 1 / np.sqrt(np.maximum(self.counts, 1)), 0.0)
+        zeros = self.counts - self.bins.sum(axis=1)
+        return methods.Distribution(
+            weights=per_value @ self.bins,
+            zeros=float(per_value @ zeros),
+            width=self.width,
+            peak=float(self.peaks.max()),
+        )
+
+    def rms(self) -> list[float | None]:
+        """Root mean square per bucket, each magnitude taken as the middle of its bin."""
+        middles = (np.arange(self.bins.shape[1]) + 0.5) * self.width
+        sums = self.bins @ middles**2
+        return [
+            float(np.sqrt(total / count)) if count else None
+            for total, count in zip(sums, self.counts, strict=True)
+        ]
+
+    @property
+    def width(self) -> float:
+        """Of a bin."""
+        return 2.0**self.exponent / self.bins.shape[1]
+
+    def _cover(self, peak: float) -> None:
+        needed = int(np.frexp(peak)[1])  # peak < 2^needed
+        if peak == 0.0 or needed <= self.exponent:
+            return
+        buckets, bins = self.bins.shape
+        factor = 2 ** min(needed - self.exponent, bins.bit_length() - 1)
+        merged = self.bins.reshape(buckets, bins // factor, factor).sum(axis=2)
+        self.bins[:] = 0
+        self.bins[:, : bins // factor] = merged
+        self.exponent = needed
+
+    def _bin(self, magnitudes: np.ndarray, bucket: int) -> None:
+        scale = np.float32(1 / self.width)  # a power of two: the product is exact
+        bins = self.bins.shape[1]
+        for start in range(0, len(magnitudes), _AT_ONCE):
+            part = magnitudes[start : start + _AT_ONCE]
+            self.bins[bucket] += np.bincount((part * scale).astype(np.intp), minlength=bins)
+            self.bins[bucket, 0] -= len(part) - np.count_nonzero(part)
+
+
+@dataclass
+class _Run:
+    """One pass over the data: the graph, the observers, and how far it is."""
+
+    graph: ObservedGraph
+    data: CalibrationSet
+    borders: tuple[int, ...]
+    observers: dict[str, Observer]
+    progress: Callable[[int, int], None]
+    done: int = 0
+    position_bytes: int = field(default=0)
+
+    def batch(self, rows: slice) -> None:
+        """Stream some sequences from a fresh state to their end."""
+        inputs = {name: array[rows] for name, array in self.data.inputs.items()}
+        count = next(iter(inputs.values())).shape[0]
+        length = self.data.length(self.graph.io)
+        self.graph.reset(count)
+        self.position_bytes = 0
+        at = 0
+        while at < length:
+            bucket, end = self._next(at, length)
+            observed = self.graph.run(cut(inputs, self.graph.io, at, end))
+            total = sum(values.nbytes for values in observed.values())
+            self.position_bytes = max(self.position_bytes, -(-total // (end - at)))
+            for name in list(observed):
+                self._add(
+                    name, observed.pop(name), bucket, f"sequences {rows.start}…, positions {at}…{end - 1}"
+                )
+            self.done += count * (end - at)
+            self.progress(self.done, self.data.samples * length)
+            at = end
+
+    def _next(self, at: int, length: int) -> tuple[int, int]:
+        """The bucket of position `at` and where the piece that starts there ends."""
+        if not self.graph.io.states:  # nothing is carried on, so a sequence cannot come in pieces
+            return 0, length
+        bucket = int(np.searchsorted(self.borders, at, side="right")) - 1
+        border = self.borders[bucket + 1] if bucket + 1 < len(self.borders) else length
+        # The first piece is one position long and tells how many bytes a position takes.
+        piece = max(1, min(PIECE, PIECE_BYTES // max(self.position_bytes, 1)))
+        return bucket, min(border, length, at + piece)
+
+    def _add(self, name: str, values: np.ndarray, bucket: int, where: str) -> None:
+        try:
+            self.observers[name].add(values, bucket)
+        except InputError as error:
+            raise InputError(
+                f"{name} has {error.message} ({where} of {self.data.name})",
+                "leave the tensor out, or look at the model and the data there",
+            ) from error
+
+
+def calibrate(
+    folder: Path,
+    data: CalibrationSet,
+    *,
+    tensors: Sequence[str] | None = None,
+    method: str = "mse",
+    percentile: float = 99.99,
+    batch: int = BATCH,
+    threads: int = 0,
+    resume: bool = True,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scales:
+    """Run a graph over calibration data and write the ranges of its activations.
+
+    What was seen is saved after every `batch` of sequences; a run that was interrupted goes on from there
+    and ends in the same bytes. A graph without states runs each sequence as a whole, in a single bucket.
+
+    Args:
+        folder: run folder of `export`.
+        data: of `sets.load`.
+        tensors: value names of the graph; by default every activation that meets a weight in a product.
+        method: of `methods.METHODS`.
+        percentile: for the method of this name.
+        batch: sequences that are run at once. It may change the last bits of what is seen, and is recorded.
+        threads: of the runtime; all cores by default.
+        resume: go on where an interrupted run of the same graph, data and options stopped.
+        out: folder for scales.json and channels.safetensors; the run folder by default.
+        progress: called with the positions done and their total.
+
+    Raises:
+        UsageError: an unknown method or tensor.
+        InputError: the folder is no run folder; a tensor becomes NaN or Inf on the data.
+        BuildError: the runtime stopped.
+        EnvironmentError_: onnxruntime is missing, or `out` cannot be written.
+    """
+    methods.check(method, percentile)
+    folder, out = Path(folder), Path(out or folder)
+    names = tuple(tensors) if tensors is not None else observed_tensors(load_graph(folder / runfolder.MODEL))
+    graph = ObservedGraph(folder, names, threads)
+    borders = BORDERS if graph.io.states else (0,)
+    options = {"batch": batch, "bins": BINS, "bucket_weights": "sqrt"}
+    model = _model_hashes(folder)
+    key = [model, data.sha256, list(graph.names), list(borders), options, runfolder.versions()]
+    run = _Run(graph, data, borders, {n: Observer.empty(len(borders)) for n in graph.names}, progress)
+    partial = Partial(out, key)
+    start = partial.restore(run.observers) if resume else 0
+    run.done = start * data.length(graph.io)
+    for rows in _batches(start, data.samples, batch):
+        run.batch(rows)
+        partial.save(run.observers, rows.stop)
+    scales = Scales(
+        method=method,
+        percentile=percentile if method == "percentile" else None,
+        data=data.to_json(graph.io),
+        model=model,
+        versions=runfolder.versions(),
+        borders=borders,
+        options=options,
+        tensors={name: _scale(observer, method, percentile) for name, observer in run.observers.items()},
+        channel_amax={name: _channels(observer) for name, observer in run.observers.items()},
+    )
+    scales.write(out)
+    partial.remove()
+    return scales
+
+
+def _batches(start: int, samples: int, batch: int) -> Iterator[slice]:
+    for first in range(start, samples, batch):
+        yield slice(first, min(first + batch, samples))
+
+
+def _scale(observer: Observer, method: str, percentile: float) -> TensorScale:
+    return TensorScale(
+        amax=methods.amax(observer.distribution(), method, percentile),
+        max=float(observer.peaks.max()),
+        by_position=tuple(
+            float(peak) if count else None
+            for peak, count in zip(observer.peaks, observer.counts, strict=True)
+        ),
+        rms_by_position=tuple(observer.rms()),
+        count=int(observer.counts.sum()),
+    )
+
+
+def _channels(observer: Observer) -> np.ndarray:
+    return observer.channels if observer.channels is not None else np.zeros(0, np.float32)
+
+
+def _model_hashes(folder: Path) -> dict[str, str]:
+    names = (runfolder.MODEL, runfolder.MODEL_DATA)
+    return {name: runfolder.sha256(folder / name) for name in names if (folder / name).is_file()}

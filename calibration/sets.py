@@ -1,0 +1,240 @@
+"""Calibration sets: sequences that fit a model, cut, sampled, hashed, and kept apart from evaluation data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xlstm_export.config import IoSpec
+from xlstm_export.errors import InputError, UsageError
+from xlstm_export.inputs import Arrays, has_positions, per_position, random_inputs
+
+from . import overlap
+from .sources import Reader
+
+if TYPE_CHECKING:
+    from xlstm_export.loaded import Loaded
+
+# 65,536 positions: ranges of the example models move by less than 1% beyond, and a state has seen enough
+# positions to be as large as it gets in a long stream.
+SAMPLES, LENGTH = 32, 2048
+# The largest value of fewer positions is chance, whatever the method.
+MIN_POSITIONS = 256
+# Ragged files are cut to the shortest, which may cost this share of the positions at most.
+MAX_CUT = 0.5
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Sequences that a model is run over to see the ranges of its activations.
+
+    Attributes:
+        inputs: model inputs by name, each (N, S, ...); (N, ...) for an input without positions.
+        name: of the file, folder or generator, without its path.
+        seed: that chose the sequences, or made them up.
+        random: made up, not data; ranges from it are good for tests of speed only.
+        notes: what a user should know about how the data was read.
+    """
+
+    inputs: Arrays
+    name: str
+    seed: int = 0
+    random: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """N, sequences."""
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    def length(self, io: IoSpec) -> int:
+        """S, positions per sequence; 1 for a model without positions."""
+        return next((self.inputs[x.name].shape[1] for x in io.inputs if per_position(x)), 1)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content: names, types, shapes and values, whatever file they come from."""
+        return content_hash(self.inputs)
+
+    def to_json(self, io: IoSpec) -> dict[str, Any]:
+        """What scales.json says of the data."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "samples": self.samples,
+            "positions": self.samples * self.length(io),
+            "random": self.random,
+            "seed": self.seed,
+        }
+
+
+def load(
+    source: str | Path,
+    io: IoSpec,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    avoid: Path | None = None,
+) -> CalibrationSet:
+    """Read a calibration set for a model.
+
+    Sequences are cut into windows of `length` positions, what is left over is dropped. Without `length`,
+    sequences stay whole, cut to the shortest of them; only a single one longer than 2048 positions is cut,
+    into equal windows of at most that.
+
+    Args:
+        source: `.npz` with the inputs by name (N, S, ...), a folder of such files (read in the order of
+            their names), `.npy` for a model with one input, text for a language model, `.csv` (header, one
+            column per channel, rows are positions), or `package.module:generator`, a function without
+            arguments that returns an iterable of dicts of input name → array.
+        io: the model's inputs.
+        vocab_size: of a language model; 256 means that text is read as bytes.
+        tokenizer: tokenizer.json, or the folder that holds it, for text of other language models.
+        samples: number of sequences, chosen by `seed`; by default 32, or all where there are fewer.
+        length: positions per sequence.
+        avoid: evaluation data, which must not overlap.
+
+    Raises:
+        InputError: the data does not exist, does not fit, is too little, or overlaps with `avoid`.
+        UsageError: the options or the kind of file make no sense for this model.
+        EnvironmentError_: text needs the package `tokenizers`, which cannot be imported.
+    """
+    _check_options(io, samples, length)
+    if avoid is not None:
+        overlap.check_files(source, avoid)
+    reader = Reader(io, vocab_size, tokenizer)
+    read = reader.read(source, samples or SAMPLES)
+    sequences = _joined([_windows(part, io, length, str(source)) for part in read.parts], io, str(source))
+    if length is None:
+        sequences = _cut_single(sequences, io)
+    chosen = _chosen(sequences, samples, seed, str(source))
+    data = CalibrationSet(chosen, read.name, seed, notes=read.notes)
+    _check_size(data, io, str(source))
+    if avoid is not None:
+        heldout = reader.read(avoid, SAMPLES)
+        overlap.check_contents(chosen, heldout.parts, io, (str(source), str(avoid)))
+    return data
+
+
+def random_set(
+    loaded: Loaded, io: IoSpec, *, samples: int = 4, length: int = 512, seed: int = 0
+) -> CalibrationSet:
+    """Made-up inputs where there is no data; marked as such in scales.json.
+
+    Args:
+        loaded: the model, whose example inputs tell the range of float inputs.
+        samples: sequences.
+        length: positions of each.
+    """
+    inputs = random_inputs(loaded, io, samples, length, np.random.default_rng(seed))
+    data = CalibrationSet(inputs, "random", seed, random=True)
+    _check_size(data, io, "the random set")
+    return data
+
+
+def content_hash(arrays: Arrays) -> str:
+    """SHA-256 over names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _check_options(io: IoSpec, samples: int | None, length: int | None) -> None:
+    for name, value in (("samples", samples), ("length", length)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, it must be at least 1")
+    if length is not None and not has_positions(io):
+        raise UsageError("the model's inputs have no positions, so there is no length to cut them to")
+
+
+def _windows(part: Arrays, io: IoSpec, length: int | None, where: str) -> Arrays:
+    """Sequences (N, S, ...) → windows (N · (S // length), length, ...)."""
+    if length is None:
+        return part
+    positions = _length(part, io)
+    if positions < length:
+        raise InputError(
+            f"{where} has a sequence of {positions} positions, {length} were asked for",
+            "give longer sequences, or a shorter length",
+        )
+    count = positions // length
+    return {
+        spec.name: part[spec.name][:, : count * length].reshape(-1, length, *part[spec.name].shape[2:])
+        if per_position(spec)
+        else np.repeat(part[spec.name], count, axis=0)
+        for spec in io.inputs
+    }
+
+
+def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
+    """Parts one after the other; where lengths differ, all are cut to the shortest."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [_length(part, io) for part in parts]
+    rows = [next(iter(part.values())).shape[0] for part in parts]
+    before = sum(n * s for n, s in zip(rows, lengths, strict=True))
+    lost = 1 - min(lengths) * sum(rows) / before
+    if lost > MAX_CUT:
+        raise InputError(
+            f"{where} has sequences of {min(lengths)} to {max(lengths)} positions; cut to the shortest, "
+            f"{lost:.0%} of the positions would be lost",
+            "give a length to cut all of them into windows, or leave the short ones out",
+        )
+    return {
+        spec.name: np.concatenate(
+            [part[spec.name][:, : min(lengths)] if per_position(spec) else part[spec.name] for part in parts]
+        )
+        for spec in io.inputs
+    }
+
+
+def _cut_single(sequences: Arrays, io: IoSpec) -> Arrays:
+    """One sequence longer than LENGTH → equal windows of at most that."""
+    positions = _length(sequences, io)
+    if next(iter(sequences.values())).shape[0] > 1 or positions <= LENGTH:
+        return sequences
+    return _windows(sequences, io, positions // -(-positions // LENGTH), "")
+
+
+def _chosen(sequences: Arrays, samples: int | None, seed: int, where: str) -> Arrays:
+    """`samples` of the sequences, in their order."""
+    available = next(iter(sequences.values())).shape[0]
+    if samples is not None and samples > available:
+        raise InputError(
+            f"{where} gives {available} sequences, {samples} were asked for",
+            "give more data, fewer samples, or a shorter length",
+        )
+    wanted = min(samples or SAMPLES, available)
+    rows = np.sort(np.random.default_rng(seed).choice(available, wanted, replace=False))
+    return {name: np.ascontiguousarray(array[rows]) for name, array in sequences.items()}
+
+
+def _length(arrays: Arrays, io: IoSpec) -> int:
+    return next((arrays[x.name].shape[1] for x in io.inputs if per_position(x)), 1)
+
+
+def _check_size(data: CalibrationSet, io: IoSpec, where: str) -> None:
+    length = data.length(io)
+    if io.states and length < 2:
+        raise InputError(
+            f"{where} has sequences of 1 position, at least 2 are needed",
+            "the state that later positions meet is never there at the first",
+        )
+    if data.samples * length < MIN_POSITIONS:
+        raise InputError(
+            f"{where} gives {data.samples} sequence{'s' * (data.samples > 1)} of {length} "
+            f"position{'s' * (length > 1)}, at least {MIN_POSITIONS} positions in all are needed",
+            "the largest value of fewer positions is chance; give more data",
+        )

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from xlstm_export import runfolder
-from xlstm_export.errors import InputError
+from xlstm_export.errors import InputError, UsageError
 from xlstm_export.graph_cut import load_graph
 from xlstm_export.inputs import cut
 from xlstm_export.precision.sites import observed_tensors
@@ -33,7 +33,8 @@ from .sets import CalibrationSet
 
 BORDERS = (0, 1, 8, 64, 256, 1024, 4096)
 BINS = 2048
-BATCH = 4  # streams at a time: 1.4 times as fast as one on a small model; states of a large one are large
+# Streams at a time. A byte model of 1.1M parameters takes 7% less time than with 1, for 1.6 times the memory.
+BATCH = 4
 PIECE = 512  # positions per call at most; larger pieces are no faster
 PIECE_BYTES = 64 << 20  # of the observed values of one call
 # Magnitudes below 2^-100 all fall into the first bin; smaller bins would leave the range of FP32.
@@ -217,16 +218,21 @@ def calibrate(
         progress: called with the positions done and their total.
 
     Raises:
-        UsageError: an unknown method or tensor.
+        UsageError: an unknown method or tensor, or nothing to observe.
         InputError: the folder is no run folder; a tensor becomes NaN or Inf on the data.
         BuildError: the runtime stopped.
         EnvironmentError_: onnxruntime is missing, or `out` cannot be written.
     """
     methods.check(method, percentile)
+    if batch < 1:
+        raise UsageError(f"batch is {batch}, it must be at least 1")
     folder, out = Path(folder), Path(out or folder)
     names = tuple(tensors) if tensors is not None else observed_tensors(load_graph(folder / runfolder.MODEL))
+    if not names:
+        raise UsageError(f"{folder} has no activation to observe", "name values of its graph")
     graph = ObservedGraph(folder, names, threads)
     borders = BORDERS if graph.io.states else (0,)
+    _require_inputs(data, graph)
     options = {"batch": batch, "bins": BINS, "bucket_weights": "sqrt"}
     model = _model_hashes(folder)
     key = [model, data.sha256, list(graph.names), list(borders), options, runfolder.versions()]
@@ -251,6 +257,14 @@ def calibrate(
     scales.write(out)
     partial.remove()
     return scales
+
+
+def _require_inputs(data: CalibrationSet, graph: ObservedGraph) -> None:
+    lacking = [spec.name for spec in graph.io.inputs if spec.name not in data.inputs]
+    if lacking:
+        raise InputError(
+            f"{data.name} lacks input {', '.join(lacking)} of the graph", f"it holds {', '.join(data.inputs)}"
+        )
 
 
 def _batches(start: int, samples: int, batch: int) -> Iterator[slice]:

@@ -182,12 +182,13 @@ class Reader:
 
 def _fit(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     """One input: leading axis, shape, type, finite values."""
+    given = array.shape
     if array.ndim == len(spec.shape) - 1:
         array = array[None]
     fixed = 1 + per_position(spec)
     if array.ndim != len(spec.shape) or array.shape[fixed:] != spec.shape[fixed:] or 0 in array.shape:
         expected = ", ".join(map(str, ("N", *spec.shape[1:])))
-        raise InputError(f"{where}: {spec.name} has shape {array.shape}, expected ({expected})")
+        raise InputError(f"{where}: {spec.name} has shape {given}, expected ({expected})")
     wanted = np.dtype(spec.dtype)
     kinds = {"f": "biuf", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
     if array.dtype.kind not in kinds:

@@ -153,9 +153,7 @@ class _Data:
         lengths = {x.name: inputs[x.name].shape[1:2] for x in io.inputs if per_position(x)}
         first = next(iter(lengths.values()))
         if set(lengths.values()) != {first} or first in ((), (0,)):
-            raise InputError(
-                f"data of {lengths} positions", "every input needs the same number, one at least"
-            )
+            raise InputError(f"data of {lengths} positions", "all inputs need the same number, at least one")
         self.length = first[0]
         self._inputs, self._io = inputs, io
 
@@ -266,15 +264,14 @@ class _Sums:
         for name, error in errors.items():
             self._states.setdefault(name, []).append(error)
 
-    def outputs(self) -> dict[str, float]:
-        """Relative L2; infinite beside a reference of nothing but zeros, unless the candidate is zero too."""
-        return {
-            name: math.sqrt(error / norm) if norm else (math.inf if error else 0.0)
+    def errors(self) -> dict[str, float]:
+        """By output and past state; infinite where anything is no number, or beside nothing but zeros."""
+        means = {
+            name: error / norm if norm else (math.inf if error else 0.0)
             for name, (error, norm) in self._squares.items()
         }
-
-    def states(self) -> dict[str, float]:
-        return {name: math.sqrt(float(np.mean(np.square(x)))) for name, x in self._states.items()}
+        means.update({name: float(np.mean(np.square(x))) for name, x in self._states.items()})
+        return {name: math.inf if math.isnan(x) else math.sqrt(x) for name, x in means.items()}
 
     def logits(self) -> tuple[float, float]:
         """KL per position and agreement on the first rank."""
@@ -324,8 +321,8 @@ class _Run:
     def series(self, mode: str) -> list[Series]:
         """The windows' errors by tensor: outputs first, then states in the order of the graph."""
         horizons = tuple(w.end for w in self._windows)
-        own = [{**w.own.outputs(), **w.own.states()} for w in self._windows]
-        forced = [{**w.forced.outputs(), **w.forced.states()} for w in self._windows]
+        own = [w.own.errors() for w in self._windows]
+        forced = [w.forced.errors() for w in self._windows]
         states = {s.past: s for s in self._candidate.io.states}
         result = []
         for name in own[0]:
@@ -352,7 +349,8 @@ class _Run:
         singly = self._singly and (bool(active) or driver.steps)
         inputs, found = driver.drive(start, end, singly)
         expected = _call(self._reference, inputs, end - start, singly)
-        _check_outputs(found, expected, self._logits)
+        if active or driver.steps:
+            _check_outputs(found, expected, self._logits)
         if driver.steps and self._logits is not None:
             self._note_first_other(found[self._logits], expected[self._logits], start)
         for window in active:

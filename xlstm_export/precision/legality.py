@@ -98,7 +98,9 @@ def _check_functions(model: ir.Model, nodes: list[TypedNode]) -> Iterator[Violat
                 function.name, "", "function-opset", f"the function has opset {own}, the model {opset}"
             )
         if names.count(function.name) > 1 or function.name in OPERATORS:
-            yield Violation(function.name, "", "function-name", "the function shares its name")
+            yield Violation(
+                function.name, "", "function-name", "an operator or another function has its name"
+            )
     outside = _names(model.graph)
     for typed in nodes:
         called = model.functions.get(typed.node.op_identifier())

@@ -15,7 +15,9 @@ from .legality_types import TypedNode, ancestors, constant
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 PRODUCTS = ("MatMul", "Gemm")
 _SIGNED = (ir.DataType.INT8, ir.DataType.INT4)
-_VIEWS = ("Cast", "Identity", "Transpose")  # what may lie between DQ and a product
+# what may lie between DQ and a product; only through the first three is it known where an axis went
+_SAME_AXES = ("Cast", "Identity", "Transpose")
+_VIEWS = (*_SAME_AXES, "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 
 def check_quantized_values(typed: TypedNode, *, is_call: bool) -> Iterator[Violation]:
@@ -53,7 +55,9 @@ def check_qdq(typed: TypedNode) -> Iterator[Violation]:
     elif not (np.isfinite(values).all() and (values > 0).all()):
         bad = values[~(np.isfinite(values) & (values > 0))]
         yield _violation(
-            typed, "scale-value", f"{bad.size} of {values.size} scales are wrong, as {bad.flat[0]}"
+            typed,
+            "scale-value",
+            f"{bad.size} of {values.size} scales are not above 0 and finite: {bad.flat[0]:g}",
         )
     yield from _zero_point(typed, scale)
     yield from _granularity(typed, scale)
@@ -116,6 +120,8 @@ def _operand(node: ir.Node, index: int) -> _Operand:
     weight = _weight(dq)
     rank = len(weight.shape) if weight is not None else 2
     axis = _scale_axis(dq, rank)
+    if any(view.op_type not in _SAME_AXES for view in path[:-1]):
+        axis = None
     for view in reversed(path[:-1]):
         if view.op_type == "Transpose" and axis is not None:
             perm = view.attributes.get("perm")

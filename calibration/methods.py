@@ -90,6 +90,9 @@ def amax_entropy(distribution: Distribution, percentile: float) -> float:
 
     For each clip at the edge of a bin, p is the histogram up to it with all that is cut off in its last
     bin, q the same histogram in 128 levels, each spread evenly over those of its bins that are not empty.
+
+    What is cut off counts by how often it occurs, not by how far away it is: on heavy tails the clip is a
+    fraction of that of `mse` (8 instead of 53, largest value 90, in the last block of the byte model).
     """
     weights = distribution.weights[: distribution.used]
     levels = LEVELS + 1

@@ -27,6 +27,7 @@ import numpy as np
 from .compare import compare_states
 from .config import IoSpec
 from .drift_report import FREE, TEACHER, Drift, Feedback, FreeRun, Series
+from .drift_report import token_feedback as token_feedback
 from .errors import InputError, UsageError
 from .inputs import Arrays, cut, per_position
 from .sessions import PIECE, Session
@@ -34,6 +35,7 @@ from .sessions import PIECE, Session
 HORIZONS = (1, 10, 100, 1000, 4000, 16000)
 WINDOW = 256
 SAMPLES = 8
+NARROW = ("float16", "bfloat16")
 
 
 def measure_drift(
@@ -44,6 +46,7 @@ def measure_drift(
     horizons: Sequence[int] = HORIZONS,
     feedback: Feedback | None = None,
     free_horizons: Sequence[int] | None = None,
+    stepwise: bool | None = None,
     window: int = WINDOW,
     piece: int = PIECE,
     progress: Callable[[str], None] = lambda stage: None,
@@ -58,6 +61,8 @@ def measure_drift(
         horizons: positions, ascending.
         feedback: how outputs are fed back, which also says where the logits are (`token_feedback`).
         free_horizons: of the free-running mode; `horizons` by default, empty for none.
+        stepwise: the candidate reads one position per call, as it does when it decodes. By default where it
+            stores a state in less than FP32: that is rounded after every call, so in a long call too seldom.
         window: positions an error is taken over.
         piece: positions per call.
         progress: called with the name of each stage.
@@ -76,7 +81,9 @@ def measure_drift(
     data = _Data(inputs, candidate.io)
     logits = feedback.output if feedback is not None else None
     teacher = _Run(reference, candidate, logits, horizons, window)
-    teacher.go(_Teacher(candidate, data), piece, lambda at: progress(f"{TEACHER}, {at}"))
+    if stepwise is None:
+        stepwise = any(s.dtype in NARROW for s in candidate.io.states)
+    teacher.go(_Teacher(candidate, data, stepwise), piece, lambda at: progress(f"{TEACHER}, {at}"))
     series = teacher.series(TEACHER)
     free_running: FreeRun | str = _why_not_free(candidate.io, feedback)
     if feedback is not None and free_horizons:
@@ -85,7 +92,7 @@ def measure_drift(
         series += free.series(FREE)
         free_running = FreeRun(feedback, tuple(free.first_other))
     repeated = data.length < horizons[-1]
-    return Drift(tuple(series), candidate.batch, window, data.length, repeated, free_running)
+    return Drift(tuple(series), candidate.batch, window, data.length, repeated, free_running, stepwise)
 
 
 def _check_pair(reference: Session, candidate: Session, feedback: Feedback | None) -> None:
@@ -109,21 +116,6 @@ def _check_pair(reference: Session, candidate: Session, feedback: Feedback | Non
             f"inputs are {', '.join(x.name for x in io.inputs)}; the prompt has a position at least, the "
             "temperature is not negative",
         )
-
-
-def token_feedback(io: IoSpec, vocab_size: int | None) -> Feedback | None:
-    """The natural feedback of a language model; None where outputs are not tokens of the only input.
-
-    Args:
-        io: of an export.
-        vocab_size: how many tokens the embedding has.
-    """
-    if len(io.inputs) != 1 or not io.outputs:
-        return None
-    tokens, logits = io.inputs[0], io.outputs[0]
-    is_tokens = np.issubdtype(tokens.dtype, np.integer) and tokens.shape == ("B", "S")
-    is_logits = len(logits.shape) == 3 and logits.shape[1] in ("S", 1) and logits.shape[2] == vocab_size
-    return Feedback(tokens.name, logits.name) if is_tokens and is_logits else None
 
 
 def _why_not_free(io: IoSpec, feedback: Feedback | None) -> str:
@@ -167,9 +159,15 @@ class _Data:
 
 
 class _Driver(Protocol):
-    """Moves the candidate on and tells what it has read."""
+    """Moves the candidate on and tells what it has read.
+
+    Attributes:
+        steps: whether the candidate reads one position per call.
+        chooses: whether it reads its own choices.
+    """
 
     steps: bool
+    chooses: bool
 
     def drive(self, start: int, end: int, singly: bool) -> tuple[Arrays, Arrays]:
         """Inputs and the candidate's outputs of positions start … end - 1."""
@@ -177,20 +175,21 @@ class _Driver(Protocol):
 
 
 class _Teacher:
-    steps = False
+    chooses = False
 
-    def __init__(self, candidate: Session, data: _Data) -> None:
-        self._candidate, self._data = candidate, data
+    def __init__(self, candidate: Session, data: _Data, steps: bool) -> None:
+        self._candidate, self._data, self.steps = candidate, data, steps
 
     def drive(self, start: int, end: int, singly: bool) -> tuple[Arrays, Arrays]:
         inputs = self._data.positions(start, end)
-        return inputs, _call(self._candidate, inputs, end - start, singly)
+        return inputs, _call(self._candidate, inputs, end - start, singly or self.steps)
 
 
 class _Student:
     """The candidate on its own: a prompt of data, then tokens drawn from its logits."""
 
     steps = True
+    chooses = True
 
     def __init__(self, candidate: Session, data: _Data, feedback: Feedback) -> None:
         self._candidate, self._data, self._feedback = candidate, data, feedback
@@ -346,12 +345,12 @@ class _Run:
         for window in active:
             if window.start == start and start:
                 window.state = self._reference.state()
-        singly = self._singly and (bool(active) or driver.steps)
+        singly = self._singly and (bool(active) or driver.chooses)
         inputs, found = driver.drive(start, end, singly)
         expected = _call(self._reference, inputs, end - start, singly)
-        if active or driver.steps:
+        if active or driver.chooses:
             _check_outputs(found, expected, self._logits)
-        if driver.steps and self._logits is not None:
+        if driver.chooses and self._logits is not None:
             self._note_first_other(found[self._logits], expected[self._logits], start)
         for window in active:
             window.own.add_outputs(found, expected, self._logits)

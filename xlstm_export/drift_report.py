@@ -14,7 +14,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .checks import LIMITS, Check
+from .config import IoSpec
 from .errors import UsageError
 from .runfolder import readable_os_errors
 
@@ -43,6 +46,21 @@ class Feedback:
     temperature: float = 1.0
     seed: int = 0
     prompt: int = 16
+
+
+def token_feedback(io: IoSpec, vocab_size: int | None) -> Feedback | None:
+    """The natural feedback of a language model; None where outputs are not tokens of the only input.
+
+    Args:
+        io: of an export.
+        vocab_size: how many tokens the embedding has.
+    """
+    if len(io.inputs) != 1 or not io.outputs:
+        return None
+    tokens, logits = io.inputs[0], io.outputs[0]
+    is_tokens = np.issubdtype(tokens.dtype, np.integer) and tokens.shape == ("B", "S")
+    is_logits = len(logits.shape) == 3 and logits.shape[1] in ("S", 1) and logits.shape[2] == vocab_size
+    return Feedback(tokens.name, logits.name) if is_tokens and is_logits else None
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class Drift:
         positions: length of the data.
         repeated: the data were shorter than the last horizon and began anew after their end.
         free_running: what it was, or why there was none.
+        stepwise: the candidate read one position per call in the teacher-forced mode too.
     """
 
     series: tuple[Series, ...]
@@ -123,6 +142,7 @@ class Drift:
     positions: int
     repeated: bool
     free_running: FreeRun | str
+    stepwise: bool = False
 
     @property
     def growth(self) -> dict[str, float]:
@@ -173,6 +193,7 @@ class Drift:
             "window": self.window,
             "positions": self.positions,
             "repeated": self.repeated,
+            "stepwise": self.stepwise,
             "free_running": free,
             "growth": {name: _finite(value) for name, value in self.growth.items()},
             "rows": [{key: _finite(value) for key, value in row.items()} for row in self.rows()],

@@ -1,0 +1,66 @@
+"""A choice per site → a recipe with as few rules as say it, so that a person can read what was found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from .precision.recipe import CHOICES, Choice, Recipe, Rule, possible
+from .precision.sites import Site
+
+
+def recipe_for(sites: Sequence[Site], choices: Mapping[str, Choice], recipe: Recipe) -> Recipe:
+    """`recipe` with the rules that give every site its choice.
+
+    A rule speaks of one site, of all with the same end of the name (`\\.proj_up$`), or of all below one
+    prefix. Rules are chosen greedily, the one that settles most sites first, on top of what the precision
+    gives without rules, or of everything left alone, or of everything quantized, whichever needs fewest.
+
+    Args:
+        sites: of the model.
+        choices: site name → what it shall become; something the site can be (`recipe.possible`).
+        recipe: all but the rules.
+    """
+    unique = {site.name: site for site in sites}
+    starts: list[tuple[Rule, ...]] = [(), (Rule(".*", "float"),)]
+    if recipe.precision in CHOICES:
+        starts.append((Rule(".*", recipe.precision),))  # type: ignore[arg-type]
+    found = [_cover(unique, choices, replace(recipe, rules=start)) for start in starts]
+    return min(found, key=lambda r: len(r.rules))  # of several the first
+
+
+def _cover(sites: Mapping[str, Site], choices: Mapping[str, Choice], recipe: Recipe) -> Recipe:
+    """Add rules until every site has its choice."""
+    wrong = {name for name, site in sites.items() if recipe.choice(site) != choices[name]}
+    rules = list(recipe.rules)
+    options = _harmless(sites, choices, recipe) if wrong else {}
+    while wrong:
+        best = min(options, key=lambda rule: (-len(options[rule] & wrong), len(rule.match), rule.match))
+        rules.append(best)
+        wrong -= options[best]
+    return replace(recipe, rules=tuple(rules))
+
+
+def _harmless(
+    sites: Mapping[str, Site], choices: Mapping[str, Choice], recipe: Recipe
+) -> dict[Rule, frozenset[str]]:
+    """Rules that give no site anything but its choice → the sites they speak of."""
+    found = {}
+    preferred = sorted(CHOICES, key=lambda to: to != recipe.precision)  # of equal ones the usual wording
+    for pattern in dict.fromkeys(p for name in sites for p in _patterns(name)):
+        matched = [site for site in sites.values() if re.search(pattern, site.name)]
+        for to in preferred:
+            if all(possible(site, to) == choices[site.name] for site in matched):
+                found[Rule(pattern, to)] = frozenset(site.name for site in matched)
+                break
+    return found
+
+
+def _patterns(name: str) -> list[str]:
+    """The name itself, its ends and its prefixes, part by part."""
+    parts = [re.escape(part) for part in name.split(".")]
+    whole = rf"^{re.escape(name)}$"
+    ends = [r"\." + r"\.".join(parts[i:]) + "$" for i in range(1, len(parts))]
+    prefixes = ["^" + r"\.".join(parts[:i]) + r"\." for i in range(1, len(parts))]
+    return [whole, *ends, *prefixes]

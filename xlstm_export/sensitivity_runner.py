@@ -1,0 +1,335 @@
+"""Candidates measured in processes or on a Dask cluster, each once: results are kept in `candidates.jsonl`.
+
+A line of the log is a finished candidate under a hash of everything that shapes its result, so that a search
+that was interrupted goes on where it was. Only this process writes the log.
+
+On a cluster, workers must see the run folder and the output folder under the same paths as this machine (a
+shared disk; reading is enough) and have the same versions installed; both are checked first. They write
+candidates to their own temporary folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .errors import EnvironmentError_
+from .precision.recipe import Recipe
+from .precision.sites import Site
+from .runfolder import MANIFEST, readable_os_errors, versions
+from .sensitivity_measure import REFERENCE, Measured, Setup, measure, record
+
+LOG = "candidates.jsonl"
+SECONDS_TO_CONNECT = 10  # to a scheduler, and for its first worker to appear
+SAME = ("xlstm-export", "numpy", "onnxruntime")  # versions that shape a result
+Task = tuple[int, Setup, Recipe]
+Run = Callable[[Sequence[Task]], Iterator[tuple[int, Measured]]]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where candidates are measured.
+
+    Attributes:
+        jobs: processes; -1: one per core; 1: in this process.
+        dask: address of a scheduler instead, as `tcp://host:8786`.
+    """
+
+    jobs: int = -1
+    dask: str | None = None
+
+
+class Log:
+    """Finished candidates by key; a line that was cut off by a kill is dropped.
+
+    Args:
+        path: of the file.
+        resume: False starts a new one.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self._path = path
+        self._found: dict[str, Any] = {}
+        with readable_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                path.unlink(missing_ok=True)
+            if path.exists():
+                self._read()
+
+    def get(self, key: str) -> Any:
+        """What was found under a key; None where nothing was."""
+        return self._found.get(key)
+
+    def add(self, key: str, name: str, result: Any) -> None:
+        """Append a line; it is on the disk when this returns."""
+        line = json.dumps({"key": key, "name": name, "result": result}, ensure_ascii=False)
+        with readable_os_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._found[key] = result
+
+    def _read(self) -> None:
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self._path, whole)
+        for line in content[:whole].splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # anything else is measured again
+                entry = json.loads(line)
+                self._found[entry["key"]] = entry["result"]
+
+
+class Bench:
+    """Measures recipes of one export on one set of data.
+
+    A context: processes and temporary folders are gone at its end, however it ends.
+
+    Args:
+        setup: what candidates share; reference and scratch are filled in.
+        sites: of the export.
+        context: hash of what shapes every result, apart from the recipe.
+        out: folder of the log.
+        workers: where to measure.
+        resume: keep what an earlier run found.
+        progress: called with (done, total) candidates; the total is an estimate.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        sites: Sequence[Site],
+        context: str,
+        out: Path,
+        workers: Workers,
+        *,
+        resume: bool,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.expected = 0
+        self._setup, self._sites, self._context, self._out = setup, sites, context, out
+        self._workers, self._progress = workers, progress
+        self._log = Log(out / LOG, resume=resume)
+        self._seen: set[str] = set()
+        self._stack = contextlib.ExitStack()
+        self._run: Run | None = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def reference_metric(self) -> float:
+        """Metric of the FP32 export; runs it only where no earlier search did."""
+        found = self._log.get(self._key("reference"))
+        return self._started() if found is None else float(found)
+
+    def measure(self, recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:
+        """Results in the order of the (name, recipe) pairs; each is logged as soon as it is there."""
+        keys = [self._recipe_key(recipe) for _, recipe in recipes]
+        todo = {k: i for i, k in enumerate(keys) if self._log.get(k) is None}
+        results = {k: Measured.from_json(self._log.get(k)) for k in keys if k not in todo}
+        self._tell(results)
+        if todo:
+            self._started()
+            assert self._run is not None
+            tasks = [(index, self._setup, recipes[index][1]) for index in todo.values()]
+            for index, result in self._run(tasks):
+                if not result.failure:
+                    self._log.add(keys[index], recipes[index][0], result.to_json())
+                results[keys[index]] = result
+                self._tell([keys[index]])
+        return [results[key] for key in keys]
+
+    def _started(self) -> float:
+        """The FP32 export recorded and workers ready; its metric."""
+        if self._run is None:
+            scratch = self._stack.enter_context(_scratch(self._out))
+            self._run = self._stack.enter_context(_workers(self._workers, self._setup))
+            path = scratch / REFERENCE
+            self._setup = replace(
+                self._setup, reference=str(path), scratch=None if self._workers.dask else str(scratch)
+            )
+            self._metric = record(self._setup)
+            if self._log.get(self._key("reference")) is None:
+                self._log.add(self._key("reference"), "reference", self._metric)
+        return self._metric
+
+    def _recipe_key(self, recipe: Recipe) -> str:
+        """Recipes that differ in wording only have the same."""
+        choices = {site.name: recipe.choice(site) for site in self._sites}
+        return self._key([choices, recipe.base, recipe.smooth, recipe.clip, recipe.state_dtype])
+
+    def _key(self, what: Any) -> str:
+        return hashlib.sha256(json.dumps([self._context, what], sort_keys=True).encode()).hexdigest()
+
+    def _tell(self, keys: Iterable[str]) -> None:
+        self._seen.update(keys)
+        self._progress(len(self._seen), max(self.expected, len(self._seen)))
+
+
+# --- where candidates are written ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A temporary folder in `out`; those of processes that were killed are removed."""
+    with readable_os_errors(out):
+        for path in out.iterdir():
+            match = re.fullmatch(r"\.scratch\.(\d{1,7})\.\w{8}", path.name)
+            if match and not _alive(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".scratch.{os.getpid()}.", dir=out))
+    os.chmod(scratch, 0o755)  # workers of a cluster may be another user's
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# --- who measures them --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _workers(workers: Workers, setup: Setup) -> Iterator[Run]:
+    """A function that measures tasks and gives results as they come."""
+    import joblib
+
+    with contextlib.ExitStack() as stack:
+        if workers.dask is not None:
+            client = stack.enter_context(_client(workers.dask))
+            _check_cluster(client, setup)
+            stack.enter_context(joblib.parallel_config(backend="dask", client=client))
+        else:
+            stack.callback(_stop_processes)
+            stack.enter_context(joblib.parallel_config(backend="loky", inner_max_num_threads=setup.threads))
+
+        def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured]]:
+            # Arguments of one candidate are few; a batch would come back all at once.
+            parallel = joblib.Parallel(
+                workers.jobs, return_as="generator_unordered", batch_size=1, max_nbytes=None
+            )
+            with (
+                _readable_worker_errors(),
+                contextlib.closing(parallel(joblib.delayed(_numbered)(*task) for task in tasks)) as results,
+            ):
+                yield from results
+
+        yield run
+
+
+def _numbered(index: int, setup: Setup, recipe: Recipe) -> tuple[int, Measured]:
+    return index, measure(setup, recipe)
+
+
+def _stop_processes() -> None:
+    """joblib keeps its processes for a next call; there is none, and an interrupted one is still at work."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
+@contextlib.contextmanager
+def _readable_worker_errors() -> Iterator[None]:
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a generator ended early is meant
+            yield
+    except BrokenProcessPool as error:
+        raise EnvironmentError_(
+            "a process that measured a candidate was killed", "often for memory: run fewer at a time (--jobs)"
+        ) from error
+
+
+# --- Dask ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Any]:
+    """A connection to a running scheduler, with a worker at least.
+
+    Raises:
+        EnvironmentError_: `distributed` is not installed, nobody answers, or there are no workers.
+    """
+    try:
+        import distributed
+    except ImportError as error:
+        raise EnvironmentError_(
+            f"distributed cannot be imported: {error}", 'pip install "xlstm-export[dask]"'
+        ) from error
+    try:
+        client = distributed.Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
+    except (OSError, ValueError) as error:  # a timeout is an OSError
+        raise EnvironmentError_(
+            f"no Dask scheduler answers at {address}: {error}", "start one with `dask scheduler`"
+        ) from error
+    try:
+        _wait_for_worker(client, address)
+        yield client
+    finally:
+        client.close()
+
+
+def _wait_for_worker(client: Any, address: str) -> None:
+    try:
+        client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
+    except TimeoutError as error:
+        raise EnvironmentError_(
+            f"the Dask scheduler at {address} has no workers", f"start some with `dask worker {address}`"
+        ) from error
+
+
+def _check_cluster(client: Any, setup: Setup) -> None:
+    """Every worker sees the run folder and computes what this machine would."""
+    try:
+        answers = client.run(_look, setup.folder)
+    except Exception as error:  # whatever importing on another machine may raise
+        raise EnvironmentError_(
+            f"a Dask worker cannot import xlstm_export: {error}", "install the same version on every worker"
+        ) from error
+    here = _look(setup.folder)[1]
+    for worker, (visible, there) in sorted(answers.items()):
+        if not visible:
+            raise EnvironmentError_(
+                f"Dask worker {worker} does not see {setup.folder}",
+                "put the run folder on a disk that all workers mount under the same path",
+            )
+        other = [
+            f"{name} {there[name]} instead of {here[name]}" for name in SAME if there[name] != here[name]
+        ]
+        if other:
+            raise EnvironmentError_(
+                f"Dask worker {worker} has {', '.join(other)}", "install the same versions on every worker"
+            )
+
+
+def _look(folder: str) -> tuple[bool, dict[str, str]]:
+    found = versions()
+    return (Path(folder) / MANIFEST).is_file(), {name: found.get(name, "none") for name in SAME}

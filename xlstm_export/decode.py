@@ -24,6 +24,12 @@ def decode_graph(path: Path, batch: int) -> bytes:
         batch: number of streams.
     """
     model = ir.load(path)
+    fix_one_position(model, batch)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def fix_one_position(model: ir.Model, batch: int) -> None:
+    """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place."""
     _use_step_bodies(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         sizes = {"B": batch, "S": 1}
@@ -32,7 +38,6 @@ def decode_graph(path: Path, batch: int) -> bytes:
     common.InlinePass()(model)
     common.ShapeInferencePass()(model)
     merge_static_views(model)
-    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def _use_step_bodies(model: ir.Model) -> None:
@@ -44,4 +49,6 @@ def _use_step_bodies(model: ir.Model) -> None:
     }
     for identifier, function in list(model.functions.items()):
         if function.domain == OP_DOMAIN and function.name in bodies:
-            model.functions[identifier] = ir.serde.deserialize_function(bodies[function.name])
+            body = ir.serde.deserialize_function(bodies[function.name])
+            body.opset_imports[""] = model.opset_imports[""]  # inlining wants them equal
+            model.functions[identifier] = body

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
+BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
 
 
 class Session(Protocol):
@@ -82,8 +83,9 @@ class StatefulSession:
         """
         _compare_names("state", state, [s.past for s in self.io.states])
         for spec in self.io.states:
-            if not np.can_cast(state[spec.past].dtype, spec.dtype, "same_kind"):
-                raise InputError(f"state {spec.past} holds {state[spec.past].dtype}, expected {spec.dtype}")
+            given = state[spec.past].dtype
+            if given.kind == "c" or not np.can_cast(given, numpy_type(spec.dtype), "same_kind"):
+                raise InputError(f"state {spec.past} holds {given}, expected {spec.dtype}")
             expected = (self.batch, *spec.shape)
             if state[spec.past].shape != expected:
                 raise InputError(
@@ -104,7 +106,8 @@ class StatefulSession:
             raise InputError(f"no batch row {bad[0]}", f"rows are 0 … {self.batch - 1}")
         current = {} if rows is None else self.state()
         for spec in self.io.states:
-            value = current.get(spec.past, np.zeros((self.batch, *spec.shape), dtype=spec.dtype))
+            fresh = np.zeros((self.batch, *spec.shape), dtype=numpy_type(spec.dtype))
+            value = current.get(spec.past, fresh)
             if rows is not None:
                 value[list(rows)] = 0
             self._store(spec.past, value)
@@ -135,12 +138,25 @@ def _compare_names(what: str, given: Mapping[str, Any], expected: Sequence[str])
         raise InputError(f"{what}: {found}", f"the model has {', '.join(expected[:12]) or 'none'}")
 
 
+def numpy_type(dtype: str) -> np.dtype:
+    """The NumPy type of that name, bfloat16 included."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
 def save_state(session: Session, path: Path) -> None:
-    """Write the session's state to an .npz file, atomically; no pickles."""
+    """Write the session's state to an .npz file, atomically; no pickles. BF16 is written as FP32."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    state = {
+        name: value.astype(np.float32) if value.dtype.kind == "V" else value  # NumPy would lose the type
+        for name, value in session.state().items()
+    }
     with readable_os_errors(path):
         try:
-            np.savez(temporary, **session.state())  # type: ignore[arg-type]
+            np.savez(temporary, **state)  # type: ignore[arg-type]
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -241,15 +257,18 @@ class OrtSession(StatefulSession):
     Two ONNX Runtime sessions over one file. Prefill runs the graph as exported and maps the weights from
     disk. Decode runs what `decode.decode_graph` makes of it and packs the weights for products with a single
     row. State lives in two sets of buffers that swap roles at every call; nothing is copied. Each session
-    is opened when it is first needed.
+    is opened when it is first needed. What is half or quantized in a graph is lowered first, see
+    `precision/lower.py`; weights that this leaves alone are mapped all the same.
 
     Args:
-        folder: run folder of `export`.
+        folder: run folder of `export` or `quantize`.
         batch: number of streams.
         threads: threads of one operator; all cores by default.
+        rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
+            without it half is FP32, which is faster on a CPU.
     """
 
-    def __init__(self, folder: Path, batch: int = 1, threads: int = 0) -> None:
+    def __init__(self, folder: Path, batch: int = 1, threads: int = 0, *, rounding: bool = True) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -259,6 +278,7 @@ class OrtSession(StatefulSession):
         self._ort = onnxruntime
         self._folder = Path(folder)
         self._threads = threads
+        self._rounding = rounding
         self.io = read_io(self._folder)
         self._last_logits = bool(read_manifest(self._folder).get("options", {}).get("last_logits"))
         self.batch = batch
@@ -266,7 +286,8 @@ class OrtSession(StatefulSession):
         self._decode_session: Any = None
         self._bindings: list[_StepBinding] = []
         self._buffers = [
-            {s.past: np.zeros((batch, *s.shape), dtype=s.dtype) for s in self.io.states} for _ in range(2)
+            {s.past: np.zeros((batch, *s.shape), dtype=numpy_type(s.dtype)) for s in self.io.states}
+            for _ in range(2)
         ]
         self._values = [
             {name: self._value(array) for name, array in buffer.items()} for buffer in self._buffers
@@ -345,7 +366,10 @@ class OrtSession(StatefulSession):
         self._now = 1 - self._now
 
     def _value(self, array: np.ndarray) -> Any:
-        return self._ort.OrtValue.ortvalue_from_numpy(array)  # shares the array's memory on the CPU
+        # Both share the array's memory on the CPU.
+        if array.dtype.kind == "V":
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
 
     def _bind_states(self, binding: Any, now: int) -> None:
         for spec in self.io.states:
@@ -353,24 +377,15 @@ class OrtSession(StatefulSession):
             binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
 
     def _open(self, *, decode: bool) -> Any:
-        from .decode import decode_graph
-
+        path = self._folder / MODEL
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         # Packed weights make a step 7% faster; prefill packs them piece by piece in any case, and reads
         # them from the mapped file.
         options.add_session_config_entry("session.disable_prepacking", "0" if decode else "1")
-        path = self._folder / MODEL
-        source: Any = str(path)
-        if decode:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(self._folder)
-            )
         try:
-            if decode:
-                source = decode_graph(path, self.batch)
-            session = self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = self._session(path, options, decode=decode)
         except Exception as error:
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
@@ -380,6 +395,22 @@ class OrtSession(StatefulSession):
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         return session
+
+    def _session(self, path: Path, options: Any, *, decode: bool) -> Any:
+        import onnx_ir as ir
+
+        from .decode import decode_graph
+        from .precision import lower
+
+        model = ir.load(path)
+        if lower.needs_lowering(model):
+            batch = self.batch if decode else None
+            return lower.open_session(model, self._folder, options, rounding=self._rounding, batch=batch)
+        source: Any = str(path)
+        if decode:
+            options.add_session_config_entry(lower.WEIGHTS_FOLDER, str(self._folder))
+            source = decode_graph(path, self.batch)
+        return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class _StepBinding:

@@ -30,6 +30,29 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
+class PrecisionLimits:
+    """What a half or quantized export is held to, beside `drift_report.DRIFT_LIMITS` along a stream.
+
+    Attributes:
+        metric: relative change of the task metric against FP32.
+        ways: relative L2 between two ways of calling the export itself. They differ where a last bit tips a
+            value over the edge of a rounding step, and a recurrence carries that on.
+    """
+
+    metric: float
+    ways: float
+
+
+PRECISION_LIMITS = {
+    "fp16": PrecisionLimits(metric=1e-3, ways=5e-3),
+    "bf16": PrecisionLimits(metric=1e-3, ways=4e-2),
+    "int8": PrecisionLimits(metric=5e-3, ways=5e-2),
+    "int8-wo": PrecisionLimits(metric=5e-3, ways=5e-3),
+    "int4-wo": PrecisionLimits(metric=2e-2, ways=5e-3),
+}
+
+
+@dataclass(frozen=True)
 class Check:
     """One comparison: `value` must not exceed `limit`."""
 
@@ -63,6 +86,8 @@ class Report:
     # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
     # (relative L2) from the float64 reference and from the export. Told, not judged.
     as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Of a half or quantized export: precision, base, reference, sites, drift. Empty for FP32.
+    precision: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -77,6 +102,7 @@ class Report:
                 "files": self.files,
                 "inputs": self.inputs,
                 "upstream_as_it_comes": self.as_it_comes,
+                **({"precision": self.precision} if self.precision else {}),
                 "checks": [check.to_json() for check in self.checks],
             }
         )

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, cli_precision
+from .cli_common import (
+    checkpoint_argument,
+    command_line,
+    emit,
+    load,
+    load_for,
+    run_argument,
+    run_options,
+    source_options,
+    spinner,
+)
 from .errors import EnvironmentError_, ExportError, GateError
+from .precision.recipe import BASES, PRECISIONS
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130  # what shells report for Ctrl-C
-
-checkpoint_argument = click.argument("checkpoint", required=False)
-run_argument = click.argument("run", type=click.Path(path_type=Path))
-
-
-def source_options(command: F) -> F:
-    """How to load the model: CHECKPOINT, or --module with --weights."""
-    command = click.option("--module", help="factory of your own module, as package.module:function")(command)
-    return click.option("--weights", help="weights for --module (.safetensors or state_dict)")(command)
-
-
-def run_options(command: F) -> F:
-    """Options of everything that runs a model."""
-    command = click.option("--threads", default=0, help="CPU threads; all cores by default")(command)
-    return click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,14 +49,14 @@ def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_
 
     if checkpoint is not None and checkpoint.endswith(".onnx"):
         info = graph_info.graph_info(Path(checkpoint))
-        _emit(info.to_json(), as_json, lambda console: graph_info.show_graph(console, info))
+        emit(info.to_json(), as_json, lambda console: graph_info.show_graph(console, info))
         return
     if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
         io = runfolder.read_io(Path(checkpoint))
-        _emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
+        emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
         return
-    spec = _load(checkpoint, module, weights).spec()
-    _emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
+    spec = load(checkpoint, module, weights).spec()
+    emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
 
 
 @cli.command()
@@ -93,10 +83,10 @@ def export(
     """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
     from . import trace
 
-    with _progress() as stage:
+    with spinner() as stage:
         stage("loading")
-        loaded = _load(checkpoint, module, weights, options["stateless"])
-        folder = trace.export(loaded, out, command=_command_line(), progress=stage, **options)
+        loaded = load(checkpoint, module, weights, options["stateless"])
+        folder = trace.export(loaded, out, command=command_line(), progress=stage, **options)
     click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
 
 
@@ -118,11 +108,11 @@ def verify(
     """
     from . import report
 
-    loaded = _load_for(run, checkpoint, module, weights)
-    with _progress() as stage:
+    loaded = load_for(run, checkpoint, module, weights)
+    with spinner() as stage:
         result = _import_verify()(run, loaded, progress=stage, **options)
-    _emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
-    _gate(result.passed, run)
+    emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
+    _gate(result.passed, run, result.precision.get("precision", "fp32"))
 
 
 @cli.command()
@@ -142,31 +132,47 @@ def bench(
     from .bench import require_verified
 
     require_verified(run)
-    loaded = _load_for(run, checkpoint, module, weights)
-    with _progress() as stage:
+    loaded = load_for(run, checkpoint, module, weights)
+    with spinner() as stage:
         result = bench_(run, loaded, progress=stage, **options)
-    _emit(result.to_json(), as_json, lambda console: report.show_bench(console, result))
+    emit(result.to_json(), as_json, lambda console: report.show_bench(console, result))
 
 
 @cli.command()
 @checkpoint_argument
 @source_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="int8 also makes fp16",
+)
+@click.option("--base", type=click.Choice(BASES), help="type of what is not quantized; default fp16")
+@click.option("--recipe", type=click.Path(path_type=Path), help="recipe.yaml of `sensitivity`")
+@click.option("--calib", help="calibration data, as for `calibrate --data`")
+@click.option("--random-data", is_flag=True, help="calibrate on made-up data, which every report will say")
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
 @click.option("--force", is_flag=True, help="replace an existing run folder")
 @run_options
 def deploy(
     checkpoint: str | None, module: str | None, weights: str | None, out: Path, as_json: bool, **options: Any
 ) -> None:
-    """Export, verify and bench CHECKPOINT (or --module) in one go."""
+    """Export, calibrate, quantize, verify and bench CHECKPOINT (or --module) in one go."""
     from . import pipeline, report
 
-    with _progress() as stage:
+    with spinner() as stage:
         stage("loading")
-        loaded = _load(checkpoint, module, weights)
-        result = pipeline.deploy(loaded, out, command=_command_line(), progress=stage, **options)
-    _emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
-    _gate(result.verification.passed, out)
+        loaded = load(checkpoint, module, weights)
+        result = pipeline.deploy(loaded, out, command=command_line(), progress=stage, **options)
+    emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
+    _gate(result.passed, result.folder, precision=options["precision"])
+
+
+cli.add_command(cli_precision.calibrate)
+cli.add_command(cli_precision.quantize)
+cli.add_command(cli_precision.sensitivity)
 
 
 @cli.command()
@@ -179,7 +185,7 @@ def doctor(as_json: bool) -> None:
     from .doctor import examine
 
     findings = examine()
-    _emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
+    emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
     if any(f.status == "missing" for f in findings):
         raise EnvironmentError_("something needed is missing", "see the last column above")
 
@@ -217,27 +223,6 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit(128 + number)  # through every `finally`
 
 
-def _load(
-    checkpoint: str | None, module: str | None, weights: str | None, stateless: bool | None = None
-) -> Any:
-    from .checkpoint import load
-
-    return load(checkpoint, module, weights, stateless=stateless)
-
-
-def _load_for(run: Path, checkpoint: str | None, module: str | None, weights: str | None) -> Any:
-    """The model of a run folder, in the form it was exported in."""
-    from .runfolder import read_manifest
-
-    manifest = read_manifest(run)
-    stateless = bool(manifest.get("options", {}).get("stateless"))
-    if checkpoint is None and module is None:
-        origin = manifest["origin"]
-        weights = weights or origin.get("weights")
-        return _load(origin.get("checkpoint"), origin.get("module"), weights, stateless)
-    return _load(checkpoint, module, weights, stateless)
-
-
 def _import_verify() -> Callable[..., Any]:
     from .verify_blocks import verify_any
 
@@ -254,34 +239,10 @@ def _spec_json(spec: Any) -> dict[str, Any]:
     return {**asdict(spec), "state_elements": spec.state_elements, "fp16_step_floor_ms": floors}
 
 
-def _emit(data: Any, as_json: bool, show: Callable[[Console], None]) -> None:
-    if as_json:
-        click.echo(json.dumps(data, indent=1))
-        return
-    from rich.console import Console
-
-    show(Console())
-
-
-def _gate(passed: bool, run: Path) -> None:
+def _gate(passed: bool, run: Path, precision: str = "fp32") -> None:
     if not passed:
-        raise GateError(f"{run} is not equal to the PyTorch model", f"details: {run}/verify/report.json")
-
-
-def _command_line() -> str:
-    return shlex.join(["xlstm-export", *sys.argv[1:]])
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with the stage and the time it has taken, on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting")
-        yield lambda stage: progress.update(task, description=stage)
+        what = "equal to the PyTorch model" if precision == "fp32" else "within the limits of its precision"
+        raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,24 @@ class EvalData:
     def length(self) -> int:
         return int(next(iter(self.inputs.values())).shape[1])
 
+    def sample(self, count: int, length: int, rng: np.random.Generator) -> Arrays:
+        """Stretches of `length` positions from random places, (count, length, ...)."""
+        starts = rng.integers(0, self.length - length, size=count)
+        rows = rng.integers(0, self.rows, size=count)
+        return {
+            name: np.stack([x[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
+            for name, x in self.inputs.items()
+        }
+
+    def streams(self, count: int) -> Arrays:
+        """Long streams (count, S, ...): different rows, or one row begun at different places."""
+        chosen = [row % self.rows for row in range(count)]
+        shifts = [self.length * (row // self.rows) // count for row in range(count)]
+        return {
+            name: np.stack([np.roll(x[row], -shift, 0) for row, shift in zip(chosen, shifts, strict=True)])
+            for name, x in self.inputs.items()
+        }
+
 
 def load(path: Path, io: IoSpec, *, vocab_size: int | None = None, limit: int = 16384) -> EvalData:
     """Read evaluation data for a model.

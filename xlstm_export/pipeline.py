@@ -1,4 +1,4 @@
-"""All stages in a row."""
+"""All stages in a row: export, calibrate, quantize, verify, bench; and a table of what came out."""
 
 from __future__ import annotations
 
@@ -7,39 +7,81 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import trace
+from . import stages, trace
 from .bench import BenchReport, bench
 from .checks import Report
+from .errors import UsageError
 from .loaded import Loaded
+from .precision.recipe import BASES, preset, read_recipe
+from .quantize import quantize
+from .runfolder import MODEL, MODEL_DATA
 from .verify_blocks import verify_any
+
+Progress = Callable[[str], None]
+ARTIFACTS = (
+    *("model.onnx", "model.onnx.data", "io.json", "manifest.json", "recipe.yaml", "scales.json"),
+    *("verify/report.json", "verify/drift.csv", "bench/bench.json"),
+)
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """What `deploy` did; `benchmark` is None when verification failed, because then nothing is timed."""
+class Variant:
+    """One precision of the model; `benchmark` is None when verification failed: then nothing is timed."""
 
+    precision: str
     folder: Path
     verification: Report
     benchmark: BenchReport | None
 
     @property
+    def model_bytes(self) -> int:
+        """Graph and weights."""
+        return sum((self.folder / name).stat().st_size for name in (MODEL, MODEL_DATA))
+
+    @property
     def written(self) -> list[Path]:
-        names = (
-            "model.onnx",
-            "model.onnx.data",
-            "io.json",
-            "manifest.json",
-            "verify/report.json",
-            "bench/bench.json",
-        )
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
+        return [self.folder / name for name in ARTIFACTS if (self.folder / name).is_file()]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What `deploy` did: FP32 first, what was asked for last."""
+
+    variants: tuple[Variant, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder of the precision that was asked for."""
+        return self.variants[-1].folder
+
+    @property
+    def verification(self) -> Report:
+        return self.variants[-1].verification
+
+    @property
+    def benchmark(self) -> BenchReport | None:
+        return self.variants[-1].benchmark
+
+    @property
+    def passed(self) -> bool:
+        """FP32 equals PyTorch, and the precision that was asked for is within its limits."""
+        return self.variants[0].verification.passed and self.verification.passed
 
     def to_json(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
-            "written": [str(path) for path in self.written],
-            "verification": self.verification.to_json(),
-            "benchmark": self.benchmark.to_json() if self.benchmark else None,
+            "passed": self.passed,
+            "variants": [
+                {
+                    "precision": variant.precision,
+                    "folder": str(variant.folder),
+                    "bytes": variant.model_bytes,
+                    "written": [str(path) for path in variant.written],
+                    "verification": variant.verification.to_json(),
+                    "benchmark": variant.benchmark.to_json() if variant.benchmark else None,
+                }
+                for variant in self.variants
+            ],
         }
 
 
@@ -47,18 +89,90 @@ def deploy(
     loaded: Loaded,
     out: Path,
     *,
+    precision: str = "fp32",
+    base: str | None = None,
+    recipe: Path | None = None,
+    calib: str | None = None,
+    random_data: bool = False,
     data: Path | None = None,
     force: bool = False,
     threads: int = 0,
     command: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = lambda stage: None,
 ) -> Deployment:
-    """Export into `out`, verify, and bench what verified. Arguments as in those stages."""
+    """Export into `out`, verify, bench what verified; then the same in the precision asked for.
+
+    Args:
+        loaded: the model.
+        out: run folder of the FP32 export; other precisions become subfolders of it.
+        precision: "int8" also makes "fp16", to be compared with.
+        base: of `preset`.
+        recipe: recipe.yaml, instead of the preset of `precision`.
+        calib: calibration data, see `calibration.sets.load`; needed where activations are quantized.
+        random_data: calibrate on made-up data instead, which every report then says.
+        data: held-out data for the task metric.
+        force: replace an existing run folder.
+        threads: of ONNX Runtime and PyTorch.
+        command: recorded in the manifests.
+        progress: called with the name of each stage.
+
+    Raises:
+        UsageError: activations are to be quantized and there is no calibration data.
+    """
+    chosen = read_recipe(recipe) if recipe is not None else preset(precision, base)
+    if chosen.needs_scales and calib is None and not random_data:
+        raise UsageError(
+            f"precision {chosen.precision} quantizes activations and needs calibration data",
+            "give --calib DATA (or --random-data, which no report will hide)",
+        )
     folder = trace.export(loaded, out, force=force, command=command, progress=progress)
-    verification = verify_any(
-        folder, loaded, data=data, threads=threads, progress=lambda stage: progress(f"verify: {stage}")
-    )
-    benchmark = None
-    if verification.passed:
-        benchmark = bench(folder, loaded, threads=threads, progress=lambda stage: progress(f"bench: {stage}"))
-    return Deployment(folder, verification, benchmark)
+    run = _Stages(loaded, data, threads, command, progress)
+    variants = [run.finish("fp32", folder)]
+    if chosen.precision == "fp32" or not variants[0].verification.passed:
+        return Deployment(tuple(variants))
+    scales = None
+    if chosen.needs_scales:
+
+        def count(done: int, total: int) -> None:
+            progress(f"calibrating, {done:,} of {total:,} positions")
+
+        scales = stages.calibrate(
+            folder,
+            loaded,
+            data=calib,
+            random_data=random_data,
+            avoid=data,
+            threads=threads,
+            progress=count,
+        )
+    recipes = [chosen] if chosen.precision in BASES else [preset("fp16"), chosen]
+    for one in recipes:
+        progress(f"{one.precision}: quantizing")
+        made = quantize(
+            folder, one, scales=scales if one.needs_scales else None, command=command, progress=progress
+        )
+        variants.append(run.finish(one.precision, made))
+    return Deployment(tuple(variants))
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Verification and bench of one precision after another."""
+
+    loaded: Loaded
+    data: Path | None
+    threads: int
+    command: str
+    progress: Progress
+
+    def finish(self, precision: str, folder: Path) -> Variant:
+        """Verify a run folder and time it if it passed."""
+
+        def say(stage: str) -> None:
+            self.progress(f"{precision}: {stage}")
+
+        report = verify_any(folder, self.loaded, data=self.data, threads=self.threads, progress=say)
+        timing = None
+        if report.passed:
+            timing = bench(folder, self.loaded, threads=self.threads, progress=say)
+        return Variant(precision, folder, report, timing)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from . import functions, runfolder, trace
 from .config import IoSpec
-from .errors import UsageError
+from .errors import GateError, UsageError
 from .graph_cut import load_graph
 from .graph_weights import DTYPES, widen_weights
 from .precision.fences import Fences, require_fences
@@ -60,6 +61,7 @@ def quantize(
     scales: Scales | None = None,
     out: Path | None = None,
     force: bool = False,
+    stream: Mapping[str, np.ndarray] | None = None,
     command: str = "",
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Path:
@@ -70,7 +72,9 @@ def quantize(
         recipe: what every weight becomes.
         scales: calibrated ranges; needed where the recipe quantizes activations.
         out: default: a subfolder of `folder` named after the precision.
-        force: replace an existing one.
+        force: replace an existing one, and write a narrow state that fails the drift gate (recorded).
+        stream: inputs by name (B, S, ...), along which a state stored in half must not drift; needed where
+            the recipe asks for one.
         command: recorded in the manifest.
         progress: called with the name of each stage.
 
@@ -81,7 +85,13 @@ def quantize(
         UsageError: `folder` is quantized already, or the recipe names sites that do not exist.
         InputError: the scales do not belong to this graph.
         BuildError: a fence or a rule of TensorRT is violated.
+        GateError: the state drifts when it is stored in half, and `force` is not set.
     """
+    if recipe.state_dtype != "fp32" and stream is None:
+        raise UsageError(
+            f"a state in {recipe.state_dtype} must pass the drift gate, which needs data",
+            "give --data",
+        )
     folder = Path(folder)
     manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
     _require_base(folder, manifest)
@@ -102,8 +112,38 @@ def quantize(
         for companion in _companions(folder, manifest):
             shutil.copyfile(companion, staging / companion.name)
         progress("hashing")
-        runfolder.write_manifest(staging, _entries(folder, out, manifest, recipe, applied, command))
+        entries = _entries(folder, out, manifest, recipe, applied, command)
+        entries["calibration"] = scales.data if scales is not None else None
+        runfolder.write_manifest(staging, entries)
+        if stream is not None and recipe.state_dtype != "fp32":
+            progress("drift of the state")
+            entries["forced"] = _state_drift(folder, staging, recipe, stream, force)
+            runfolder.write_manifest(staging, entries)
     return out
+
+
+def _state_drift(
+    folder: Path, staging: Path, recipe: Recipe, stream: Mapping[str, np.ndarray], force: bool
+) -> list[str]:
+    """The checks of the drift gate that fail; without `force` there are none.
+
+    Raises:
+        GateError: some do.
+    """
+    from .drift import measure_drift
+    from .drift_report import DRIFT_LIMITS, drift_checks
+    from .sessions import OrtSession
+
+    batch = next(iter(stream.values())).shape[0]
+    drift = measure_drift(OrtSession(folder, batch), OrtSession(staging, batch), stream)
+    failed = [c for c in drift_checks(drift, DRIFT_LIMITS[recipe.precision]) if not c.passed]
+    told = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.0e}" for c in failed]
+    if failed and not force:
+        raise GateError(
+            f"with C stored in {recipe.state_dtype} the state drifts: {told[0]}",
+            "keep it in FP32, or --force, which the report will say",
+        )
+    return told
 
 
 def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) -> Applied:
@@ -202,6 +242,7 @@ def _entries(
             "sha256": manifest["files"][runfolder.MODEL_DATA]["sha256"],
             "graph_sha256": manifest["files"][runfolder.MODEL]["sha256"],
         },
+        "max_drop": recipe.max_drop,
         "sites": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "fences": {"proven": applied.fences.proven, "integer_gates": list(applied.fences.integer_gates)},
     }

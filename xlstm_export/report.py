@@ -11,12 +11,14 @@ from rich.table import Table
 from . import roofline
 from .config import TARGETS, IoSpec, ModelSpec
 from .doctor import Finding
+from .report_precision import show_precision, show_variants
 
 if TYPE_CHECKING:
     from .bench import BenchReport
     from .checks import Report
     from .pipeline import Deployment
 
+EQUAL = ("equal to PyTorch", "NOT equal to PyTorch")
 MARK = {True: "[green]pass[/]", False: "[bold red]FAIL[/]"}
 
 
@@ -59,6 +61,8 @@ def show_io(console: Console, io: IoSpec) -> None:
 
 def show_verify(console: Console, report: Report) -> None:
     """Every check with its error; the verdict last. Fits a terminal of 80 columns."""
+    if report.precision:
+        show_precision(console, report)
     table = Table(
         "check", "rel. L2", "1-cos", "ratio-1", "max |error| at", "", box=None, padding=(0, 1, 0, 0)
     )
@@ -74,9 +78,11 @@ def show_verify(console: Console, report: Report) -> None:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.0e}")
     if report.metric:
         m = report.metric
+        against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"
+        expected = m.get("pytorch_float64", m.get("fp32"))
         console.print(
             f"{m['name']} on {m['positions']:,} held-out positions: "
-            f"PyTorch (float64) {m['pytorch_float64']:.6f}, exported {m['exported']:.6f}"
+            f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         )
     for name, far in report.as_it_comes.items():
         console.print(
@@ -84,7 +90,8 @@ def show_verify(console: Console, report: Report) -> None:
             f"{far['from_export']:.1e} from the export"
         )
     failed = sum(not check.passed for check in report.checks)
-    verdict = "equal to PyTorch" if report.passed else f"NOT equal to PyTorch: {failed} check(s) failed"
+    good, bad = ("within its limits", "NOT within its limits") if report.precision else EQUAL
+    verdict = good if report.passed else f"{bad}: {failed} check(s) failed"
     console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")
 
 
@@ -116,16 +123,23 @@ def show_bench(console: Console, report: BenchReport) -> None:
 
 
 def show_deploy(console: Console, result: Deployment) -> None:
-    """Verification, bench, and what was written where."""
-    show_verify(console, result.verification)
-    if result.benchmark is not None:
-        show_bench(console, result.benchmark)
-    passed = result.verification.passed
+    """Verification and bench of each precision, what was written where, and all of them side by side."""
+    for variant in result.variants:
+        if len(result.variants) > 1:
+            console.rule(variant.precision)
+        show_verify(console, variant.verification)
+        if variant.benchmark is not None:
+            show_bench(console, variant.benchmark)
+    if len(result.variants) > 1:
+        console.rule("side by side")
+        show_variants(console, result)
     speed = f"; decode {result.benchmark.step_speedup:.1f}× PyTorch eager" if result.benchmark else ""
-    verdict = "equal to PyTorch" if passed else "NOT equal to PyTorch, so it was not timed"
-    console.print(f"\n[bold]verdict:[/] {MARK[passed]} {verdict}{speed}\nwrote")
-    for path in result.written:
-        console.print(f"  {path}", highlight=False)
+    good, bad = ("within its limits", "NOT within its limits") if result.verification.precision else EQUAL
+    verdict = good if result.passed else f"{bad}, so it was not timed"
+    console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
+    for variant in result.variants:
+        for path in variant.written:
+            console.print(f"  {path}", highlight=False)
 
 
 def show_doctor(console: Console, findings: list[Finding]) -> None:

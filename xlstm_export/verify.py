@@ -202,12 +202,5 @@ class _Run:
     def _make_inputs(self, length: int) -> Arrays:
         """Sequences (BATCH, length, ...): real ones when there is data, otherwise like the examples."""
         if self.data is not None and self.data.length > length:
-            starts = self.rng.integers(0, self.data.length - length, size=BATCH)
-            rows = self.rng.integers(0, self.data.rows, size=BATCH)
-            return {
-                name: np.stack(
-                    [x[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
-                )
-                for name, x in self.data.inputs.items()
-            }
+            return self.data.sample(BATCH, length, self.rng)
         return random_inputs(self.loaded, self.io, BATCH, length, self.rng)

@@ -44,6 +44,7 @@ from .segments import FreshStates, Segments
 from .sessions import Arrays
 from .streamed import Streamed
 from .verify import verify
+from .verify_precision import verify_precision
 
 BATCH = 2
 LENGTH = CHUNK + 6
@@ -64,12 +65,18 @@ def verify_any(
     data: Path | None = None,
     **options: Any,
 ) -> Report:
-    """The verification that was asked for: of the whole, of the first blocks, or block by block.
+    """The verification that was asked for: of the whole, of the first blocks, or block by block; that of
+    `verify_precision` for a half or quantized run folder.
 
     Raises:
         UsageError: the options exclude each other.
         EnvironmentError_: the whole was asked for and does not fit the memory.
     """
+    precision = read_manifest(folder).get("options", {}).get("precision")
+    if precision is not None:
+        if per_block or num_blocks is not None:
+            raise UsageError(f"{folder} is {precision}: it is verified as a whole, against FP32")
+        return verify_precision(folder, loaded, data=data, **options)
     if per_block:
         if num_blocks is not None or data is not None:
             raise UsageError("--per-block goes neither with --num-blocks nor with --data")

@@ -17,10 +17,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InputError, UsageError
-from .sites import Site
+
+if TYPE_CHECKING:
+    from .sites import Site
 
 Choice = Literal["float", "int8", "int8-wo", "int4-wo"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)

@@ -1,0 +1,176 @@
+"""Stages as the command line and `deploy` call them: a run folder, a model, and where the data is.
+
+Each opens what it is given and calls one function of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .loaded import Loaded
+from .precision.recipe import Recipe, preset, read_recipe
+from .quantize import quantize
+from .runfolder import read_io
+
+if TYPE_CHECKING:
+    from .calibration.scales import Scales
+    from .calibration.sets import CalibrationSet
+    from .sensitivity import Sensitivity
+
+Count = Callable[[int, int], None]
+
+
+def calibration_set(
+    loaded: Loaded,
+    folder: Path,
+    source: str | None,
+    *,
+    tokenizer: Path | None = None,
+    seed: int = 0,
+    avoid: Path | None = None,
+    **size: int | None,
+) -> CalibrationSet:
+    """Calibration data for a run folder: from `source`, or made up where that is None.
+
+    Args:
+        source, tokenizer, seed, avoid: of `calibration.sets.load`; the tokenizer is by default the one that
+            came with the checkpoint.
+        size: `samples` and `length`.
+    """
+    from .calibration import sets
+
+    io = read_io(folder)
+    given: dict[str, Any] = {name: value for name, value in size.items() if value is not None}
+    if source is None:
+        return sets.random_set(loaded, io, seed=seed, **given)
+    found = folder / "tokenizer.json"
+    tokenizer = tokenizer or (found if found.is_file() else None)
+    return sets.load(
+        source, io, vocab_size=loaded.vocab_size, tokenizer=tokenizer, seed=seed, avoid=avoid, **given
+    )
+
+
+def calibrate(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    data: str | None = None,
+    random_data: bool = False,
+    avoid: Path | None = None,
+    tokenizer: Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    method: str = "max",
+    percentile: float = 99.99,
+    resume: bool = True,
+    threads: int = 0,
+    progress: Count = lambda done, total: None,
+) -> Scales:
+    """Run an FP32 export over data and write `scales.json` into its run folder.
+
+    Args:
+        data: see `calibration.sets.load`.
+        random_data: made-up data instead.
+        Others: as in `calibration_set` and `calibration.observers.calibrate`.
+
+    Raises:
+        UsageError: neither data nor `random_data`, or both.
+    """
+    from .calibration import observers
+
+    if (data is None) != random_data:
+        raise UsageError(
+            "calibration needs data" if data is None else "--data and --random-data exclude each other",
+            "give --data, or --random-data, which every report will say",
+        )
+    chosen = calibration_set(
+        loaded, folder, data, tokenizer=tokenizer, seed=seed, avoid=avoid, samples=samples, length=length
+    )
+    return observers.calibrate(
+        folder,
+        chosen,
+        method=method,
+        percentile=percentile,
+        threads=threads,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def choose_recipe(
+    precision: str | None,
+    recipe: Path | None,
+    *,
+    base: str | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    smooth: float | None = None,
+    state_dtype: str | None = None,
+) -> Recipe:
+    """The recipe that options describe.
+
+    Raises:
+        UsageError: neither a precision nor a recipe, or both.
+    """
+    if (precision is None) == (recipe is None):
+        raise UsageError("give --precision or --recipe", "a recipe says the precision itself")
+    chosen = read_recipe(recipe) if recipe is not None else preset(precision or "", base)
+    changes: dict[str, Any] = {"smooth": smooth, "state_dtype": state_dtype}
+    if recipe is not None:
+        changes["base"] = base
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
+    return chosen.with_rules(exclude, include)
+
+
+def quantize_run(
+    folder: Path,
+    loaded: Loaded | None = None,
+    *,
+    precision: str | None = None,
+    recipe: Path | None = None,
+    data: Path | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+    **choices: Any,
+) -> Path:
+    """`quantize.quantize` with the recipe that options describe and the ranges `calibrate` has written.
+
+    Args:
+        loaded: the model; needed with `data`.
+        data: what the drift of a state in half is measured on, as for `calibrate`.
+        choices: of `choose_recipe`.
+    """
+    from .calibration.scales import Scales
+
+    chosen = choose_recipe(precision, recipe, **choices)
+    scales = Scales.read(folder) if chosen.needs_scales else None
+    stream = None
+    if data is not None and loaded is not None and chosen.state_dtype != "fp32":
+        stream = calibration_set(loaded, folder, str(data), samples=2).inputs
+    return quantize(
+        folder, chosen, scales=scales, out=out, force=force, stream=stream, command=command, progress=progress
+    )
+
+
+def find_recipe(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    data: Path,
+    progress: Count = lambda done, total: None,
+    **options: Any,
+) -> Sensitivity:
+    """`sensitivity.sensitivity` with the ranges `calibrate` has written, on data with the task's targets."""
+    from . import data as evaluation
+    from .calibration.scales import Scales
+    from .sensitivity import sensitivity
+
+    targets = evaluation.load(data, read_io(folder), vocab_size=loaded.vocab_size)
+    return sensitivity(folder, scales=Scales.read(folder), data=targets, progress=progress, **options)

@@ -1,0 +1,242 @@
+"""Is a quantized or half export good enough, and does it stay so? Checks with limits, as `verify` for FP32.
+
+The reference is the FP32 model: the export it was made from, where that has been verified, else PyTorch in
+FP32. Rounding sets a candidate apart from it, so two questions take the place of one: do the ways of calling
+the candidate agree with each other, and how far is it from FP32 in the task's metric and along one stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import data as evaluation
+from . import runfolder
+from .checks import PRECISION_LIMITS, Check, PrecisionLimits, Report
+from .config import IoSpec
+from .drift import HORIZONS, measure_drift, token_feedback
+from .drift_report import DRIFT_LIMITS, TEACHER, Drift, drift_checks
+from .errors import GateError, InputError, UsageError
+from .graph_cut import load_graph
+from .graph_weights import DTYPES
+from .inputs import Arrays, per_position, random_inputs
+from .loaded import Loaded
+from .precision.fences import check_fences
+from .precision.legality import check_legality
+from .sessions import OrtSession, Session, TorchSession
+from .stream_checks import BATCH, RAGGED, StreamChecks
+
+DRIFT_ROWS = 2  # streams the drift is measured over
+FREE_HORIZON = 4000  # of the free-running mode, which goes step by step
+
+
+def verify_precision(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    horizon: int = HORIZONS[-1],
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Verify a run folder of `quantize`; writes `verify/report.json` and `verify/drift.csv`.
+
+    Args:
+        folder: run folder.
+        loaded: the checkpoint its FP32 export was made from.
+        data: held-out data for the task metric; also what the drift is measured on.
+        seed: of the inputs, the cuts of the stream and the draws of tokens.
+        threads: of ONNX Runtime.
+        horizon: longest stream of the drift, in positions.
+        progress: called with the name of each stage.
+    """
+    run = _Run(Path(folder), loaded, data, seed, threads)
+    progress("fences and rules of TensorRT")
+    checks = run.check_graph()
+    for name, stage in run.streams.stages():
+        progress(name)
+        checks += stage()
+    drift: Drift | None = None
+    if run.io.states and any(map(per_position, run.io.inputs)):
+        drift = run.measure(horizon, progress)
+        drift.write_csv(folder / "verify" / "drift.csv")
+        checks += drift_checks(drift, DRIFT_LIMITS[run.precision])
+    else:
+        checks += run.check_level()
+    metric: dict[str, Any] = {}
+    if run.data is not None:
+        progress("task metric")
+        check, metric = run.check_metric(run.data)
+        checks.append(check)
+    report = Report(tuple(checks), metric, runfolder.hashes(folder), run.source, {}, run.describe(drift))
+    runfolder.write_json(folder / "verify" / "report.json", report.to_json())
+    return report
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The FP32 model a candidate is held against.
+
+    Attributes:
+        name: what it is, for the report.
+        open: makes a session of some streams.
+    """
+
+    name: str
+    open: Callable[[int], Session]
+
+
+def fp32_reference(folder: Path, loaded: Loaded, threads: int = 0) -> Reference:
+    """The FP32 export that `folder` was made from if it has passed `verify`, else PyTorch in FP32."""
+    from .bench import require_verified
+
+    made_from = runfolder.read_manifest(folder).get("quantized_from", {})
+    base = (folder / made_from.get("folder", "")).resolve()
+    try:
+        require_verified(base)
+        same = runfolder.hashes(base)[runfolder.MODEL_DATA]["sha256"] == made_from.get("sha256")
+    except (GateError, InputError, OSError):
+        same = False
+    if same:
+        return Reference("FP32 export", lambda batch: OrtSession(base, batch, threads))
+    return Reference("PyTorch FP32", lambda batch: TorchSession(loaded, batch, "float32"))
+
+
+class _Run:
+    """What the checks share."""
+
+    def __init__(self, folder: Path, loaded: Loaded, data: Path | None, seed: int, threads: int) -> None:
+        manifest = runfolder.read_manifest(folder)
+        options = manifest.get("options", {})
+        self.folder, self.threads, self.seed = folder, threads, seed
+        self.loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
+        self.io: IoSpec = runfolder.read_io(folder)
+        if [x.name for x in self.io.inputs] != list(loaded.inputs):
+            raise UsageError(f"{folder} was not made from this model", "give the checkpoint it was made from")
+        self.precision = str(options["precision"])
+        self.state_dtype = str(options.get("state_dtype", "fp32"))
+        self.limits: PrecisionLimits = PRECISION_LIMITS[self.precision]
+        self.max_drop = float(manifest.get("max_drop") or self.limits.metric)
+        self.reference = fp32_reference(folder, self.loaded, threads)
+        self.rng = np.random.default_rng(seed)
+        self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
+        if data is not None and not self.io.states:
+            raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
+        self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
+        real = self.data is not None and self.data.length > max(RAGGED)
+        self.source = "held-out data" if real else "random"
+        self._own: dict[int, tuple[Arrays, Arrays]] = {}
+        self.streams = StreamChecks(
+            folder,
+            self.io,
+            inputs=self._make_inputs(max(RAGGED)),
+            make_inputs=self._make_inputs,
+            expected=self._at_once,
+            limits={"output": self.limits.ways, "state": self.limits.ways, "rows": self.limits.ways},
+            last_only=self.last_only,
+            rng=self.rng,
+            threads=threads,
+        )
+
+    def check_graph(self) -> list[Check]:
+        """The fences are proven again, on the very file; and what TensorRT's parser would refuse."""
+        path = self.folder / runfolder.MODEL
+        fences = check_fences(load_graph(path), DTYPES[self.state_dtype])
+        detail = {"proven": fences.proven, "violations": list(fences.violations[:20])}
+        broken = [str(violation) for violation in check_legality(path)]
+        return [
+            Check("values below FP32 that feed back", float(len(fences.violations)), 0.0, detail),
+            Check("rules of TensorRT 10.3 broken", float(len(broken)), 0.0, {"violations": broken[:20]}),
+        ]
+
+    def measure(self, horizon: int, progress: Callable[[str], None]) -> Drift:
+        """Error against FP32 along one stream, on real data where there is enough of it."""
+        rows = DRIFT_ROWS
+        inputs = self._drift_inputs(rows, horizon)
+        steps = (*(h for h in HORIZONS if h < horizon), horizon)
+        return measure_drift(
+            self.reference.open(rows),
+            OrtSession(self.folder, rows, self.threads),
+            inputs,
+            horizons=steps,
+            feedback=token_feedback(self.io, self.loaded.vocab_size),
+            free_horizons=tuple(h for h in steps if h <= FREE_HORIZON),
+            progress=lambda stage: progress(f"drift: {stage}"),
+        )
+
+    def check_level(self) -> list[Check]:
+        """Without a stream to drift along: one call against FP32."""
+        from .checks import output_check
+
+        reference = self.reference.open(BATCH).prefill(self.streams.inputs)
+        found = self._at_once(max(self.streams.lengths))[0]
+        limit = DRIFT_LIMITS[self.precision].output
+        return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
+
+    def check_metric(self, data: evaluation.EvalData) -> tuple[Check, dict[str, Any]]:
+        """By how much the task's metric got worse, or merely other, than that of FP32."""
+        piece = 1 if self.last_only else evaluation.PIECE
+        sides = (self.reference.open(data.rows), OrtSession(self.folder, data.rows, self.threads))
+        expected, found = (data.score(evaluation.stream(side, data.inputs, piece)) for side in sides)
+        drop = (found - expected) / max(abs(expected), np.finfo(np.float64).tiny)
+        metric = {
+            "name": data.metric,
+            "fp32": expected,
+            "exported": found,
+            "drop": drop,
+            "positions": data.rows * data.length,
+        }
+        return Check(f"{data.metric} on held-out data", abs(drop), self.max_drop, metric), metric
+
+    def describe(self, drift: Drift | None) -> dict[str, Any]:
+        """What the report says beyond checks."""
+        manifest = runfolder.read_manifest(self.folder)
+        return {
+            "precision": self.precision,
+            "base": manifest["options"].get("base"),
+            "sites": manifest.get("sites", {}),
+            "state_dtype": self.state_dtype,
+            "reference": self.reference.name,
+            "random_calibration": bool(manifest.get("calibration", {}).get("random", False)),
+            "forced": manifest.get("forced", []),
+            "drift": drift.to_json() if drift is not None else None,
+        }
+
+    def _at_once(self, length: int) -> tuple[Arrays, Arrays]:
+        """The candidate's own outputs and state after one call from a fresh start."""
+        if length not in self._own:
+            session = OrtSession(self.folder, BATCH, self.threads)
+            inputs = {
+                x.name: self.streams.inputs[x.name][:, :length]
+                if per_position(x)
+                else self.streams.inputs[x.name]
+                for x in self.io.inputs
+            }
+            outputs = session.prefill({name: np.ascontiguousarray(x) for name, x in inputs.items()})
+            self._own[length] = (outputs, session.state())
+        return self._own[length]
+
+    def _make_inputs(self, length: int) -> Arrays:
+        if self.data is not None and self.data.length > length:
+            return self.data.sample(BATCH, length, self.rng)
+        return random_inputs(self.loaded, self.io, BATCH, length, self.rng)
+
+    def _drift_inputs(self, rows: int, horizon: int) -> Arrays:
+        """(rows, ...): the data from `rows` places on, or made up."""
+        if self.data is None:
+            return random_inputs(self.loaded, self.io, rows, min(horizon, 4096), self.rng)
+        return self.data.streams(rows)
+
+
+def drift_at(report: Report, horizon: int) -> float | None:
+    """The teacher-forced error of the first output at a horizon; None where it was not measured."""
+    drift = (report.precision or {}).get("drift")
+    for row in drift["rows"] if drift else ():
+        if row["mode"] == TEACHER and row["block"] is None and row["horizon"] == horizon:
+            return row["error"]  # type: ignore[no-any-return]
+    return None

@@ -13,8 +13,8 @@ Everything kept is a maximum or a count, so neither the order of sequences nor a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,16 @@ class _Run:
     observers: dict[str, Observer]
     progress: Callable[[int, int], None]
     done: int = 0
-    position_bytes: int = field(default=0)
+    position_bytes: int = 0
+
+    def all(self, batch: int, partial: Partial, resume: bool) -> None:
+        """Every sequence, `batch` at a time; where `resume`, those that `partial` holds are not run again."""
+        first = partial.restore(self.observers) if resume else 0
+        self.done = first * self.data.length(self.graph.io)
+        for start in range(first, self.data.samples, batch):
+            end = min(start + batch, self.data.samples)
+            self.batch(slice(start, end))
+            partial.save(self.observers, end)
 
     def batch(self, rows: slice) -> None:
         """Stream some sequences from a fresh state to their end."""
@@ -227,49 +236,41 @@ def calibrate(
     if batch < 1:
         raise UsageError(f"batch is {batch}, it must be at least 1")
     folder, out = Path(folder), Path(out or folder)
-    names = tuple(tensors) if tensors is not None else observed_tensors(load_graph(folder / runfolder.MODEL))
-    if not names:
-        raise UsageError(f"{folder} has no activation to observe", "name values of its graph")
-    graph = ObservedGraph(folder, names, threads)
+    graph = _open(folder, tensors, data, threads)
     borders = BORDERS if graph.io.states else (0,)
-    _require_inputs(data, graph)
     options = {"batch": batch, "bins": BINS, "bucket_weights": "sqrt"}
-    model = _model_hashes(folder)
-    key = [model, data.sha256, list(graph.names), list(borders), options, runfolder.versions()]
-    run = _Run(graph, data, borders, {n: Observer.empty(len(borders)) for n in graph.names}, progress)
-    partial = Partial(out, key)
-    start = partial.restore(run.observers) if resume else 0
-    run.done = start * data.length(graph.io)
-    for rows in _batches(start, data.samples, batch):
-        run.batch(rows)
-        partial.save(run.observers, rows.stop)
+    model, versions = _model_hashes(folder), runfolder.versions()
+    partial = Partial(out, [model, data.sha256, list(graph.names), list(borders), options, versions])
+    observers = {name: Observer.empty(len(borders)) for name in graph.names}
+    _Run(graph, data, borders, observers, progress).all(batch, partial, resume)
     scales = Scales(
         method=method,
         percentile=percentile if method == "percentile" else None,
         data=data.to_json(graph.io),
         model=model,
-        versions=runfolder.versions(),
+        versions=versions,
         borders=borders,
         options=options,
-        tensors={name: _scale(observer, method, percentile) for name, observer in run.observers.items()},
-        channel_amax={name: _channels(observer) for name, observer in run.observers.items()},
+        tensors={name: _scale(observer, method, percentile) for name, observer in observers.items()},
+        channel_amax={name: _channels(observer) for name, observer in observers.items()},
     )
     scales.write(out)
     partial.remove()
     return scales
 
 
-def _require_inputs(data: CalibrationSet, graph: ObservedGraph) -> None:
+def _open(folder: Path, tensors: Sequence[str] | None, data: CalibrationSet, threads: int) -> ObservedGraph:
+    """The graph, once it is clear that there is something to observe and data for each input."""
+    names = tuple(tensors) if tensors is not None else observed_tensors(load_graph(folder / runfolder.MODEL))
+    if not names:
+        raise UsageError(f"{folder} has no activation to observe", "name values of its graph")
+    graph = ObservedGraph(folder, names, threads)
     lacking = [spec.name for spec in graph.io.inputs if spec.name not in data.inputs]
     if lacking:
         raise InputError(
             f"{data.name} lacks input {', '.join(lacking)} of the graph", f"it holds {', '.join(data.inputs)}"
         )
-
-
-def _batches(start: int, samples: int, batch: int) -> Iterator[slice]:
-    for first in range(start, samples, batch):
-        yield slice(first, min(first + batch, samples))
+    return graph
 
 
 def _scale(observer: Observer, method: str, percentile: float) -> TensorScale:

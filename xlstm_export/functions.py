@@ -103,7 +103,7 @@ def _function(
         f'<domain: "{OP_DOMAIN}", opset_import: ["" : {OPSET}]>\n'
         f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
     )
-    function = _drop_identities(function)
+    function = _finish_body(function)
     # Attached here and not in the text, which cannot express an infinite default.
     attributes |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
     for key, value in sorted(attributes.items()):
@@ -111,9 +111,13 @@ def _function(
     return function
 
 
-def _drop_identities(proto: onnx.FunctionProto) -> onnx.FunctionProto:
+def _finish_body(proto: onnx.FunctionProto) -> onnx.FunctionProto:
     # No Scan body may name one value as two of its outputs: ONNX Runtime 1.32 then mixes up the others.
     function = ir.serde.deserialize_function(proto)
+    # TensorRT's parser before 10.8 reads a value of the graph instead, where one has a parameter's name; and
+    # many a model has an input x.
+    for value in function.inputs:
+        value.name = f"{function.name}_{value.name}"
     model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10, functions=[function])
     IdentityEliminationPass()(model)
     return ir.serde.serialize_function(function)

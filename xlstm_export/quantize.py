@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .calibration.scales import Scales
 
 RECIPE = "recipe.yaml"
+TINY = 1e-30  # instead of a range of zero: an activation that calibration saw only zeros of
 NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -165,7 +166,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) 
         for name, channels in smoothed.items():
             original = name.removesuffix(".smoothed")
             # What the method clips of the largest value, it clips of the new largest value.
-            clipped = amax[original] / float(scales.channels(original).max())
+            clipped = amax[original] / max(float(scales.channels(original).max()), TINY)
             amax[name] = float(channels.max()) * min(clipped, 1.0)
     quantized: Quantized = insert_qdq(model, recipe, amax)
     half_products = to_half(model, recipe.base) if recipe.base != "fp32" else 0

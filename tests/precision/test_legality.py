@@ -28,6 +28,7 @@ from xlstm_export.precision.legality import check_legality, require_legal
 from xlstm_export.precision.legality_rules import RULES, Violation
 from xlstm_export.precision.legality_types import typed_nodes
 
+RECURRENT = "R of an sLSTM"
 SCRIPT = Path(__file__).parent.parent / "rtx_build.py"
 ILLEGAL = [*illegal_graphs.ILLEGAL, *illegal_qdq.ILLEGAL]
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -77,6 +78,25 @@ def test_every_tried_rule_was_refused() -> None:
     assert {name for name, rule in RULES.items() if "tried" in rule.source} <= refused
 
 
+def recurrent_int8(folder: Path) -> Path:
+    """An sLSTM whose R (H, D, 4, D) comes from INT8, with a scale per output of a gate."""
+    model = onnx.load(single_node("slstm", folder / "recurrent.onnx"))
+    given = next(value for value in model.graph.input if value.name == "R")
+    shape = [dim.dim_value for dim in given.type.tensor_type.shape.dim]
+    model.graph.input.remove(given)
+    for name, array in {
+        "R_int8": np.full(shape, 3, np.int8),
+        "R_scale": np.full(shape[-1], 0.01, np.float32),
+        "R_zero": np.zeros(shape[-1], np.int8),
+    }.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model.graph.node.insert(
+        0, onnx.helper.make_node("DequantizeLinear", ["R_int8", "R_scale", "R_zero"], ["R"], axis=3)
+    )
+    onnx.save(model, folder / "recurrent.onnx")
+    return folder / "recurrent.onnx"
+
+
 @pytest.fixture(scope="session")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Name of a case → what NVIDIA's parser and builder say; empty where they give a plan."""
@@ -85,6 +105,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for index, case in enumerate((*LEGAL, *ILLEGAL)):
         paths[case.name] = folder / f"{index}.onnx"
         onnx.save(case.model(), paths[case.name])
+    paths[RECURRENT] = recurrent_int8(folder)
     command = [sys.executable, str(SCRIPT), *map(str, paths.values())]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -97,6 +118,9 @@ class TestAgainstNvidia:
     @named(LEGAL)
     def test_legal_graph_builds(self, case: Case, verdicts: dict[str, str]) -> None:
         assert verdicts[case.name] == ""
+
+    def test_integer_recurrence_builds(self, verdicts: dict[str, str]) -> None:
+        assert verdicts[RECURRENT] == ""
 
     @named(ILLEGAL)
     def test_illegal_graph(self, case: Case, verdicts: dict[str, str]) -> None:
@@ -115,6 +139,17 @@ def test_exported_model(small_export: Path) -> None:
 def test_body(body: str, tmp_path: Path) -> None:
     """The recurrences, also with half inputs."""
     assert errors(single_node(body, tmp_path / "single.onnx")) == []
+
+
+def test_integer_recurrence(tmp_path: Path) -> None:
+    assert check_legality(recurrent_int8(tmp_path)) == []
+
+
+def test_reshape_between_activation_and_product() -> None:
+    """A quantized activation stays one behind it."""
+    views = W8A8.replace("[product]", "r = Reshape (d, shape)\n[product]").replace("MatMul (d", "MatMul (r")
+    views = views.replace("w_zero>", "w_zero, int64[3] shape>")
+    assert check_legality(legal_graphs.build(views, 19, {"shape": [0, -1, 64]})) == []
 
 
 def test_body_without_casts_is_no_body_for_halves(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ class _Emitter:
             whole = self._new("Cast", [shifted], {"to": ir.DataType.INT32})
             self._shared[key] = self._new("Cast", [whole], {"to": UINT8})
             worth = self._new("Mul", [step, self._shared_array("digits.worth", powers.reshape(1, 1, 3))])
-            worth.shape = ir.Shape([rows, 1, 3])
+            worth.shape, worth.type = ir.Shape([rows, 1, 3]), ir.TensorType(FLOAT)
             self._shared["worth", key[1]] = worth
         return self._shared[key], self._shared["worth", key[1]]
 

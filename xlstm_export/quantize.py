@@ -22,6 +22,7 @@ from .config import IoSpec
 from .errors import GateError, UsageError
 from .graph_cut import load_graph
 from .graph_weights import DTYPES, widen_weights
+from .precision.element_types import typed_nodes
 from .precision.fences import Fences, require_fences
 from .precision.half import to_half
 from .precision.legality import require_legal
@@ -184,13 +185,10 @@ def _require_base(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _describe(model: ir.Model) -> None:
-    """Types of values that inference could not name: FP32 unless an operator on shapes made them."""
-    from .precision.element_types import typed_nodes
-
-    for typed in typed_nodes(model):
-        for value, dtype in zip(typed.node.outputs, typed.outputs, strict=False):
-            if value.type is None:
-                value.type = ir.TensorType(dtype)
+    """Types of values that shape inference could not name."""
+    for value, dtype in typed_nodes(model)[1].items():
+        if value.type is None:
+            value.type = ir.TensorType(dtype)
 
 
 def _store_state(model: ir.Model, dtype: ir.DataType) -> None:

@@ -24,9 +24,9 @@ from test_functions import BODIES
 from test_tensorrt_build import single_node
 
 from xlstm_export.errors import BuildError, InputError, UsageError
+from xlstm_export.precision.element_types import typed_nodes
 from xlstm_export.precision.legality import check_legality, require_legal
 from xlstm_export.precision.legality_rules import RULES, Violation
-from xlstm_export.precision.legality_types import typed_nodes
 
 RECURRENT = "R of an sLSTM"
 SCRIPT = Path(__file__).parent.parent / "rtx_build.py"

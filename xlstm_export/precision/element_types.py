@@ -1,125 +1,193 @@
-"""Element types of every value of a graph, inside function bodies and Scan bodies too.
+"""Element types of every value of an ONNX graph, also a wrong one, from ONNX's own operator schemas.
 
-ONNX's own inference does not report types inside bodies, and the files carry none for inner values. The rules
-are few because exported graphs use few operators; an operator that is not in the table gives the type of its
-first input.
+A checker must not trust what an exporter believes, and must not stop at the first mismatch as ONNX's
+inference does: where operands disagree, the first one's type goes on. Bodies of functions are gone through
+once per combination of argument types, because the files carry no types for what is inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeAlias
 
+import onnx
 import onnx_ir as ir
 
-BOOLEAN = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor"))
-Types = dict[ir.Value, ir.DataType]
+Type: TypeAlias = ir.DataType | None
+Types: TypeAlias = dict[ir.Value, ir.DataType]
+_BY_NAME = {
+    f"tensor({name.lower()})": ir.DataType(number) for name, number in onnx.TensorProto.DataType.items()
+}
 
 
 @dataclass(frozen=True)
 class TypedNode:
-    """A node with the types of what it reads and gives.
+    """A node with the types of what it reads and gives; None where a type is unknown or an input left away.
 
     Attributes:
-        where: path to it: name of the node, behind those of the calls and Scans around it.
-        inputs, outputs: None for an input that is left away.
+        where: its name, behind those of the calls and Scans around it.
+        scope: graph or function it is in.
+        shared: inputs that ONNX wants to be of one type: variable of the schema → their indices.
+        carried: for Scan, (type of a state at the start, type the body gives it).
     """
 
     node: ir.Node
     where: str
-    inputs: tuple[ir.DataType | None, ...]
-    outputs: tuple[ir.DataType, ...]
+    scope: ir.Graph | ir.Function
+    inputs: tuple[Type, ...]
+    outputs: tuple[Type, ...]
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    carried: tuple[tuple[Type, Type], ...] = ()
 
 
-def typed_nodes(model: ir.Model) -> Iterator[TypedNode]:
-    """Every node of the graph; a call of a function is followed by the nodes of its body."""
-    types: Types = {}
+def typed_nodes(model: ir.Model) -> tuple[list[TypedNode], dict[ir.Value, ir.DataType]]:
+    """All nodes, inside functions and subgraphs too, and the types of the values of the main graph."""
+    walker = _Walker(model)
+    types: dict[ir.Value, ir.DataType] = {}
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         found = value.dtype or (value.const_value.dtype if value.const_value is not None else None)
-        assert found is not None, value.name
-        types[value] = found
-    yield from _walk(model, model.graph, types, {}, "")
+        if found is not None:
+            types[value] = found
+    walker.graph(model.graph, types, "")
+    return walker.nodes, types
 
 
-def _walk(
-    model: ir.Model,
-    graph: ir.Graph | ir.Function,
-    types: Types,
-    outer: Types,
-    where: str,
-) -> Iterator[TypedNode]:
-    for node in graph:
-        name = f"{where}{node.name or node.op_type}"
-        inputs = tuple(_type_of(value, types, outer) for value in node.inputs)
-        outputs, inner = _outputs(model, node, inputs, {**outer, **types}, name)
-        types.update(zip(node.outputs, outputs, strict=False))
-        yield TypedNode(node, name, inputs, outputs)
-        yield from inner
+class _Walker:
+    def __init__(self, model: ir.Model) -> None:
+        self.nodes: list[TypedNode] = []
+        self._model = model
+        self._opset = model.opset_imports.get("", 1)
+        self._calls: dict[tuple[Any, ...], tuple[Type, ...]] = {}
+
+    def graph(self, scope: ir.Graph | ir.Function, types: dict[ir.Value, ir.DataType], where: str) -> None:
+        """Walk one scope; `types` has those of its inputs and of what it sees outside, and gains its own."""
+        if isinstance(scope, ir.Graph):
+            for value in scope.initializers.values():
+                if value not in types and value.const_value is not None:
+                    types[value] = value.const_value.dtype
+        for node in scope:
+            inputs = tuple(None if value is None else types.get(value) for value in node.inputs)
+            typed = self._node(node, scope, inputs, types, where + label(node))
+            self.nodes.append(typed)
+            types.update((v, t) for v, t in zip(node.outputs, typed.outputs, strict=False) if t is not None)
+
+    def _node(
+        self,
+        node: ir.Node,
+        scope: ir.Graph | ir.Function,
+        inputs: tuple[Type, ...],
+        types: dict[ir.Value, ir.DataType],
+        where: str,
+    ) -> TypedNode:
+        function = self._model.functions.get(node.op_identifier())
+        if function is not None:
+            return TypedNode(node, where, scope, inputs, self._call(function, inputs, where))
+        if node.op_type == "Scan":
+            states = len(inputs) - node.attributes["num_scan_inputs"].as_int()
+            given = self._body(node.attributes["body"].as_graph(), inputs, types, where)
+            carried = tuple(zip(inputs[:states], given[:states], strict=False))
+            return TypedNode(node, where, scope, inputs, given, carried=carried)
+        if node.op_type == "Loop":
+            first = (ir.DataType.INT64, ir.DataType.BOOL)
+            given = self._body(node.attributes["body"].as_graph(), first + inputs[2:], types, where)
+            return TypedNode(node, where, scope, inputs, given[1:])
+        if node.op_type == "If":
+            branches = [node.attributes[f"{name}_branch"].as_graph() for name in ("then", "else")]
+            given, _ = [self._body(branch, (), types, where) for branch in branches]
+            return TypedNode(node, where, scope, inputs, given)
+        shared, outputs = self._plain(node, inputs)
+        return TypedNode(node, where, scope, inputs, outputs, shared)
+
+    def _call(self, function: ir.Function, inputs: tuple[Type, ...], where: str) -> tuple[Type, ...]:
+        key = (function.identifier(), inputs)
+        if key not in self._calls:
+            self._calls[key] = (None,) * len(function.outputs)  # a function that calls itself ends here
+            types = {v: t for v, t in zip(function.inputs, inputs, strict=False) if t is not None}
+            self.graph(function, types, f"{where}/")
+            self._calls[key] = tuple(types.get(value) for value in function.outputs)
+        return self._calls[key]
+
+    def _body(
+        self, body: ir.Graph, inputs: tuple[Type, ...], types: dict[ir.Value, ir.DataType], where: str
+    ) -> tuple[Type, ...]:
+        inner = {**types, **{v: t for v, t in zip(body.inputs, inputs, strict=False) if t is not None}}
+        self.graph(body, inner, f"{where}/")
+        return tuple(inner.get(value) for value in body.outputs)
+
+    def _plain(
+        self, node: ir.Node, inputs: tuple[Type, ...]
+    ) -> tuple[dict[str, tuple[int, ...]], tuple[Type, ...]]:
+        schema = _schema(node.op_type, self._opset) if node.domain in ("", "ai.onnx") else None
+        if schema is None:
+            return {}, (None,) * len(node.outputs)
+        shared: dict[str, tuple[int, ...]] = {}
+        bound: dict[str, ir.DataType] = {}
+        for index, found in enumerate(inputs):
+            formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+            if found is not None and formal.is_homogeneous and formal.type_str not in _BY_NAME:
+                shared[formal.type_str] = (*shared.get(formal.type_str, ()), index)
+                bound.setdefault(formal.type_str, found)
+        outputs: list[Type] = []
+        for index in range(len(node.outputs)):
+            formal = schema.outputs[min(index, len(schema.outputs) - 1)]
+            outputs.append(_BY_NAME.get(formal.type_str) or bound.get(formal.type_str))
+        outputs[0] = _by_attribute(node, inputs) or outputs[0]
+        return shared, tuple(outputs)
 
 
-def _type_of(value: ir.Value | None, types: Types, outer: Types) -> ir.DataType | None:
+def label(node: ir.Node) -> str:
+    """What to call a node in a message: its name or, without one, what it gives."""
+    return node.name or f"{node.op_type} → {node.outputs[0].name}"
+
+
+def ancestors(value: ir.Value | None, through: tuple[str, ...]) -> Iterator[ir.Node]:
+    """The nodes a value comes from, nearest first: back through the first input of operators in `through`."""
+    while value is not None and (node := value.producer()) is not None:
+        yield node
+        if node.op_type not in through:
+            return
+        value = node.inputs[0]
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind an initializer or a Constant node, through a Cast."""
     if value is None:
         return None
-    found = types.get(value) or outer.get(value)
-    if found is None and value.const_value is not None:
-        found = value.const_value.dtype
-    assert found is not None, value.name
-    return found
+    node = value.producer()
+    if node is None:
+        return value.const_value if value.is_initializer() else None
+    if node.op_type == "Cast":
+        return constant(node.inputs[0])
+    attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+    return attribute.as_tensor() if attribute is not None and not attribute.is_ref() else None
 
 
-def _outputs(
-    model: ir.Model, node: ir.Node, inputs: tuple[ir.DataType | None, ...], scope: Types, name: str
-) -> tuple[tuple[ir.DataType, ...], list[TypedNode]]:
-    function = model.functions.get(node.op_identifier())
-    if function is not None:
-        return _call(model, function, inputs, name)
-    if node.op_type == "Scan":
-        return _scan(model, node, inputs, scope, name)
-    return tuple(_plain(node, inputs) for _ in node.outputs), []
+@cache
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None  # newer than the opset, or no operator of ONNX
 
 
-def _call(
-    model: ir.Model, function: ir.Function, inputs: tuple[ir.DataType | None, ...], name: str
-) -> tuple[tuple[ir.DataType, ...], list[TypedNode]]:
-    types = {v: t for v, t in zip(function.inputs, inputs, strict=False) if t is not None}
-    inner = list(_walk(model, function, types, {}, f"{name}/"))
-    return tuple(types[value] for value in function.outputs), inner
-
-
-def _scan(
-    model: ir.Model, node: ir.Node, inputs: tuple[ir.DataType | None, ...], scope: Types, name: str
-) -> tuple[tuple[ir.DataType, ...], list[TypedNode]]:
-    body = node.attributes["body"].as_graph()
-    types: Types = {v: t for v, t in zip(body.inputs, inputs, strict=True) if t is not None}
-    inner = list(_walk(model, body, types, scope, f"{name}/"))
-    return tuple(types.get(v) or scope[v] for v in body.outputs), inner
-
-
-def _plain(node: ir.Node, inputs: Mapping[int, ir.DataType] | tuple[ir.DataType | None, ...]) -> ir.DataType:
+def _by_attribute(node: ir.Node, inputs: tuple[Type, ...]) -> Type:
+    """The type of a result that an attribute decides."""
     kind = node.op_type
-    if kind in BOOLEAN:
-        return ir.DataType.BOOL
-    if kind in ("Shape", "Size", "ArgMax", "ArgMin", "NonZero"):
-        return ir.DataType.INT64
-    if kind == "Cast":
-        return ir.DataType(node.attributes["to"].as_int())
+    for name in ("to", "dtype", "output_dtype"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and not attribute.is_ref() and attribute.as_int():
+            return ir.DataType(attribute.as_int())
     if kind in ("Constant", "ConstantOfShape"):
-        return _constant(node)
-    index = {"CastLike": 1, "Where": 1, "DequantizeLinear": 1, "QuantizeLinear": 2}.get(kind, 0)
-    found = inputs[index] if index < len(inputs) else None
-    if kind == "QuantizeLinear" and found is None:
+        for name, attribute in node.attributes.items():
+            if name == "value":
+                return None if attribute.is_ref() else attribute.as_tensor().dtype
+            if name.startswith("value_"):
+                return ir.DataType.INT64 if name.startswith("value_int") else ir.DataType.FLOAT
+        return ir.DataType.FLOAT
+    if kind == "QuantizeLinear" and len(inputs) < 3:
         return ir.DataType.UINT8
-    assert found is not None, node
-    return found
-
-
-def _constant(node: ir.Node) -> ir.DataType:
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            tensor = attribute.as_tensor()
-            return tensor.dtype
-        if name in ("value_float", "value_floats"):
-            return ir.DataType.FLOAT
-        if name in ("value_int", "value_ints"):
-            return ir.DataType.INT64
-    return ir.DataType.FLOAT
+    if kind == "DequantizeLinear" and len(inputs) > 1:
+        return inputs[1]
+    return None

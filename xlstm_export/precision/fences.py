@@ -60,8 +60,9 @@ def check_fences(model: ir.Model, state_dtype: ir.DataType = FLOAT) -> Fences:
             proven += 1
             if value.dtype not in allowed:
                 violations.append(f"state {name} is {value.dtype}")
-    for typed in typed_nodes(model):
-        for what, dtype in _must_be_float(typed, gates, state_dtype):
+    for typed in typed_nodes(model)[0]:
+        inside = typed.scope is not model.graph
+        for what, dtype in _must_be_float(typed, gates, state_dtype, inside):
             proven += 1
             if dtype in BELOW:
                 violations.append(f"{typed.where} ({typed.node.op_type}): {what} is {dtype}")
@@ -85,11 +86,10 @@ def require_fences(model: ir.Model, state_dtype: ir.DataType = FLOAT) -> Fences:
 
 
 def _must_be_float(
-    typed: TypedNode, gates: set[ir.Node], state_dtype: ir.DataType
+    typed: TypedNode, gates: set[ir.Node], state_dtype: ir.DataType, inside: bool
 ) -> list[tuple[str, ir.DataType | None]]:
     node = typed.node
-    inside = "/" in typed.where  # of a recurrence: everything but the casts at its ends
-    if inside:
+    if inside:  # a recurrence: everything but the casts at its ends
         if node.op_type in ("Cast", "CastLike", "Constant", "Shape"):
             return []
         return [(f"input {i}", t) for i, t in enumerate(typed.inputs)] + [

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ..errors import BuildError, UsageError
 from ..graph_cut import load_graph
+from .element_types import TypedNode, constant, typed_nodes
 from .legality_qdq import PRODUCTS, QDQ, check_product, check_qdq, check_quantized_values
 from .legality_rules import (
     AVOID,
@@ -29,7 +30,6 @@ from .legality_rules import (
     Limits,
     Violation,
 )
-from .legality_types import TypedNode, constant, typed_nodes
 
 OPSET_INT4 = 21
 _SHOWN = 8

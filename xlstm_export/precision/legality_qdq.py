@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .element_types import TypedNode, ancestors, constant
 from .legality_rules import INT4_BLOCKS, MIN_GEMM, QUANTIZED, Violation
-from .legality_types import TypedNode, ancestors, constant
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 PRODUCTS = ("MatMul", "Gemm")

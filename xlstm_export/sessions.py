@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
 BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Session(Protocol):
@@ -377,7 +378,11 @@ class OrtSession(StatefulSession):
             binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
 
     def _open(self, *, decode: bool) -> Any:
+        from .graph_cut import load_graph
+        from .precision import lower
+
         path = self._folder / MODEL
+        model = load_graph(path)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -385,7 +390,13 @@ class OrtSession(StatefulSession):
         # them from the mapped file.
         options.add_session_config_entry("session.disable_prepacking", "0" if decode else "1")
         try:
-            session = self._session(path, options, decode=decode)
+            if lower.needs_lowering(model):
+                batch = self.batch if decode else None
+                session = lower.open_session(
+                    model, self._folder, options, rounding=self._rounding, batch=batch
+                )
+            else:
+                session = self._fp32_session(path, options, decode=decode)
         except Exception as error:
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
@@ -396,19 +407,12 @@ class OrtSession(StatefulSession):
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         return session
 
-    def _session(self, path: Path, options: Any, *, decode: bool) -> Any:
-        import onnx_ir as ir
-
+    def _fp32_session(self, path: Path, options: Any, *, decode: bool) -> Any:
         from .decode import decode_graph
-        from .precision import lower
 
-        model = ir.load(path)
-        if lower.needs_lowering(model):
-            batch = self.batch if decode else None
-            return lower.open_session(model, self._folder, options, rounding=self._rounding, batch=batch)
         source: Any = str(path)
         if decode:
-            options.add_session_config_entry(lower.WEIGHTS_FOLDER, str(self._folder))
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder))
             source = decode_graph(path, self.batch)
         return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

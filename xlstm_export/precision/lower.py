@@ -17,6 +17,7 @@ from ..inputs import Arrays
 from ..lazy import SMALL
 from ..passes.merge_static_views import merge_static_views
 from ..passes.values import is_weight
+from ..sessions import WEIGHTS_FOLDER
 from .integer_kernels import use_integer_kernels
 from .round_half import computes_in_half, to_float32
 
@@ -26,7 +27,6 @@ SESSION_CONFIG = {
     "session.disable_quant_qdq": "1",  # what is to be fused is fused
     "optimization.enable_cast_chain_elimination": "0",  # rounding is a pair of Casts
 }
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 MEMORY = "memory"  # where the proto says an initializer lies that the session is given
 
 

@@ -23,7 +23,7 @@ from onnx_ir.passes import common
 from .. import lazy
 from ..config import OP_DOMAIN
 from ..passes.values import fresh_name
-from .element_types import Types, typed_nodes
+from .element_types import typed_nodes
 
 FLOAT = ir.DataType.FLOAT
 HALF = frozenset((ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
@@ -63,7 +63,7 @@ def to_float32(model: ir.Model, *, rounding: bool) -> int:
     Returns:
         How many values are rounded.
     """
-    types = {v: t for n in typed_nodes(model) for v, t in zip(n.node.outputs, n.outputs, strict=True)}
+    _, types = typed_nodes(model)
     widening = _Widening(model.graph, types, rounding)
     nodes = list(model.graph)
     widening.sources()
@@ -81,7 +81,7 @@ def to_float32(model: ir.Model, *, rounding: bool) -> int:
 class _Widening:
     """A graph whose values become FP32 in the order of its nodes; `types` holds what they stand for."""
 
-    def __init__(self, graph: ir.Graph, types: Types, rounding: bool) -> None:
+    def __init__(self, graph: ir.Graph, types: dict[ir.Value, ir.DataType], rounding: bool) -> None:
         self.rounded = 0
         self._graph, self._types, self._rounding = graph, types, rounding
         self._unrounded: set[ir.Value] = set()
@@ -110,7 +110,7 @@ class _Widening:
         exact = node.domain == "" and node.op_type in (*_EXACT, "Constant", "ConstantOfShape")
         exact = exact and self._unrounded.isdisjoint(node.inputs)
         for value in node.outputs:
-            if self._types[value] not in HALF:
+            if self._types.get(value) not in HALF:
                 continue
             value.type = ir.TensorType(FLOAT)
             if node.op_type == "DequantizeLinear":
@@ -122,7 +122,7 @@ class _Widening:
         """Of a Cast to half nothing is left but the rounding, of one from half to FP32 nothing."""
         source, result = node.inputs[0], node.outputs[0]
         assert source is not None
-        before, after = self._type_of(source), self._types[result]
+        before, after = self._type_of(source), self._types.get(result)
         if after not in HALF and not (before in HALF and after == FLOAT):
             return
         if before in (*HALF, FLOAT):
@@ -135,6 +135,7 @@ class _Widening:
         out.name, out.shape, out.type = result.name, result.shape, ir.TensorType(FLOAT)
         result.name = None
         self._graph.remove(node, safe=True)
+        assert after is not None
         self._types[out] = after
         if after in HALF and (before != after or source in self._unrounded):
             self._round(out)

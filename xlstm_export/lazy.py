@@ -21,7 +21,7 @@ def lazy(
 ) -> ir.LazyTensor:
     """A tensor whose values `compute` returns each time they are asked for, as `dtype` and of `shape`."""
     return ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
+        lambda: ir.Tensor(np.asarray(compute(), order="C"), dtype=dtype, name=name),
         dtype=dtype,
         shape=ir.Shape(shape),
         cache=False,

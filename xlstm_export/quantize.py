@@ -133,13 +133,13 @@ def _state_drift(
         GateError: some do.
     """
     from .drift import measure_drift
-    from .drift_report import DRIFT_LIMITS, drift_checks
+    from .drift_report import drift_checks, drift_limits
     from .sessions import OrtSession
 
     batch = next(iter(stream.values())).shape[0]
     drift = measure_drift(OrtSession(folder, batch), OrtSession(staging, batch), stream)
-    failed = [c for c in drift_checks(drift, DRIFT_LIMITS[recipe.precision]) if not c.passed]
-    told = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.0e}" for c in failed]
+    failed = [c for c in drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype)) if not c.passed]
+    told = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.1e}" for c in failed]
     if failed and not force:
         raise GateError(
             f"with C stored in {recipe.state_dtype} the state drifts: {told[0]}",

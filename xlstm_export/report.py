@@ -75,7 +75,7 @@ def show_verify(console: Console, report: Report) -> None:
     console.print(table)
     for check in report.checks:
         if not check.passed:
-            console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.0e}")
+            console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
     if report.metric:
         m = report.metric
         against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"

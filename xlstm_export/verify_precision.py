@@ -19,7 +19,7 @@ from . import runfolder
 from .checks import PRECISION_LIMITS, Check, PrecisionLimits, Report
 from .config import IoSpec
 from .drift import HORIZONS, measure_drift, token_feedback
-from .drift_report import DRIFT_LIMITS, TEACHER, Drift, drift_checks
+from .drift_report import TEACHER, Drift, drift_checks, drift_limits
 from .errors import GateError, InputError, UsageError
 from .graph_cut import load_graph
 from .graph_weights import DTYPES
@@ -65,7 +65,7 @@ def verify_precision(
     if run.io.states and any(map(per_position, run.io.inputs)):
         drift = run.measure(horizon, progress)
         drift.write_csv(folder / "verify" / "drift.csv")
-        checks += drift_checks(drift, DRIFT_LIMITS[run.precision])
+        checks += drift_checks(drift, run.drift_limits)
     else:
         checks += run.check_level()
     metric: dict[str, Any] = {}
@@ -121,6 +121,7 @@ class _Run:
         self.precision = str(options["precision"])
         self.state_dtype = str(options.get("state_dtype", "fp32"))
         self.limits: PrecisionLimits = PRECISION_LIMITS[self.precision]
+        self.drift_limits = drift_limits(self.precision, self.state_dtype)
         self.max_drop = float(manifest.get("max_drop") or self.limits.metric)
         self.reference = fp32_reference(folder, self.loaded, threads)
         self.rng = np.random.default_rng(seed)
@@ -175,7 +176,7 @@ class _Run:
 
         reference = self.reference.open(BATCH).prefill(self.streams.inputs)
         found = self._at_once(max(self.streams.lengths))[0]
-        limit = DRIFT_LIMITS[self.precision].output
+        limit = self.drift_limits.output
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
 
     def check_metric(self, data: evaluation.EvalData) -> tuple[Check, dict[str, Any]]:

@@ -129,6 +129,20 @@ def test_large_weights_stay_in_half() -> None:
     assert stored == {"w": ir.DataType.FLOAT16, "b.float": ir.DataType.FLOAT}
 
 
+def test_rows_of_a_large_table_are_looked_up_in_half() -> None:
+    """Widening the whole table at each call would cost more than all the rest of a step."""
+    table = half(np.random.default_rng(0).standard_normal((700, 100)), "fp16")
+    body = "e = Gather(table, tokens)  n = Neg(e)  h = MatMul(n, w)  y = Cast <to = 1> (h)"
+    model = lowered.model_of("(int64[B,S] tokens) => (float[B,S,4] y)", body, table=table, w=table[:100, :4])
+    tokens = np.array([[0, 699, 5]])
+    (found,) = lowered.run(model, {"tokens": tokens})
+    expected = -table[tokens].astype(np.float64) @ table[:100, :4].astype(np.float64)
+    np.testing.assert_allclose(found, half(expected, "fp16").astype(np.float32), rtol=1e-3)
+    round_half.to_float32(model, rounding=True)
+    assert model.graph[0].op_type == "Gather"
+    assert model.graph[0].inputs[0] is model.graph.initializers["table"]
+
+
 def test_scaled_integers_are_not_rounded_in_front_of_a_product() -> None:
     """Kernels multiply integers; but what else reads the scaled value gets half."""
     rng = np.random.default_rng(0)

@@ -257,7 +257,10 @@ class _Emitter:
     def _wide_product(self, x: ir.Value, weight: _Weight, transposed: bool, scale: np.ndarray) -> ir.Value:
         key = ("wide", weight.integers)
         if key not in self._shared:
-            self._shared[key] = self._new("Cast", [weight.integers], {"to": FLOAT})
+            # As for half weights: in front of all others, so that it is run when it is needed.
+            cast = ir.node("Cast", [weight.integers], {"to": FLOAT})
+            self._graph.insert_before(self._graph[0], cast)
+            self._shared[key] = cast.outputs[0]
         columns = self._initializer(f"{weight.integers.name}.columns", scale)
         inputs = [x, self._shared[key]]
         product = self._new("Gemm", inputs, {"transB": 1}) if transposed else self._new("MatMul", inputs)

@@ -27,6 +27,8 @@ SESSION_CONFIG = {
     "session.disable_quant_qdq": "1",  # what is to be fused is fused
     "optimization.enable_cast_chain_elimination": "0",  # rounding is a pair of Casts
 }
+# Optimizers that replace the conversion of a stored weight by the converted weight.
+FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 MEMORY = "memory"  # where the proto says an initializer lies that the session is given
 
 
@@ -72,6 +74,8 @@ def open_session(
         options.add_session_config_entry(key, value)
     # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.
     folding = batch is not None and not _widens_integers(model)
+    # Plans for memory made ahead hold all converted weights at once.
+    options.enable_mem_pattern = folding
     source, arrays = detached(model)
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)  # copied while the session is made, not before
@@ -79,7 +83,7 @@ def open_session(
         source,
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=[] if folding else ["ConstantFolding"],
+        disabled_optimizers=[] if folding else list(FOLDING),
     )
 
 

@@ -85,26 +85,51 @@ class _Widening:
         self.rounded = 0
         self._graph, self._types, self._rounding = graph, types, rounding
         self._unrounded: set[ir.Value] = set()
+        self._narrow: set[ir.Node] = set()  # look-ups that stay half
 
     def sources(self) -> None:
-        """Inputs and large weights are converted in front of their readers, all other constants here."""
+        """Inputs and large weights are converted in front of their readers, all other constants here.
+
+        Rows of a large table are looked up in half, and only these are converted.
+        """
         for value in [*self._graph.inputs, *self._graph.initializers.values()]:
             if value.dtype not in HALF or not value.uses():
                 continue
             tensor = value.const_value
             scale = any(use.node.op_type in _QUANTIZERS for use in value.uses())
+            if tensor is not None and tensor.size > lazy.SMALL:
+                self._look_ups(value)
+            if not any(use.node not in self._narrow for use in value.uses()):
+                continue
             if tensor is not None and (tensor.size <= lazy.SMALL or scale):
                 wide = self._initializer(value, tensor)
             else:
-                first = next(node for node in self._graph if value in node.inputs)
                 cast = _cast(value, FLOAT, f"{value.name}.float")
-                self._graph.insert_before(first, cast)
+                # A node in front of all others is run when it is needed; one close to its reader is run at
+                # the start by ONNX Runtime, whose order follows the numbers of nodes, and all stay in memory.
+                self._graph.insert_before(self._graph[0], cast)
                 wide = cast.outputs[0]
             self._types[wide] = value.dtype
-            _reread(value, wide, except_by=wide.producer())
+            for use in list(value.uses()):
+                if use.node is not wide.producer() and use.node not in self._narrow:
+                    use.node.replace_input_with(use.idx, wide)
+
+    def _look_ups(self, table: ir.Value) -> None:
+        for use in list(table.uses()):
+            if use.node.op_type == "Gather" and use.idx == 0:
+                rows = use.node.outputs[0]
+                cast = _cast(rows, FLOAT, f"{rows.name}.float")
+                self._graph.insert_after(use.node, cast)
+                self._types[cast.outputs[0]] = self._types[rows]
+                for reader in list(rows.uses()):
+                    if reader.node is not cast:
+                        reader.node.replace_input_with(reader.idx, cast.outputs[0])
+                self._narrow.add(use.node)
 
     def operator(self, node: ir.Node) -> None:
         """Make the results of a node FP32 and round them."""
+        if node in self._narrow:
+            return
         if node.op_type in ("Constant", "ConstantOfShape"):
             _widen_constant(node)
         exact = node.domain == "" and node.op_type in (*_EXACT, "Constant", "ConstantOfShape")
@@ -188,12 +213,6 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
     out = node.outputs[0]
     out.name, out.shape, out.type = name, value.shape, ir.TensorType(dtype)
     return node
-
-
-def _reread(value: ir.Value, other: ir.Value, except_by: ir.Node | None) -> None:
-    for use in list(value.uses()):
-        if use.node is not except_by:
-            use.node.replace_input_with(use.idx, other)
 
 
 def _widen_constant(node: ir.Node) -> None:

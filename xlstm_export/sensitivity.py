@@ -287,7 +287,7 @@ class _Study:
                 recipe,
                 measured,
                 drop=measured.metric / self._reference - 1.0,
-                saved=self._base_bytes - measured.bytes,
+                saved=0 if measured.failure else self._base_bytes - measured.bytes,
             )
             for (name, recipe), measured in zip(named, self._bench.measure(named), strict=True)
         ]

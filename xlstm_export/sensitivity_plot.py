@@ -38,7 +38,7 @@ def draw(result: Sensitivity) -> bytes:
         used = [choice for choice in COLORS if choice in result.choices.values()]
         handles = [matplotlib.patches.Patch(color=COLORS[choice], label=WORDS[choice]) for choice in used]
         right.legend(handles=handles, title="in the recipe", frameon=False)
-        figure.suptitle(f"each weight alone; {result.found.name} has {result.found.drop:+.3%}")
+        figure.suptitle(f"each weight alone; the recipe as a whole {result.found.drop:+.3%}")
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue()

@@ -50,6 +50,8 @@ def _harmless(
     preferred = sorted(CHOICES, key=lambda to: to != recipe.precision)  # of equal ones the usual wording
     for pattern in dict.fromkeys(p for name in sites for p in _patterns(name)):
         matched = [site for site in sites.values() if re.search(pattern, site.name)]
+        if len(matched) == 1 and pattern != _whole(matched[0].name):
+            continue  # who reads a rule for one site wants to see which
         for to in preferred:
             if all(possible(site, to) == choices[site.name] for site in matched):
                 found[Rule(pattern, to)] = frozenset(site.name for site in matched)
@@ -60,7 +62,10 @@ def _harmless(
 def _patterns(name: str) -> list[str]:
     """The name itself, its ends and its prefixes, part by part."""
     parts = [re.escape(part) for part in name.split(".")]
-    whole = rf"^{re.escape(name)}$"
     ends = [r"\." + r"\.".join(parts[i:]) + "$" for i in range(1, len(parts))]
     prefixes = ["^" + r"\.".join(parts[:i]) + r"\." for i in range(1, len(parts))]
-    return [whole, *ends, *prefixes]
+    return [_whole(name), *ends, *prefixes]
+
+
+def _whole(name: str) -> str:
+    return rf"^{re.escape(name)}$"

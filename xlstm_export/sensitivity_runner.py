@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -125,6 +126,7 @@ class Bench:
         self._seen: set[str] = set()
         self._stack = contextlib.ExitStack()
         self._run: Run | None = None
+        self._metric = math.nan
 
     def __enter__(self) -> Bench:
         return self
@@ -230,7 +232,7 @@ def _workers(workers: Workers, setup: Setup) -> Iterator[Run]:
             stack.enter_context(joblib.parallel_config(backend="loky", inner_max_num_threads=setup.threads))
 
         def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured]]:
-            # Arguments of one candidate are few; a batch would come back all at once.
+            # No batches: a candidate takes seconds, and is logged when it is done.
             parallel = joblib.Parallel(
                 workers.jobs, return_as="generator_unordered", batch_size=1, max_nbytes=None
             )

@@ -21,7 +21,7 @@ from .errors import GateError
 from .inputs import Arrays, cut, has_positions, random_inputs
 from .loaded import Loaded
 from .roofline import step_bytes
-from .runfolder import hashes, read_io, read_manifest, versions, write_json
+from .runfolder import MODEL_DATA, hashes, read_io, read_manifest, versions, write_json
 from .sessions import OrtSession, TorchSession
 
 ROUNDS = 5
@@ -144,8 +144,9 @@ def bench(
     rng = np.random.default_rng(0)
     inputs = random_inputs(loaded, io, batch, length, rng)
     one = cut(inputs, io, 0, 1)
-    session = OrtSession(folder, batch, threads)
-    moved = step_bytes(loaded.spec(), 4.0, batch)
+    # On a CPU half is FP32: rounding every value as a device would is for verification, not for users.
+    session = OrtSession(folder, batch, threads, rounding=False)
+    moved = step_bytes(loaded.spec(), weight_bytes(folder, loaded), batch)
 
     progress("prefill")
     prefill, torch_prefill = _in_turns(
@@ -171,6 +172,13 @@ def bench(
     )
     write_json(folder / "bench" / "bench.json", report.to_json())
     return report
+
+
+def weight_bytes(folder: Path, loaded: Loaded) -> float:
+    """Bytes per parameter as they are stored, scales included."""
+    if read_manifest(folder).get("options", {}).get("precision") is None:
+        return 4.0  # whatever is stored, an FP32 export reads FP32
+    return (folder / MODEL_DATA).stat().st_size / loaded.spec().parameters
 
 
 def require_verified(folder: Path) -> None:

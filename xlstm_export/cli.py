@@ -16,6 +16,7 @@ from .cli_common import (
     checkpoint_argument,
     command_line,
     emit,
+    horizon_options,
     load,
     load_for,
     run_argument,
@@ -98,6 +99,7 @@ def export(
 @click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
 @click.option("--num-blocks", type=int, help="only the first blocks, all checks")
 @click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")
+@horizon_options
 @run_options
 def verify(
     run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
@@ -155,6 +157,7 @@ def bench(
 @click.option("--random-data", is_flag=True, help="calibrate on made-up data, which every report will say")
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
 @click.option("--force", is_flag=True, help="replace an existing run folder")
+@horizon_options
 @run_options
 def deploy(
     checkpoint: str | None, module: str | None, weights: str | None, out: Path, as_json: bool, **options: Any

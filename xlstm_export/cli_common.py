@@ -27,6 +27,14 @@ def source_options(command: F) -> F:
     return click.option("--weights", help="weights for --module (.safetensors or state_dict)")(command)
 
 
+def horizon_options(command: F) -> F:
+    """How far the drift of a half or quantized export is followed."""
+    command = click.option("--horizon", type=int, help="positions of the drift; default 16000")(command)
+    return click.option("--free-horizon", type=int, help="of free-running drift; default as --horizon")(
+        command
+    )
+
+
 def run_options(command: F) -> F:
     """Options of everything that runs a model."""
     command = click.option("--threads", default=0, help="CPU threads; all cores by default")(command)

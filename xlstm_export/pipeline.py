@@ -20,7 +20,7 @@ from .verify_blocks import verify_any
 Progress = Callable[[str], None]
 ARTIFACTS = (
     *("model.onnx", "model.onnx.data", "io.json", "manifest.json", "recipe.yaml", "scales.json"),
-    *("verify/report.json", "verify/drift.csv", "bench/bench.json"),
+    *("verify/report.json", "verify/drift.csv", "verify/drift.svg", "bench/bench.json"),
 )
 
 
@@ -95,6 +95,8 @@ def deploy(
     calib: str | None = None,
     random_data: bool = False,
     data: Path | None = None,
+    horizon: int | None = None,
+    free_horizon: int | None = None,
     force: bool = False,
     threads: int = 0,
     command: str = "",
@@ -111,6 +113,7 @@ def deploy(
         calib: calibration data, see `calibration.sets.load`; needed where activations are quantized.
         random_data: calibrate on made-up data instead, which every report then says.
         data: held-out data for the task metric.
+        horizon, free_horizon: of `verify_precision`.
         force: replace an existing run folder.
         threads: of ONNX Runtime and PyTorch.
         command: recorded in the manifests.
@@ -151,7 +154,7 @@ def deploy(
         made = quantize(
             folder, one, scales=scales if one.needs_scales else None, command=command, progress=progress
         )
-        variants.append(run.finish(one.precision, made))
+        variants.append(run.finish(one.precision, made, horizon=horizon, free_horizon=free_horizon))
     return Deployment(tuple(variants))
 
 
@@ -165,13 +168,15 @@ class _Stages:
     command: str
     progress: Progress
 
-    def finish(self, precision: str, folder: Path) -> Variant:
+    def finish(self, precision: str, folder: Path, **horizons: int | None) -> Variant:
         """Verify a run folder and time it if it passed."""
 
         def say(stage: str) -> None:
             self.progress(f"{precision}: {stage}")
 
-        report = verify_any(folder, self.loaded, data=self.data, threads=self.threads, progress=say)
+        report = verify_any(
+            folder, self.loaded, data=self.data, threads=self.threads, progress=say, **horizons
+        )
         timing = None
         if report.passed:
             timing = bench(folder, self.loaded, threads=self.threads, progress=say)

@@ -138,7 +138,8 @@ def _state_drift(
 
     batch = next(iter(stream.values())).shape[0]
     drift = measure_drift(OrtSession(folder, batch), OrtSession(staging, batch), stream)
-    failed = [c for c in drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype)) if not c.passed]
+    limits = drift_limits(recipe.precision, recipe.state_dtype)
+    failed = [check for check in drift_checks(drift, limits) if not check.passed]
     told = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.1e}" for c in failed]
     if failed and not force:
         raise GateError(

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .calibration.scales import Scales
     from .checks import Report
     from .pipeline import Deployment, Variant
+    from .sensitivity import Sensitivity
+    from .sensitivity_search import Candidate
 
+ALONE = 16  # weights shown, the most harmful first
 TRENDS = 8  # tensors whose range moves most, shown in the table
 DRIFT_HORIZON = 4000
 
@@ -61,6 +64,28 @@ def show_precision(console: Console, report: Report) -> None:
     console.print(table)
     if drift["repeated"]:
         console.print(f"the data ({drift['positions']:,} positions) began anew after their end")
+
+
+def show_sensitivity(console: Console, found: Sensitivity) -> None:
+    """What each weight does alone, the most harmful first, and the recipe beside what needs no search."""
+    table = Table("alone", "becomes", "drop", "drift", "state drift", "growth", "kept as")
+    for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
+        table.add_row(name, *_evidence(candidate), found.choices[name])
+    console.print(table)
+    summary = Table("recipe", "sites", f"{found.metric} drop", "drift", "state drift", "growth", "bytes")
+    rows = {"base type": found.base, "naive": found.general, "preset": found.default, "found": found.found}
+    for name, candidate in rows.items():
+        summary.add_row(name, *_evidence(candidate), f"{candidate.measured.bytes / 1e6:.2f} MB")
+    console.print(summary)
+    if found.excluded:
+        console.print(f"left in the base type: {', '.join(found.excluded)}")
+
+
+def _evidence(candidate: Candidate) -> list[str]:
+    m = candidate.measured
+    kinds = ", ".join(dict.fromkeys(rule.to for rule in candidate.recipe.rules if rule.to != "float"))
+    numbers = (f"{candidate.drop:+.3%}", f"{m.drift:.1e}", f"{m.state_drift:.1e}", f"{m.growth:.2f}×")
+    return [kinds or candidate.recipe.precision, *numbers]
 
 
 def show_variants(console: Console, result: Deployment) -> None:

@@ -63,6 +63,8 @@ def verify_any(
     num_blocks: int | None = None,
     per_block: bool = False,
     data: Path | None = None,
+    horizon: int | None = None,
+    free_horizon: int | None = None,
     **options: Any,
 ) -> Report:
     """The verification that was asked for: of the whole, of the first blocks, or block by block; that of
@@ -76,7 +78,13 @@ def verify_any(
     if precision is not None:
         if per_block or num_blocks is not None:
             raise UsageError(f"{folder} is {precision}: it is verified as a whole, against FP32")
-        return verify_precision(folder, loaded, data=data, **options)
+        return verify_precision(
+            folder, loaded, data=data, horizon=horizon, free_horizon=free_horizon, **options
+        )
+    if horizon is not None or free_horizon is not None:
+        raise UsageError(
+            "--horizon is for half and quantized run folders", "FP32 must be equal at any length"
+        )
     if per_block:
         if num_blocks is not None or data is not None:
             raise UsageError("--per-block goes neither with --num-blocks nor with --data")

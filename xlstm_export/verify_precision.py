@@ -7,6 +7,7 @@ the candidate agree with each other, and how far is it from FP32 in the task's m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from . import runfolder
 from .checks import PRECISION_LIMITS, Check, PrecisionLimits, Report
 from .config import IoSpec
 from .drift import HORIZONS, measure_drift, token_feedback
+from .drift_plot import plot_drift
 from .drift_report import TEACHER, Drift, drift_checks, drift_limits
-from .errors import GateError, InputError, UsageError
+from .errors import EnvironmentError_, GateError, InputError, UsageError
 from .graph_cut import load_graph
 from .graph_weights import DTYPES
 from .inputs import Arrays, per_position, random_inputs
@@ -31,7 +33,6 @@ from .sessions import OrtSession, Session, TorchSession
 from .stream_checks import BATCH, RAGGED, StreamChecks
 
 DRIFT_ROWS = 2  # streams the drift is measured over
-FREE_HORIZON = 4000  # of the free-running mode, which goes step by step
 
 
 def verify_precision(
@@ -41,7 +42,8 @@ def verify_precision(
     data: Path | None = None,
     seed: int = 0,
     threads: int = 0,
-    horizon: int = HORIZONS[-1],
+    horizon: int | None = None,
+    free_horizon: int | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Verify a run folder of `quantize`; writes `verify/report.json` and `verify/drift.csv`.
@@ -52,7 +54,8 @@ def verify_precision(
         data: held-out data for the task metric; also what the drift is measured on.
         seed: of the inputs, the cuts of the stream and the draws of tokens.
         threads: of ONNX Runtime.
-        horizon: longest stream of the drift, in positions.
+        horizon: longest stream of the drift, in positions; 16,000 by default.
+        free_horizon: the same of the free-running mode, which goes step by step; `horizon` by default.
         progress: called with the name of each stage.
     """
     run = _Run(Path(folder), loaded, data, seed, threads)
@@ -63,8 +66,13 @@ def verify_precision(
         checks += stage()
     drift: Drift | None = None
     if run.io.states and any(map(per_position, run.io.inputs)):
-        drift = run.measure(horizon, progress)
+        horizon = horizon or HORIZONS[-1]
+        drift = run.measure(horizon, free_horizon or horizon, progress)
         drift.write_csv(folder / "verify" / "drift.csv")
+        with contextlib.suppress(
+            EnvironmentError_
+        ):  # no matplotlib, no picture: the figures are in the table
+            plot_drift({run.precision: drift}, folder / "verify" / "drift.svg")
         checks += drift_checks(drift, run.drift_limits)
     else:
         checks += run.check_level()
@@ -155,18 +163,17 @@ class _Run:
             Check("rules of TensorRT 10.3 broken", float(len(broken)), 0.0, {"violations": broken[:20]}),
         ]
 
-    def measure(self, horizon: int, progress: Callable[[str], None]) -> Drift:
+    def measure(self, horizon: int, free: int, progress: Callable[[str], None]) -> Drift:
         """Error against FP32 along one stream, on real data where there is enough of it."""
         rows = DRIFT_ROWS
         inputs = self._drift_inputs(rows, horizon)
-        steps = (*(h for h in HORIZONS if h < horizon), horizon)
         return measure_drift(
             self.reference.open(rows),
             OrtSession(self.folder, rows, self.threads),
             inputs,
-            horizons=steps,
+            horizons=_steps(horizon),
             feedback=token_feedback(self.io, self.loaded.vocab_size),
-            free_horizons=tuple(h for h in steps if h <= FREE_HORIZON),
+            free_horizons=_steps(free),
             progress=lambda stage: progress(f"drift: {stage}"),
         )
 
@@ -203,7 +210,7 @@ class _Run:
             "sites": manifest.get("sites", {}),
             "state_dtype": self.state_dtype,
             "reference": self.reference.name,
-            "random_calibration": bool(manifest.get("calibration", {}).get("random", False)),
+            "random_calibration": bool((manifest.get("calibration") or {}).get("random", False)),
             "forced": manifest.get("forced", []),
             "drift": drift.to_json() if drift is not None else None,
         }
@@ -232,6 +239,10 @@ class _Run:
         if self.data is None:
             return random_inputs(self.loaded, self.io, rows, min(horizon, 4096), self.rng)
         return self.data.streams(rows)
+
+
+def _steps(horizon: int) -> tuple[int, ...]:
+    return (*(h for h in HORIZONS if h < horizon), horizon)
 
 
 def drift_at(report: Report, horizon: int) -> float | None:

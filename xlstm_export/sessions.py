@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
 BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
+PREPACKING = "session.disable_prepacking"
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -386,9 +387,6 @@ class OrtSession(StatefulSession):
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        # Packed weights make a step 7% faster; prefill packs them piece by piece in any case, and reads
-        # them from the mapped file.
-        options.add_session_config_entry("session.disable_prepacking", "0" if decode else "1")
         try:
             if lower.needs_lowering(model):
                 batch = self.batch if decode else None
@@ -410,6 +408,9 @@ class OrtSession(StatefulSession):
     def _fp32_session(self, path: Path, options: Any, *, decode: bool) -> Any:
         from .decode import decode_graph
 
+        # Packed weights make a step 7% faster; prefill packs them piece by piece in any case, and reads
+        # them from the mapped file.
+        options.add_session_config_entry(PREPACKING, "0" if decode else "1")
         source: Any = str(path)
         if decode:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder))

@@ -9,7 +9,10 @@ weight into one that rounds the activations to 8 bits too. Neither is what the g
 2. INT8 weight alone, few rows → the same kernel on three rows: the digits of the activation to the base 256.
    A weight is read once, in a quarter of the bytes of FP32.
 3. INT8 weight alone, many rows → converted to FP32 at each call, scaled behind the product.
-4. Weight in blocks of rows, INT4 → MatMulNBits with FP32 activations.
+4. Weight in blocks of rows, INT4 → MatMulNBits. With few rows its integer kernel, which quantizes activations
+   to INT8 per block, again on three rows: what such a quantization keeps of the activation, what it keeps of
+   the rest, and the rest of that. The kernel finds the integers of the first two again and rounds only the
+   third. With many rows its FP32 kernel.
 5. A table that is looked up → its integers and their scales are looked up.
 6. Any other dequantized weight, and all small ones → FP32 in memory, once.
 
@@ -36,6 +39,7 @@ DIGITS_UP_TO = 12
 # X = x / s + OFFSET is a positive integer below 2²⁴, exact in FP32; its digits are those of x / s plus 128.
 OFFSET = 128 * (1 + 256 + 65536)
 LARGEST = (1 << 24) - 1 - OFFSET - 256  # of |x / s|, with room for its rounding
+TINY = 1e-37  # smallest step: no division by zero
 FLOAT, UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 
 
@@ -237,10 +241,8 @@ class _Emitter:
             last = self._integers([-1])
             largest = self._new("ReduceMax", [self._new("Abs", [x]), last], {"keepdims": 1})
             step = self._new("Mul", [largest, self._number(np.float32(1 / LARGEST))])
-            step = self._new("Max", [step, self._number(np.float32(1e-37))])
-            # Neither the maximum nor integers know NaN: 0 · x brings it, and infinity, into the step.
-            zeros = self._new("Mul", [x, self._number(np.float32(0.0))])
-            step = self._new("Add", [step, self._new("ReduceSum", [zeros, last], {"keepdims": 1})])
+            step = self._new("Max", [step, self._number(np.float32(TINY))])
+            step = self._new("Add", [step, self._not_finite(x)])
             number = self._new("Add", [self._new("Div", [x, step]), self._number(np.float32(OFFSET))])
             number = self._new("Round", [number])
             powers = np.array([1, 256, 65536], np.float32)
@@ -273,12 +275,44 @@ class _Emitter:
             packed = _packed(weight.tensor.numpy(), weight.block, bits)
             self._shared[key] = self._initializer(f"{weight.integers.name}.packed", packed)
         scales = self._initializer(f"{weight.integers.name}.blocks", np.ascontiguousarray(weight.scale.T))
-        return self._new(
-            "MatMulNBits",
-            [x, self._shared[key], scales],
-            {"K": rows, "N": columns, "bits": bits, "block_size": weight.block, "accuracy_level": 1},
-            domain=DOMAIN,
+        attributes = {"K": rows, "N": columns, "bits": bits, "block_size": weight.block}
+        inputs = [self._shared[key], scales]
+        shape = _static(x)
+        if not self._with_digits or shape is None:
+            return self._new("MatMulNBits", [x, *inputs], {**attributes, "accuracy_level": 1}, domain=DOMAIN)
+        parts, not_finite = self._block_digits(x, weight.block)
+        products = self._new(
+            "MatMulNBits", [parts, *inputs], {**attributes, "accuracy_level": 4}, domain=DOMAIN
         )
+        result = self._new("ReduceSum", [products, self._integers([1])], {"keepdims": 1})
+        result = self._new("Add", [result, not_finite])
+        result.shape, result.type = ir.Shape([math.prod(shape[:-1]), 1, columns]), ir.TensorType(FLOAT)
+        return self._reshaped(result, (*shape[:-1], columns))
+
+    def _block_digits(self, x: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
+        """Three summands of each row of x (rows, 3, K), and what `_not_finite` says of it."""
+        key, finite = ("block digits", x, block), ("finite", x)
+        if key not in self._shared:
+            shape = _static(x)
+            assert shape is not None
+            rows, last = math.prod(shape[:-1]), self._integers([-1])
+            self._shared[finite] = self._not_finite(self._reshaped(x, (rows, 1, shape[-1])))
+            rest, parts = self._reshaped(x, (rows, shape[-1] // block, block)), []
+            for _ in range(2):
+                largest = self._new("ReduceMax", [self._new("Abs", [rest]), last], {"keepdims": 1})
+                step = self._new("Mul", [largest, self._number(np.float32(1 / 127))])
+                step = self._new("Max", [step, self._number(np.float32(TINY))])
+                whole = self._new("Round", [self._new("Div", [rest, step])])
+                parts.append(self._new("Mul", [whole, step]))
+                rest = self._new("Sub", [rest, parts[-1]])
+            joined = self._new("Concat", [*parts, rest], {"axis": 1})
+            self._shared[key] = self._new("Reshape", [joined, self._integers([rows, 3, shape[-1]])])
+        return self._shared[key], self._shared[finite]
+
+    def _not_finite(self, x: ir.Value) -> ir.Value:
+        """(rows, 1, 1): NaN for rows with NaN or infinity, which maxima and integers may lose; else 0."""
+        zeros = self._new("Mul", [x, self._number(np.float32(0.0))])
+        return self._new("ReduceSum", [zeros, self._integers([-1])], {"keepdims": 1})
 
     def _reshaped(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         if _static(value) == tuple(shape):

@@ -17,7 +17,7 @@ from ..inputs import Arrays
 from ..lazy import SMALL
 from ..passes.merge_static_views import merge_static_views
 from ..passes.values import is_weight
-from ..sessions import WEIGHTS_FOLDER
+from ..sessions import PREPACKING, WEIGHTS_FOLDER
 from .integer_kernels import use_integer_kernels
 from .round_half import computes_in_half, to_float32
 
@@ -25,6 +25,7 @@ from .round_half import computes_in_half, to_float32
 SESSION_CONFIG = {
     "session.x64quantprecision": "1",  # no 16-bit sums that saturate
     "session.disable_quant_qdq": "1",  # what is to be fused is fused
+    "mlas.disable_kleidiai": "1",  # its kernels quantize activations per row and not per block
     "optimization.enable_cast_chain_elimination": "0",  # rounding is a pair of Casts
 }
 # Optimizers that replace the conversion of a stored weight by the converted weight.
@@ -65,7 +66,7 @@ def open_session(
     Args:
         model, rounding, batch: as for `lower`.
         folder: where the graph's weight file lies.
-        options: onnxruntime.SessionOptions, which are added to.
+        options: onnxruntime.SessionOptions, which are added to; not yet about where weights lie or are packed.
     """
     import onnxruntime
 
@@ -74,6 +75,10 @@ def open_session(
         options.add_session_config_entry(key, value)
     # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.
     folding = batch is not None and not _widens_integers(model)
+    # As for FP32 graphs, but for weights that are in memory anyway: MatMulNBits without packing makes an FP32
+    # copy of the whole weight at each call.
+    packing = batch is not None or any(node.op_type == "MatMulNBits" for node in model.graph)
+    options.add_session_config_entry(PREPACKING, "0" if packing else "1")
     # Plans for memory made ahead hold all converted weights at once.
     options.enable_mem_pattern = folding
     source, arrays = detached(model)

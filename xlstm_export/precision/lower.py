@@ -66,7 +66,7 @@ def open_session(
     Args:
         model, rounding, batch: as for `lower`.
         folder: where the graph's weight file lies.
-        options: onnxruntime.SessionOptions, which are added to; not yet about where weights lie or are packed.
+        options: onnxruntime.SessionOptions, which are added to; yet without a folder of weights or packing.
     """
     import onnxruntime
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import models
 import numpy as np
 import onnx
 import onnx.inliner
@@ -195,8 +196,10 @@ def test_ranges_are_needed_and_must_fit(small_export: Path, scales: Any, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_naive_quantizes_what_feeds_back_and_says_so(made: Any) -> None:
-    folder = made(naive())
+@pytest.mark.parametrize("base", ["fp32", "fp16"])
+def test_naive_quantizes_what_feeds_back(made: Any, base: str) -> None:
+    """Also behind a half base: what lies before a quantized gate is no gate."""
+    folder = made(naive(base))
     sites = runfolder.read_manifest(folder)["sites"]
     assert "float" not in sites
     assert check_fences(load_graph(folder / "model.onnx")).violations == ()
@@ -233,6 +236,23 @@ def test_a_broken_fence_is_found(small_export: Path, where: str, message: str) -
             node.replace_input_with(index, cast.outputs[0])
     with pytest.raises(BuildError, match=message):
         require_fences(model)
+
+
+def test_tied_table_is_stored_once_and_read_in_two_ways(tmp_path: Path) -> None:
+    """The look-up has no activation to quantize, the head has."""
+    from xlstm_export.calibration import observers, sets
+
+    loaded = checkpoint.load_checkpoint(models.make(tmp_path / "tied", tie_weights=True))
+    run = trace.export(loaded, tmp_path / "run")
+    data = sets.random_set(loaded, runfolder.read_io(run))
+    scales = observers.calibrate(run, data, method="max", threads=1)
+    folder = quantize.quantize(run, preset("int8"), scales=scales)
+    tables = [name for name, x in weights(folder).items() if x.shape == (256, 64)]
+    assert len(tables) == 1
+    tokens = {"tokens": np.random.default_rng(0).integers(0, 256, (1, 30))}
+    expected = OrtSession(run, 1, 1).prefill(tokens)["logits"]
+    found = OrtSession(folder, 1, 1).prefill(tokens)["logits"]
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.1
 
 
 def stream(loaded: checkpoint.Loaded, folder: Path) -> dict[str, np.ndarray]:

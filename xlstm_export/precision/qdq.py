@@ -61,14 +61,15 @@ def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> Qu
     by_output = {node.outputs[0].name: node for node in graph}
     inserter = _Inserter(graph, recipe, amax)
     for site in sites:
-        if choices[site.name] == "float":
+        choice = recipe.choice(site)  # of this very site: a tied weight has one name and two uses
+        if choice == "float":
             continue
         node = by_output[site.output]
         index = weight_input(node)
         assert index is not None
-        if choices[site.name] == "int8":
+        if choice == "int8":
             node.replace_input_with(1 - index, inserter.activation(node, 1 - index))
-        node.replace_input_with(index, inserter.weight(node, site, choices[site.name]))
+        node.replace_input_with(index, inserter.weight(node, site, choice))
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]

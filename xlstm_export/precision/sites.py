@@ -149,9 +149,17 @@ def gate_nodes(model: ir.Model) -> set[ir.Node]:
         if node is None or node in found or node.domain == OP_DOMAIN:
             continue
         found.add(node)
-        if weight_input(node) is None or stored_weight(node.inputs[weight_input(node) or 0]) is None:
+        if not _is_product(node):
             todo += node.inputs
     return found
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node reads a stored weight, be it as it is or as integers."""
+    index = weight_input(node)
+    value = node.inputs[index] if index is not None else None
+    source = value.producer() if value is not None else None
+    return stored_weight(value) is not None or (source is not None and source.op_type == "DequantizeLinear")
 
 
 def _channel_axis(node: ir.Node, rank: int) -> int:

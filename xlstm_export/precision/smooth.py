@@ -3,7 +3,8 @@
 One channel a hundred times larger than the others takes all the steps of an INT8 scale. With
 s_j = max|x_j|^α / max|W_j|^(1-α) (SmoothQuant, arXiv 2211.10438, eq. 4) both sides get a range they can
 spend. The function stays the same. 1/s goes into the norm before the product where nothing else reads that
-norm; otherwise it is a multiplication of its own, and only where a channel really stands out.
+norm; otherwise it is a multiplication of its own. Only where a channel really stands out: elsewhere weights
+would lose more than activations gain.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from .. import lazy
 from .sites import Site, find_sites, weight_input
 
-OUTLIER = 8.0  # largest channel over the median one, from which a multiplication of its own is worth it
+OUTLIER = 8.0  # largest channel over the median one, from which on a channel stands out
 
 
 def smooth(
@@ -45,13 +46,13 @@ def smooth(
         if any(len(graph.initializers[site.weight].uses()) > 1 for site in sites):
             continue  # a table that something else reads too
         amax = channels[activation].astype(np.float64)
+        if amax.max() < OUTLIER * np.median(amax):
+            continue
         scales = _scales(amax, [_row_amax(graph, site) for site in sites], alpha)
         value = readers[0].inputs[1 - (weight_input(readers[0]) or 0)]
         assert value is not None
         name = activation
         if not _fold_into_norm(graph, value, readers, scales):
-            if amax.max() < OUTLIER * np.median(amax):
-                continue
             name = _multiply(graph, value, readers, scales)
         for site in sites:
             _scale_rows(graph, site, scales)

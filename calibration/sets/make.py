@@ -18,7 +18,12 @@ sys.path.insert(0, str(ROOT))  # this file is run as a script
 
 from xlstm_export.calibration import sets  # noqa: E402
 
-from examples.weather_forecaster.train import VALIDATION_FROM, load_stations  # noqa: E402
+from examples.weather_forecaster.train import (  # noqa: E402
+    DAY,
+    VALIDATION_FROM,
+    load_stations,
+    next_day,
+)
 from xlstm_export.config import IoSpec, TensorSpec  # noqa: E402
 
 AUSTEN, WEATHER = ROOT / "examples" / "austen_lm", ROOT / "examples" / "weather_forecaster"
@@ -46,7 +51,17 @@ def write(out: Path) -> None:
     """
     (out / "austen_lm.txt").write_bytes(austen((AUSTEN / "train.txt").read_bytes()))
     values, times = load_stations(WEATHER / "weather.csv")
-    np.savez_compressed(out / "weather_forecaster.npz", x=weather(values[:, : times.index(VALIDATION_FROM)]))
+    values = values[:, : times.index(VALIDATION_FROM)]
+    temperature = values[:, :, 0]
+    target = next_day(temperature)
+    history = temperature.astype(np.float64)
+    scale = np.abs(history[:, DAY:] - history[:, :-DAY]).mean()  # as in the held-out data
+    np.savez_compressed(
+        out / "weather_forecaster.npz",
+        x=weather(values),
+        target=weather(target),  # what a sensitivity search scores; NaN where the next day is not known
+        mase_scale=np.float64(scale),
+    )
     tokens = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (), ())
     series = IoSpec((TensorSpec("x", "float32", ("B", "S", values.shape[2])),), (), ())
     texts = sets.load(out / "austen_lm.txt", tokens, vocab_size=256, avoid=AUSTEN / "heldout.txt")

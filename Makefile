@@ -5,14 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench scale install clean
+# `verify` follows the drift for 16,000 positions, in both modes; here it is to be quick.
+DRIFT := --horizon 4000 --free-horizon 1000
+
+.PHONY: demo test lint bench precision scale install clean
 
 demo: $(INSTALLED)
 	$(BIN)/xlstm-export deploy examples/austen_lm \
-	    --data examples/austen_lm/heldout.txt -o out/austen_lm --force
+	    --precision int8 --recipe examples/austen_lm/int8.yaml --calib calibration/sets/austen_lm.txt \
+	    --data examples/austen_lm/heldout.txt $(DRIFT) -o out/austen_lm --force
 	$(BIN)/xlstm-export deploy --module examples.weather_forecaster.model:build \
 	    --weights examples/weather_forecaster/model.safetensors \
-	    --data examples/weather_forecaster/heldout.npz -o out/weather_forecaster --force
+	    --precision int8 --recipe examples/weather_forecaster/int8.yaml \
+	    --calib calibration/sets/weather_forecaster.npz \
+	    --data examples/weather_forecaster/heldout.npz $(DRIFT) -o out/weather_forecaster --force
 
 test: lint
 	$(BIN)/python -m pytest
@@ -25,6 +31,11 @@ lint: $(INSTALLED)
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/readme.py
+
+# Size, task metric and drift of the examples in every precision; several minutes.
+precision: $(INSTALLED)
+	$(BIN)/python benchmarks/precision.py --out benchmarks/results/precision.json
 	$(BIN)/python benchmarks/readme.py
 
 # Export and verification of 1.3B and 7B parameters; half an hour, 45 GB of disk.

@@ -3,8 +3,9 @@
     python benchmarks/decode_120m.py [--threads 2] [--out benchmarks/results/cpu.json]
 
 A synthetic checkpoint (d 768, 12 blocks, one sLSTM, 4 heads, vocabulary 50304) is written, exported,
-verified, then timed in turns in one run. Absolute figures belong to a machine; quote the ratios. What
-fails verification is not timed. Peak memory is that of whole processes (Linux).
+verified, then timed in turns in one run. INT8 is the recipe found for examples/austen_lm, with ranges from
+made-up tokens. Absolute figures belong to a machine; quote the ratios. What fails verification is not timed.
+Peak memory is that of whole processes (Linux).
 """
 
 from __future__ import annotations
@@ -21,8 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export import bench, checkpoint, roofline, sessions, trace, verify
+from xlstm_export import (
+    bench,
+    checkpoint,
+    checks,
+    quantize,
+    roofline,
+    sessions,
+    stages,
+    trace,
+    verify,
+    verify_precision,
+)
 from xlstm_export.families import blocks
+from xlstm_export.precision.recipe import read_recipe
+
+RECIPE = Path(__file__).resolve().parent.parent / "examples" / "austen_lm" / "int8.yaml"
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50304,
@@ -75,6 +90,11 @@ def run(scratch: Path, threads: int, *, with_compile: bool) -> dict[str, Any]:
     child("verify", source, folder)
     say("verify", "passed")
 
+    child("quantize", source, folder)
+    sizes = [(path / "model.onnx.data").stat().st_size for path in (folder / "int8", folder)]
+    result["int8"] = {"bytes": sizes[0], "over_fp32": sizes[0] / sizes[1]}
+    say("int8", f"{sizes[0] / 1e6:.0f} MB", f"{sizes[0] / sizes[1]:.3f}x FP32, verified")
+
     result["decode"] = decode(source, folder, threads, with_compile)
     result["prefill"] = prefill(source, folder, threads)
     result["long_prefill"] = long_prefill(source, folder, threads)
@@ -110,9 +130,11 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     moved = roofline.step_bytes(loaded.spec())
     one = {"tokens": np.array([[17]])}
     session = sessions.OrtSession(folder, 1, threads)
+    int8 = sessions.OrtSession(folder / "int8", 1, threads, rounding=False)
     eager, _ = bench._eager_step(loaded, one, 1)
     contestants = {
         "exported": lambda: session.step(one),
+        "int8": lambda: int8.step(one),
         "eager": eager,
         "reading": bench._bandwidth_probe(moved),
     }
@@ -126,9 +148,10 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     result["moved_bytes"] = moved
     result["roof_share"] = median["reading"] / median["exported"]
     result["over_eager"] = median["eager"] / median["exported"]
+    result["int8_over_eager"] = median["eager"] / median["int8"]
     for name in contestants:
         say(f"decode, {name}", f"{median[name] * 1e3:.2f} ms", f"{moved / median[name] / 1e9:.1f} GB/s")
-    say("  over eager", f"{result['over_eager']:.2f}x")
+    say("  over eager", f"{result['over_eager']:.2f}x", f"int8 {result['int8_over_eager']:.2f}x")
     if with_compile:
         result["over_compiled"] = median["compiled"] / median["exported"]
         say("  over torch.compile", f"{result['over_compiled']:.2f}x")
@@ -214,16 +237,26 @@ def run_child(task: str, source: Path, folder: Path, length: int, threads: int) 
     if task == "export":
         trace.export(loaded, folder)
     elif task == "verify":
-        report = verify.verify(folder, loaded, threads=threads)
-        if not report.passed:
-            print("\n".join(str(check) for check in report.checks if not check.passed))
-            sys.exit(1)
+        require(verify.verify(folder, loaded, threads=threads))
+    elif task == "quantize":
+        recipe = read_recipe(RECIPE)
+        scales = stages.calibrate(folder, loaded, random_data=True, samples=4, length=512)
+        quantize.quantize(folder, recipe, scales=scales)
+        horizons = {"horizon": 1000, "free_horizon": 100}
+        require(verify_precision.verify_precision(folder / "int8", loaded, threads=threads, **horizons))
     else:
         figures = prefill_alone(task, loaded, folder, length, threads)
     # Of this program alone: what wait4 reports would include the parent's size at the fork.
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     print(json.dumps({**figures, "peak_bytes": int(peak.split()[1]) * 1024}))
+
+
+def require(report: checks.Report) -> None:
+    """End the process where a verification did not pass."""
+    if not report.passed:
+        print("\n".join(str(check) for check in report.checks if not check.passed))
+        sys.exit(1)
 
 
 def prefill_alone(

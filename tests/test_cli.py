@@ -224,10 +224,34 @@ def test_unwritable_output(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_precision_stages(small_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shutil.copytree(small_export, tmp_path / "out")
+    assert run("quantize", out, "--precision", "int8") == 4, "no ranges yet"
+    assert "calibrate` first" in capsys.readouterr().err
+    assert run("calibrate", out) == 2, "no data is an error"
+    assert run("calibrate", out, "--random-data", "--samples", 2, "--length", 256, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["random"] is True
+    assert run("quantize", out, "--precision", "int8", "--exclude", "no_such_weight") == 2
+    assert "no weight matches" in capsys.readouterr().err
+    assert run("quantize", out, "--precision", "int8", "--exclude", "lm_head") == 0
+    assert run("bench", out / "int8") == 1, "what did not verify is not timed"
+    options = ("--horizon", 150, "--free-horizon", 20, "--json")
+    code = run("verify", out / "int8", *options)
+    captured = capsys.readouterr().out
+    report = json.loads(captured[captured.index("{") :])
+    assert report["precision"]["random_calibration"] is True
+    assert code == (0 if report["passed"] else 1)
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [
         (["export"], 2),
+        (["calibrate", "missing", "--random-data"], 4),
+        (["quantize", "missing", "--precision", "fp16"], 4),
+        (["quantize", "missing"], 2),
+        (["quantize", "missing", "--recipe", "none.yaml"], 4),
+        (["sensitivity", "missing", "--data", "x"], 4),
         (["nonsense"], 2),
         (["export", "missing", "-o", "x", "--module", "a:b"], 2),
         (["export", "--module", "no_such_module_anywhere:f", "-o", "x"], 2),

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from xlstm_export import checks, pipeline, report
 from xlstm_export.checkpoint import Loaded
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.precision.recipe import preset
 
 
 def test_writes_everything_and_says_so(
@@ -42,7 +43,55 @@ def test_what_is_not_equal_is_not_timed(
     report.show_deploy(Console(width=80), result)
     shown = capsys.readouterr().out
     assert "NOT equal to PyTorch" in shown
-    assert "exceeds 1e-12" in shown
+    assert "exceeds 1.0e-12" in shown
+
+
+@pytest.mark.slow
+def test_int8_makes_fp16_too_and_puts_them_side_by_side(
+    small_loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = pipeline.deploy(
+        small_loaded,
+        tmp_path / "out",
+        precision="int8",
+        random_data=True,
+        threads=1,
+        horizon=150,
+        free_horizon=20,
+    )
+    assert [variant.precision for variant in result.variants] == ["fp32", "fp16", "int8"]
+    assert result.folder == tmp_path / "out" / "int8"
+    sizes = [variant.model_bytes for variant in result.variants]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {"recipe.yaml", "scales.json", "drift.csv"} <= {path.name for path in result.written}
+    json.dumps(result.to_json())
+    report.show_deploy(Console(width=80), result)
+    shown = capsys.readouterr().out
+    assert "calibrated on made-up data" in shown
+    assert "side by side" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "needs calibration data"),
+        ({"precision": "int8", "base": "fp8"}, "base 'fp8' is unknown"),
+        ({"precision": "fp16", "base": "fp32"}, "contradicts"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    small_loaded: Loaded, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipeline.deploy(small_loaded, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_for_another_precision(small_loaded: Loaded, tmp_path: Path) -> None:
+    preset("int4-wo").write(tmp_path / "recipe.yaml")
+    with pytest.raises(UsageError, match="a recipe for int4-wo, not for int8"):
+        pipeline.deploy(small_loaded, tmp_path / "out", precision="int8", recipe=tmp_path / "recipe.yaml")
 
 
 def test_a_model_that_does_not_fit_the_memory_is_exported_and_not_verified_as_a_whole(

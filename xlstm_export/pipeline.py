@@ -63,6 +63,11 @@ class Deployment:
         return self.variants[-1].benchmark
 
     @property
+    def written(self) -> list[Path]:
+        """Of all precisions."""
+        return [path for variant in self.variants for path in variant.written]
+
+    @property
     def passed(self) -> bool:
         """FP32 equals PyTorch, and the precision that was asked for is within its limits."""
         return self.variants[0].verification.passed and self.verification.passed
@@ -123,6 +128,8 @@ def deploy(
         UsageError: activations are to be quantized and there is no calibration data.
     """
     chosen = read_recipe(recipe) if recipe is not None else preset(precision, base)
+    if precision not in ("fp32", chosen.precision):
+        raise UsageError(f"{recipe} is a recipe for {chosen.precision}, not for {precision}")
     if chosen.needs_scales and calib is None and not random_data:
         raise UsageError(
             f"precision {chosen.precision} quantizes activations and needs calibration data",

@@ -137,9 +137,8 @@ def show_deploy(console: Console, result: Deployment) -> None:
     good, bad = ("within its limits", "NOT within its limits") if result.verification.precision else EQUAL
     verdict = good if result.passed else f"{bad}, so it was not timed"
     console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
-    for variant in result.variants:
-        for path in variant.written:
-            console.print(f"  {path}", highlight=False)
+    for path in result.written:
+        console.print(f"  {path}", highlight=False)
 
 
 def show_doctor(console: Console, findings: list[Finding]) -> None:

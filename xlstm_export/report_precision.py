@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .sensitivity_search import Candidate
 
 ALONE = 16  # weights shown, the most harmful first
+NAME = 28  # characters of a weight's path in a table
 TRENDS = 8  # tensors whose range moves most, shown in the table
 DRIFT_HORIZON = 4000
 
@@ -68,11 +69,11 @@ def show_precision(console: Console, report: Report) -> None:
 
 def show_sensitivity(console: Console, found: Sensitivity) -> None:
     """What each weight does alone, the most harmful first, and the recipe beside what needs no search."""
-    table = Table("alone", "becomes", "drop", "drift", "state drift", "growth", "kept as")
+    table = Table("alone", "drop", "drift", "state", "growth", "kept as", title="each weight alone")
     for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
-        table.add_row(name, *_evidence(candidate), found.choices[name])
+        table.add_row(_short(name), *_evidence(candidate), found.choices[name])
     console.print(table)
-    summary = Table("recipe", "sites", f"{found.metric} drop", "drift", "state drift", "growth", "bytes")
+    summary = Table("recipe", f"{found.metric} drop", "drift", "state", "growth", "bytes")
     rows = {"base type": found.base, "naive": found.general, "preset": found.default, "found": found.found}
     for name, candidate in rows.items():
         summary.add_row(name, *_evidence(candidate), f"{candidate.measured.bytes / 1e6:.2f} MB")
@@ -81,20 +82,29 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
         console.print(f"left in the base type: {', '.join(found.excluded)}")
 
 
+def _short(name: str) -> str:
+    """The end of a path: all of them begin alike."""
+    return name if len(name) <= NAME else "…" + name[-NAME + 1 :]
+
+
 def _evidence(candidate: Candidate) -> list[str]:
     m = candidate.measured
-    kinds = ", ".join(dict.fromkeys(rule.to for rule in candidate.recipe.rules if rule.to != "float"))
-    numbers = (f"{candidate.drop:+.3%}", f"{m.drift:.1e}", f"{m.state_drift:.1e}", f"{m.growth:.2f}×")
-    return [kinds or candidate.recipe.precision, *numbers]
+    return [f"{candidate.drop:+.3%}", f"{m.drift:.1e}", f"{m.state_drift:.1e}", f"{m.growth:.2f}×"]
 
 
 def show_variants(console: Console, result: Deployment) -> None:
     """Precisions side by side: size, task metric, drift, latency."""
-    table = Table("precision", "bytes", "of FP32", "task metric", "vs FP32", "drift at 4k", "step p50", "")
+    metric = _metric_name(result)
+    table = Table("precision", "size", "of FP32", metric, "vs FP32", "drift at 4k", "step p50", "")
     first = result.variants[0]
     for variant in result.variants:
         table.add_row(*_cells(variant, first))
     console.print(table)
+
+
+def _metric_name(result: Deployment) -> str:
+    """Name of the task metric, or what stands in its place."""
+    return str(result.variants[0].verification.metric.get("name", "task metric"))
 
 
 def _cells(variant: Variant, first: Variant) -> list[str]:
@@ -105,7 +115,7 @@ def _cells(variant: Variant, first: Variant) -> list[str]:
         variant.precision,
         f"{variant.model_bytes / 1e6:.2f} MB",
         f"{variant.model_bytes / first.model_bytes:.2f}×",
-        f"{metric['exported']:.4f} {metric['name']}" if metric else "—",
+        f"{metric['exported']:.4f}" if metric else "—",
         "—" if drop is None else f"{drop:+.3%}",
         "—" if drift is None else f"{drift:.1e}",
         "—" if step is None else f"{step:.2f} ms",

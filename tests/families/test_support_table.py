@@ -13,7 +13,9 @@ import test_own
 import tirex_models
 from test_tensorrt_build import check_builds
 
-from xlstm_export import checkpoint, runfolder, trace, verify
+from xlstm_export import checkpoint, quantize, runfolder, stages, trace, verify
+from xlstm_export.precision.recipe import preset
+from xlstm_export.verify_precision import verify_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +41,24 @@ def test_family(family: str, stateless: bool, dtype: str, tmp_path: Path) -> Non
     assert bool(runfolder.read_io(out).states) != stateless
     report = verify.verify(out, loaded)
     assert [check for check in report.checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_in_other_precisions(family: str, precision: str, tmp_path: Path) -> None:
+    """Fences, rules of TensorRT, all ways of calling, NVIDIA's builder; ranges are from made-up data."""
+    loaded = FAMILIES[family](tmp_path, False)
+    run = trace.export(loaded, tmp_path / "run", stateless=False)
+    recipe = preset(precision)
+    scales = stages.calibrate(run, loaded, random_data=True, threads=1) if recipe.needs_scales else None
+    folder = quantize.quantize(run, recipe, scales=scales)
+    report = verify_precision(folder, loaded, threads=1, horizon=150, free_horizon=20)
+    drift = [check for check in report.checks if ": level" in check.name or ": KL" in check.name]
+    # Made-up models and data say nothing about how good a precision is; that it is one at all they do.
+    failed = [check for check in report.checks if not check.passed and check not in drift]
+    assert failed == []
+    assert max(check.value for check in drift if "level" in check.name) < 1.0
+    check_builds(folder / "model.onnx")
 
 
 @pytest.mark.parametrize("family", ["xLSTMLarge", "nn.Module", "your own cell"])

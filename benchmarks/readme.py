@@ -56,17 +56,16 @@ def scale(result: dict[str, Any]) -> str:
 def precision(result: dict[str, Any]) -> str:
     """The examples in every precision as Markdown."""
     lines = [
-        "Held-out data, ranges from the committed calibration sets (`make precision`). Drift: relative L2 of the "
-        f"outputs from FP32 around that position of one stream, states carried; {result['horizon']:,} positions.",
+        "Held-out data, ranges from the committed calibration sets (`make precision`). Drift: relative L2 of "
+        "the outputs from FP32 before that position of one stream, states carried.",
         "",
         "| model | precision | weights | task metric | against FP32 | drift at 1k | at 16k | 16k / 1k |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for model, rows in result["models"].items():
         plain = rows["fp32"]
-        lines.append(
-            f"| {model} | fp32 | {plain['bytes'] / 1e6:.2f} MB | {plain['metric']:.4f} {rows['metric']} | | | | |"
-        )
+        metric = f"{plain['metric']:.4f} {rows['metric']}"
+        lines.append(f"| {model} | fp32 | {plain['bytes'] / 1e6:.2f} MB | {metric} | | | | |")
         for name, figures in rows.items():
             if name in ("fp32", "metric"):
                 continue
@@ -79,8 +78,8 @@ def precision(result: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "`int8 found` is the recipe that `xlstm-export sensitivity --max-drop 0.001` found on the calibration set "
-        "(`int8.yaml` beside each example); `int8 naive` quantizes every matrix.",
+        "`int8 found` is the recipe that `xlstm-export sensitivity --max-drop 0.001` found on the calibration "
+        "set (`int8.yaml` beside each example); `int8 naive` quantizes every matrix.",
     ]
     return "\n".join(lines)
 
@@ -124,8 +123,8 @@ def speed(result: dict[str, Any]) -> str:
         "",
         f"A decode step runs at {decode['roof_share']:.0%} of the bandwidth roof (the time of reading the "
         f"same bytes with the same threads). Export: {export['seconds']:.0f} s, peak memory "
-        f"{export['peak_over_checkpoint']:.2f}× the checkpoint. INT8 weights, by the recipe found for austen_lm, are "
-        f"{result['int8']['over_fp32']:.2f}× of FP32. On GPUs and Jetsons: not measured.",
+        f"{export['peak_over_checkpoint']:.2f}× the checkpoint. INT8, by the recipe found for austen_lm, has "
+        f"{result['int8']['over_fp32']:.2f}× the bytes of FP32. On GPUs and Jetsons: not measured.",
     ]
     return "\n".join(lines)
 

@@ -78,8 +78,8 @@ def precision(result: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "`int8 found` is the recipe that `xlstm-export sensitivity --max-drop 0.001` found on the calibration "
-        "set (`int8.yaml` beside each example); `int8 naive` quantizes every matrix.",
+        "`int8 found` is the recipe that `xlstm-export sensitivity --max-drop 0.001` found on the "
+        "calibration set (`int8.yaml` beside each example); `int8 naive` quantizes every matrix.",
     ]
     return "\n".join(lines)
 

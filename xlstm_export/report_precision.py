@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .checks import Report
     from .pipeline import Deployment, Variant
     from .sensitivity import Sensitivity
-    from .sensitivity_search import Candidate
+    from .sensitivity.search import Candidate
 
 ALONE = 16  # weights shown, the most harmful first
 NAME = 28  # characters of a weight's path in a table

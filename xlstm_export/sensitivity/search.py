@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .precision.recipe import Choice, Recipe
-from .sensitivity_measure import Measured
+from ..precision.recipe import Choice, Recipe
+from .measure import Measured
 
 
 @dataclass(frozen=True)

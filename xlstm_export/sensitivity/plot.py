@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .sensitivity_report import Sensitivity
+    from .report import Sensitivity
 
 COLORS = {"int8": "#2a7f62", "int8-wo": "#8fc1a9", "int4-wo": "#4c78a8", "float": "#c8553d"}
 WORDS = {"int8": "INT8", "int8-wo": "INT8 weights", "int4-wo": "INT4 weights", "float": "left as it is"}

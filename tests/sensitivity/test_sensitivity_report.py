@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from xlstm_export.precision.recipe import Recipe, Rule, read_recipe
-from xlstm_export.sensitivity_measure import Measured
-from xlstm_export.sensitivity_report import COLUMNS, Sensitivity, note, write_evidence
-from xlstm_export.sensitivity_search import Candidate, Limits, Unit
+from xlstm_export.sensitivity.measure import Measured
+from xlstm_export.sensitivity.report import COLUMNS, Sensitivity, note, write_evidence
+from xlstm_export.sensitivity.search import Candidate, Limits, Unit
 
 
 def candidate(name: str, drop: float, saved: int) -> Candidate:
@@ -96,7 +96,7 @@ def test_excluded_the_most_harmful_first(result: Sensitivity) -> None:
 
 def test_the_picture_names_every_unit_and_is_repeatable(result: Sensitivity) -> None:
     pytest.importorskip("matplotlib")
-    from xlstm_export.sensitivity_plot import draw
+    from xlstm_export.sensitivity.plot import draw
 
     first = draw(result)
     assert first == draw(result)

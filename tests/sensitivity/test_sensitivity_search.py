@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 
 from xlstm_export.precision.recipe import Choice, Recipe
-from xlstm_export.sensitivity_measure import Measured
-from xlstm_export.sensitivity_search import Candidate, Found, Limits, Plan, Unit, order, search
+from xlstm_export.sensitivity.measure import Measured
+from xlstm_export.sensitivity.search import Candidate, Found, Limits, Plan, Unit, order, search
 
 LIMITS = Limits(max_drop=1.0, growth=1.5)
 Drop = Callable[[Mapping[str, Choice]], float]

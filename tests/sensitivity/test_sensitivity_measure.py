@@ -9,13 +9,14 @@ import pytest
 import sensitivity_case as case
 
 from xlstm_export import data as evaluation
-from xlstm_export import runfolder, sensitivity_measure
+from xlstm_export import runfolder
 from xlstm_export.data import EvalData
 from xlstm_export.drift import measure_drift
 from xlstm_export.errors import BuildError, InputError
 from xlstm_export.precision.recipe import Recipe, Rule
 from xlstm_export.quantize import quantize
-from xlstm_export.sensitivity_measure import (
+from xlstm_export.sensitivity import measure as sensitivity_measure
+from xlstm_export.sensitivity.measure import (
     Measured,
     Replay,
     Setup,

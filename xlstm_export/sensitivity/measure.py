@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import data as evaluation
-from .config import IoSpec, TensorSpec
-from .data import EvalData
-from .drift import WINDOW, measure_drift
-from .drift_report import Drift, judged_growth
-from .errors import BuildError
-from .graph_cut import load_graph
-from .inputs import Arrays, per_position
-from .precision.recipe import Recipe
-from .quantize import quantize
-from .runfolder import MODEL, readable_os_errors
-from .sessions import OrtSession, Session
+from .. import data as evaluation
+from ..config import IoSpec, TensorSpec
+from ..data import EvalData
+from ..drift import WINDOW, measure_drift
+from ..drift_report import Drift, judged_growth
+from ..errors import BuildError
+from ..graph_cut import load_graph
+from ..inputs import Arrays, per_position
+from ..precision.recipe import Recipe
+from ..quantize import quantize
+from ..runfolder import MODEL, readable_os_errors
+from ..sessions import OrtSession, Session
 
 if TYPE_CHECKING:
-    from .calibration.scales import Scales
+    from ..calibration.scales import Scales
 
 SPREAD = 16  # growth is that of the error from a 16th of the horizon to the horizon
 FLOOR = 1e-5  # errors count as this large at least where growth is judged: FP32 itself is at 1e-6

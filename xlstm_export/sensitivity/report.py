@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .precision.recipe import Choice, Recipe
-from .runfolder import readable_os_errors, write_json
-from .sensitivity_search import Candidate, Limits, Unit
+from ..precision.recipe import Choice, Recipe
+from ..runfolder import readable_os_errors, write_json
+from .search import Candidate, Limits, Unit
 
 RECIPE, EVIDENCE, TABLE, PICTURE = "recipe.yaml", "evidence.json", "evidence.csv", "evidence.svg"
 COLUMNS = (
@@ -164,7 +164,7 @@ def _picture(result: Sensitivity) -> bytes | None:
         import matplotlib  # noqa: F401
     except ImportError:
         return None
-    from .sensitivity_plot import draw
+    from .plot import draw
 
     return draw(result)
 

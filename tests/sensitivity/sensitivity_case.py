@@ -16,7 +16,7 @@ from xlstm_export import checkpoint, trace
 from xlstm_export.data import stream
 from xlstm_export.sessions import OrtSession
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLANTED = "xlstm_block_stack.blocks.0.xlstm.proj_up"
 LENGTH = 192
 QUICK = {"horizon": 128, "jobs": 1}

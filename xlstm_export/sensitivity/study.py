@@ -6,7 +6,7 @@
 A recurrent model repeats its own errors, so the error of one step says little. Every candidate is a run
 folder of its own, run over a carried stream: the metric of the task, and how far outputs and states are from
 those of the FP32 export after `horizon` positions. First each weight alone, then the search of
-`sensitivity_search.py`. The recipe that is returned was measured as it is.
+`search.py`. The recipe that is returned was measured as it is.
 
 Evidence goes to a folder: `recipe.yaml`, `evidence.json`, `evidence.csv`, `evidence.svg` (with matplotlib),
 and `candidates.jsonl`, from which an interrupted search goes on. Same inputs, same files.
@@ -24,25 +24,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import data as evaluation
-from . import runfolder
-from .config import IoSpec
-from .data import EvalData
-from .drift_report import DriftLimits
-from .errors import BuildError, GateError, InputError, UsageError
-from .graph_cut import load_graph
-from .inputs import per_position
-from .precision.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
-from .precision.sites import Site, find_sites
-from .sensitivity_measure import Setup, data_hash
-from .sensitivity_report import Sensitivity as Sensitivity
-from .sensitivity_report import write_evidence
-from .sensitivity_rules import recipe_for
-from .sensitivity_runner import SAME, Bench, Workers
-from .sensitivity_search import Candidate, Limits, Plan, Unit, order, search
+from .. import data as evaluation
+from .. import runfolder
+from ..config import IoSpec
+from ..data import EvalData
+from ..drift_report import DriftLimits
+from ..errors import BuildError, GateError, InputError, UsageError
+from ..graph_cut import load_graph
+from ..inputs import per_position
+from ..precision.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
+from ..precision.sites import Site, find_sites
+from .measure import Setup, data_hash
+from .report import Sensitivity as Sensitivity
+from .report import write_evidence
+from .rules import recipe_for
+from .runner import SAME, Bench, Workers
+from .search import Candidate, Limits, Plan, Unit, order, search
 
 if TYPE_CHECKING:
-    from .calibration.scales import Scales
+    from ..calibration.scales import Scales
 
 FOLDER = "sensitivity"
 MOST_SITES = 64  # with more, sites of one block and role are tried together by default
@@ -122,7 +122,7 @@ def sensitivity(
             than 64 sites.
         budget: candidates of the search, on top of one per site or group.
         jobs: processes at a time; -1: one per core.
-        dask: address of a Dask scheduler that measures instead, see `sensitivity_runner.py`.
+        dask: address of a Dask scheduler that measures instead, see `runner.py`.
         threads_per_job: of ONNX Runtime; part of what makes results repeatable.
         seed: of the stretch of data that drift is measured on.
         resume: go on where an earlier search of the same kind was interrupted.

@@ -20,14 +20,15 @@ import sensitivity_case as case
 from xlstm_export.calibration.scales import Scales
 
 from xlstm_export import data as evaluation
-from xlstm_export import runfolder, sensitivity_runner
+from xlstm_export import runfolder
 from xlstm_export.errors import BuildError, ExportError, GateError, InputError, UsageError
 from xlstm_export.graph_cut import load_graph
 from xlstm_export.precision.recipe import read_recipe
 from xlstm_export.precision.sites import find_sites
 from xlstm_export.quantize import quantize
 from xlstm_export.sensitivity import Sensitivity, sensitivity
-from xlstm_export.sensitivity_measure import Measured
+from xlstm_export.sensitivity import runner as sensitivity_runner
+from xlstm_export.sensitivity.measure import Measured
 from xlstm_export.sessions import OrtSession
 
 MAX_DROP = 0.01

@@ -25,11 +25,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import EnvironmentError_
-from .precision.recipe import Recipe
-from .precision.sites import Site
-from .runfolder import MANIFEST, readable_os_errors, versions
-from .sensitivity_measure import REFERENCE, Measured, Setup, measure, record
+from ..errors import EnvironmentError_
+from ..precision.recipe import Recipe
+from ..precision.sites import Site
+from ..runfolder import MANIFEST, readable_os_errors, versions
+from .measure import REFERENCE, Measured, Setup, measure, record
 
 LOG = "candidates.jsonl"
 SECONDS_TO_CONNECT = 10  # to a scheduler, and for its first worker to appear

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import sensitivity_case as case
 
-from xlstm_export import sensitivity_runner
 from xlstm_export.errors import EnvironmentError_
-from xlstm_export.sensitivity_runner import Log, _client, _scratch
+from xlstm_export.sensitivity import runner as sensitivity_runner
+from xlstm_export.sensitivity.runner import Log, _client, _scratch
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	    --data examples/weather_forecaster/heldout.npz $(DRIFT) -o out/weather_forecaster --force
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

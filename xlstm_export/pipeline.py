@@ -178,13 +178,12 @@ class _Stages:
     def finish(self, precision: str, folder: Path, **horizons: Any) -> Variant:
         """Verify a run folder and time it if it passed."""
 
-        def say(stage: str) -> None:
-            self.progress(f"{precision}: {stage}")
+        def say(what: str) -> Progress:
+            return lambda stage: self.progress(f"{precision}: {what}: {stage}")
 
-        report = verify_any(
-            folder, self.loaded, data=self.data, threads=self.threads, progress=say, **horizons
-        )
+        options: dict[str, Any] = {"data": self.data, "threads": self.threads, **horizons}
+        report = verify_any(folder, self.loaded, progress=say("verify"), **options)
         timing = None
         if report.passed:
-            timing = bench(folder, self.loaded, threads=self.threads, progress=say)
+            timing = bench(folder, self.loaded, threads=self.threads, progress=say("bench"))
         return Variant(precision, folder, report, timing)

@@ -57,7 +57,8 @@ def test_family_in_other_precisions(family: str, precision: str, tmp_path: Path)
     # Made-up models and data say nothing about how good a precision is; that it is one at all they do.
     failed = [check for check in report.checks if not check.passed and check not in drift]
     assert failed == []
-    assert max(check.value for check in drift if "level" in check.name) < 1.0
+    worst = max(check.value for check in drift if "level" in check.name)
+    assert worst < (2.0 if precision == "int4-wo" else 1.0)
     check_builds(folder / "model.onnx")
 
 

@@ -15,8 +15,9 @@ from precision import lowered
 from xlstm_export.calibration.observers import calibrate
 from xlstm_export.calibration.sets import CalibrationSet
 
-from xlstm_export import compare, quantize
+from xlstm_export import checkpoint, compare, quantize, trace
 from xlstm_export.errors import InputError
+from xlstm_export.graph_cut import load_graph
 from xlstm_export.precision import lower
 from xlstm_export.precision.recipe import preset
 from xlstm_export.sessions import OrtSession, load_state, save_state
@@ -197,3 +198,12 @@ def test_a_graph_of_a_newer_opset_decodes(make: Callable[..., Path]) -> None:
     assert ir.load(folder / "model.onnx").opset_imports[""] >= 21
     session = OrtSession(folder, 1, 1)
     assert np.isfinite(session.step(tokens(1, 1))["logits"]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_that_are_only_stored_in_half_are_left_to_the_runtime(
+    small_loaded: checkpoint.Loaded, tmp_path: Path, dtype: str
+) -> None:
+    """Tables that are looked up included: such an export runs as it is, on its mapped file."""
+    folder = trace.export(small_loaded, tmp_path / "out", dtype=dtype)
+    assert not lower.needs_lowering(load_graph(folder / "model.onnx"))

@@ -38,14 +38,17 @@ _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def computes_in_half(model: ir.Model) -> bool:
-    """Whether anything is computed or carried in half; weights that are only stored so do not count."""
+    """Whether anything is computed or carried in half.
+
+    Weights that are only stored so do not count, nor rows that are looked up and then widened.
+    """
     graph = model.graph
     if any(value.dtype in HALF for value in (*graph.inputs, *graph.outputs)):
         return True
     return any(
         node.attributes["to"].as_int() in HALF
         if node.op_type == "Cast"
-        else any(_constant_type(value) in HALF for value in node.inputs)
+        else node.op_type != "Gather" and any(_constant_type(value) in HALF for value in node.inputs)
         for node in graph
     )
 

@@ -30,9 +30,7 @@ def source_options(command: F) -> F:
 def horizon_options(command: F) -> F:
     """How far the drift of a half or quantized export is followed."""
     command = click.option("--horizon", type=int, help="positions of the drift; default 16000")(command)
-    return click.option("--free-horizon", type=int, help="of free-running drift; default: the same")(
-        command
-    )
+    return click.option("--free-horizon", type=int, help="of free-running drift; default: the same")(command)
 
 
 def run_options(command: F) -> F:

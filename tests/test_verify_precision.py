@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from xlstm_export import bench, checks, quantize, runfolder, stages
+from xlstm_export import bench, checks, quantize, runfolder, stages, trace
 from xlstm_export.checkpoint import Loaded
 from xlstm_export.errors import UsageError
 from xlstm_export.precision.recipe import preset
@@ -141,3 +141,12 @@ def test_options_that_do_not_go_together(half: Path, small_export: Path, small_l
         verify_any(half, small_loaded, per_block=True)
     with pytest.raises(UsageError, match="--horizon is for half"):
         verify_any(small_export, small_loaded, horizon=10)
+
+
+def test_an_export_without_states(small_loaded: Loaded, tmp_path: Path) -> None:
+    """No stream to drift along: one call is held against FP32."""
+    run = trace.export(small_loaded, tmp_path / "run", stateless=True)
+    report = verify_precision(quantize.quantize(run, preset("fp16")), small_loaded, threads=1)
+    assert failed(report) == set()
+    assert report.precision["drift"] is None
+    assert any(check.name.startswith("one call") for check in report.checks)

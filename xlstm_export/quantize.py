@@ -26,7 +26,7 @@ from .precision.element_types import typed_nodes
 from .precision.fences import Fences, require_fences
 from .precision.half import to_half
 from .precision.legality import require_legal
-from .precision.qdq import Quantized, insert_qdq
+from .precision.qdq import insert_qdq
 from .precision.recipe import Choice, Recipe
 from .precision.sites import find_sites
 from .precision.smooth import smooth
@@ -170,13 +170,13 @@ def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) 
             # What the method clips of the largest value, it clips of the new largest value.
             clipped = amax[original] / max(float(scales.channels(original).max()), TINY)
             amax[name] = float(channels.max()) * min(clipped, 1.0)
-    quantized: Quantized = insert_qdq(model, recipe, amax)
+    insert_qdq(model, recipe, amax)
     half_products = to_half(model, recipe.base) if recipe.base != "fp32" else 0
     state_dtype = DTYPES[recipe.state_dtype]
     _store_state(model, state_dtype)
     _finish(model, cast=recipe.base != "fp32" or recipe.state_dtype != "fp32")
     fences = require_fences(model, state_dtype)
-    return Applied(quantized.choices, tuple(smoothed), half_products, fences)
+    return Applied(choices, tuple(smoothed), half_products, fences)
 
 
 def _require_base(folder: Path, manifest: dict[str, Any]) -> None:

@@ -9,13 +9,12 @@ exceptions; half is the exception. `fences.py` proves it on the result.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from .. import lazy
 from ..config import OP_DOMAIN
 from ..graph_weights import DTYPES, converted
-from .sites import GATE_INPUTS, gate_nodes, stored_weight, weight_input
+from .sites import gate_nodes, stored_weight, weight_input
 
 # Operators that may compute in half between two products. No exponential or logarithm in the open: Sigmoid
 # and Erf are bounded and kernels evaluate them in FP32.
@@ -221,13 +220,3 @@ def _keep_outputs(model: ir.Model, labels: _Labels, casts: _Casts) -> None:
         assert wide is not None
         wide.name = name
         model.graph.outputs[index] = wide
-
-
-def gate_inputs(node: ir.Node) -> list[ir.Value]:
-    """The pre-activations a recurrence reads."""
-    return [v for i in GATE_INPUTS.get(node.op_type, ()) if (v := node.inputs[i]) is not None]
-
-
-def half_dtype(base: str) -> np.dtype:
-    """NumPy type of a base."""
-    return DTYPES[base].numpy()

@@ -14,7 +14,6 @@ Those of weights alone have the type the product computes in, because kernels fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -31,26 +30,16 @@ HALF = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 OPSET_HALF_SCALES, OPSET_INT4 = 19, 21
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What `insert_qdq` did.
-
-    Attributes:
-        choices: site name → what it became.
-        bytes: bytes of integer weights and their scales.
-    """
-
-    choices: dict[str, Choice]
-    bytes: int
-
-
-def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> Quantized:
+def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> dict[str, Choice]:
     """Quantize in place what `recipe` says.
 
     Args:
         model: an exported FP32 graph, weights not narrowed.
         recipe: the choice per site.
         amax: activation name → largest magnitude its integers must hold; needed for `int8` only.
+
+    Returns:
+        Site name → what it became; a weight that is read in two ways is named once.
 
     Raises:
         InputError: an activation has no range.
@@ -75,13 +64,12 @@ def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> Qu
             del graph.initializers[name]
     if inserter.opset > (model.opset_imports.get("") or 0):
         model.opset_imports[""] = inserter.opset
-    return Quantized(choices, inserter.bytes)
+    return choices
 
 
 class _Inserter:
     def __init__(self, graph: ir.Graph, recipe: Recipe, amax: Mapping[str, float]) -> None:
         self.opset = 18
-        self.bytes = 0
         self._graph, self._recipe, self._amax = graph, recipe, amax
         self._activations: dict[str, ir.Value] = {}
         self._weights: dict[tuple[str, Any], tuple[ir.Value, ...]] = {}
@@ -166,7 +154,6 @@ class _Inserter:
             const_value=integer,
         )
         self._graph.register_initializer(value)
-        self.bytes += integer.nbytes + scales.nbytes
         return (
             value,
             self._initializer(f"{site.weight}.scale", scales),

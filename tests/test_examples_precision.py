@@ -1,0 +1,65 @@
+"""The trained examples in every precision: legal for TensorRT 10.3, built by NVIDIA, close to FP32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tensorrt_build import check_builds
+
+from xlstm_export import checkpoint, data, quantize, runfolder, stages, trace
+from xlstm_export.precision.legality import check_legality
+from xlstm_export.precision.recipe import Recipe, preset, read_recipe
+from xlstm_export.sessions import OrtSession
+
+ROOT = Path(__file__).resolve().parent.parent
+LM, WEATHER = ROOT / "examples" / "austen_lm", ROOT / "examples" / "weather_forecaster"
+SOURCES: dict[str, tuple[Any, ...]] = {
+    "austen_lm": (LM, None, None),
+    "weather_forecaster": (None, "examples.weather_forecaster.model:build", WEATHER / "model.safetensors"),
+}
+CALIBRATION = {"austen_lm": "austen_lm.txt", "weather_forecaster": "weather_forecaster.npz"}
+HELDOUT = {"austen_lm": LM / "heldout.txt", "weather_forecaster": WEATHER / "heldout.npz"}
+# What "close" is: the change of the task metric. FP16 and BF16 within 0.1%, INT8 within 0.5%.
+LIMITS = {"fp16": 1e-3, "bf16": 1e-3, "int8": 5e-3, "int8-wo": 5e-3, "int4-wo": 2e-2}
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    scales: Any
+    metric: float
+    heldout: data.EvalData
+    recipe: Recipe
+
+
+@pytest.fixture(scope="module", params=list(SOURCES))
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """FP32 export of an example, its ranges from the committed set, its metric on held-out data."""
+    name = request.param
+    loaded = checkpoint.load(*(None if x is None else str(x) for x in SOURCES[name]))
+    folder = trace.export(loaded, tmp_path_factory.mktemp("examples") / name)
+    calibration = ROOT / "calibration" / "sets" / CALIBRATION[name]
+    scales = stages.calibrate(folder, loaded, data=str(calibration), avoid=HELDOUT[name], samples=6)
+    held = data.load(HELDOUT[name], runfolder.read_io(folder), vocab_size=loaded.vocab_size, limit=4096)
+    metric = held.score(data.stream(OrtSession(folder, held.rows), held.inputs))
+    return Exported(folder, scales, metric, held, read_recipe(ROOT / "examples" / name / "int8.yaml"))
+
+
+def test_fp32_builds(exported: Exported) -> None:
+    check_builds(exported.folder / "model.onnx")
+
+
+@pytest.mark.parametrize("precision", list(LIMITS))
+def test_precision(exported: Exported, precision: str, tmp_path: Path) -> None:
+    recipe = exported.recipe if precision == "int8" else preset(precision)
+    folder = quantize.quantize(exported.folder, recipe, scales=exported.scales, out=tmp_path / precision)
+    assert [v for v in check_legality(folder / "model.onnx") if v.severity == "error"] == []
+    held = exported.heldout
+    metric = held.score(data.stream(OrtSession(folder, held.rows), held.inputs))
+    assert abs(metric / exported.metric - 1) < LIMITS[precision]
+    check_builds(folder / "model.onnx")

@@ -47,6 +47,12 @@ def small_loaded(small_checkpoint: Path) -> checkpoint.Loaded:
     return checkpoint.load_checkpoint(small_checkpoint)
 
 
+@pytest.fixture
+def own_export(small_export: Path, tmp_path: Path) -> Path:
+    """A copy of the small export for a test that writes into its run folder."""
+    return shutil.copytree(small_export, tmp_path / "own")
+
+
 @pytest.fixture(scope="session")
 def small_export(small_loaded: checkpoint.Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the small model."""

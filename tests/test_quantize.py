@@ -31,11 +31,14 @@ HALVES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
 @pytest.fixture(scope="module")
-def scales(small_export: Path, small_loaded: checkpoint.Loaded) -> Any:
+def scales(
+    small_export: Path, small_loaded: checkpoint.Loaded, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     from xlstm_export.calibration import observers, sets
 
     data = sets.random_set(small_loaded, runfolder.read_io(small_export))
-    return observers.calibrate(small_export, data, method="max", threads=1)
+    out = tmp_path_factory.mktemp("scales")
+    return observers.calibrate(small_export, data, method="max", threads=1, out=out)
 
 
 @pytest.fixture(scope="module")

@@ -128,9 +128,9 @@ def test_metric_beyond_its_limit_fails(
     assert "bits per byte on held-out data" in failed(report)
 
 
-def test_made_up_ranges_are_told(small_export: Path, small_loaded: Loaded, tmp_path: Path) -> None:
-    scales = stages.calibrate(small_export, small_loaded, random_data=True, threads=1)
-    folder = quantize.quantize(small_export, preset("int8"), scales=scales, out=tmp_path / "int8")
+def test_made_up_ranges_are_told(own_export: Path, small_loaded: Loaded) -> None:
+    scales = stages.calibrate(own_export, small_loaded, random_data=True, threads=1)
+    folder = quantize.quantize(own_export, preset("int8"), scales=scales)
     report = verify_precision(folder, small_loaded, **SHORT)
     assert report.precision["random_calibration"] is True
     assert report.precision["sites"]["int8"] > 3

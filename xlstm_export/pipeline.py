@@ -76,6 +76,8 @@ class Deployment:
         return {
             "folder": str(self.folder),
             "passed": self.passed,
+            "verification": self.verification.to_json(),
+            "benchmark": self.benchmark.to_json() if self.benchmark else None,
             "variants": [
                 {
                     "precision": variant.precision,

@@ -31,6 +31,7 @@ lint: $(INSTALLED)
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/decode_120m.py --decode-only --out benchmarks/results/int8.json
 	$(BIN)/python benchmarks/readme.py
 
 # Size, task metric and drift of the examples in every precision; several minutes.

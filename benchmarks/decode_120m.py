@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out (it takes a minute)"
     )
+    parser.add_argument("--decode-only", action="store_true", help="leave prefill out")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -69,14 +70,19 @@ def main() -> None:
         run_child(task, Path(source), Path(folder), int(length), int(threads))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        result = run(Path(scratch), options.threads, with_compile=not options.no_compile)
+        result = run(
+            Path(scratch),
+            options.threads,
+            with_compile=not options.no_compile,
+            with_prefill=not options.decode_only,
+        )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {options.out}")
 
 
-def run(scratch: Path, threads: int, *, with_compile: bool) -> dict[str, Any]:
+def run(scratch: Path, threads: int, *, with_compile: bool, with_prefill: bool) -> dict[str, Any]:
     source, folder = scratch / "checkpoint", scratch / "export"
     size = write_checkpoint(source)
     result: dict[str, Any] = {"environment": bench.environment(threads), "checkpoint_bytes": size}
@@ -96,6 +102,8 @@ def run(scratch: Path, threads: int, *, with_compile: bool) -> dict[str, Any]:
     say("int8", f"{sizes[0] / 1e6:.0f} MB", f"{sizes[0] / sizes[1]:.3f}x FP32, verified")
 
     result["decode"] = decode(source, folder, threads, with_compile)
+    if not with_prefill:
+        return result
     result["prefill"] = prefill(source, folder, threads)
     result["long_prefill"] = long_prefill(source, folder, threads)
     return result

@@ -95,8 +95,8 @@ def int8(result: dict[str, Any]) -> str:
     return (
         "The same shape in INT8, by the recipe found for austen_lm, in a run of its own with "
         f"{environment['threads']} threads: {result['int8']['over_fp32']:.2f}× the bytes of FP32; a decode "
-        f"step takes {step['int8']:.1f} ms, against {step['exported']:.1f} ms in FP32, {step['compiled']:.1f} ms of "
-        f"torch.compile and {step['eager']:.1f} ms of PyTorch eager ({decode['int8_over_eager']:.2f}×)."
+        f"step takes {step['int8']:.1f} ms, against {step['exported']:.1f} ms in FP32, "
+        f"{step['compiled']:.1f} ms of torch.compile and {step['eager']:.1f} ms of PyTorch eager ({decode['int8_over_eager']:.2f}×)."
     )
 
 

@@ -92,11 +92,14 @@ def int8(result: dict[str, Any]) -> str:
     decode, environment = result["decode"], result["environment"]
     names = ("int8", "exported", "compiled", "eager")
     step = {name: decode[name]["p50_ms"] for name in names}
+    others = (
+        f"{step['exported']:.1f} ms in FP32, {step['compiled']:.1f} ms of torch.compile and "
+        f"{step['eager']:.1f} ms of PyTorch eager ({decode['int8_over_eager']:.2f}×)"
+    )
     return (
         "The same shape in INT8, by the recipe found for austen_lm, in a run of its own with "
         f"{environment['threads']} threads: {result['int8']['over_fp32']:.2f}× the bytes of FP32; a decode "
-        f"step takes {step['int8']:.1f} ms, against {step['exported']:.1f} ms in FP32, "
-        f"{step['compiled']:.1f} ms of torch.compile and {step['eager']:.1f} ms of PyTorch eager ({decode['int8_over_eager']:.2f}×)."
+        f"step takes {step['int8']:.1f} ms, against {others}."
     )
 
 

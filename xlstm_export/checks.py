@@ -43,6 +43,10 @@ class PrecisionLimits:
     ways: float
 
 
+# Metric: seen on held-out data of two trained models 4e-5 (fp16, bf16), 3e-3 (int8, everything quantized),
+# 2e-4 (int8-wo), 8e-3 (int4-wo). Ways: step against prefill was seen 3.5e-4 apart in fp16, 2.1e-3 in bf16 and
+# 2.6e-3 in int8 on fp16; weights alone on an FP32 base 1e-6. These are 14 to 20 times that: they find a state
+# that is lost or a gate that is wrong, not a step of rounding more.
 PRECISION_LIMITS = {
     "fp16": PrecisionLimits(metric=1e-3, ways=5e-3),
     "bf16": PrecisionLimits(metric=1e-3, ways=4e-2),

@@ -223,11 +223,12 @@ def _remove_abandoned(out: Path) -> None:
     ours = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,7}})\.[a-z0-9_]{{8}}")
     for path in out.parent.iterdir():
         match = ours.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if match and not alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of that number exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

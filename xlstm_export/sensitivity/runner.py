@@ -28,7 +28,7 @@ from typing import Any
 from ..errors import EnvironmentError_
 from ..precision.recipe import Recipe
 from ..precision.sites import Site
-from ..runfolder import MANIFEST, readable_os_errors, versions
+from ..runfolder import MANIFEST, alive, readable_os_errors, versions
 from .measure import REFERENCE, Measured, Setup, measure, record
 
 LOG = "candidates.jsonl"
@@ -194,7 +194,7 @@ def _scratch(out: Path) -> Iterator[Path]:
     with readable_os_errors(out):
         for path in out.iterdir():
             match = re.fullmatch(r"\.scratch\.(\d{1,7})\.\w{8}", path.name)
-            if match and not _alive(int(match[1])):
+            if match and not alive(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".scratch.{os.getpid()}.", dir=out))
     os.chmod(scratch, 0o755)  # workers of a cluster may be another user's
@@ -202,16 +202,6 @@ def _scratch(out: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 # --- who measures them --------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""The C interface of the native libraries (`common/call.h`) for Python: calls on addresses of tensors.
+
+Every library of kernels exports the same functions, whether its kernels run on a GPU, on a CPU, or are GPU
+kernels run on a CPU for tests. `NativeLibrary` takes NumPy arrays or PyTorch tensors; it copies nothing and
+checks that what it is given is contiguous and has the shape and type that the operator's contract says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+
+
+class NativeError(RuntimeError):
+    """A library refused a call or failed in it."""
+
+
+class MlstmCall(ctypes.Structure):
+    """`xlstm::Mlstm` of common/call.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("batch", "length", "heads", "dk", "dv", "io", "state")),
+        *((name, ctypes.c_float) for name in ("scale", "eps")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "i", "f", "C0", "n0", "m0", "h", "C", "n", "m")
+        ),
+    )
+
+
+class SlstmCall(ctypes.Structure):
+    """`xlstm::Slstm` of common/call.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("batch", "length", "heads", "dim", "io", "weight")),
+        ("forget_max", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("x", "R", "R_scale", "bias", "y0", "c0", "n0", "m0")),
+        *((name, ctypes.c_void_p) for name in ("y", "y_n", "c_n", "n_n", "m_n")),
+    )
+
+
+Tensors = Mapping[str, Any]
+
+
+class NativeLibrary:
+    """A loaded library of kernels.
+
+    Args:
+        path: the shared library.
+
+    Raises:
+        NativeError: the file cannot be loaded or is another library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._lib = ctypes.CDLL(str(path))
+            for op, call in (("mlstm", MlstmCall), ("slstm", SlstmCall)):
+                check, workspace, run = (getattr(self._lib, f"xlstm_{op}_{f}") for f in _FUNCTIONS)
+                check.argtypes, check.restype = [ctypes.POINTER(call)], ctypes.c_char_p
+                workspace.argtypes, workspace.restype = [ctypes.POINTER(call)], ctypes.c_size_t
+                run.argtypes = [ctypes.POINTER(call), ctypes.c_void_p, ctypes.c_void_p]
+                run.restype = ctypes.c_int
+        except (OSError, AttributeError) as error:
+            raise NativeError(f"{path} is no library of recurrence kernels: {error}") from error
+
+    def mlstm(
+        self, tensors: Tensors, *, scale: float, eps: float, workspace: Any = None, context: Any = None
+    ) -> None:
+        """Run `XlstmMlstm`.
+
+        Args:
+            tensors: q, k, v, i, f, C0, n0, m0 and the results h, C, n, m, which are written.
+            scale, eps: as for `ops.mlstm`.
+            workspace: tensor of at least `mlstm_workspace` bytes, where the kernels run on a GPU; host
+                memory is allocated when None.
+            context: see common/call.h.
+
+        Raises:
+            NativeError: a shape or type does not fit, the library refuses the call or fails.
+        """
+        call = mlstm_call(tensors, scale=scale, eps=eps)
+        self._run("mlstm", call, workspace, context)
+
+    def slstm(
+        self,
+        tensors: Tensors,
+        *,
+        forget_max: float = math.inf,
+        workspace: Any = None,
+        context: Any = None,
+    ) -> None:
+        """Run `XlstmSlstm`.
+
+        Args:
+            tensors: x, R, R_scale (for int8 only), bias, y0, c0, n0, m0 and the results y, y_n, c_n, n_n, m_n.
+            forget_max: as for `ops.slstm`.
+            workspace, context: as for `mlstm`.
+
+        Raises:
+            NativeError: as `mlstm`.
+        """
+        call = slstm_call(tensors, forget_max=forget_max)
+        self._run("slstm", call, workspace, context)
+
+    def mlstm_workspace(self, call: MlstmCall) -> int:
+        """Bytes of scratch memory that `mlstm` wants."""
+        return int(self._lib.xlstm_mlstm_workspace(ctypes.byref(call)))
+
+    def slstm_workspace(self, call: SlstmCall) -> int:
+        """Bytes of scratch memory that `slstm` wants."""
+        return int(self._lib.xlstm_slstm_workspace(ctypes.byref(call)))
+
+    def _run(self, op: str, call: ctypes.Structure, workspace: Any, context: Any) -> None:
+        check, size, run = (getattr(self._lib, f"xlstm_{op}_{f}") for f in _FUNCTIONS)
+        refusal = check(ctypes.byref(call))
+        if refusal is not None:
+            raise NativeError(f"{op}: {refusal.decode()}")
+        scratch = ctypes.create_string_buffer(size(ctypes.byref(call)) + 256) if workspace is None else None
+        address = _aligned(ctypes.addressof(scratch)) if scratch is not None else _address(workspace)
+        status = run(ctypes.byref(call), address, context)
+        if status != 0:
+            raise NativeError(f"{op}: the library failed with error {status}")
+
+
+_FUNCTIONS = ("check", "workspace", "run")
+
+
+def mlstm_call(tensors: Tensors, *, scale: float, eps: float) -> MlstmCall:
+    """The call of `NativeLibrary.mlstm` as a structure; the tensors must outlive it."""
+    B, S, H, Dk = tensors["q"].shape
+    Dv = tensors["v"].shape[-1]
+    shapes = {
+        **dict.fromkeys("qk", (B, S, H, Dk)),
+        **dict.fromkeys("vh", (B, S, H, Dv)),
+        **dict.fromkeys("if", (B, S, H)),
+        **dict.fromkeys(("C0", "C"), (B, H, Dk, Dv)),
+        **dict.fromkeys(("n0", "n"), (B, H, Dk)),
+        **dict.fromkeys(("m0", "m"), (B, H)),
+    }
+    io, state = _dtype(tensors["q"]), _dtype(tensors["C0"])
+    types = dict.fromkeys(shapes, "float32") | dict.fromkeys("qkvh", io) | dict.fromkeys(("C0", "C"), state)
+    addresses = {name: _checked(name, tensors[name], shapes[name], types[name]) for name in shapes}
+    return MlstmCall(
+        batch=B,
+        length=S,
+        heads=H,
+        dk=Dk,
+        dv=Dv,
+        io=DTYPES[io],
+        state=DTYPES[state],
+        scale=scale,
+        eps=eps,
+        **addresses,
+    )
+
+
+def slstm_call(tensors: Tensors, *, forget_max: float = math.inf) -> SlstmCall:
+    """The call of `NativeLibrary.slstm` as a structure; the tensors must outlive it."""
+    B, S, _, H, D = tensors["x"].shape
+    shapes = {
+        "x": (B, S, 4, H, D),
+        "R": (H, D, 4, D),
+        "bias": (4, H, D),
+        "y": (B, S, H, D),
+        **dict.fromkeys(("y0", "c0", "n0", "m0", "y_n", "c_n", "n_n", "m_n"), (B, H, D)),
+    }
+    io, weight = _dtype(tensors["x"]), _dtype(tensors["R"])
+    if weight == "int8":
+        shapes["R_scale"] = (H, 4, D)
+    types = dict.fromkeys(shapes, "float32") | {"x": io, "y": io, "R": weight}
+    addresses = {name: _checked(name, tensors[name], shapes[name], types[name]) for name in shapes}
+    return SlstmCall(
+        batch=B,
+        length=S,
+        heads=H,
+        dim=D,
+        io=DTYPES[io],
+        weight=DTYPES[weight],
+        forget_max=forget_max,
+        **addresses,
+    )
+
+
+def _checked(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> int:
+    if tuple(tensor.shape) != shape:
+        raise NativeError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if _dtype(tensor) != dtype:
+        raise NativeError(f"{name} is {_dtype(tensor)}, expected {dtype}")
+    contiguous = tensor.is_contiguous() if hasattr(tensor, "is_contiguous") else tensor.flags.c_contiguous
+    if not contiguous:
+        raise NativeError(f"{name} is not contiguous")
+    return _address(tensor)
+
+
+def _dtype(tensor: Any) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise NativeError(f"no kernel takes {name}; they take {', '.join(DTYPES)}")
+    return name
+
+
+def _address(tensor: Any) -> int:
+    return int(tensor.data_ptr()) if hasattr(tensor, "data_ptr") else int(tensor.ctypes.data)
+
+
+def _aligned(address: int) -> int:
+    return (address + 255) // 256 * 256

@@ -1,0 +1,162 @@
+"""Where built libraries lie, and which of them belongs to the sources as they are now.
+
+The cache is one folder per build, `<cache>/plugins/<kind>-<key>/`, with the library and a `manifest.json` that
+says what it was made of. A session looks here whenever it opens, so that is reading a few small files: no
+process is started and nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xlstm_export.errors import EnvironmentError_, UsageError
+
+ROOT = Path(__file__).resolve().parent
+MANIFEST = "manifest.json"
+
+_COMMON = ("CMakeLists.txt", "common/*.h")
+_KERNELS = ("common/*.cuh", *(f"{op}/*.{end}" for op in ("mlstm", "slstm") for end in ("cu", "cuh", "hpp")))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A library that can be built.
+
+    Attributes:
+        target: its name in CMakeLists.txt.
+        purpose: what runs with it.
+        cuda: it needs the CUDA compiler, and is made for a list of GPUs.
+        sources: patterns of the files it is made of, below plugins/.
+    """
+
+    target: str
+    purpose: str
+    cuda: bool
+    sources: tuple[str, ...]
+
+    @property
+    def library(self) -> str:
+        return f"lib{self.target}.so"
+
+
+KINDS: dict[str, Kind] = {
+    "ort-cpu": Kind(
+        "xlstm_ort_cpu",
+        "fused operators for ONNX Runtime on the CPU",
+        False,
+        (*_COMMON, "mlstm/cpu*", "slstm/cpu*", "adapters/onnxruntime/cpu*", "adapters/onnxruntime/*.h"),
+    ),
+    "cuda": Kind("xlstm_cuda", "the CUDA kernels alone, as C functions", True, (*_COMMON, *_KERNELS)),
+    "tensorrt": Kind(
+        "xlstm_trt", "TensorRT plugin library", True, (*_COMMON, *_KERNELS, "adapters/tensorrt/*")
+    ),
+    "tensorrt-register": Kind(
+        "xlstm_trt_register",
+        "the same, registering itself: --staticPlugins, ONNX Runtime's TensorRT provider",
+        True,
+        (*_COMMON, *_KERNELS, "adapters/tensorrt/*"),
+    ),
+    "ort-cuda": Kind(
+        "xlstm_ort_cuda",
+        "fused operators for ONNX Runtime's CUDA provider",
+        True,
+        (*_COMMON, *_KERNELS, "adapters/onnxruntime/cuda*", "adapters/onnxruntime/*.h"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A library in the cache.
+
+    Attributes:
+        manifest: what `build` recorded of it.
+        current: it was made of the sources as they are now, for this kind of machine.
+    """
+
+    kind: str
+    path: Path
+    manifest: dict[str, Any]
+    current: bool
+
+
+def find(kind: str) -> Path | None:
+    """The newest built library of a kind that fits the current sources and this machine.
+
+    `XLSTM_EXPORT_<KIND>_LIBRARY` (ort-cpu: XLSTM_EXPORT_ORT_CPU_LIBRARY) names another one; "off" means none.
+
+    Raises:
+        UsageError: there is no such kind.
+        EnvironmentError_: the variable names a file that is not there.
+    """
+    require_kind(kind)
+    variable = f"XLSTM_EXPORT_{kind.upper().replace('-', '_')}_LIBRARY"
+    if given := os.environ.get(variable):
+        if given == "off":
+            return None
+        if not Path(given).is_file():
+            raise EnvironmentError_(f"{variable} names {given}, which is no file", f"unset {variable}")
+        return Path(given).resolve()
+    return next((built.path for built in cached(kind) if built.current), None)
+
+
+def cached(kind: str) -> Iterator[Built]:
+    """Every library of a kind in the cache, the newest first."""
+    name = KINDS[kind].library
+    folders = [folder for folder in cache_folder().glob(f"{kind}-*") if (folder / name).is_file()]
+    if not folders:
+        return
+    sources = source_hash(kind)
+    for folder in sorted(folders, key=lambda folder: (folder / name).stat().st_mtime_ns, reverse=True):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # damaged, or being removed
+            continue
+        if manifest["kind"] == kind:  # "tensorrt-*" finds "tensorrt-register-*" too
+            current = (manifest["sources"], manifest["machine"]) == (sources, machine())
+            yield Built(kind, folder / name, manifest, current)
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export."""
+    given = os.environ.get("XLSTM_EXPORT_CACHE")
+    return (Path(given) if given else Path.home() / ".cache" / "xlstm_export") / "plugins"
+
+
+def machine() -> str:
+    """The kind of machine that libraries built here run on, such as linux-aarch64."""
+    return f"{platform.system().lower()}-{platform.machine()}"
+
+
+def source_files(kind: str) -> list[Path]:
+    """The files a kind is made of, sorted by their path below plugins/."""
+    return sorted(
+        {path for pattern in KINDS[kind].sources for path in ROOT.glob(pattern) if _is_source(path)}
+    )
+
+
+def source_hash(kind: str) -> str:
+    """SHA-256 over names and contents of what a kind is made of."""
+    digest = hashlib.sha256()
+    for path in source_files(kind):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def require_kind(kind: str) -> None:
+    """Raise UsageError, naming the kinds there are, where `kind` is none of them."""
+    if kind not in KINDS:
+        raise UsageError(f"no plugin library is called {kind}", f"there are {', '.join(KINDS)}")
+
+
+def _is_source(path: Path) -> bool:
+    return path.suffix in {".cpp", ".cc", ".cu", ".cuh", ".h", ".hpp"} or path.name == "CMakeLists.txt"

@@ -98,7 +98,7 @@ class NativeLibrary:
         """Run `XlstmSlstm`.
 
         Args:
-            tensors: x, R, R_scale (for int8 only), bias, y0, c0, n0, m0 and the results y, y_n, c_n, n_n, m_n.
+            tensors: x, R, R_scale (int8 only), bias, y0, c0, n0, m0 and the results y, y_n, c_n, n_n, m_n.
             forget_max: as for `ops.slstm`.
             workspace, context: as for `mlstm`.
 

@@ -1,8 +1,8 @@
 """Where built libraries lie, and which of them belongs to the sources as they are now.
 
-The cache is one folder per build, `<cache>/plugins/<kind>-<key>/`, with the library and a `manifest.json` that
-says what it was made of. A session looks here whenever it opens, so that is reading a few small files: no
-process is started and nothing heavy is imported.
+The cache is one folder per build, `<cache>/plugins/<kind>-<key>/`, with the library and a `manifest.json`
+that says what it was made of. A session looks here whenever it opens, so that is reading a few small files:
+no process is started and nothing heavy is imported.
 """
 
 from __future__ import annotations

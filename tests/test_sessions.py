@@ -360,9 +360,9 @@ def test_results_of_a_step_are_overwritten_later(make: Any) -> None:
     assert np.array_equal(prefilled, kept)
 
 
-def test_state_is_never_copied(make: Any) -> None:
+def test_state_is_never_copied(small_export: Path) -> None:
     """Two sets of buffers, allocated once, take turns as past and present; the runtime writes into them."""
-    session = make("ort")
+    session = OrtSession(small_export, BATCH, 1, fused=False)
 
     def addresses() -> list[dict[str, int]]:
         return [{name: x.ctypes.data for name, x in buffer.items()} for buffer in session._buffers]

@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from . import functions
 from .config import OP_DOMAIN
+from .fused import drop_bodies
 from .passes.merge_static_views import merge_static_views
 
 
@@ -28,15 +29,24 @@ def decode_graph(path: Path, batch: int) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def fix_one_position(model: ir.Model, batch: int) -> None:
-    """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place."""
+def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> None:
+    """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place.
+
+    Args:
+        model: an exported graph, or what `precision/lower.py` makes of one.
+        batch: number of streams.
+        fused: leave the recurrence operators to kernels, see `fused.py`; else their step bodies are inlined.
+    """
     _use_step_bodies(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         sizes = {"B": batch, "S": 1}
         assert value.shape is not None
         value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d), d) for d in value.shape])
-    common.InlinePass()(model)
-    common.ShapeInferencePass()(model)
+    if not fused:
+        common.InlinePass()(model)
+    common.ShapeInferencePass()(model)  # through the bodies, where they are not inlined
+    if fused:
+        drop_bodies(model)
     merge_static_views(model)
 
 

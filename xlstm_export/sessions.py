@@ -260,7 +260,8 @@ class OrtSession(StatefulSession):
     disk. Decode runs what `decode.decode_graph` makes of it and packs the weights for products with a single
     row. State lives in two sets of buffers that swap roles at every call; nothing is copied. Each session
     is opened when it is first needed. What is half or quantized in a graph is lowered first, see
-    `precision/lower.py`; weights that this leaves alone are mapped all the same.
+    `precision/lower.py`; weights that this leaves alone are mapped all the same. Recurrences run as a kernel
+    each where these are built, see `fused.py`, and then update their states in place.
 
     Args:
         folder: run folder of `export` or `quantize`.
@@ -268,19 +269,25 @@ class OrtSession(StatefulSession):
         threads: threads of one operator; all cores by default.
         rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
             without it half is FP32, which is faster on a CPU.
+        fused: whether to run recurrences as kernels where these are built; else their function bodies run.
     """
 
-    def __init__(self, folder: Path, batch: int = 1, threads: int = 0, *, rounding: bool = True) -> None:
+    def __init__(
+        self, folder: Path, batch: int = 1, threads: int = 0, *, rounding: bool = True, fused: bool = True
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise EnvironmentError_(
                 f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
             ) from error
+        from . import fused as fused_operators
+
         self._ort = onnxruntime
         self._folder = Path(folder)
         self._threads = threads
         self._rounding = rounding
+        self._library = fused_operators.library() if fused else None
         self.io = read_io(self._folder)
         self._last_logits = bool(read_manifest(self._folder).get("options", {}).get("last_logits"))
         self.batch = batch
@@ -294,6 +301,7 @@ class OrtSession(StatefulSession):
         self._values = [
             {name: self._value(array) for name, array in buffer.items()} for buffer in self._buffers
         ]
+        self._in_place: frozenset[str] | None = None
         self._now = 0  # which buffer set holds the current state
 
     def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
@@ -306,6 +314,11 @@ class OrtSession(StatefulSession):
         for start in range(0, length, piece):
             self._prefill_piece(inputs, outputs, slice(start, min(start + piece, length)))
         return outputs
+
+    @property
+    def fused(self) -> bool:
+        """Whether recurrences run as kernels."""
+        return self._library is not None
 
     @property
     def _divisible(self) -> bool:
@@ -379,6 +392,7 @@ class OrtSession(StatefulSession):
             binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
 
     def _open(self, *, decode: bool) -> Any:
+        from . import fused as fused_operators
         from .graph_cut import load_graph
         from .precision import lower
 
@@ -387,14 +401,20 @@ class OrtSession(StatefulSession):
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if self._library is not None:
+            options.register_custom_ops_library(str(self._library))
         try:
             if lower.needs_lowering(model):
-                batch = self.batch if decode else None
                 session = lower.open_session(
-                    model, self._folder, options, rounding=self._rounding, batch=batch
+                    model,
+                    self._folder,
+                    options,
+                    rounding=self._rounding,
+                    batch=self.batch if decode else None,
+                    fused=self.fused,
                 )
             else:
-                session = self._fp32_session(path, options, decode=decode)
+                session = self._fp32_session(model, path, options, decode=decode)
         except Exception as error:
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
@@ -403,17 +423,38 @@ class OrtSession(StatefulSession):
         lacking = [name for name in wanted if name not in given]
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
+        if self.fused:
+            self._share_buffers(fused_operators.states_in_place(model))
         return session
 
-    def _fp32_session(self, path: Path, options: Any, *, decode: bool) -> Any:
-        from .decode import decode_graph
+    def _share_buffers(self, names: frozenset[str]) -> None:
+        """States that are updated in place have one buffer, which both sets hold; decided once."""
+        if self._in_place is None:
+            self._in_place = names
+            for name in names:
+                self._buffers[1 - self._now][name] = self._buffers[self._now][name]
+                self._values[1 - self._now][name] = self._values[self._now][name]
+        assert self._in_place <= names, "prefill and decode update the same states in place"
+
+    def _fp32_session(self, model: Any, path: Path, options: Any, *, decode: bool) -> Any:
+        import onnx_ir as ir
+
+        from . import fused as fused_operators
+        from .decode import decode_graph, fix_one_position
 
         # Packed weights make a step 7% faster; prefill packs them piece by piece in any case, and reads
         # them from the mapped file.
         options.add_session_config_entry(PREPACKING, "0" if decode else "1")
         source: Any = str(path)
-        if decode:
+        if decode or self.fused:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder))
+        if self.fused:
+            if decode:
+                fix_one_position(model, self.batch, fused=True)
+            else:
+                fused_operators.drop_bodies(model)
+            source = bytes(ir.to_proto(model).SerializeToString())
+        elif decode:
             source = decode_graph(path, self.batch)
         return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .. import decode
+from ..fused import drop_bodies
 from ..inputs import Arrays
 from ..lazy import SMALL
 from ..passes.merge_static_views import merge_static_views
@@ -39,7 +40,7 @@ def needs_lowering(model: ir.Model) -> bool:
     return quantized or computes_in_half(model)
 
 
-def lower(model: ir.Model, *, rounding: bool = True, batch: int | None = None) -> None:
+def lower(model: ir.Model, *, rounding: bool = True, batch: int | None = None, fused: bool = False) -> None:
     """Make a half or quantized graph one of FP32 operators and integer kernels, in place.
 
     Args:
@@ -48,10 +49,13 @@ def lower(model: ir.Model, *, rounding: bool = True, batch: int | None = None) -
             half; without it they are FP32.
         batch: None for a graph of any B and S; else the result is the graph for one position of so many
             streams, see `decode.py`.
+        fused: leave the recurrence operators to kernels, see `fused.py`.
     """
     to_float32(model, rounding=rounding)
     if batch is not None:
-        decode.fix_one_position(model, batch)
+        decode.fix_one_position(model, batch, fused=fused)
+    elif fused:
+        drop_bodies(model)
     use_integer_kernels(model, rows=batch)
     if batch is not None:
         merge_static_views(model)
@@ -59,18 +63,24 @@ def lower(model: ir.Model, *, rounding: bool = True, batch: int | None = None) -
 
 
 def open_session(
-    model: ir.Model, folder: Path, options: Any, *, rounding: bool = True, batch: int | None = None
+    model: ir.Model,
+    folder: Path,
+    options: Any,
+    *,
+    rounding: bool = True,
+    batch: int | None = None,
+    fused: bool = False,
 ) -> Any:
     """An onnxruntime.InferenceSession over the lowered `model`, which is changed.
 
     Args:
-        model, rounding, batch: as for `lower`.
+        model, rounding, batch, fused: as for `lower`.
         folder: where the graph's weight file lies.
         options: onnxruntime.SessionOptions, which are added to; yet without a folder of weights or packing.
     """
     import onnxruntime
 
-    lower(model, rounding=rounding, batch=batch)
+    lower(model, rounding=rounding, batch=batch, fused=fused)
     for key, value in {**SESSION_CONFIG, WEIGHTS_FOLDER: str(folder)}.items():
         options.add_session_config_entry(key, value)
     # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.

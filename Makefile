@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # `verify` follows the drift for 16,000 positions, in both modes; here it is to be quick.
 DRIFT := --horizon 4000 --free-horizon 1000
 
-.PHONY: demo test lint bench precision scale install clean
+.PHONY: demo test lint bench precision scale gpu install clean
 
 demo: $(INSTALLED)
 	$(BIN)/xlstm-export deploy examples/austen_lm \
@@ -43,6 +43,12 @@ precision: $(INSTALLED)
 scale: $(INSTALLED)
 	$(BIN)/python benchmarks/export_scale.py --out benchmarks/results/scale.json
 	$(BIN)/python benchmarks/readme.py
+
+# The kernels on this machine's GPU: built, checked, sanitized, timed; under 8 minutes. Nothing is installed:
+# nvcc and a PYTHON with torch are enough.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/readme.py
 
 install: $(INSTALLED)
 

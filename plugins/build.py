@@ -25,7 +25,7 @@ from xlstm_export import runfolder
 from xlstm_export.errors import BuildError, EnvironmentError_
 
 from . import toolchain
-from .locate import KINDS, MANIFEST, ROOT, cache_folder, machine, require_kind, source_files, source_hash
+from .locate import KINDS, MANIFEST, ROOT, cache_folder, machine, require_kind, source_hash
 
 Progress = Callable[[int, int], None]
 
@@ -153,8 +153,8 @@ def find_tools(
 
 
 def _has_sources(kind: str) -> bool:
-    """Whether there is more than headers; a kind may be left out of an installation."""
-    return any(path.suffix in {".cpp", ".cc", ".cu"} for path in source_files(kind))
+    """Whether every pattern finds something; a kind may be left out of an installation."""
+    return all(any(ROOT.glob(pattern)) for pattern in KINDS[kind].sources)
 
 
 def _manifest(kind: str, tools: Tools) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from xlstm_export.errors import EnvironmentError_, UsageError
 ROOT = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
 
-_COMMON = ("CMakeLists.txt", "common/*.h")
-_KERNELS = ("common/*.cuh", *(f"{op}/*.{end}" for op in ("mlstm", "slstm") for end in ("cu", "cuh", "hpp")))
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
+_KERNELS = ("mlstm/launch.cu", "slstm/launch.cu")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Kind:
         target: its name in CMakeLists.txt.
         purpose: what runs with it.
         cuda: it needs the CUDA compiler, and is made for a list of GPUs.
-        sources: patterns of the files it is made of, below plugins/.
+        sources: patterns of the files that are compiled, below plugins/.
     """
 
     target: str
@@ -51,23 +52,21 @@ KINDS: dict[str, Kind] = {
         "xlstm_ort_cpu",
         "fused operators for ONNX Runtime on the CPU",
         False,
-        (*_COMMON, "mlstm/cpu*", "slstm/cpu*", "adapters/onnxruntime/cpu*", "adapters/onnxruntime/*.h"),
+        ("mlstm/cpu*.cpp", "slstm/cpu*.cpp", "adapters/onnxruntime/cpu*.cpp"),
     ),
-    "cuda": Kind("xlstm_cuda", "the CUDA kernels alone, as C functions", True, (*_COMMON, *_KERNELS)),
-    "tensorrt": Kind(
-        "xlstm_trt", "TensorRT plugin library", True, (*_COMMON, *_KERNELS, "adapters/tensorrt/*")
-    ),
+    "cuda": Kind("xlstm_cuda", "the CUDA kernels alone, as C functions", True, _KERNELS),
+    "tensorrt": Kind("xlstm_trt", "TensorRT plugin library", True, (*_KERNELS, "adapters/tensorrt/*.cc")),
     "tensorrt-register": Kind(
         "xlstm_trt_register",
         "the same, registering itself: --staticPlugins, ONNX Runtime's TensorRT provider",
         True,
-        (*_COMMON, *_KERNELS, "adapters/tensorrt/*"),
+        (*_KERNELS, "adapters/tensorrt/*.cc"),
     ),
     "ort-cuda": Kind(
         "xlstm_ort_cuda",
         "fused operators for ONNX Runtime's CUDA provider",
         True,
-        (*_COMMON, *_KERNELS, "adapters/onnxruntime/cuda*", "adapters/onnxruntime/*.h"),
+        (*_KERNELS, "adapters/onnxruntime/cuda*.cc"),
     ),
 }
 
@@ -135,18 +134,29 @@ def machine() -> str:
     return f"{platform.system().lower()}-{platform.machine()}"
 
 
-def source_files(kind: str) -> list[Path]:
-    """The files a kind is made of, sorted by their path below plugins/."""
-    return sorted(
-        {path for pattern in KINDS[kind].sources for path in ROOT.glob(pattern) if _is_source(path)}
-    )
+def compiled_files(kind: str) -> list[Path]:
+    """The files that a compiler is given for a kind."""
+    return sorted({path for pattern in KINDS[kind].sources for path in ROOT.glob(pattern)})
+
+
+def source_files(kind: str) -> dict[Path, bytes]:
+    """All that a kind is made of, and its content: what is compiled, and what that includes."""
+    contents: dict[Path, bytes] = {}
+    waiting = [ROOT / "CMakeLists.txt", *compiled_files(kind)]
+    while waiting:
+        path = waiting.pop()
+        if path in contents or not path.is_file():
+            continue
+        contents[path] = path.read_bytes()
+        # Includes are written from plugins/ on, see CMakeLists.txt.
+        waiting += [ROOT / name.decode() for name in _INCLUDE.findall(contents[path])]
+    return contents
 
 
 def source_hash(kind: str) -> str:
     """SHA-256 over names and contents of what a kind is made of."""
     digest = hashlib.sha256()
-    for path in source_files(kind):
-        content = path.read_bytes()
+    for path, content in sorted(source_files(kind).items()):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
@@ -156,7 +166,3 @@ def require_kind(kind: str) -> None:
     """Raise UsageError, naming the kinds there are, where `kind` is none of them."""
     if kind not in KINDS:
         raise UsageError(f"no plugin library is called {kind}", f"there are {', '.join(KINDS)}")
-
-
-def _is_source(path: Path) -> bool:
-    return path.suffix in {".cpp", ".cc", ".cu", ".cuh", ".h", ".hpp"} or path.name == "CMakeLists.txt"

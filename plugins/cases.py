@@ -1,0 +1,138 @@
+"""Random calls of the two operators with the results the recurrence gives in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xlstm_export import ops
+from xlstm_export.compare import difference
+
+from .native import NativeLibrary, mlstm_call, slstm_call
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = dict[str, "torch.Tensor"]
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        tensors: operands by their names in `native.py`, on the CPU.
+        results: what is to be written, in the right shapes and types.
+        exact: results in float64; states in the gauge of `gauge`.
+        gauge: name of the stabilizer among the results, its exact value, and the results it is the gauge of.
+        run: makes the call on tensors that hold operands and results.
+        workspace: bytes of scratch memory for them.
+    """
+
+    tensors: Tensors
+    results: Tensors
+    exact: Tensors
+    gauge: tuple[str, torch.Tensor, tuple[str, ...]]
+    run: Callable[[NativeLibrary, Tensors, Any, int | None], None]
+    workspace: Callable[[NativeLibrary, Tensors], int]
+
+    def errors(self, got: Tensors) -> dict[str, float]:
+        """Relative L2 of each result, states gauge-free; infinite where something is not finite."""
+        name, exact_m, states = self.gauge
+        factor = (got[name].double() - exact_m).exp()
+        values = {result: got[result].double() for result in self.exact}
+        for state in states:
+            values[state] *= factor.reshape(*factor.shape, *[1] * (values[state].ndim - factor.ndim))
+        return {
+            name: difference(values[name].numpy(), exact.numpy()).relative_l2
+            for name, exact in self.exact.items()
+        }
+
+
+def mlstm_case(shape: tuple[int, int, int, int, int], io: torch.dtype, state: torch.dtype, seed: int) -> Case:
+    """A call of `XlstmMlstm`: shape is (B, S, H, Dk, Dv), `state` the type C is stored in."""
+    import torch
+
+    B, S, H, Dk, Dv = shape
+    normal = _normal(seed)
+    tensors = {
+        # A common part in q, k and n keeps the normalizer q·n from cancelling, which amplifies any rounding.
+        "q": (1 + normal(B, S, H, Dk)).to(io),
+        "k": (1 + normal(B, S, H, Dk)).to(io),
+        "v": normal(B, S, H, Dv).to(io),
+        "i": 2 * normal(B, S, H),
+        "f": 2 + 2 * normal(B, S, H),
+        "C0": normal(B, H, Dk, Dv).to(state),
+        "n0": 1 + normal(B, H, Dk),
+        "m0": normal(B, H),
+    }
+    results = {
+        "h": torch.empty(B, S, H, Dv, dtype=io),
+        "C": torch.empty(B, H, Dk, Dv, dtype=state),
+        "n": torch.empty(B, H, Dk),
+        "m": torch.empty(B, H),
+    }
+    options = {"scale": Dk**-0.5, "eps": EPS}
+    q, k, v, i, f, *past = (tensor.double() for tensor in tensors.values())
+    h, (C, n, m) = ops.mlstm_sequence(q, k, v, i, f, (past[0], past[1], past[2]), **options)
+    return Case(
+        tensors,
+        results,
+        {"h": h, "C": C, "n": n},
+        ("m", m, ("C", "n")),
+        lambda library, all_, scratch, stream: library.mlstm(
+            all_, **options, workspace=scratch, context=stream
+        ),
+        lambda library, all_: library.mlstm_workspace(mlstm_call(all_, **options)),
+    )
+
+
+def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.dtype, seed: int) -> Case:
+    """A call of `XlstmSlstm`: shape is (B, S, H, D), `weight` the type of R, which may be int8."""
+    import torch
+
+    B, S, H, D = shape
+    normal = _normal(seed)
+    # Small enough that errors fade instead of being amplified from step to step.
+    R = normal(H, D, 4, D) / (4 * D)
+    tensors = {
+        "x": (2 * normal(B, S, 4, H, D)).to(io),
+        "bias": normal(4, H, D),
+        "y0": normal(B, H, D).tanh(),
+        "n0": 1 + normal(B, H, D).abs(),
+        "m0": normal(B, H, D),
+    }
+    tensors["c0"] = tensors["n0"] * normal(B, H, D).tanh()
+    if weight == torch.int8:
+        tensors["R_scale"] = R.abs().amax(dim=1).div(127)  # (H, 4, D)
+        tensors["R"] = (R / tensors["R_scale"][:, None]).round().to(weight)
+        R = tensors["R"].double() * tensors["R_scale"].double()[:, None]
+    else:
+        tensors["R"] = R.to(weight)
+        R = tensors["R"].double()
+    results = {
+        "y": torch.empty(B, S, H, D, dtype=io),
+        **{name: torch.empty(B, H, D) for name in ("y_n", "c_n", "n_n", "m_n")},
+    }
+    y0, c0, n0, m0 = (tensors[name].double() for name in ("y0", "c0", "n0", "m0"))
+    ys, (y, c, n, m) = ops.slstm_sequence(
+        tensors["x"].double(), R, tensors["bias"].double(), (y0, c0, n0, m0)
+    )
+    return Case(
+        tensors,
+        results,
+        {"y": ys, "y_n": y, "c_n": c, "n_n": n},
+        ("m_n", m, ("c_n", "n_n")),
+        lambda library, all_, scratch, stream: library.slstm(all_, workspace=scratch, context=stream),
+        lambda library, all_: library.slstm_workspace(slstm_call(all_)),
+    )
+
+
+def _normal(seed: int) -> Callable[..., torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *size: torch.randn(*size, generator=generator)

@@ -1,0 +1,48 @@
+"""What has been built, what it was built from, and whether it loads here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .locate import KINDS, Built, cached
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A built library.
+
+    Attributes:
+        problem: why it does not load on this machine; empty where it does.
+    """
+
+    built: Built
+    problem: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.built.kind,
+            "path": str(self.built.path),
+            "current": self.built.current,
+            "loads": not self.problem,
+            "problem": self.problem,
+            "manifest": self.built.manifest,
+        }
+
+
+def inventory() -> list[Entry]:
+    """Every library in the cache, kind by kind, the newest first."""
+    return [Entry(built, loading_problem(built.path)) for kind in KINDS for built in cached(kind)]
+
+
+def loading_problem(path: Path) -> str:
+    """What the dynamic linker says against a library; empty when it loads."""
+    try:
+        # Unresolved symbols count now, not at the first call; nothing becomes visible to other libraries.
+        ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    except OSError as error:
+        return str(error)
+    return ""

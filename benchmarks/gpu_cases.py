@@ -61,6 +61,7 @@ class Case:
         second: type of C (mLSTM) or of R (sLSTM).
         in_place: states are overwritten.
         streamed: S calls of one position instead of one call.
+        offset: elements that every operand and result lies away from an aligned address.
         repeats: times the kernel runs; all results have to be equal bit for bit.
     """
 
@@ -71,6 +72,7 @@ class Case:
     second: str
     in_place: bool = False
     streamed: bool = False
+    offset: int = 0
     repeats: int = 3
     traits: dict[str, Any] = field(default_factory=dict)
 
@@ -83,6 +85,7 @@ class Case:
         sizes = " ".join(f"{name}{size}" for name, size in self.shape.items())
         place = " in place" if self.in_place else ""
         form = " streamed" if self.streamed else ""
+        form += f" off by {self.offset}" if self.offset else ""
         return f"{self.kernel} {self.io}/{self.second} {self.kind}, {sizes}{place}{form}"
 
 
@@ -108,6 +111,8 @@ def _step_cases(small: bool) -> Iterator[Case]:
     for number, sizes in enumerate(shapes):
         for io, second in types:
             yield case("plain", sizes, io, second, in_place=bool(number % 2))
+    yield case("plain", base, "float32", "float32", offset=1)
+    yield case("plain", base, "bfloat16", "bfloat16", offset=3, in_place=True)
     length = 40 if small else 65536
     yield case("plain", (1, length, 1, 16, 16), "float32", "float32", in_place=True, streamed=True, repeats=1)
     if not small:
@@ -128,6 +133,8 @@ def _chunkwise_cases(small: bool) -> Iterator[Case]:
         sizes = (1, length, 1, 32, 16) if small else (2, length, 2, 48, 80)
         io = IO[number % 3]
         yield case("plain", sizes, io, "float32", in_place=bool(number % 2))
+    yield case("plain", base, "float32", "float32", offset=1)
+    yield case("plain", base, "bfloat16", "bfloat16", offset=3, in_place=True)
     if small:
         return
     shapes = [(1, 130, 1, 16, 16), (1, 300, 2, 128, 256), (1, 300, 2, 256, 512), (1, 300, 2, 384, 384)]
@@ -159,6 +166,8 @@ def _slstm_cases(small: bool) -> Iterator[Case]:
     for number, sizes in enumerate(shapes):
         for io, second in types:
             yield case("plain", sizes, io, second, in_place=bool(number % 2))
+    yield case("plain", base, "float32", "float32", offset=1)
+    yield case("plain", base, "bfloat16", "int8", offset=3, in_place=True)
     if not small:
         for io, second in (("float32", "float32"), ("bfloat16", "float16"), ("float32", "int8")):
             yield case("plain", (1, 65536, 1, 32), io, second, repeats=2)

@@ -1,0 +1,38 @@
+#include "fake_kernels.h"
+
+FakeKernels *fake_kernels() {
+    static FakeKernels fake{};
+    return &fake;
+}
+
+// Largest for 2 sequences of length 1, as if the kernels split those over more blocks.
+static size_t workspace_of(int32_t batch, int32_t length) {
+    return batch == 2 && length == 1 ? size_t{1} << 20 : size_t{256} * batch * length;
+}
+
+static int note(void *workspace, void *context) {
+    fake_kernels()->workspace = workspace;
+    fake_kernels()->context = context;
+    ++fake_kernels()->runs;
+    return fake_kernels()->status;
+}
+
+const char *xlstm_mlstm_check(const xlstm::Mlstm *call) {
+    fake_kernels()->mlstm = *call;
+    return fake_kernels()->refusal;
+}
+size_t xlstm_mlstm_workspace(const xlstm::Mlstm *call) { return workspace_of(call->batch, call->length); }
+int xlstm_mlstm_run(const xlstm::Mlstm *call, void *workspace, void *context) {
+    fake_kernels()->mlstm = *call;
+    return note(workspace, context);
+}
+
+const char *xlstm_slstm_check(const xlstm::Slstm *call) {
+    fake_kernels()->slstm = *call;
+    return fake_kernels()->refusal;
+}
+size_t xlstm_slstm_workspace(const xlstm::Slstm *call) { return workspace_of(call->batch, call->length); }
+int xlstm_slstm_run(const xlstm::Slstm *call, void *workspace, void *context) {
+    fake_kernels()->slstm = *call;
+    return note(workspace, context);
+}

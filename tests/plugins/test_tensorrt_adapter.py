@@ -1,0 +1,116 @@
+"""The TensorRT plugin libraries inside NVIDIA's own runtimes, on kernels that record how they are called.
+
+`tensorrt_driver.cc` holds the checks; each is a test here, for every runtime and both libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from lean_runtime import lean_runtime, plugin_build
+
+RUNTIMES = ("10.15.1.29", "10.16.1.11", "11.4.0.106")
+EMULATED_RUNTIMES = ("10.16.1.11", "11.4.0.106")
+LIBRARIES = {"load": "libxlstm_trt.so", "register": "libxlstm_trt_register.so"}
+CHECKS = (
+    "found",
+    "logger",
+    "identity",
+    "bad_fields",
+    "default_fields",
+    "copies",
+    "aliasing",
+    "formats",
+    "output_types",
+    "output_shapes",
+    "profiles",
+    "shapes",
+    "runs",
+    "slots",
+    "unload",
+)
+MACHINE = os.uname().machine
+
+
+@cache
+def drive(version: str, how: str, machine: str) -> subprocess.CompletedProcess[str]:
+    """Run the driver; natively with sanitizers, for another machine under qemu."""
+    runtime = lean_runtime(version, machine)
+    built = plugin_build(machine, sanitized=machine == MACHINE)
+    command = [str(built / "driver"), str(runtime), str(built / LIBRARIES[how]), how]
+    return subprocess.run([*emulator(machine), *command], capture_output=True, text=True)
+
+
+def emulator(machine: str) -> list[str]:
+    if machine == MACHINE:
+        return []
+    qemu = f"qemu-{machine}-static"
+    if shutil.which(qemu) is None:
+        pytest.skip(f"no {qemu}")
+    return [qemu, "-L", f"/usr/{machine}-linux-gnu"]
+
+
+def results(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("version", RUNTIMES)
+def test_plugins_in_a_runtime(version: str, how: str, check: str) -> None:
+    run = drive(version, how, MACHINE)
+    assert results(run).get(check) == "ok", f"{run.stdout}\n{run.stderr}"
+
+
+@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("version", RUNTIMES)
+def test_every_check_ran_and_the_process_ended_well(version: str, how: str) -> None:
+    run = drive(version, how, MACHINE)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert tuple(results(run)) == ("version", *CHECKS)
+    major, minor, patch, _ = map(int, version.split("."))
+    assert results(run)["version"] == str(major * 10000 + minor * 100 + patch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("version", EMULATED_RUNTIMES)
+def test_plugins_of_a_jetson_in_its_runtime(version: str, how: str) -> None:
+    if MACHINE == "aarch64":
+        pytest.skip("this machine is one: the tests above ran there")
+    run = drive(version, how, "aarch64")
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert tuple(results(run)) == ("version", *CHECKS)
+
+
+def test_libraries_need_nothing_of_tensorrt() -> None:
+    """One binary for every version: no symbol of TensorRT is left to resolve, and only two are shown."""
+    built = plugin_build(MACHINE)
+    for library in LIBRARIES.values():
+        path = built / library
+        assert exported(path) == {"getCreators", "setLoggerFinder"}
+        needed = symbols(path, "--undefined-only")
+        assert not {name for name in needed if "nvinfer" in name.lower() or "Registry" in name}
+
+
+def test_self_registering_library_without_tensorrt() -> None:
+    """It loads into any process, says that it did nothing, and works through `getCreators` all the same."""
+    library = plugin_build(MACHINE) / LIBRARIES["register"]
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).getCreators; print('loaded')"
+    run = subprocess.run([shutil.which("python3") or "python3", "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "loaded"), run.stderr
+    assert "no TensorRT in this process" in run.stderr
+
+
+def exported(library: Path) -> set[str]:
+    return {name for name in symbols(library, "--defined-only") if not name.startswith(("_Z", "__"))}
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    listing = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True)
+    return {line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()}

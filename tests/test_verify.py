@@ -13,6 +13,7 @@ from typing import Any
 import models
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import numpy_helper
@@ -298,15 +299,16 @@ def test_wrong_decode_graph(
     """Steps run a graph of their own, derived when it is loaded: right files do not make it right."""
     from xlstm_export import decode
 
-    derive = decode.decode_graph
+    derive = decode.fix_one_position
 
-    def broken(path: Path, batch: int) -> bytes:
-        model = onnx.load_from_string(derive(path, batch))
-        tensor, values = weight(model, "blocks.2.xlstm.conv1d.conv.bias")
-        tensor.CopyFrom(numpy_helper.from_array(-values, tensor.name))
-        return model.SerializeToString()
+    def broken(model: ir.Model, batch: int, **options: Any) -> None:
+        derive(model, batch, **options)
+        (bias,) = (
+            v for name, v in model.graph.initializers.items() if "blocks.2.xlstm.conv1d.conv.bias" in name
+        )
+        bias.const_value = ir.tensor(-bias.const_value.numpy(), name=bias.name)
 
-    monkeypatch.setattr(decode, "decode_graph", broken)
+    monkeypatch.setattr(decode, "fix_one_position", broken)
     report = verify(folder, small_loaded, threads=1)
     assert stages(report) == {"step"}, "only single steps run the decode graph"
     assert {"step: logits", "step: states"} <= set(failed(report))

@@ -7,6 +7,7 @@ once, in place. They take FP32 only, which is what every graph is lowered to her
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,10 +32,14 @@ def drop_bodies(model: ir.Model) -> None:
             del model.functions[identifier]
 
 
-def states_in_place(model: ir.Model) -> frozenset[str]:
-    """Names of the graph inputs that hold a state only a recurrence operator reads and writes.
+def states_in_place(model: ir.Model, pairs: Mapping[str, str]) -> frozenset[str]:
+    """Names of the graph inputs that hold a state only one recurrence operator reads, and carries on.
 
     Their buffer may serve as the output's too: the kernels read every element before they write it.
+
+    Args:
+        model: graph whose recurrences run as kernels.
+        pairs: past name → present name of every state.
     """
     names = set()
     for node in model.graph:
@@ -44,6 +49,7 @@ def states_in_place(model: ir.Model) -> frozenset[str]:
             source, result = node.inputs[past], node.outputs[present]
             if source is None or source not in model.graph.inputs or not result.is_graph_output():
                 continue
-            if len(source.uses()) == 1 and not result.uses() and not source.is_graph_output():
+            alone = len(source.uses()) == 1 and not result.uses() and not source.is_graph_output()
+            if alone and pairs.get(source.name or "") == result.name:
                 names.add(source.name or "")
     return frozenset(names)

@@ -424,7 +424,8 @@ class OrtSession(StatefulSession):
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         if self.fused:
-            self._share_buffers(fused_operators.states_in_place(model))
+            pairs = {s.past: s.present for s in self.io.states}
+            self._share_buffers(fused_operators.states_in_place(model, pairs))
         return session
 
     def _share_buffers(self, names: frozenset[str]) -> None:

@@ -95,10 +95,6 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
     return bits;
 }
 
-// The exact float values of the two halves.
-__device__ __forceinline__ float low_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float high_bf16(uint32_t bits) { return __uint_as_float(bits & 0xffff0000u); }
-
 }  // namespace xlstm
 
 #else

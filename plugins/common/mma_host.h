@@ -153,7 +153,5 @@ void copy_wait() {
 
 inline uint32_t pack_bf16(float low, float high) { return to_bf16(low).bits | uint32_t(to_bf16(high).bits) << 16; }
 inline uint32_t pack_f16(float low, float high) { return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16; }
-inline float low_bf16(uint32_t bits) { return float_of_bits(bits << 16); }
-inline float high_bf16(uint32_t bits) { return float_of_bits(bits & 0xffff0000u); }
 
 }  // namespace xlstm

@@ -60,6 +60,7 @@ class Block {
         kernel_ = [](const void *kernel) { (*static_cast<const Kernel *>(kernel))(); };
         closure_ = &kernel;
         threads_ = live_ = threads;
+        gone_ = 0;
         ++generation_;
         runnable_.clear();
         for (Barrier &barrier : barriers_) barrier = {};
@@ -71,6 +72,7 @@ class Block {
         for (unsigned t = 0; t < threads; ++t) {
             fibers_[t].prepare([] { active().begin(); });
             waits_[t] = {};
+            passed_[t] = 0;
             runnable_.push_back(t);
         }
         current_ = next();
@@ -166,6 +168,7 @@ class Block {
         set_thread();
         kernel_(closure_);
         const unsigned thread = current_;
+        gone_ += passed_[thread] > 0;
         Warp &warp = warps_[thread / WARP_SIZE];
         --live_;
         warp.live &= ~(1u << thread % WARP_SIZE);
@@ -185,7 +188,14 @@ class Block {
     void complete(Barrier &barrier) {
         const size_t count = barrier.count == 0 ? live_ : barrier.count;
         if (barrier.waiting.size() < count || barrier.waiting.empty()) return;
-        for (unsigned thread : barrier.waiting) release(thread);
+        if (barrier.count == 0 && gone_ > 0) {
+            fail("barrier at %s:%d: %u threads have returned that took part in an earlier one", barrier.site.file,
+                 barrier.site.line, gone_);
+        }
+        for (unsigned thread : barrier.waiting) {
+            passed_[thread] += barrier.count == 0;
+            release(thread);
+        }
         barrier.waiting.clear();
     }
 
@@ -244,6 +254,8 @@ class Block {
     const void *closure_ = nullptr;
     Fiber main_, fibers_[MOST_THREADS];
     Wait waits_[MOST_THREADS];
+    unsigned passed_[MOST_THREADS];  // barriers of the whole CTA behind this thread
+    unsigned gone_ = 0;              // threads that have returned after such a barrier
     Warp warps_[MOST_THREADS / WARP_SIZE];
     Barrier barriers_[BARRIERS];
     std::vector<unsigned> runnable_;

@@ -60,7 +60,8 @@ template <class Io>
 struct OutputShared {
     using P = Pieces<Io>;
     static constexpr int columns = output_columns<Io>();
-    static constexpr bool direct = P::input == 1;
+    static constexpr bool direct = P::input == 1;        // raw tiles are bfloat16 planes as they are
+    static constexpr bool scores_direct = sizeof(Io) == 2;  // q and k are multiplied in their own type
     static constexpr int raw_slice = BLOCK * raw_pitch<Io>(SLICE), raw_values = BLOCK * raw_pitch<Io>(columns);
     static constexpr int state_plane = tile_size(SLICE, columns) * int(sizeof(bits16));
     static constexpr int stage = 2 * raw_slice + P::inner * state_plane;  // q, k, C
@@ -69,9 +70,10 @@ struct OutputShared {
     static constexpr int score_plane = tile_size(BLOCK, BLOCK) * int(sizeof(bits16));
     static constexpr int values = 2 * stage;
     static constexpr int scores = values + raw_values;
-    // Planes of q and k, and later those of v in their place, unless the raw tiles are planes as they are.
+    // Planes of q and k, and later those of v in their place.
     static constexpr int planes = scores + P::inner * score_plane;
-    static constexpr int both = 2 * slice_plane > value_plane ? 2 * slice_plane : value_plane;
+    static constexpr int slice_planes = (scores_direct ? 1 : 2) * slice_plane;
+    static constexpr int both = slice_planes > value_plane ? slice_planes : value_plane;
     static constexpr int floats = planes + (direct ? 0 : P::input * both);
     static constexpr int fixed = floats + int(sizeof(BlockDecay));
     // n, then i and to_end of the positions of the chunk, then of this block's positions
@@ -168,22 +170,29 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2) output_pass(Mlstm call, Gat
         if (round + 1 < rounds) load(round + 1);
         copy_commit();
 
-        if (!Shared::direct) {
-            expand<Io, BLOCK, SLICE, OUTPUT_THREADS, P::input>(planes_q, at, nullptr);
-            expand<Io, BLOCK, SLICE, OUTPUT_THREADS, P::input>(planes_k, at + Shared::raw_slice, nullptr);
+        const auto raw = [](const unsigned char *tile) { return reinterpret_cast<const bits16 *>(tile); };
+        constexpr int slice_plane = tile_size(BLOCK, SLICE);
+        if constexpr (!Shared::direct) {
+            if (!Shared::scores_direct || back == 0)
+                expand<Io, BLOCK, SLICE, OUTPUT_THREADS, P::input>(planes_q, at, nullptr);
+            if (!Shared::scores_direct)
+                expand<Io, BLOCK, SLICE, OUTPUT_THREADS, P::input>(planes_k, at + Shared::raw_slice, nullptr);
             __syncthreads();
         }
-        const Operand Q{Shared::direct ? reinterpret_cast<const bits16 *>(at) : planes_q, pitch(SLICE),
-                        tile_size(BLOCK, SLICE)};
-        const Operand K{Shared::direct ? reinterpret_cast<const bits16 *>(at + Shared::raw_slice) : planes_k,
-                        pitch(SLICE), tile_size(BLOCK, SLICE)};
-        const Operand Q_rows{Q.at + warp_row * Q.pitch, Q.pitch, Q.plane};
-        multiply<2, 4, SLICE, P::input, P::input, P::order, Layout::plain, Layout::transposed>(
-            S, Q_rows, {K.at + side * 32 * K.pitch, K.pitch, K.plane});
+        const bits16 *const q_at = (Shared::direct ? raw(at) : planes_q) + warp_row * pitch(SLICE);
+        if constexpr (Shared::scores_direct) {
+            multiply<Io, 1, 1, 1, Layout::plain, Layout::transposed, SLICE>(
+                S, {raw(at) + warp_row * pitch(SLICE), pitch(SLICE), slice_plane},
+                {raw(at + Shared::raw_slice) + side * 32 * pitch(SLICE), pitch(SLICE), slice_plane});
+        } else {
+            multiply<bf16, P::input, P::input, P::order, Layout::plain, Layout::transposed, SLICE>(
+                S, {q_at, pitch(SLICE), slice_plane},
+                {planes_k + side * 32 * pitch(SLICE), pitch(SLICE), slice_plane});
+        }
         if (back == 0) {
             const bits16 *const state = reinterpret_cast<const bits16 *>(at + 2 * Shared::raw_slice);
-            multiply<2, N, SLICE, P::input, P::inner, P::order, Layout::plain, Layout::plain>(
-                H, Q_rows, {state + side * COLUMNS / 2, pitch(COLUMNS), tile_size(SLICE, COLUMNS)});
+            multiply<bf16, P::input, P::inner, P::order, Layout::plain, Layout::plain, SLICE>(
+                H, {q_at, pitch(SLICE), slice_plane}, {state + side * COLUMNS / 2, pitch(COLUMNS), tile_size(SLICE, COLUMNS)});
             const Io *const row = reinterpret_cast<const Io *>(at + threadIdx.x / 2 * raw_pitch<Io>(SLICE));
             for (int d = threadIdx.x % 2; d < SLICE && slice * SLICE + d < segment.rows; d += 2)
                 qn = fmaf(to_float(row[d]), state_n[slice * SLICE + d], qn);
@@ -219,7 +228,7 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2) output_pass(Mlstm call, Gat
                         E[e] = weight == 0.0f ? 0.0f : call.scale * S[i][j][2 * half + e] * weight;
                         sums[i][half] += E[e];
                     }
-                    store_pieces<P::inner>(scores + t * pitch(BLOCK) + side * 32 + 8 * j + lane % 4 * 2,
+                    store_pieces<bf16, P::inner>(scores + t * pitch(BLOCK) + side * 32 + 8 * j + lane % 4 * 2,
                                            tile_size(BLOCK, BLOCK), E[0], E[1]);
                 }
             }
@@ -227,13 +236,13 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2) output_pass(Mlstm call, Gat
         if (back > 0) in_between += gates.total[block_gates - back];
         copy_wait<0>();
         __syncthreads();
-        if (!Shared::direct) {
+        if constexpr (!Shared::direct) {
             expand<Io, BLOCK, COLUMNS, OUTPUT_THREADS, P::input>(planes_v, shared + Shared::values, nullptr);
             __syncthreads();
         }
         const bits16 *const V =
             Shared::direct ? reinterpret_cast<const bits16 *>(shared + Shared::values) : planes_v;
-        multiply<2, N, BLOCK, P::inner, P::input, P::order, Layout::plain, Layout::plain>(
+        multiply<bf16, P::inner, P::input, P::order, Layout::plain, Layout::plain, BLOCK>(
             H, {scores + warp_row * pitch(BLOCK), pitch(BLOCK), tile_size(BLOCK, BLOCK)},
             {V + side * COLUMNS / 2, pitch(COLUMNS), tile_size(BLOCK, COLUMNS)});
         clear(S);

@@ -7,22 +7,36 @@
 
 namespace xlstm::mlstm {
 
-// How many pieces a value has: an input, an intermediate that only outputs of type Io depend on (C at the
-// start of a chunk, the weighted scores), and one that the FP32 state depends on (weighted keys).
+// In what pieces the operands of type Io and what is made of them are multiplied (README.md, "Precision").
+//   input   bfloat16 pieces of q, k, v
+//   inner   bfloat16 pieces of what only outputs depend on: C at the start of a chunk, weighted scores
+//   order   how many pairs of pieces make a product of these
+//   Key, keys, key_order   weighted keys, which the FP32 state depends on
+//   values  pieces of v that they are multiplied with; one: v itself
 template <class Io>
 struct Pieces;
 template <>
 struct Pieces<float> {
-    static constexpr int input = 3, inner = 3, key = 3, order = 3;
+    static constexpr int input = 3, inner = 3, order = 3;
+    using Key = bf16;
+    static constexpr int keys = 3, values = 3, key_order = 3;
 };
 template <>
 struct Pieces<f16> {
-    static constexpr int input = 2, inner = 2, key = 3, order = 2;
+    static constexpr int input = 2, inner = 2, order = 2;
+    using Key = f16;
+    static constexpr int keys = 2, values = 1, key_order = 2;
 };
 template <>
 struct Pieces<bf16> {
-    static constexpr int input = 1, inner = 2, key = 3, order = 2;
+    static constexpr int input = 1, inner = 2, order = 2;
+    using Key = bf16;
+    static constexpr int keys = 3, values = 1, key_order = 3;
 };
+
+// FP16 keys are scaled, FP32 and bfloat16 need no scale.
+template <class Io>
+constexpr bool scaled_keys = sizeof(Io) == 2 && Pieces<Io>::keys == 2;
 
 // A segment of the sequence, and scratch memory that lives as long.
 struct Segment {
@@ -41,22 +55,24 @@ constexpr int STATE_THREADS = 128;
 template <class Io>
 struct StateShared {
     static constexpr int raw = STATE_TILE * raw_pitch<Io>(STATE_TILE);
-    static constexpr bool direct = Pieces<Io>::input == 1;  // a raw tile is a plane as it is
+    static constexpr bool direct = Pieces<Io>::values == 1;  // a raw tile is a plane as it is
     static constexpr int plane = tile_size(BLOCK, STATE_TILE) * int(sizeof(bits16));
     static constexpr int stage = 2 * raw + BLOCK * int(sizeof(float));  // k, v, weights
-    static constexpr int bytes = 2 * stage + Pieces<Io>::key * plane + (direct ? 0 : Pieces<Io>::input * plane);
+    static constexpr int planes = Pieces<Io>::keys + (direct ? 0 : Pieces<Io>::values);
+    static constexpr int bytes = 2 * stage + planes * plane + STATE_TILE * int(sizeof(float));
 };
 
 // One CTA per head and 64 x 64 tile of C, four warps with a 32 x 32 quarter each. C stays in FP32 registers; a
 // block's contribution is summed by itself first, because tensor cores truncate when they accumulate.
 template <class Io, class State>
-__global__ void __launch_bounds__(STATE_THREADS, 3) state_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
+__global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3) state_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
     using P = Pieces<Io>;
     using Shared = StateShared<Io>;
     XLSTM_DYNAMIC_SHARED(shared);
     unsigned char *const stages = shared;
     bits16 *const keys = reinterpret_cast<bits16 *>(shared + 2 * Shared::stage);
-    bits16 *const values = keys + P::key * tile_size(BLOCK, STATE_TILE);
+    bits16 *const values = keys + P::keys * tile_size(BLOCK, STATE_TILE);
+    float *const inverses = reinterpret_cast<float *>(keys + Shared::planes * tile_size(BLOCK, STATE_TILE));
 
     const int across = segment.columns / STATE_TILE, tiles = segment.rows / STATE_TILE * across;
     const int head = blockIdx.x / tiles, tile = blockIdx.x % tiles;
@@ -135,7 +151,7 @@ __global__ void __launch_bounds__(STATE_THREADS, 3) state_pass(Mlstm call, Gates
                         const int d = row + warp_row + 16 * i + lane / 4 + half * 8;
                         const int c = column + warp_column + 8 * j + lane % 4 * 2;
                         uint32_t bits[P::inner];
-                        split(C[i][j][2 * half], C[i][j][2 * half + 1], bits);
+                        split<bf16>(C[i][j][2 * half], C[i][j][2 * half + 1], bits);
 #pragma unroll
                         for (int p = 0; p < P::inner; ++p)
                             *reinterpret_cast<uint32_t *>(to + p * plane + size_t(d) * segment.columns + c) = bits[p];
@@ -145,9 +161,10 @@ __global__ void __launch_bounds__(STATE_THREADS, 3) state_pass(Mlstm call, Gates
             if (owns_n && threadIdx.x % 2 == 0) segment.n[chunk * segment.rows + n_row] = n;
         }
 
-        expand<Io, BLOCK, STATE_TILE, STATE_THREADS, P::key>(keys, at, weights);
-        if (!Shared::direct)
-            expand<Io, BLOCK, STATE_TILE, STATE_THREADS, P::input>(values, at + Shared::raw, nullptr);
+        if constexpr (scaled_keys<Io>) expand_scaled(keys, at, weights, inverses);
+        else expand<Io, BLOCK, STATE_TILE, STATE_THREADS, P::keys>(keys, at, weights);
+        if constexpr (!Shared::direct)
+            expand<Io, BLOCK, STATE_TILE, STATE_THREADS, P::values>(values, at + Shared::raw, nullptr);
         if (owns_n) {
             float sum = 0.0f;
             for (int j = threadIdx.x % 2; j < BLOCK; j += 2) {
@@ -162,15 +179,22 @@ __global__ void __launch_bounds__(STATE_THREADS, 3) state_pass(Mlstm call, Gates
         float added[2][4][4];
         clear(added);
         const bits16 *const B = Shared::direct ? reinterpret_cast<const bits16 *>(at + Shared::raw) : values;
-        multiply<2, 4, BLOCK, P::key, P::input, 3, Layout::transposed, Layout::plain>(
+        multiply<typename P::Key, P::keys, P::values, P::key_order, Layout::transposed, Layout::plain, BLOCK>(
             added, {keys + warp_row, pitch(STATE_TILE), tile_size(BLOCK, STATE_TILE)},
             {B + warp_column, pitch(STATE_TILE), tile_size(BLOCK, STATE_TILE)});
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+        for (int i = 0; i < 2; ++i) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int half = 0; half < 2; ++half) {
+                const float unit = scaled_keys<Io> ? inverses[warp_row + 16 * i + 8 * half + lane / 4] : 1.0f;
 #pragma unroll
-                for (int e = 0; e < 4; ++e) C[i][j][e] = fmaf(kept, C[i][j][e], added[i][j][e]);
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; ++e)
+                        C[i][j][e] = fmaf(kept, C[i][j][e], unit * added[i][j][e]);
+                }
+            }
+        }
     }
 
 #pragma unroll

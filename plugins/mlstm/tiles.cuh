@@ -1,9 +1,9 @@
 // Tiles of 16-bit values in shared memory, and products of them on tensor cores.
 //
-// A value is a sum of bfloat16 pieces, largest first, in as many planes of shared memory as its precision
-// needs: bfloat16 itself is one piece, FP16 two, FP32 three. Pieces have the exponents of FP32, so nothing
-// overflows or vanishes whatever the scale of the operands, and a product of sums of pieces is as exact as
-// the number of pieces taken into it (README.md, "Precision").
+// A value is a sum of pieces, largest first, in as many planes of shared memory as its precision needs. As
+// bfloat16 pieces, bfloat16 itself is one, FP16 two, FP32 three; they have the exponents of FP32, so nothing
+// overflows or vanishes whatever the scale of the operands. FP16 pieces hold more digits, but their operands have
+// to be scaled. A product of sums is as exact as the products of pieces taken into it (README.md, "Precision").
 #pragma once
 
 #include "common/half.h"
@@ -19,21 +19,43 @@ using bits16 = uint16_t;  // one piece
 __host__ __device__ constexpr int pitch(int columns) { return columns + 8; }
 __host__ __device__ constexpr int tile_size(int rows, int columns) { return rows * pitch(columns); }
 
-// Two values as pieces, packed in pairs.
-template <int pieces>
+// Two neighbours of a row of numbers.
+__device__ __forceinline__ float2 pair(const float *at) { return *reinterpret_cast<const float2 *>(at); }
+
+__device__ __forceinline__ float2 unpack(bf16, uint32_t bits) {
+    return make_float2(float_of_bits(bits << 16), float_of_bits(bits & 0xffff0000u));
+}
+
+__device__ __forceinline__ float2 unpack(f16, uint32_t bits) {
+    return make_float2(to_float(f16{static_cast<uint16_t>(bits)}), to_float(f16{static_cast<uint16_t>(bits >> 16)}));
+}
+
+template <class T>
+__device__ __forceinline__ float2 pair(const T *at) {
+    return unpack(T{}, *reinterpret_cast<const uint32_t *>(at));
+}
+
+__device__ __forceinline__ uint32_t pack(bf16, float x, float y) { return pack_bf16(x, y); }
+__device__ __forceinline__ uint32_t pack(f16, float x, float y) { return pack_f16(x, y); }
+
+// Two values as pieces of type T, packed in pairs.
+template <class T, int pieces>
 __device__ __forceinline__ void split(float x, float y, uint32_t (&bits)[pieces]) {
+#pragma unroll
     for (int p = 0; p < pieces; ++p) {
-        bits[p] = pack_bf16(x, y);
-        x -= low_bf16(bits[p]);
-        y -= high_bf16(bits[p]);
+        bits[p] = pack(T{}, x, y);
+        const float2 taken = unpack(T{}, bits[p]);
+        x -= taken.x;
+        y -= taken.y;
     }
 }
 
 // Stores two neighbours of a row in all planes.
-template <int pieces>
+template <class T, int pieces>
 __device__ __forceinline__ void store_pieces(bits16 *at, int plane, float x, float y) {
     uint32_t bits[pieces];
-    split(x, y, bits);
+    split<T>(x, y, bits);
+#pragma unroll
     for (int p = 0; p < pieces; ++p) *reinterpret_cast<uint32_t *>(at + p * plane) = bits[p];
 }
 
@@ -45,9 +67,16 @@ struct Operand {
 
 enum class Layout { plain, transposed };  // rows of the tile are rows of the operand, or its columns
 
-// acc (16 M x 8 N) += A (16 M x depth) B (depth x 8 N) by one warp, over all pairs of pieces (a, b) with
-// a + b < order. A plain A has its rows in the tile's rows; so has a plain B (depth x columns).
-template <int M, int N, int depth, int pieces_a, int pieces_b, int order, Layout layout_a, Layout layout_b>
+__device__ __forceinline__ void mma(bf16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_bf16(d, a, b);
+}
+__device__ __forceinline__ void mma(f16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_f16(d, a, b);
+}
+
+// acc (16 M x 8 N) += A (16 M x depth) B (depth x 8 N) by one warp, over all pairs of pieces (a, b), of type T,
+// with a + b < order. A plain A has its rows in the tile's rows; so has a plain B (depth x columns).
+template <class T, int pieces_a, int pieces_b, int order, Layout layout_a, Layout layout_b, int depth, int M, int N>
 __device__ __forceinline__ void multiply(float (&acc)[M][N][4], Operand A, Operand B) {
     static_assert(N % 2 == 0 && depth % 16 == 0, "matrices are loaded in pairs");
     const int lane = threadIdx.x % 32;
@@ -87,8 +116,8 @@ __device__ __forceinline__ void multiply(float (&acc)[M][N][4], Operand A, Opera
                     const uint32_t left[2] = {b[pb][0], b[pb][1]}, right[2] = {b[pb][2], b[pb][3]};
 #pragma unroll
                     for (int i = 0; i < M; ++i) {
-                        mma_bf16(acc[i][j], a[pa][i], left);
-                        mma_bf16(acc[i][j + 1], a[pa][i], right);
+                        mma(T{}, acc[i][j], a[pa][i], left);
+                        mma(T{}, acc[i][j + 1], a[pa][i], right);
                     }
                 }
             }
@@ -138,16 +167,53 @@ __device__ __forceinline__ void load_tile(void *tile, const T *source, size_t st
     }
 }
 
-// The planes of a raw tile, every row multiplied by its factor (none: null).
+// The bfloat16 planes of a raw tile, every row multiplied by its factor (none: null).
 template <class T, int rows, int columns, int threads, int pieces>
 __device__ __forceinline__ void expand(bits16 *planes, const void *raw, const float *factors) {
     const unsigned char *source = static_cast<const unsigned char *>(raw);
     for (int x = threadIdx.x; x < rows * columns / 2; x += threads) {
         const int row = x / (columns / 2), column = x % (columns / 2) * 2;
-        const T *pair = reinterpret_cast<const T *>(source + row * raw_pitch<T>(columns)) + column;
+        const float2 values = pair(reinterpret_cast<const T *>(source + row * raw_pitch<T>(columns)) + column);
         const float factor = factors ? factors[row] : 1.0f;
-        store_pieces<pieces>(planes + row * pitch(columns) + column, tile_size(rows, columns),
-                             factor * to_float(pair[0]), factor * to_float(pair[1]));
+        store_pieces<bf16, pieces>(planes + row * pitch(columns) + column, tile_size(rows, columns),
+                                   factor * values.x, factor * values.y);
+    }
+}
+
+// The power of two that brings `peak` into 2^14 .. 2^15, the upper end of FP16, and its inverse.
+struct Scale {
+    float factor, inverse;
+};
+
+__device__ __forceinline__ Scale scale_to_half(float peak) {
+    const int exponent = max(int(bits_of_float(peak) >> 23) - 127, -100);
+    return {float_of_bits(uint32_t(127 + 14 - exponent) << 23), float_of_bits(uint32_t(127 - 14 + exponent) << 23)};
+}
+
+// The two FP16 planes of a raw tile (64 x 64), every row multiplied by its factor and every two neighbouring
+// columns by a power of two, of which `inverses` gets the inverse for each column. By 128 threads.
+__device__ __forceinline__ void expand_scaled(bits16 *planes, const void *raw, const float *factors, float *inverses) {
+    constexpr int rows = 64, columns = 64, quarter = rows / 4;
+    const unsigned char *source = static_cast<const unsigned char *>(raw);
+    const int lane = threadIdx.x % 32, column = (threadIdx.x / 32 * 8 + lane / 4) * 2;
+    float2 values[quarter];
+    float peak = 0.0f;
+#pragma unroll
+    for (int x = 0; x < quarter; ++x) {
+        const int row = 4 * x + lane % 4;
+        values[x] = pair(reinterpret_cast<const f16 *>(source + row * raw_pitch<f16>(columns)) + column);
+        values[x].x *= factors[row];
+        values[x].y *= factors[row];
+        peak = fmaxf(peak, fmaxf(fabsf(values[x].x), fabsf(values[x].y)));
+    }
+    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
+    const Scale scale = scale_to_half(peak);
+    if (lane % 4 == 0) inverses[column] = inverses[column + 1] = scale.inverse;
+#pragma unroll
+    for (int x = 0; x < quarter; ++x) {
+        store_pieces<f16, 2>(planes + (4 * x + lane % 4) * pitch(columns) + column, tile_size(rows, columns),
+                             scale.factor * values[x].x, scale.factor * values[x].y);
     }
 }
 

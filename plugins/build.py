@@ -24,8 +24,8 @@ from typing import Any
 from xlstm_export import runfolder
 from xlstm_export.errors import BuildError, EnvironmentError_
 
-from . import toolchain
-from .locate import KINDS, MANIFEST, ROOT, cache_folder, machine, require_kind, source_hash
+from . import locate, toolchain
+from .locate import KINDS, MANIFEST, cache_folder, machine, require_kind, source_hash
 
 Progress = Callable[[int, int], None]
 
@@ -154,7 +154,7 @@ def find_tools(
 
 def _has_sources(kind: str) -> bool:
     """Whether every pattern finds something; a kind may be left out of an installation."""
-    return all(any(ROOT.glob(pattern)) for pattern in KINDS[kind].sources)
+    return all(any(locate.ROOT.glob(pattern)) for pattern in KINDS[kind].sources)
 
 
 def _manifest(kind: str, tools: Tools) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _compile(kinds: Sequence[str], tools: Tools, folder: Path, progress: Progres
     """Leave the libraries of `kinds` in `folder`."""
     log = folder / "build.log"
     configure = [
-        *(str(tools.cmake.path), "-S", str(ROOT), "-B", str(folder), "-G", tools.cmake.generator),
+        *(str(tools.cmake.path), "-S", str(locate.ROOT), "-B", str(folder), "-G", tools.cmake.generator),
         f"-DCMAKE_MAKE_PROGRAM={tools.cmake.program}",
         f"-DCMAKE_CXX_COMPILER={tools.compiler.path}",
         "-DCMAKE_BUILD_TYPE=Release",

@@ -116,11 +116,10 @@ def cached(kind: str) -> Iterator[Built]:
     for folder in sorted(folders, key=lambda folder: (folder / name).stat().st_mtime_ns, reverse=True):
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # damaged, or being removed
-            continue
-        if manifest["kind"] == kind:  # "tensorrt-*" finds "tensorrt-register-*" too
             current = (manifest["sources"], manifest["machine"]) == (sources, machine())
-            yield Built(kind, folder / name, manifest, current)
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or being removed
+            continue
+        yield Built(kind, folder / name, manifest, current)
 
 
 def cache_folder() -> Path:

@@ -27,6 +27,7 @@ JETPACK6_CUDA: Version = (12, 6)  # newest code that its driver loads
 TEGRA = {"tegra234": 87, "tegra264": 110}
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 DEVICE_TREE = Path("/proc/device-tree/compatible")
+CUDA_FALLBACK = Path("/usr/local/cuda/bin/nvcc")  # on a board it is there, but not on the path
 HEADER_FOLDERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/include")
 
 
@@ -119,7 +120,7 @@ def find_cuda(given: Path | None = None) -> Cuda:
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [root / "bin" / "nvcc" for root in roots]
     candidates += [path] if (path := _which("nvcc")) else []
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))  # on a board it is there, but not on the path
+    candidates.append(CUDA_FALLBACK)
     for nvcc in candidates:
         if nvcc.is_file():
             return _examine_cuda(nvcc)

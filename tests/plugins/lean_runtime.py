@@ -95,9 +95,9 @@ def _download(version: str, machine: str, target: Path) -> None:
 
 
 def _compile(command: list[str], adapter: list[Path], target: Path) -> None:
-    link = [f"-L{target}", "-lfake", "-ldl", "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs"]
-    if "-fsanitize=address,undefined" in command:
-        link.remove("-Wl,-z,defs")  # the sanitizers' own symbols are the program's
+    link = [f"-L{target}", "-lfake", "-ldl", "-Wl,-rpath,$ORIGIN"]
+    if not set(SANITIZERS) & set(command):  # whose symbols the program has
+        link.append("-Wl,-z,defs")
     objects = {source: target / f"{source.stem}.o" for source in adapter}
     steps = [[*command, "-c", source, "-o", out] for source, out in objects.items()]
     fake = ["-shared", "-Wl,-soname,libfake.so", "-fvisibility=default", _TESTS / "fake_kernels.cc"]

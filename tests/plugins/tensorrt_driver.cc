@@ -1,9 +1,11 @@
 // Drives the TensorRT plugin library inside a real TensorRT runtime, as a builder and an engine would.
 //   tensorrt_driver RUNTIME PLUGINS load      the plugins through IPluginRegistry::loadLibrary
 //   tensorrt_driver RUNTIME PLUGINS register  the library that registers itself, by dlopen
-// Prints a line for each check: its name and "ok", or what did not hold. No runtime object is made: that needs
-// a GPU's driver.
+//   tensorrt_driver RUNTIME PLUGINS logger    only TensorRT's calls of a logger; without a GPU's driver it
+//                                             complains, and such a process cannot end as usual
+// Prints a line for each check: its name and "ok", or what did not hold.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -56,6 +58,11 @@ public:
         return static_cast<IPluginCreatorV3One *>(
             reinterpret_cast<Get>(slot(14, 10))(registry_, name, version, space));
     }
+    // Makes it TensorRT's logger, by asking for a runtime.
+    void take_logger(void *logger) {
+        using Create = void *(*)(void *, int32_t);
+        reinterpret_cast<Create>(dlsym(library_, "createInferRuntime_INTERNAL"))(logger, version);
+    }
     int32_t version;
 
 private:
@@ -66,11 +73,24 @@ private:
     void *registry_;
 };
 
-class Log final : public ILogger, public ILoggerFinder {
+// ILogger and ILoggerFinder, laid out as a version of TensorRT has them.
+class Log {
 public:
-    void log(Severity, const char *message) noexcept override { messages += std::string(message) + "\n"; }
-    ILogger *findLogger() override { return this; }
-    // What was logged since the last call, if it contains all parts; else a failure that tells it.
+    explicit Log(int32_t version) {
+        const bool eleven = version >= 110000;
+        if (eleven) {
+            for (Face *face : {&logger_, &finder_}) {
+                face->slots[0] = reinterpret_cast<void *>(&language);
+                face->slots[1] = reinterpret_cast<void *>(&info);
+            }
+        }
+        logger_.slots[eleven ? 4 : 0] = reinterpret_cast<void *>(&take);
+        finder_.slots[eleven ? 4 : 0] = reinterpret_cast<void *>(&find);
+    }
+    Log(const Log &) = delete;
+    void *logger() { return &logger_; }
+    void *finder() { return &finder_; }
+    // What was logged since the last call must contain all parts.
     void require(std::initializer_list<const char *> parts) {
         const std::string seen = std::exchange(messages, "");
         for (const char *part : parts) {
@@ -80,6 +100,24 @@ public:
         }
     }
     std::string messages;
+
+private:
+    struct Face {
+        void **table;
+        Log *log;
+        void *slots[5] = {};
+        explicit Face(Log *owner) : table(slots), log(owner) {}
+    };
+    static int32_t language(Face *) { return 0; }
+    static InterfaceInfo info(Face *face) {
+        return {face == &face->log->logger_ ? "ILogger" : "ILoggerFinder", 1, 0};
+    }
+    static void take(Face *face, int32_t severity, const char *message) {
+        if (severity <= 1) face->log->messages += std::string(message) + "\n";
+    }
+    static void *find(Face *face) { return face->log->logger(); }
+
+    Face logger_{this}, finder_{this};
 };
 
 // A size of a network: known, or a symbol.
@@ -99,17 +137,20 @@ class Builder final : public IExprBuilder, public apiv::VExprBuilder {
 public:
     Builder() { mImpl = this; }
     const IDimensionExpr *constant(int64_t) override { throw Failure("constant"); }
-    const IDimensionExpr *operation(DimensionOperation, const IDimensionExpr &, const IDimensionExpr &) override {
+    const IDimensionExpr *operation(DimensionOperation, const IDimensionExpr &,
+                                    const IDimensionExpr &) override {
         throw Failure("operation");
     }
-    const IDimensionExpr *declareSizeTensor(int32_t, const IDimensionExpr &, const IDimensionExpr &) override {
+    const IDimensionExpr *declareSizeTensor(int32_t, const IDimensionExpr &,
+                                            const IDimensionExpr &) override {
         throw Failure("declareSizeTensor");
     }
 };
 
 // --- Tensors ----------------------------------------------------------------------------------------------
 
-constexpr DataType f32 = DataType::kFLOAT, f16 = DataType::kHALF, bf16 = DataType::kBF16, i8 = DataType::kINT8;
+constexpr DataType f32 = DataType::kFLOAT, f16 = DataType::kHALF, bf16 = DataType::kBF16;
+constexpr DataType i8 = DataType::kINT8;
 
 Dims dims(std::initializer_list<int64_t> sizes) {
     Dims made{};
@@ -180,13 +221,15 @@ Tensors slstm_tensors(DataType io = f16, DataType weight = f16, bool scale = fal
 struct Instance {
     explicit Instance(IPluginV3 *made) : plugin(made) {
         if (made == nullptr) throw Failure("no plugin");
-        core = static_cast<IPluginV3OneCore *>(made->getCapabilityInterface(PluginCapabilityType::kCORE));
-        build = static_cast<IPluginV3OneBuildV2 *>(made->getCapabilityInterface(PluginCapabilityType::kBUILD));
-        run = static_cast<IPluginV3OneRuntime *>(made->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+        using Type = PluginCapabilityType;
+        core = static_cast<IPluginV3OneCore *>(made->getCapabilityInterface(Type::kCORE));
+        build = static_cast<IPluginV3OneBuildV2 *>(made->getCapabilityInterface(Type::kBUILD));
+        run = static_cast<IPluginV3OneRuntime *>(made->getCapabilityInterface(Type::kRUNTIME));
     }
     int32_t configure(const Tensors &tensors) {
         const auto all = tensors.dynamic();
-        return build->configurePlugin(all.data(), tensors.inputs, all.data() + tensors.inputs, tensors.outputs());
+        return build->configurePlugin(all.data(), tensors.inputs, all.data() + tensors.inputs,
+                                      tensors.outputs());
     }
     int32_t shapes(const Tensors &tensors) {
         const PluginTensorDesc *all = tensors.descs.data();
@@ -665,7 +708,7 @@ void check(const char *name, const std::function<void()> &body) {
 }
 
 void check_plugins(Registry &registry, void *library) {
-    Log log;
+    Log log(registry.version);
     Plugins plugins{};
     plugins.log = &log;
     check("found", [&] {
@@ -676,11 +719,12 @@ void check_plugins(Registry &registry, void *library) {
         REQUIRE(registry.creator("XlstmMlstm", "1", "other") == nullptr);
     });
     if (plugins.mlstm == nullptr || plugins.slstm == nullptr) return;
-    check("logger", [&] {  // the runtime's own, or stderr: no crash
+    check("logger", [&] {  // no one gave TensorRT a logger: to stderr, and no crash
         const PluginFieldCollection none{0, nullptr};
         REQUIRE(plugins.mlstm->createPlugin("layer", &none, TensorRTPhase::kBUILD) == nullptr);
     });
-    reinterpret_cast<void (*)(ILoggerFinder *)>(dlsym(library, "setLoggerFinder"))(&log);
+    const auto set_finder = reinterpret_cast<void (*)(void *)>(dlsym(library, "setLoggerFinder"));
+    set_finder(log.finder());
     plugins.fake = fake_kernels();
     const std::pair<const char *, void (*)(const Plugins &)> checks[] = {
         {"identity", identity},         {"bad_fields", bad_fields},       {"default_fields", default_fields},
@@ -692,7 +736,18 @@ void check_plugins(Registry &registry, void *library) {
         log.messages.clear();
         check(name, [&, run = body] { run(plugins); });
     }
-    reinterpret_cast<void (*)(ILoggerFinder *)>(dlsym(library, "setLoggerFinder"))(nullptr);
+    set_finder(nullptr);
+}
+
+// The layout of ILogger that the other checks rest on, by TensorRT's own word: it calls a logger of ours.
+[[noreturn]] void check_layout_of_loggers(Registry &registry) {
+    check("runtime_logger", [&] {
+        Log log(registry.version);
+        registry.take_logger(log.logger());
+        log.require({"createInferRuntime"});
+    });
+    std::fflush(stdout);
+    _exit(failures);
 }
 
 }  // namespace
@@ -702,7 +757,9 @@ int main(int argc, char **argv) {
     try {
         Registry registry(argv[1]);
         std::printf("version: %d\n", registry.version);
-        const bool registers_itself = std::string(argv[3]) == "register";
+        const std::string how = argv[3];
+        const bool registers_itself = how.rfind("register", 0) == 0;
+        if (how == "logger") check_layout_of_loggers(registry);
         void *handle = registers_itself ? nullptr : registry.load(argv[2]);
         void *library = dlopen(argv[2], RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) throw Failure(dlerror());

@@ -1,4 +1,4 @@
-// The binary interface of the plugins as numbers: every virtual function is called by its slot, and structures
+// The binary interface of the plugins as numbers: each virtual function is called by its slot, and structures
 // are laid out by hand. Nothing of plugins/adapters/tensorrt/interface.h is included, so that a mistake there
 // shows here.
 #include <cstdint>

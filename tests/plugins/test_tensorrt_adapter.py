@@ -16,7 +16,8 @@ from lean_runtime import lean_runtime, plugin_build
 
 RUNTIMES = ("10.15.1.29", "10.16.1.11", "11.4.0.106")
 EMULATED_RUNTIMES = ("10.16.1.11", "11.4.0.106")
-LIBRARIES = {"load": "libxlstm_trt.so", "register": "libxlstm_trt_register.so"}
+WAYS = ("load", "register")  # to bring the plugins into a runtime
+LIBRARIES = {"load": "libxlstm_trt.so", "register": "libxlstm_trt_register.so", "logger": "libxlstm_trt.so"}
 CHECKS = (
     "found",
     "logger",
@@ -60,14 +61,14 @@ def results(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("version", RUNTIMES)
 def test_plugins_in_a_runtime(version: str, how: str, check: str) -> None:
     run = drive(version, how, MACHINE)
     assert results(run).get(check) == "ok", f"{run.stdout}\n{run.stderr}"
 
 
-@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("version", RUNTIMES)
 def test_every_check_ran_and_the_process_ended_well(version: str, how: str) -> None:
     run = drive(version, how, MACHINE)
@@ -78,7 +79,7 @@ def test_every_check_ran_and_the_process_ended_well(version: str, how: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", LIBRARIES)
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("version", EMULATED_RUNTIMES)
 def test_plugins_of_a_jetson_in_its_runtime(version: str, how: str) -> None:
     if MACHINE == "aarch64":
@@ -88,11 +89,17 @@ def test_plugins_of_a_jetson_in_its_runtime(version: str, how: str) -> None:
     assert tuple(results(run)) == ("version", *CHECKS)
 
 
+@pytest.mark.parametrize("version", RUNTIMES)
+def test_runtime_calls_a_logger_of_the_layout_assumed(version: str) -> None:
+    run = drive(version, "logger", MACHINE)
+    assert results(run).get("runtime_logger") == "ok", f"{run.stdout}\n{run.stderr}"
+
+
 def test_libraries_need_nothing_of_tensorrt() -> None:
     """One binary for every version: no symbol of TensorRT is left to resolve, and only two are shown."""
     built = plugin_build(MACHINE)
-    for library in LIBRARIES.values():
-        path = built / library
+    for way in WAYS:
+        path = built / LIBRARIES[way]
         assert exported(path) == {"getCreators", "setLoggerFinder"}
         needed = symbols(path, "--undefined-only")
         assert not {name for name in needed if "nvinfer" in name.lower() or "Registry" in name}

@@ -35,7 +35,8 @@ public:
     const char *getPluginNamespace() const noexcept override { return kNamespace; }
 
 private:
-    nvinfer1::IPluginV3 *create(const std::string &layer, const nvinfer1::PluginFieldCollection *fields) const;
+    nvinfer1::IPluginV3 *create(const std::string &layer,
+                                const nvinfer1::PluginFieldCollection *fields) const;
 
     const Op &op_;
     std::vector<PluginField> fields_;
@@ -51,7 +52,9 @@ Value value_of(const PluginField &field, PluginFieldType type) {
         throw BadField(name + " is a field of type " + std::to_string(static_cast<int32_t>(field.type)) +
                        ", expected " + expected);
     }
-    if (field.length != 1) throw BadField(name + " has " + std::to_string(field.length) + " values, expected 1");
+    if (field.length != 1) {
+        throw BadField(name + " has " + std::to_string(field.length) + " values, expected 1");
+    }
     if (field.data == nullptr) throw BadField(name + " has no value");
     return *static_cast<const Value *>(field.data);
 }

@@ -1,12 +1,13 @@
 // TensorRT's plugin interface (IPluginV3): the installed headers where there are any, else a declaration of
 // what a plugin needs. A plugin is only ever called by TensorRT, so what counts is the binary interface: the
 // order of the virtual functions (destructors included), the layout of the structures, the enumerators'
-// values. It is the same from TensorRT 10.3 to 11.4, so one binary serves them all; README.md tells what was
-// checked.
+// values. All that is declared here is the same from TensorRT 10.3 to 11.4, so one binary serves them all.
+// What differs is in runtime.h.
 #pragma once
 
 #if !defined(XLSTM_OWN_TENSORRT_INTERFACE) && defined(__has_include)
-#if __has_include(<NvInferVersion.h>) && __has_include(<NvInferRuntime.h>) && __has_include(<cuda_runtime_api.h>)
+#if __has_include(<NvInferRuntime.h>) && __has_include(<NvInferVersion.h>) && \
+    __has_include(<cuda_runtime_api.h>)
 #include <NvInferVersion.h>
 #if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1003  // older ones lack IPluginV3OneBuildV2
 #define XLSTM_INSTALLED_TENSORRT_INTERFACE
@@ -132,20 +133,6 @@ struct DimsExprs {
     const IDimensionExpr *d[Dims::MAX_DIMS];
 };
 
-class ILogger {
-public:
-    enum class Severity : int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
-    virtual void log(Severity severity, const char *message) noexcept = 0;
-    virtual ~ILogger() = default;
-};
-class ILoggerFinder {
-public:
-    virtual ILogger *findLogger() = 0;
-
-protected:
-    virtual ~ILoggerFinder() = default;
-};
-
 class IVersionedInterface {
 public:
     virtual APILanguage getAPILanguage() const noexcept { return APILanguage::kCPP; }
@@ -185,7 +172,8 @@ public:
                                            int32_t nbInputs, int32_t nbOutputs) noexcept = 0;
     virtual int32_t getNbOutputs() const noexcept = 0;
     virtual size_t getWorkspaceSize(const DynamicPluginTensorDesc *inputs, int32_t nbInputs,
-                                    const DynamicPluginTensorDesc *outputs, int32_t nbOutputs) const noexcept = 0;
+                                    const DynamicPluginTensorDesc *outputs,
+                                    int32_t nbOutputs) const noexcept = 0;
     virtual int32_t getValidTactics(int32_t *, int32_t) noexcept { return 0; }
     virtual int32_t getNbTactics() noexcept { return 0; }
     virtual const char *getTimingCacheID() noexcept { return nullptr; }

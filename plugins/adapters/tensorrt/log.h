@@ -3,13 +3,12 @@
 
 #include <string>
 
-#include "adapters/tensorrt/interface.h"
+#include "adapters/tensorrt/runtime.h"
 
 namespace xlstm::tensorrt {
 
-// Where loggers come from when TensorRT has given no finder: the self-registering library sets this.
-using LoggerSource = nvinfer1::ILogger *(*)();
-void set_logger_source(LoggerSource source) noexcept;
+// Whose logger to use when TensorRT has given no finder of loggers: the self-registering library sets this.
+void set_logger_of(const Runtime &runtime);
 
 // To TensorRT's logger; to stderr while there is none.
 void log_error(const std::string &message) noexcept;

@@ -1,5 +1,5 @@
-// What the adapter knows of a recurrence operator: its tensors, its attributes and its kernels. plugin.cc turns
-// that into a TensorRT plugin; mlstm.cc and slstm.cc hold the two tables.
+// What the adapter knows of a recurrence operator: its tensors, its attributes and its kernels. plugin.cc
+// makes a TensorRT plugin of that; mlstm.cc and slstm.cc hold the two tables.
 #pragma once
 
 #include <array>

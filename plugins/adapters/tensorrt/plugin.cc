@@ -57,7 +57,8 @@ bool is_possible(Kind kind, DataType type, bool quantized) {
 const char *types_of(Kind kind, bool quantized) {
     if (kind == Kind::f32) return "FP32";
     if (kind == Kind::weight) {
-        return quantized ? "INT8, as R_scale is given" : "FP32, FP16 or BF16 (INT8 with R_scale as 8th input)";
+        return quantized ? "INT8, as R_scale is given"
+                         : "FP32, FP16 or BF16 (INT8 with R_scale as 8th input)";
     }
     return "FP32, FP16 or BF16";
 }
@@ -101,7 +102,8 @@ Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, b
     field_collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 
-Plugin::Plugin(const Plugin &other) : Plugin(other.op_, other.layer_, other.attributes_, other.aliased_ != 0) {
+Plugin::Plugin(const Plugin &other)
+    : Plugin(other.op_, other.layer_, other.attributes_, other.aliased_ != 0) {
     nb_inputs_ = other.nb_inputs_;
 }
 
@@ -247,8 +249,8 @@ int32_t Plugin::enqueue(const PluginTensorDesc *inputDesc, const PluginTensorDes
         require_kernel(request);
         request.inputs = inputs;
         request.outputs = outputs;
-        if (workspace == nullptr && op_.workspace(request) > 0) {
-            throw Refusal("no workspace, where " + std::to_string(op_.workspace(request)) + " bytes are needed");
+        if (const size_t bytes = op_.workspace(request); bytes > 0 && workspace == nullptr) {
+            throw Refusal("no workspace, where " + std::to_string(bytes) + " bytes are needed");
         }
         const int status = op_.run(request, workspace, stream);
         if (status != 0) {
@@ -287,7 +289,7 @@ Request Plugin::request_of(const PluginTensorDesc *inputs, size_t nbInputs,
             throw Refusal(misfit);
         }
         if (std::any_of(desc.dims.d, desc.dims.d + desc.dims.nbDims, [](int64_t size) { return size < 0; })) {
-            throw Refusal(std::string(tensor.name) + " has shape " + to_string(desc.dims) + ", not all known");
+            throw Refusal(std::string(tensor.name) + " has shape " + to_string(desc.dims) + ", not known");
         }
     };
     const bool quantized = nbInputs > op_.required_inputs;

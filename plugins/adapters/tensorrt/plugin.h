@@ -1,4 +1,4 @@
-// A recurrence operator as a TensorRT plugin. One object is all capabilities at once; TensorRT owns it through
+// A recurrence operator as a TensorRT plugin. One object is all capabilities at once; TensorRT owns it by its
 // IPluginV3. Nothing throws: what goes wrong is logged and returned.
 #pragma once
 
@@ -24,7 +24,8 @@ public:
     Plugin(const Plugin &other);
     Plugin &operator=(const Plugin &) = delete;
 
-    nvinfer1::IPluginCapability *getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+    nvinfer1::IPluginCapability *getCapabilityInterface(
+        nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3 *clone() noexcept override;
 
     const char *getPluginName() const noexcept override;

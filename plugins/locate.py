@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,13 @@ def compiled_files(kind: str) -> list[Path]:
 
 def source_files(kind: str) -> dict[Path, bytes]:
     """All that a kind is made of, and its content: what is compiled, and what that includes."""
+    return closure([ROOT / "CMakeLists.txt", *compiled_files(kind)])
+
+
+def closure(paths: Iterable[Path]) -> dict[Path, bytes]:
+    """Files with all they include from here, and their contents; what does not exist is left out."""
     contents: dict[Path, bytes] = {}
-    waiting = [ROOT / "CMakeLists.txt", *compiled_files(kind)]
+    waiting = list(paths)
     while waiting:
         path = waiting.pop()
         if path in contents or not path.is_file():

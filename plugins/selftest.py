@@ -127,7 +127,11 @@ def _calls(kind: str, path: Path, seed: int) -> Iterator[Check]:
     if kind == "cuda" and not torch.cuda.is_available():
         yield Check(kind, "runs", "skipped", detail="PyTorch finds no GPU here")
         return
-    library = NativeLibrary(path)
+    try:
+        library = NativeLibrary(path)
+    except NativeError as error:
+        yield Check(kind, "has the C interface", "fail", detail=str(error))
+        return
     device, types = ("cuda", CUDA_TYPES) if kind == "cuda" else ("cpu", CPU_TYPES)
     for name, pair, case in _cases(types, seed):
         limit = max(LIMITS.get(dtype, 0.0) for dtype in pair.split("/"))

@@ -18,6 +18,7 @@ import tirex_models
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from xlstm_export.plugins import locate
 
 from xlstm_export import cli
 
@@ -243,6 +244,52 @@ def test_precision_stages(small_export: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == (0 if report["passed"] else 1)
 
 
+def test_plugins_are_built_listed_and_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries of a plugins folder that compiles in a second; the real one: tests/plugins/test_build.py."""
+    monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path))
+    assert run("plugins", "list", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert run("plugins", "list") == 0
+    assert "nothing is built" in capsys.readouterr().out
+    assert run("plugins", "test") == 3
+    assert "xlstm-export plugins build" in capsys.readouterr().err
+
+    if not (
+        shutil.which("g++") and (shutil.which("cmake") or (Path(sys.executable).parent / "cmake").exists())
+    ):
+        pytest.skip("no C++ compiler or no CMake")
+    sources = tmp_path / "sources"
+    (sources / "mlstm").mkdir(parents=True)
+    (sources / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(mini CXX)\n"
+        "add_library(xlstm_ort_cpu SHARED mlstm/cpu.cpp)\n"
+    )
+    monkeypatch.setattr(locate, "ROOT", sources)
+    (sources / "mlstm" / "cpu.cpp").write_text("int x = nonsense;\n")
+    assert run("plugins", "build", "--only", "ort-cpu") == 5
+    error = capsys.readouterr().err
+    assert "cpu.cpp:1:9: error:" in error
+    assert str(tmp_path / "plugins" / "failed.log") in error
+    (sources / "mlstm" / "cpu.cpp").write_text("int x;\n")
+    for fresh in (True, False):
+        assert run("plugins", "build", "--only", "ort-cpu", "--json") == 0
+        (library,) = json.loads(capsys.readouterr().out)
+        assert (library["kind"], library["fresh"]) == ("ort-cpu", fresh)
+    assert run("plugins", "build", "--only", "ort-cpu") == 0
+    assert library["path"] in capsys.readouterr().out
+    assert run("plugins", "list", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["current"], entry["loads"], entry["path"]) == (True, True, library["path"])
+    assert run("plugins", "list") == 0
+    assert "ort-cpu" in capsys.readouterr().out
+    assert run("plugins", "test", "--json") == 1, "it has no kernels"
+    assert {check["status"] for check in json.loads(capsys.readouterr().out)} == {"pass", "fail"}
+    assert run("plugins", "test") == 1
+    assert "does not compute the recurrence" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -253,6 +300,11 @@ def test_precision_stages(small_export: Path, tmp_path: Path, capsys: pytest.Cap
         (["quantize", "missing", "--recipe", "none.yaml"], 4),
         (["sensitivity", "missing", "--data", "x"], 4),
         (["nonsense"], 2),
+        (["plugins", "nonsense"], 2),
+        (["plugins", "build", "--only", "nonsense"], 2),
+        (["plugins", "build", "--only", "cuda", "--sm", "orin"], 2),
+        (["plugins", "build", "--only", "cuda", "--cuda", "nowhere"], 3),
+        (["plugins", "test", "--only", "ort_cpu"], 2),
         (["export", "missing", "-o", "x", "--module", "a:b"], 2),
         (["export", "--module", "no_such_module_anywhere:f", "-o", "x"], 2),
         (["verify", "missing"], 4),

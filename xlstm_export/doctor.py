@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
+from .errors import EnvironmentError_
+from .plugins import inventory, locate, toolchain
+
 # distribution → (module, what it is for, how to get it, needed for the main job)
 PACKAGES = {
     "torch": ("torch", "load and trace checkpoints", "pip install torch", True),
@@ -51,7 +54,7 @@ def examine() -> list[Finding]:
         else:
             status = "missing" if needed else "optional"
             findings.append(Finding(distribution, status, f"not installed — {purpose}", action))
-    findings.append(_gpu())
+    findings += [_gpu(), _compiler(), _cuda_compiler(), _recurrences()]
     findings.append(
         Finding("machine", "ok", f"{platform.machine()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB")
     )
@@ -80,6 +83,40 @@ def _gpu() -> Finding:
     return Finding(
         "gpu", "optional", "no NVIDIA driver found; everything but engine building runs on the CPU"
     )
+
+
+def _compiler() -> Finding:
+    purpose = "fused recurrences on the CPU"
+    try:
+        compiler, cmake = toolchain.find_compiler(), toolchain.find_cmake()
+    except EnvironmentError_ as error:
+        return Finding("c++ compiler", "optional", f"{error.message} — {purpose}", error.hint)
+    version = ".".join(map(str, cmake.version))
+    return Finding("c++ compiler", "ok", f"{compiler.version}, CMake {version} — {purpose}")
+
+
+def _cuda_compiler() -> Finding:
+    purpose = "fused recurrences on a GPU"
+    try:
+        cuda = toolchain.find_cuda()
+    except EnvironmentError_ as error:
+        return Finding("nvcc", "optional", f"{error.message} — {purpose}", error.hint)
+    return Finding("nvcc", "ok", f"{'.'.join(map(str, cuda.version))} at {cuda.root} — {purpose}")
+
+
+def _recurrences() -> Finding:
+    """What computes the recurrences when ONNX Runtime opens a graph on the CPU."""
+    name = "recurrences"
+    try:
+        library = locate.find("ort-cpu")
+    except EnvironmentError_ as error:
+        return Finding(name, "missing", error.message, error.hint)
+    if library is None:
+        command = "xlstm-export plugins build --only ort-cpu"
+        return Finding(name, "optional", "function bodies of standard operators: right, and slower", command)
+    if problem := inventory.loading_problem(library):
+        return Finding(name, "missing", f"the fused operators do not load: {problem}", f"remove {library}")
+    return Finding(name, "ok", f"fused operators: {library}")
 
 
 def _memory_gb() -> float:

@@ -12,6 +12,7 @@ stage. A kernel that failed a check is not timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ LIMITS = {  # seconds per stage; what a stage leaves is there for the others
 }
 CHECKED = ("mlstm_step", "mlstm_chunkwise", "slstm")
 PEERS = ("mlstm_kernels", "torch.compile", "flashrnn")
+MOST_FAILURES = 20  # that are printed; all of them are in the result file
 LEAST_SECONDS = 5.0  # with less a stage is not begun
 ENVIRONMENT_ERROR, CHECK_FAILED = 3, 1
 
@@ -230,11 +232,12 @@ def run_stage(name: str, folder: Path, seconds: float, *, emulated: bool) -> Non
     """What a child process does: records go to <folder>/<stage>.jsonl, one line each."""
     deadline = time.monotonic() + 0.9 * seconds
     with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        numbers = itertools.count(1)
 
         def emit(record: Record) -> None:
             file.write(json.dumps(finite(record)) + "\n")
             file.flush()
-            if line := progress(name, record):
+            if line := progress(name, next(numbers), record):
                 say(line)
 
         if name == "build":
@@ -253,7 +256,8 @@ def run_stage(name: str, folder: Path, seconds: float, *, emulated: bool) -> Non
 
         library = NativeLibrary(Path(read_records(folder / "build.jsonl")[0]["library"]))
         if name.startswith("check-"):
-            _checks().run_checks(library, device, name.removeprefix("check-"), emit, small=emulated)
+            kernel = name.removeprefix("check-")
+            _checks().run_checks(library, device, kernel, emit, small=emulated)
             return
         names = set(json.loads((folder / "passed.json").read_text()))
         if name == "times":
@@ -298,12 +302,10 @@ def _checks() -> Any:
 # --- What is printed --------------------------------------------------------------------------------------
 
 
-def progress(stage: str, record: Record) -> str | None:
-    """A line about a record while its stage runs, or none."""
+def progress(stage: str, number: int, record: Record) -> str | None:
+    """A line about the record of that number while its stage runs, or none."""
     if stage.startswith("check-"):
-        return (
-            None if record["passed"] else f"  FAILED {record['case']}: {'; '.join(record['problems'])[:300]}"
-        )
+        return f"  {stage}: {number} cases" if number % 25 == 0 else None
     if stage == "times" or stage in PEERS:
         if "workload" not in record:
             return f"  {json.dumps(record)[:300]}"
@@ -329,7 +331,9 @@ def check_lines(summary: dict[str, Record], records: list[Record]) -> list[str]:
     for name, entry in summary.items():
         worst = "  ".join(f"{result} {ratio:.2f}" for result, (ratio, _) in entry["worst"].items())
         lines.append(f"{name:<36}{entry['passed']:>5}/{entry['cases']:<4}  {worst}")
-    return lines + [failure(record) for record in records if not record["passed"]]
+    failures = [failure(record) for record in records if not record["passed"]]
+    more = [f"and {len(failures) - MOST_FAILURES} more"] if len(failures) > MOST_FAILURES else []
+    return lines + failures[:MOST_FAILURES] + more
 
 
 def failure(record: Record) -> str:

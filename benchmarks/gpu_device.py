@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,10 @@ class Gpu:
     name = "cuda"
 
     def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            sys.exit("PyTorch sees no CUDA device")
         torch.cuda.set_device(0)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")  # FP32 is FP32: no TF32
         properties = torch.cuda.get_device_properties(0)
         self.l2_bytes = int(getattr(properties, "L2_cache_size", 0)) or 4 << 20
         self.processors = properties.multi_processor_count
@@ -103,7 +106,13 @@ class Gpu:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             call()
         torch.cuda.synchronize()
-        return graph.replay
+
+        def replay(kept: Call = call) -> None:
+            """The graph knows addresses only: what `call` holds has to live as long."""
+            del kept
+            graph.replay()
+
+        return replay
 
 
 class Host:

@@ -186,7 +186,7 @@ PEERS: dict[str, tuple[tuple[str, ...], Contestants]] = {
 
 
 def _agrees(h: torch.Tensor, workload: Workload, x: Tensors) -> None:
-    """Raise if a peer's output of the last 4,096 positions or fewer is far from the PyTorch form."""
+    """Raise if a peer's output, its first 4,096 positions, is far from the PyTorch form."""
     options = gpu_cases.options(workload.case)
     length = min(h.shape[1], 4096)  # the first positions: they depend on no later one
     state = tuple(x[name][:1, :1].double() for name in ("C0", "n0", "m0"))

@@ -6,14 +6,21 @@ test plants them, and the emulated CUDA kernels where the whole script runs.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import emulated
 import numpy as np
 import oracle
 import pytest
@@ -420,6 +427,131 @@ def test_a_peer_that_computes_something_else_is_seen() -> None:
         gpu_peers._agrees(1.1 * h, workload, x)
 
 
+# --- The GPU, played by stand-ins -----------------------------------------------------------------------
+
+
+class Played:
+    """Stand-ins for what `Gpu` calls in torch.cuda, with a log of the calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        played = self
+
+        class Stream:
+            cuda_stream = 4096
+
+            def wait_stream(self, other: Any) -> None:
+                played.log.append("wait")
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                played.log.append("record")
+
+            def synchronize(self) -> None:
+                played.log.append("event")
+
+            def elapsed_time(self, other: Any) -> float:
+                return 6.0  # ms
+
+        class Graph:
+            def replay(self) -> None:
+                played.log.append("replay")
+
+        @contextlib.contextmanager
+        def logged(name: str) -> Any:
+            played.log.append(f"{name} begins")
+            yield
+            played.log.append(f"{name} ends")
+
+        def capture(graph: Any, **options: Any) -> Any:
+            inspect.signature(torch.cuda.graph.__init__).bind(
+                None, graph, **options
+            )  # the real one takes these
+            return logged("capture")
+
+        properties = SimpleNamespace(
+            name="NVIDIA H200", total_memory=1 << 37, multi_processor_count=132, L2_cache_size=60 << 20
+        )
+        stand_ins = {
+            "is_available": lambda: True,
+            "set_device": lambda index: None,
+            "get_device_properties": lambda index: properties,
+            "get_device_capability": lambda index: (9, 0),
+            "mem_get_info": lambda: (1 << 36, 1 << 37),
+            "empty_cache": lambda: None,
+            "synchronize": lambda: self.log.append("synchronize"),
+            "current_stream": Stream,
+            "Stream": Stream,
+            "stream": lambda stream: logged("stream"),
+            "Event": Event,
+            "CUDAGraph": Graph,
+        }
+        self.real_graph = torch.cuda.graph
+        self.capture = capture
+        self.module = SimpleNamespace(**stand_ins, graph=capture)
+        real = torch.cuda
+        for name in stand_ins:
+            assert hasattr(real, name), name
+        monkeypatch.setattr(gpu_device.torch, "cuda", self.module)
+        monkeypatch.setattr(gpu_device.shutil, "which", lambda name: None)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Played:
+    return Played(monkeypatch)
+
+
+def test_gpu_is_described(played: Played) -> None:
+    device = gpu_device.Gpu()
+    said = device.describe()
+    assert (said["gpu"], said["sm"], said["multiprocessors"]) == ("NVIDIA H200", 90, 132)
+    assert said["l2_bytes"] == device.l2_bytes == 60 << 20
+    assert device.free_bytes() == 1 << 36
+    assert device.stream() == 4096
+
+
+def test_gpu_time_is_that_between_events(played: Played) -> None:
+    device = gpu_device.Gpu()
+    seconds = device.seconds(lambda: played.log.append("call"), 3)
+    assert seconds == pytest.approx(0.002)
+    assert played.log == ["synchronize", "record", "call", "call", "call", "record", "event"]
+
+
+def test_gpu_graph_is_captured_after_a_call_outside(played: Played) -> None:
+    device = gpu_device.Gpu()
+    replay = device.graph(lambda: played.log.append("call"))
+    begin = played.log.index("capture begins")
+    assert played.log[begin : begin + 3] == ["capture begins", "call", "capture ends"]
+    assert played.log.index("call") < begin
+    assert "synchronize" in played.log[played.log.index("call") : begin]
+    replay()
+    assert played.log[-1] == "replay"
+
+
+def test_without_a_gpu_the_stage_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_device.Gpu()
+
+
+def test_clocks_are_read_where_nvidia_smi_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Played
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 1980 MHz, 3201 MHz, 120 W, 700 W, 40'\n")
+    smi.chmod(0o755)
+    device = gpu_device.Gpu()
+    assert device.clocks() == {}
+    monkeypatch.setattr(gpu_device.shutil, "which", lambda name: str(smi))
+    assert device.clocks()["clocks.sm"] == "1980 MHz"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert device.clocks() == {}
+
+
 # --- Building ----------------------------------------------------------------------------------------------
 
 PTXAS = """\
@@ -563,6 +695,80 @@ def test_a_finding_of_the_sanitizer_fails(tmp_path: Path, monkeypatch: pytest.Mo
     code, result = session(tmp_path, monkeypatch, stages)
     assert code == gpu.CHECK_FAILED
     assert result["passed"] is False
+
+
+needs_slstm = pytest.mark.skipif(
+    not (ROOT / "plugins" / "slstm" / "launch.cu").exists(), reason="there are no sLSTM kernels in this tree"
+)
+
+
+@needs_slstm
+def test_the_whole_script_on_emulated_kernels(tmp_path: Path) -> None:
+    """From a bare Python: of all packages only torch and NumPy, with what they need, can be imported."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--emulated", str(emulated.build())]
+    command += ["--out", str(out), "--budget", "300", "--skip", "torch.compile", "mlstm_kernels"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert result["passed"] is True
+    assert {
+        name: stage["status"] for name, stage in result["stages"].items() if stage["status"] != "skipped"
+    } == {name: "done" for name in ("environment", *CHECKS, "times", "flashrnn")}
+    assert all("us" in record for record in result["times"])
+    assert all(entry["passed"] == entry["cases"] > 0 for entry in result["summary"].values())
+    assert "passed" in done.stdout.splitlines()[-1]
+    # Peers that are not installed are said to be so.
+    assert [record["skipped"] for record in result["peers"]] == ["not importable: No module named 'flashrnn'"]
+
+
+BARE = """\
+import sys
+
+class Bare:
+    refused = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "click", "rich", "ml_dtypes", "safetensors",
+               "joblib", "yaml", "xlstm", "transformers", "pytest", "scipy", "flashrnn"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.refused:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Bare())
+"""
+
+
+@needs_slstm
+def test_the_sanitizer_s_driver_runs(tmp_path: Path) -> None:
+    """Its own source on emulated kernels: every case is accepted and gives finite results."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program, library = tmp_path / "driver", emulated.build()
+    sources = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "plugins")]
+    sources += [
+        "-x",
+        "c++",
+        str(gpu_build.DRIVER),
+        "-x",
+        "none",
+        str(library),
+        f"-Wl,-rpath,{library.parent}",
+    ]
+    subprocess.run([compiler, *sources, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "0 failed"
+    assert len(lines) > 20
+    assert all(line.endswith(": ok") for line in lines[:-1])
 
 
 def test_records_survive_a_cut_line(tmp_path: Path) -> None:

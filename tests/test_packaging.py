@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import json
 import os
 import shutil
 import site
@@ -134,6 +135,14 @@ def test_content_of_the_wheel(wheel: Path, checkout: Path) -> None:
         entry_points.read_string(archive.read(record).decode())
     top = {name.split("/")[0] for name in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"xlstm_export"}
+    sources = {".h", ".hpp", ".cuh", ".cu", ".cc", ".cpp", ".txt", ".md"}
+    assert {
+        name for name in files if name.startswith("xlstm_export/plugins/") and not name.endswith(".py")
+    } == {
+        f"xlstm_export/{path.relative_to(checkout).as_posix()}"
+        for path in (checkout / "plugins").rglob("*")
+        if path.suffix in sources
+    }, "kernels travel as sources"
     modules = {name for name in files if name.endswith(".py")}
     expected = {
         *(f"xlstm_export/{path.relative_to(checkout / 'xlstm_export').as_posix()}"
@@ -153,6 +162,30 @@ def test_command_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (folder,) = installed.glob("xlstm_export-*.dist-info")
     assert folder.name.split("-")[1].removesuffix(".dist") in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_kernels_build_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """From what is installed, away from any checkout; the file is the one that a session will look for."""
+    command = [str(installed / "bin" / "xlstm-export"), "plugins"]
+    variables = {
+        **environment(installed),
+        "XLSTM_EXPORT_CACHE": str(tmp_path / "cache"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # pip's cmake
+    }
+
+    def run(*arguments: str) -> list[dict[str, object]]:
+        done = subprocess.run(
+            [*command, *arguments, "--json"], cwd=tmp_path, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    (library,) = run("build", "--only", "ort-cpu")
+    (entry,) = run("list")
+    assert entry["path"] == library["path"]
+    assert entry["current"]
+    assert {check["status"] for check in run("test", "--only", "ort-cpu")} == {"pass"}
 
 
 def test_editable_install(checkout: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ INSTALLED := $(VENV)/.installed
 # `verify` follows the drift for 16,000 positions, in both modes; here it is to be quick.
 DRIFT := --horizon 4000 --free-horizon 1000
 
-.PHONY: demo test lint bench precision scale gpu install clean
+.PHONY: demo test kernels lint bench precision scale gpu install clean
 
-demo: $(INSTALLED)
+demo: kernels
 	$(BIN)/xlstm-export deploy examples/austen_lm \
 	    --precision int8 --recipe examples/austen_lm/int8.yaml --calib calibration/sets/austen_lm.txt \
 	    --data examples/austen_lm/heldout.txt $(DRIFT) -o out/austen_lm --force
@@ -20,8 +20,13 @@ demo: $(INSTALLED)
 	    --calib calibration/sets/weather_forecaster.npz \
 	    --data examples/weather_forecaster/heldout.npz $(DRIFT) -o out/weather_forecaster --force
 
-test: lint
+test: lint kernels
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The recurrences as fused operators, compiled once into ~/.cache/xlstm_export. Exit code 3: there is no compiler
+# here, and function bodies run instead.
+kernels: $(INSTALLED)
+	$(BIN)/xlstm-export plugins build --only ort-cpu || test $$? -eq 3
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -168,6 +168,13 @@ T atomicAdd(T *at, T value) {
     return old;
 }
 
+template <class T>
+T atomicMax(T *at, T value) {
+    const T old = *at;
+    *at = std::max(old, value);
+    return old;
+}
+
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

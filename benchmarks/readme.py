@@ -28,7 +28,50 @@ def main() -> None:
         before, rest = text.split(begin)
         result = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
         text = f"{before}{begin}\n{make(result)}\n{end}{rest.split(end)[1]}"
+    results = [
+        json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    ]
+    before, rest = text.split("<!-- gpu -->")
+    table = gpus([result for result in results if result.get("kind") == "gpu"])
+    text = f"{before}<!-- gpu -->\n{table}\n<!-- /gpu -->{rest.split('<!-- /gpu -->')[1]}"
     readme.write_text(text, encoding="utf-8")
+
+
+def gpus(results: list[dict[str, Any]]) -> str:
+    """The kernels' times on every GPU that `make gpu` was run on, as Markdown."""
+    lines = [
+        "CUDA kernels of the two recurrences (`make gpu`: built, checked against FP64, timed in turns; "
+        "medians). A step is one launch in a CUDA graph with its operands in memory, not in a cache; *of the "
+        "ceiling* is the larger share of copy bandwidth and matrix-product rate measured in the same run.",
+        "",
+        "| GPU | | time | of the ceiling | PyTorch eager, FP32 "
+        "| fastest of torch.compile, mlstm_kernels, flashrnn |",
+        "|---|---|---|---|---|---|",
+    ]
+    if not results:
+        lines.append("| any | all kernels | not measured | | | |")
+    for result in results:
+        name = result["environment"]["gpu"]
+        peers: dict[str, dict[str, float]] = {}
+        for record in result.get("peers", []):
+            peers.setdefault(record["workload"], {}).update(record.get("over", {}))
+        for record in result.get("times", []):
+            lines.append(f"| {name} | {record['workload']} | {_gpu_columns(record, peers)} |")
+            name = ""
+    return "\n".join(lines)
+
+
+def _gpu_columns(record: dict[str, Any], peers: dict[str, dict[str, float]]) -> str:
+    if "us" not in record:
+        return f"not measured: {record.get('skipped') or record.get('error')} | | | "
+    positions = round(record["us"]["kernel"] / record["us_per_position"])
+    time = f"{record['us']['kernel']:.1f} µs"
+    if positions > 1:
+        time += f", {record['us_per_position']:.2f} µs per position"
+    share = max(record["share_of_copy"], record["share_of_matmul"] or 0.0)
+    fastest = min(peers.get(record["workload"], {}).items(), key=lambda item: item[1], default=None)
+    peer = f"{fastest[0]} {fastest[1]:.2f}×" if fastest else "not measured"
+    return f"{time} | {share:.0%} | {record['over']['eager']:.1f}× | {peer}"
 
 
 def scale(result: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ import gpu_device  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_reference  # noqa: E402
 import gpu_times  # noqa: E402
+import readme  # noqa: E402
 
 from xlstm_export import ops  # noqa: E402
 
@@ -791,3 +792,25 @@ def test_the_budget_is_below_eight_minutes() -> None:
     # Before the peers there is time for everything at its limit.
     needed = sum(gpu.LIMITS[stage] for stage in ("environment", "build", "checks", "times"))
     assert needed <= gpu.BUDGET
+
+
+# --- The README's table ---------------------------------------------------------------------------------
+
+
+def test_the_readme_s_table() -> None:
+    times = [record for record in run_times(TorchLibrary()) if "workload" in record]
+    times[1] = {"workload": "chunkwise", "skipped": "failed its checks"}
+    over = [{"workload": "scan", "over": {"slow": 9.0}}, {"workload": "scan", "over": {"quick": 1.5}}]
+    result = {"kind": "gpu", "environment": {"gpu": "NVIDIA H200"}, "times": times, "peers": over}
+    table = readme.gpus([result]).splitlines()[-3:]
+    assert table[0].startswith("| NVIDIA H200 | step | ")
+    assert table[0].endswith("× | not measured |")
+    assert table[1] == "|  | chunkwise | not measured: failed its checks | | |  |"
+    assert "µs per position" in table[2]
+    assert table[2].endswith("× | quick 1.50× |")
+    assert {line.count("|") for line in table} == {7}
+
+
+def test_without_results_the_table_says_not_measured() -> None:
+    assert readme.gpus([]).splitlines()[-1] == "| any | all kernels | not measured | | | |"
+    assert "<!-- gpu -->" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -206,3 +206,30 @@ def test_the_library_with_cuda_code_loads_without_a_driver() -> None:
     options.register_custom_ops_library(str(built.path))
     with pytest.raises(Exception, match="XlstmSlstm"):
         ort.InferenceSession(model("XlstmSlstm", "f32", "f32"), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in ort.get_available_providers(),
+    reason="onnxruntime without its CUDA provider",
+)
+@pytest.mark.parametrize("io", FLOATS)
+@pytest.mark.parametrize("S", [1, 70])
+def test_mlstm_in_the_cuda_provider(S: int, io: str) -> None:
+    from xlstm_export.plugins import build
+
+    (built,) = build.build(["ort-cuda"])
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(built.path))
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    opened = ort.InferenceSession(model("XlstmMlstm", io, "f32", ATTRIBUTES), options, providers=providers)
+    if "CUDAExecutionProvider" not in opened.get_providers():
+        pytest.skip("no GPU that ONNX Runtime can use")
+    data = held(oracle.mlstm_operands(S, B=2, S=S, H=2, Dk=16, Dv=24), dict.fromkeys("qkv", io))
+    reference = oracle.mlstm(*data.values(), **ATTRIBUTES)
+    bounds = oracle.mlstm_scale(*data.values(), **ATTRIBUTES)
+    for _ in range(3):
+        errors = oracle.mlstm_errors(run(opened, data), reference, bounds)
+        assert errors["h"] <= 2 * UNIT[io] + 32 * UNIT["f32"]
+        assert max(errors[name] for name in "Cnm") <= 32 * UNIT["f32"]

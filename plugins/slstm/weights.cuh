@@ -7,9 +7,7 @@
 //   rows              batch rows that one CTA takes
 //   Part              a tile in registers, 32 of them per lane: set(x...)
 //   place(gate, k, c) where the c-th 16 bytes of a row of the tile lie
-//   y_bytes(panels)   bytes of y in shared memory
-//   put(y, ...)       stores one y there
-//   Y                 y as registers of the product
+//   Y                 y as registers of the product; in shared memory, columns of `pitch` bytes
 //   Sums              running sums: add(y, x...), add(y, part); gates(a, t, scale, raw) at the end
 //   for_each(tile, lane, use)     calls use(x...) with all pieces of a tile in shared memory
 #pragma once
@@ -62,23 +60,23 @@ struct PiecesOfY {
     uint32_t b[blocks][4];
 
     // Bytes from column to column: an odd number of times 64, so that two columns lie in different banks.
-    __host__ __device__ static constexpr int pitch(int panels) { return (panels + 1 - panels % 2) * 64; }
-    __host__ __device__ static constexpr int bytes(int panels) { return blocks * 8 * pitch(panels); }
+    static int pitch(int panels) { return (panels + 1 - panels % 2) * 64; }
+    static constexpr int most_columns = blocks * 8;
 
     // Columns from `used` on are zero.
-    __device__ __forceinline__ void load(const unsigned char *y, int panels, int panel, int used, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used, int lane) {
         const int column = lane / 4;
 #pragma unroll
         for (int x = 0; x < blocks; ++x) {
             uint4 four = make_uint4(0, 0, 0, 0);
-            const int at = (x * 8 + column) * pitch(panels) + panel * 64 + lane % 4 * 16;
+            const int at = (x * 8 + column) * pitch + panel * 64 + lane % 4 * 16;
             if (column < used) four = *reinterpret_cast<const uint4 *>(y + at);
             b[x][0] = four.x, b[x][1] = four.y, b[x][2] = four.z, b[x][3] = four.w;
         }
     }
 
-    __device__ __forceinline__ static void put(unsigned char *y, int panels, int column, int k, uint16_t bits) {
-        *reinterpret_cast<uint16_t *>(y + column * pitch(panels) + k * 2) = bits;
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int column, int k, uint16_t bits) {
+        *reinterpret_cast<uint16_t *>(y + column * pitch + k * 2) = bits;
     }
 };
 
@@ -117,11 +115,11 @@ struct HalfSums : ProductSums<false, 1> {
 };
 
 struct HalfY : PiecesOfY<1> {
-    __device__ __forceinline__ static void put(unsigned char *y, int panels, int row, int k, float value, Scale scale) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale scale) {
         value *= scale.factor;
         const f16 large = to_f16(value), small = to_f16((value - to_float(large)) * 0x1p11f);
-        PiecesOfY::put(y, panels, 2 * row, k, large.bits);
-        PiecesOfY::put(y, panels, 2 * row + 1, k, small.bits);
+        PiecesOfY::put(y, pitch, 2 * row, k, large.bits);
+        PiecesOfY::put(y, pitch, 2 * row + 1, k, small.bits);
     }
     __device__ static constexpr int columns(int rows) { return 2 * rows; }
 };
@@ -147,13 +145,13 @@ struct BrainSums : ProductSums<true, blocks> {
 
 template <int blocks>
 struct BrainY : PiecesOfY<blocks> {
-    __device__ __forceinline__ static void put(unsigned char *y, int panels, int row, int k, float value, Scale) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
         const int block = blocks == 1 ? 0 : row % 2, pair = blocks == 1 ? row : row / 2;
         const int column = block * 8 + pair * 4;
 #pragma unroll
         for (int piece = 0; piece < 3; ++piece) {
             const bf16 bits = to_bf16(value);
-            PiecesOfY<blocks>::put(y, panels, column + piece, k, bits.bits);
+            PiecesOfY<blocks>::put(y, pitch, column + piece, k, bits.bits);
             value -= to_float(bits);
         }
     }
@@ -269,24 +267,24 @@ template <int most_rows>
 struct SingleY {
     float y[most_rows][4];
 
-    __host__ __device__ static constexpr int pitch(int panels) { return panels * 64; }
-    __host__ __device__ static constexpr int bytes(int panels) { return most_rows * pitch(panels); }
+    static int pitch(int panels) { return panels * 64; }
+    static constexpr int most_columns = most_rows;
 
-    __device__ __forceinline__ void load(const unsigned char *at, int panels, int panel, int, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *at, int pitch, int panel, int, int lane) {
 #pragma unroll
         for (int row = 0; row < most_rows; ++row) {
             const float4 four =
-                *reinterpret_cast<const float4 *>(at + row * pitch(panels) + panel * 64 + lane % 4 * 16);
+                *reinterpret_cast<const float4 *>(at + row * pitch + panel * 64 + lane % 4 * 16);
             y[row][0] = four.x, y[row][1] = four.y, y[row][2] = four.z, y[row][3] = four.w;
         }
     }
-    __device__ __forceinline__ static void put(unsigned char *y, int panels, int row, int k, float value, Scale) {
-        *reinterpret_cast<float *>(y + row * pitch(panels) + k * 4) = value;
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
+        *reinterpret_cast<float *>(y + row * pitch + k * 4) = value;
     }
     __device__ static constexpr int columns(int rows) { return rows; }
 };
 
-template <int most_rows>  // 1 or 4
+template <int most_rows>  // 1, 2 or 4
 struct SingleWeights {
     using Element = float;
     struct Part {
@@ -305,7 +303,11 @@ struct SingleWeights {
         return (word(gate, k % 4, chunk / 2) + k / 4 * 8 + chunk % 2 * 4) * 4;
     }
     __device__ __forceinline__ static int unit(int a, int g) { return 8 * a + g; }
-    __device__ __forceinline__ static int row(int t) { return t; }
+    // The first of the lanes that end up with a row uses it.
+    __device__ __forceinline__ static int row(int t) {
+        constexpr int lanes = 4 / most_rows;
+        return t % lanes == 0 ? t / lanes : most_rows;
+    }
 
     template <class Use>
     __device__ __forceinline__ static void for_each(const unsigned char *tile, int lane, const Use &use) {
@@ -335,22 +337,29 @@ struct SingleWeights {
                     for (int gate = 0; gate < 4; ++gate) add(y, a, gate, r, part.w[a][gate][r]);
         }
 
-        // Over the four lanes t: each ends up with its own row.
+        // Over the four lanes t, which share out the rows: in each step a lane keeps half of them, and adds its
+        // partner's sums of those.
         __device__ __forceinline__ void gates(int a, int t, Scale, float (&raw)[4]) const {
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) {
-                const float *const s = sum[a][gate];
-                if constexpr (most_rows == 1) {
-                    raw[gate] = s[0] + __shfl_xor_sync(WARP, s[0], 1);
-                    raw[gate] += __shfl_xor_sync(WARP, raw[gate], 2);
-                } else {
-                    const bool upper = t >= 2, odd = t % 2 == 1;
-                    float two[2];
+                float s[most_rows];
 #pragma unroll
-                    for (int r = 0; r < 2; ++r)
-                        two[r] = (upper ? s[r + 2] : s[r]) + __shfl_xor_sync(WARP, upper ? s[r] : s[r + 2], 2);
-                    raw[gate] = (odd ? two[1] : two[0]) + __shfl_xor_sync(WARP, odd ? two[0] : two[1], 1);
+                for (int row = 0; row < most_rows; ++row) s[row] = sum[a][gate][row];
+#pragma unroll
+                for (int step = 2, left = most_rows; step > 0; step /= 2) {
+                    const bool upper = (t & step) != 0;
+                    if (left == 1) {
+                        s[0] += __shfl_xor_sync(WARP, s[0], step);
+                        continue;
+                    }
+                    left /= 2;
+#pragma unroll
+                    for (int row = 0; row < left; ++row) {
+                        const float mine = upper ? s[row + left] : s[row], other = upper ? s[row] : s[row + left];
+                        s[row] = mine + __shfl_xor_sync(WARP, other, step);
+                    }
                 }
+                raw[gate] = s[0];
             }
         }
     };

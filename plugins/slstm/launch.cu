@@ -49,8 +49,7 @@ int run_to_256(const Slstm &call, Stream stream) {
 }
 
 template <class Weights>
-int run_with(const Slstm &call, float *past, Stream stream) {
-    if (call.dim <= 256) return run_to_256<Weights>(call, stream);
+int run_large(const Slstm &call, float *past, Stream stream) {
     if (!sliced(call)) return start<Weights, 2, 0, 512>(call, nullptr, stream, (call.dim + 2 * UNITS - 1) / (2 * UNITS));
     if (overwrites_past(call)) {
         const int count = call.batch * call.heads * call.dim;
@@ -63,6 +62,11 @@ int run_with(const Slstm &call, float *past, Stream stream) {
     return start<Weights, 1, 4, 256>(call, past, stream, min(8, (tiles + slices - 1) / slices));
 }
 
+template <class Weights>
+int run_with(const Slstm &call, float *past, Stream stream) {
+    return call.dim <= 256 ? run_to_256<Weights>(call, stream) : run_large<Weights>(call, past, stream);
+}
+
 int run(const Slstm &call, float *past, Stream stream) {
     switch (call.weight) {
         case Dtype::f16: return run_with<HalfWeights>(call, past, stream);
@@ -73,8 +77,8 @@ int run(const Slstm &call, float *past, Stream stream) {
             return run_with<BrainWeights<1>>(call, past, stream);
         default:
             if (call.batch == 1) return run_with<SingleWeights<1>>(call, past, stream);
-            if (call.batch == 2 || call.dim > 256) return run_with<SingleWeights<2>>(call, past, stream);
-            return run_to_256<SingleWeights<4>, 1>(call, stream);
+            if (call.dim <= 256) return run_to_256<SingleWeights<4>, 1>(call, stream);
+            return run_large<SingleWeights<2>>(call, past, stream);
     }
 }
 

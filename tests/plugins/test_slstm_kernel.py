@@ -12,8 +12,10 @@ from typing import Any
 
 import emulated
 import numpy as np
+import oracle
 import pytest
-from slstm_cases import IO, WEIGHTS, check, operands, run
+from slstm_cases import IO, WEIGHTS, check, dequantized, operands, run
+from test_ops import HELD, HOLDING
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
 TYPES = list(itertools.product(WEIGHTS, IO))
@@ -68,6 +70,23 @@ def test_large_heads(library: NativeLibrary, weight: str, D: int, B: int, S: int
 def test_large_heads_on_a_small_device(library: NativeLibrary, weight: str, D: int, B: int) -> None:
     data = operands(D + B, weight, "f32", D=D, H=1, B=B, S=3)
     check(run(library, data), data)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("D", "B", "processors"), [(264, 3, 8), (320, 1, 20), (512, 5, 132), (333, 2, 132)])
+def test_one_position_of_a_large_head(
+    library: NativeLibrary, weight: str, D: int, B: int, processors: int
+) -> None:
+    # Shared out over CTAs, which must not overwrite what others still read.
+    try:
+        emulated.device(processors=processors)
+        data = operands(D, weight, "f32", D=D, H=2, B=B, S=1)
+        apart = run(library, data)
+        check(apart, data)
+        for ours, theirs in zip(run(library, data, in_place=True), apart, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    finally:
+        emulated.device()
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -149,6 +168,30 @@ def test_small_outputs_and_large_weights(library: NativeLibrary, weight: str) ->
     else:
         data["R"] = (data["R"].astype(np.float32) * 1e6).astype(data["R"].dtype)
     check(run(library, data), data)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("B", [1, 4])
+def test_the_product_is_as_exact_as_in_single(library: NativeLibrary, weight: str, B: int) -> None:
+    # R·y is most of what the gates get; one position, because over several such weights amplify any rounding.
+    for D in (40, 128):
+        data = operands(D, weight, "f32", D=D, H=2, B=B, S=1, size=0.1)
+        if weight == "i8":
+            data["R_scale"] *= 16 * D**0.5
+        else:
+            data["R"] = (data["R"].astype(np.float32) * 16 * D**0.5).astype(data["R"].dtype)
+        check(run(library, data), data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forget", HOLDING)
+def test_holds_its_state(library: NativeLibrary, forget: float) -> None:
+    data = operands(0, "f16", "f32", D=16, H=1, B=1, S=10_000, size=0.0, m=None)
+    data["R"][:], data["bias"][:] = 0, 0
+    data["c"][:], data["n"][:], data["m"][:] = 0.5, 1.0, 80.0
+    data["x"][:, :, 0], data["x"][:, :, 1] = -1e4, forget
+    errors = oracle.slstm_errors(run(library, data), oracle.slstm(*dequantized(data, np.float64)))
+    assert max(errors["c"], errors["n"]) <= HELD, errors
 
 
 @pytest.mark.parametrize("forget_max", [-1.0, 0.0, 15.0])
@@ -249,7 +292,10 @@ def test_sizes_that_no_kernel_takes(library: NativeLibrary, change: dict[str, in
 def test_integers_as_x(library: NativeLibrary) -> None:
     data = operands(0, "f32", "f32", B=1, S=1, H=1, D=16)
     data["x"] = data["x"].astype(np.int8)
-    with np.errstate(invalid="ignore"), pytest.raises(NativeError, match="x and y have type 3, must be f32, f16 or bf16"):
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(NativeError, match="x and y have type 3, must be f32, f16 or bf16"),
+    ):
         run(library, data)
 
 

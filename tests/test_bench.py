@@ -65,6 +65,7 @@ def test_figures_follow_from_timings() -> None:
         bandwidth_gbs=10.0,
         moved_bytes=10e6,
         baseline="",
+        recurrences="function bodies",
     )
     assert report.step_speedup == pytest.approx(2.0)
     assert report.prefill_speedup == pytest.approx(4.0)

@@ -58,8 +58,11 @@ def failed(report: Report) -> list[str]:
 
 
 def stages(report: Report) -> set[str]:
-    """First words of the names of the checks that failed: prefill, step, chunked, ..."""
-    return {name.split()[0].rstrip(":") for name in failed(report)}
+    """First words of the names of the checks that failed: prefill, step, chunked, ...
+
+    Without "fused", which is checked only where those operators are built; see `test_fused.py`.
+    """
+    return {name.split()[0].rstrip(":") for name in failed(report)} - {"fused"}
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def test_an_export_passes(folder: Path, small_loaded: checkpoint.Loaded) -> None
     report = verify(folder, small_loaded, threads=1, progress=seen.append)
     assert report.passed
     assert failed(report) == []
-    assert seen == [
+    assert [name for name in seen if name != "fused"] == [
         *("lift", "prefill", "step", "chunked", "resumed", "rows", "reset", "long stream"),
         "upstream as it comes",
     ]

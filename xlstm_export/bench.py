@@ -52,6 +52,8 @@ class BenchReport:
         prefill, torch_prefill: one call of `prefill_length` positions.
         bandwidth_gbs: of reading a buffer as large as what a step moves, with the same threads.
         moved_bytes: weights read plus state read and written per step.
+        baseline: which method of the model PyTorch eager steps through.
+        recurrences: what the export runs them as: "fused operators" or "function bodies".
     """
 
     step: Timing
@@ -64,6 +66,7 @@ class BenchReport:
     bandwidth_gbs: float
     moved_bytes: float
     baseline: str
+    recurrences: str
 
     @property
     def step_speedup(self) -> float:
@@ -89,6 +92,7 @@ class BenchReport:
             "schema": 1,
             "environment": environment(self.threads),
             "batch": self.batch,
+            "recurrences": self.recurrences,
             "step": {
                 "exported": self.step.to_json(),
                 "pytorch_eager": {**self.torch_step.to_json(), "through": self.baseline},
@@ -169,6 +173,7 @@ def bench(
         bandwidth_gbs=max(moved, MIN_BANDWIDTH_BYTES) / reading.percentile(50) / 1e9,
         moved_bytes=moved,
         baseline=baseline,
+        recurrences="fused operators" if session.fused else "function bodies",
     )
     write_json(folder / "bench" / "bench.json", report.to_json())
     return report

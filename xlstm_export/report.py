@@ -118,7 +118,8 @@ def show_bench(console: Console, report: BenchReport) -> None:
     console.print(
         f"a step moves {_bytes(report.moved_bytes)} at {report.achieved_gbs:.1f} GB/s, "
         f"{report.roof_share:.0%} of the {report.bandwidth_gbs:.1f} GB/s measured in this run "
-        f"({report.threads} threads, batch {report.batch}; eager through {report.baseline})"
+        f"({report.threads} threads, batch {report.batch}; {report.recurrences}; "
+        f"eager through {report.baseline})"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import fused
 from .checks import Check, output_check
 from .compare import compare_states, difference
 from .config import CHUNK, IoSpec
@@ -52,7 +53,8 @@ class StreamChecks:
         threads: int,
     ) -> None:
         self.folder, self.io, self.threads = folder, io, threads
-        self.candidate = OrtSession(folder, BATCH, threads)
+        # The file as it is, function bodies included: what other runtimes see of it.
+        self.candidate = OrtSession(folder, BATCH, threads, fused=False)
         self.inputs, self._make_inputs, self._expected = inputs, make_inputs, expected
         self.limits, self.last_only, self.rng = limits, last_only, rng
         # Without an input that has positions there is one way to call the model.
@@ -68,12 +70,13 @@ class StreamChecks:
             ("resumed", self.check_resumed),
             ("rows", self.check_rows),
             ("reset", self.check_reset),
+            *([("fused", self.check_fused)] if fused.library() is not None else []),
         ]
 
     def check_step(self) -> list[Check]:
         """The same positions one by one."""
         length = max(RAGGED)
-        return self._streamed("step", [1] * length, self.candidate.step)
+        return self._streamed("step", [1] * length, self.candidate, self.candidate.step)
 
     def check_chunked(self) -> list[Check]:
         """The same positions in pieces that do not respect chunk borders."""
@@ -81,12 +84,17 @@ class StreamChecks:
         random_cuts = np.sort(self.rng.choice(np.arange(1, length), size=5, replace=False))
         pieces = np.diff([0, *random_cuts, length]).tolist()
         return [
-            *self._streamed(
-                "chunked 1+63+1+64+70",
-                [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1],
-                self.candidate.prefill,
-            ),
-            *self._streamed("chunked at random", pieces, self.candidate.prefill),
+            *self._streamed("chunked 1+63+1+64+70", _pieces(length), self.candidate, self.candidate.prefill),
+            *self._streamed("chunked at random", pieces, self.candidate, self.candidate.prefill),
+        ]
+
+    def check_fused(self) -> list[Check]:
+        """The same positions through the fused operators, in pieces and one by one."""
+        session = OrtSession(self.folder, BATCH, self.threads)
+        length = max(RAGGED)
+        return [
+            *self._streamed("fused 1+63+1+64+70", _pieces(length), session, session.prefill),
+            *self._streamed("fused step", [1] * length, session, session.step),
         ]
 
     def check_resumed(self) -> list[Check]:
@@ -98,7 +106,7 @@ class StreamChecks:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
-            fresh = OrtSession(self.folder, BATCH, self.threads)
+            fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
             load_state(fresh, path)
         second = fresh.prefill(cut(self.inputs, self.io, middle, length))
         expected, state = self._expected(length)
@@ -113,7 +121,7 @@ class StreamChecks:
         together = self.candidate.prefill(inputs)
         state = self.candidate.state()
         checks = []
-        alone = OrtSession(self.folder, 1, self.threads)
+        alone = OrtSession(self.folder, 1, self.threads, fused=False)
         for row in range(BATCH):
             alone.reset()
             single = alone.prefill(
@@ -136,7 +144,7 @@ class StreamChecks:
     def check_reset(self) -> list[Check]:
         """Reset leaves nothing behind, also of single rows while the others go on."""
         inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
-        fresh = OrtSession(self.folder, BATCH, self.threads)
+        fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
         expected = fresh.prefill(inputs)
         self.candidate.reset()
         self.candidate.prefill(self.inputs)
@@ -158,9 +166,11 @@ class StreamChecks:
             Check("rows 0, 2 go on", rest, self.limits["rows"]),
         ]
 
-    def _streamed(self, name: str, pieces: Sequence[int], call: Callable[[Arrays], Arrays]) -> list[Check]:
-        """The shared inputs in pieces from a fresh start, through the candidate's `step` or `prefill`."""
-        self.candidate.reset()
+    def _streamed(
+        self, name: str, pieces: Sequence[int], session: OrtSession, call: Callable[[Arrays], Arrays]
+    ) -> list[Check]:
+        """The shared inputs in pieces from a fresh start, through a session's `step` or `prefill`."""
+        session.reset()
         parts: list[Arrays] = []
         start = 0
         for piece in pieces:
@@ -171,7 +181,7 @@ class StreamChecks:
         outputs = self._joined(parts)
         expected, state = self._expected(start)
         ends = np.cumsum(pieces).tolist()
-        return self.compare(name, outputs, expected, state, ends=ends)
+        return self.compare(name, outputs, expected, state, session.state(), ends=ends)
 
     def _joined(self, parts: Sequence[Arrays]) -> Arrays:
         """Results of consecutive calls as if of one: those of a whole sequence are the last call's."""
@@ -209,3 +219,8 @@ class StreamChecks:
                 Check(f"{name}: states", differences[worst].relative_l2, self.limits["state"], detail)
             )
         return checks
+
+
+def _pieces(length: int) -> list[int]:
+    """Lengths around the chunk border, the last ragged."""
+    return [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1]

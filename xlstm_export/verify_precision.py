@@ -218,7 +218,7 @@ class _Run:
     def _at_once(self, length: int) -> tuple[Arrays, Arrays]:
         """The candidate's own outputs and state after one call from a fresh start."""
         if length not in self._own:
-            session = OrtSession(self.folder, BATCH, self.threads)
+            session = OrtSession(self.folder, BATCH, self.threads, fused=False)
             inputs = {
                 x.name: self.streams.inputs[x.name][:, :length]
                 if per_position(x)

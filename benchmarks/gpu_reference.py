@@ -15,8 +15,8 @@ Tensors = dict[str, Tensor]
 MLSTM_RESULTS = ("h", "C", "n", "m")
 SLSTM_RESULTS = ("y", "y_n", "c_n", "n_n", "m_n")
 
-# Errors below this count as none: half of the smallest difference of float16, and what is left of float32
-# (and bfloat16) where results may be flushed to zero.
+# What every result may be off, however small its scale: half of the smallest difference of float16, and what
+# is left of float32 (and bfloat16) where results may be flushed to zero.
 TINY = {"float16": 2.0**-25, "bfloat16": 1e-36, "float32": 1e-36}
 
 
@@ -112,6 +112,6 @@ def worst(result: Tensor, reference: Tensor, scale: Tensor, gauge: Tensor | floa
     if not torch.isfinite(result).all():
         return float("inf")
     error = (result.double() * gauge - reference).abs()
-    error = torch.where(error <= TINY[str(result.dtype).removeprefix("torch.")], 0.0, error)
+    error = (error - TINY[str(result.dtype).removeprefix("torch.")]).clamp(min=0.0)
     share = torch.where(error == 0.0, 0.0, error / scale)
     return float(share.max()) if share.isfinite().all() else float("inf")

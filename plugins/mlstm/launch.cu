@@ -88,7 +88,7 @@ extern "C" int xlstm_mlstm_run(const xlstm::Mlstm *call, void *workspace, void *
             using Io = decltype(io);
             using State = decltype(state);
             if (call->length == 1) return run_step<Io, State>(*call, stream);
-            return run_chunkwise<Io, State>(*call, static_cast<char *>(workspace), stream);
+            return run_chunkwise<Io, State>(*call, static_cast<unsigned char *>(workspace), stream);
         });
     });
 }

@@ -10,12 +10,6 @@ constexpr int SLICE = 32;  // of Dk, in shared memory at a time
 constexpr int OUTPUT_THREADS = 128;
 constexpr int MAX_CHUNK = 4;  // blocks
 
-// Columns of h that one CTA computes. FP32 needs three times the shared memory per column.
-template <class Io>
-__host__ __device__ constexpr int output_columns() {
-    return Pieces<Io>::input == 3 ? 64 : 128;
-}
-
 // Decay between two positions of one block, from sums over groups of eight positions. Every sum is over its
 // own terms.
 struct BlockDecay {
@@ -56,10 +50,9 @@ __device__ __forceinline__ float decay_between(const BlockDecay &decay, int t, i
     return decay.to_end[j] + decay.between[later][earlier] + decay.to_start[t];
 }
 
-template <class Io>
+template <class Io, int columns>
 struct OutputShared {
     using P = Pieces<Io>;
-    static constexpr int columns = output_columns<Io>();
     static constexpr bool direct = P::input == 1;        // raw tiles are bfloat16 planes as they are
     static constexpr bool scores_direct = sizeof(Io) == 2;  // q and k are multiplied in their own type
     static constexpr int raw_slice = BLOCK * raw_pitch<Io>(SLICE), raw_values = BLOCK * raw_pitch<Io>(columns);
@@ -81,14 +74,15 @@ struct OutputShared {
     static int bytes(int rows) { return fixed + (rows + 2 * MAX_CHUNK * BLOCK + 5 * BLOCK) * int(sizeof(float)); }
 };
 
-// One CTA per head, block and `columns` of h. Four warps, two by two, each with 32 positions. For the block
+// One CTA per head, block and COLUMNS of h. Four warps, two by two, each with 32 positions. For the block
 // itself and then for the earlier blocks of its chunk: scores S = q kᵀ over slices of Dk, weighted to E, then
 // h += E v. The state's part, q C, comes with the slices of the first of these rounds.
-template <class Io>
-__global__ void __launch_bounds__(OUTPUT_THREADS, 2) output_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
+template <class Io, int COLUMNS>
+__global__ void __launch_bounds__(OUTPUT_THREADS, 2)
+    output_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
     using P = Pieces<Io>;
-    using Shared = OutputShared<Io>;
-    constexpr int COLUMNS = Shared::columns, N = COLUMNS / 16;
+    using Shared = OutputShared<Io, COLUMNS>;
+    constexpr int N = COLUMNS / 16;  // tiles of 8 columns to a warp
     XLSTM_DYNAMIC_SHARED(shared);
     bits16 *const scores = reinterpret_cast<bits16 *>(shared + Shared::scores);
     bits16 *const planes_q = reinterpret_cast<bits16 *>(shared + Shared::planes);

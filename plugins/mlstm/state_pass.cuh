@@ -65,7 +65,8 @@ struct StateShared {
 // One CTA per head and 64 x 64 tile of C, four warps with a 32 x 32 quarter each. C stays in FP32 registers; a
 // block's contribution is summed by itself first, because tensor cores truncate when they accumulate.
 template <class Io, class State>
-__global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3) state_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
+__global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
+    state_pass(Mlstm call, Gates gates, Segment segment, bool vector) {
     using P = Pieces<Io>;
     using Shared = StateShared<Io>;
     XLSTM_DYNAMIC_SHARED(shared);

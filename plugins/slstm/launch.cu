@@ -69,12 +69,16 @@ int run_with(const Slstm &call, float *past, Stream stream) {
 
 int run(const Slstm &call, float *past, Stream stream) {
     switch (call.weight) {
-        case Dtype::f16: return run_with<HalfWeights>(call, past, stream);
-        case Dtype::i8: return run_with<IntegerWeights>(call, past, stream);
+        case Dtype::f16:
+            if (call.batch <= 2) return run_with<HalfWeights<2>>(call, past, stream);
+            return run_with<HalfWeights<4>>(call, past, stream);
+        case Dtype::i8:
+            if (call.batch <= 2) return run_with<IntegerWeights<2>>(call, past, stream);
+            return run_with<IntegerWeights<4>>(call, past, stream);
         case Dtype::bf16:
             if (call.batch > 2 && call.dim <= 128)
-                return start<BrainWeights<2>, 1, 4, 256>(call, nullptr, stream, (call.dim + UNITS - 1) / UNITS);
-            return run_with<BrainWeights<1>>(call, past, stream);
+                return start<BrainWeights<4>, 1, 4, 256>(call, nullptr, stream, (call.dim + UNITS - 1) / UNITS);
+            return run_with<BrainWeights<2>>(call, past, stream);
         default:
             if (call.batch == 1) return run_with<SingleWeights<1>>(call, past, stream);
             if (call.dim <= 256) return run_to_256<SingleWeights<4>, 1>(call, stream);

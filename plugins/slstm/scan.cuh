@@ -128,32 +128,33 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
     }
 
     // This lane's cells.
-    constexpr int cells = tiles * 2;
+    constexpr int cells = tiles * Weights::cells;
     Cell cell[cells];
     uint32_t x_next[cells][4];
     const size_t width = size_t(call.heads) * dim;               // elements of x from gate to gate
     const size_t state_0 = (first + row) * width + head * dim;   // of this row's states
-    size_t y_at = size_t(first + row) * call.length * width + head * dim, x_at = 4 * y_at - 3 * head * dim;
-    const auto unit = [&](int u) { return first_unit + u / 2 * UNITS + Weights::unit(u % 2, g); };
+    size_t y_at = size_t(first + row) * call.length * width + head * dim;  // of this row's y at a position
+    const auto unit = [&](int u) {
+        return first_unit + u / Weights::cells * UNITS + Weights::unit(Weights::second(u % Weights::cells, t), g);
+    };
     const auto active = [&](int u) { return row < rows && unit(u) < dim; };
-    const auto fetch_x = [&] {
+    const auto fetch_x = [&](size_t y_at) {
+        const size_t x_at = 4 * y_at - 3 * head * dim;
 #pragma unroll
         for (int u = 0; u < cells; ++u)
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
                 if (active(u)) x_next[u][gate] = fetch(call.x, x_at + gate * width + unit(u), call.io);
-        x_at += 4 * width;
     };
 #pragma unroll
     for (int u = 0; u < cells; ++u)
         if (active(u)) cell[u] = {call.c0[state_0 + unit(u)], call.n0[state_0 + unit(u)], call.m0[state_0 + unit(u)]};
     // Where registers allow, x is on its way for a whole step; otherwise for as long as the product takes.
     constexpr bool early = threads <= 256;
-    if (early) fetch_x();
+    if (early) fetch_x(y_at);
     copy_wait<0>();
     __syncthreads();
 
-    const int columns = Y::columns(rows);
     int ring = 0;
     for (int position = 0; position < call.length; ++position) {
         const unsigned char *const y_past = shared + position % 2 * plan.y_bytes;
@@ -165,20 +166,21 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
 #pragma unroll
                 for (int gate = 0; gate < 4; ++gate) x[u][gate] = x_next[u][gate];
         }
-        if (!early || position + 1 < call.length) fetch_x();
+        if (!early || position + 1 < call.length) fetch_x(early ? y_at + width : y_at);
 
         typename Weights::Sums sums[tiles];
 #pragma unroll
         for (int p = 0; p < held; ++p) {
             if (p >= plan.panels) break;
             Y y;
-            y.load(y_past, plan.y_pitch, p, columns, lane);
+            y.load(y_past, plan.y_pitch, p, rows, lane);
 #pragma unroll
             for (int tile = 0; tile < tiles; ++tile) sums[tile].add(y, parts[p][tile]);
         }
+#pragma unroll 1
         for (int p = held, other = 0; p < plan.panels; ++p) {
             Y y;
-            y.load(y_past, plan.y_pitch, p, columns, lane);
+            y.load(y_past, plan.y_pitch, p, rows, lane);
 #pragma unroll
             for (int tile = 0; tile < tiles; ++tile, ++other) {
                 const auto multiply = [&](int x) {
@@ -199,18 +201,20 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
         }
 
         const bool last = position + 1 == call.length;
+        float sum[cells][4];
+#pragma unroll
+        for (int u = 0; u < cells; ++u) sums[u / Weights::cells].gates(u % Weights::cells, t, scale, sum[u]);
 #pragma unroll
         for (int u = 0; u < cells; ++u) {
-            float raw[4];
-            sums[u / 2].gates(u % 2, t, scale, raw);
             if (!active(u)) continue;
             const int e = unit(u);
             float4 factor = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
             if (Weights::scaled_sums) factor = factors[e];
             const float4 b = bias[e];
             const auto in = [&](int gate) { return value(early ? x[u][gate] : x_next[u][gate], call.io); };
-            raw[0] = fmaf(raw[0], factor.x, in(0) + b.x), raw[1] = fmaf(raw[1], factor.y, in(1) + b.y);
-            raw[2] = fmaf(raw[2], factor.z, in(2) + b.z), raw[3] = fmaf(raw[3], factor.w, in(3) + b.w);
+            const float raw[4] = {
+                fmaf(sum[u][0], factor.x, in(0) + b.x), fmaf(sum[u][1], factor.y, in(1) + b.y),
+                fmaf(sum[u][2], factor.z, in(2) + b.z), fmaf(sum[u][3], factor.w, in(3) + b.w)};
             const float y = advance(cell[u], raw, call.forget_max);
             Y::put(y_present, plan.y_pitch, row, e, y, scale);
             store(call.y, y_at + e, y, call.io);

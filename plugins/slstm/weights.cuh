@@ -1,14 +1,15 @@
 // Recurrent weights by type: how a tile of R lies in shared memory and in registers, and how a warp multiplies it
 // with y (README.md, "Product").
 //
-// A tile is R from `depth` units of the past (k) to all four gates of 16 units of one warp. Lane 4 g + t of the warp
-// works out the gates of units unit(0, g) and unit(1, g) for batch row row(t). Each type of weights has
+// A tile is R from `depth` units of the past (k) to all four gates of 16 units of one warp. Its product with y ends
+// up in lanes 4 g + t: of units unit(0, g) and unit(1, g), for a batch row that t stands for (Lanes). Each type of
+// weights has
 //   depth             k of a tile: lane t's are `depth / 4` neighbours
 //   rows              batch rows that one CTA takes
 //   Part              a tile in registers, 32 of them per lane: set(x...)
 //   place(gate, k, c) where the c-th 16 bytes of a row of the tile lie
 //   Y                 y as registers of the product; in shared memory, columns of `pitch` bytes
-//   Sums              running sums: add(y, x...), add(y, part); gates(a, t, scale, raw) at the end
+//   Sums              running sums: add(y, x...), add(y, part); gates(u, t, scale, raw) at the end
 //   for_each(tile, lane, use)     calls use(x...) with all pieces of a tile in shared memory
 #pragma once
 
@@ -20,6 +21,23 @@ namespace xlstm::slstm {
 
 constexpr int UNITS = 16;  // of a tile
 constexpr unsigned WARP = 0xffffffffu;
+
+// Which batch row and units the lanes with index t work out. With one or two rows, two lanes share a row, and each has
+// one of the two units: gates take as long as the product, and no lane that could do a part of them shall idle.
+template <int most_rows>
+struct Lanes {
+    static constexpr int rows = most_rows;
+    static constexpr bool shared = rows <= 2;
+    static constexpr int cells = shared ? 1 : 2;  // of each lane, per tile
+    __device__ __forceinline__ static int row(int t) { return shared ? t / 2 : t; }
+    __device__ __forceinline__ static int second(int u, int t) { return shared ? t % 2 : u; }  // the a of cell u
+};
+
+// One of two lanes' sums: this lane's own part of what it keeps, and the partner's.
+__device__ __forceinline__ float exchange(float first, float second, bool keeps_second, int partner) {
+    const float kept = keeps_second ? second : first, given = keeps_second ? first : second;
+    return kept + __shfl_xor_sync(WARP, given, partner);
+}
 
 // y times `factor` is what lies in shared memory, `back` undoes it. Powers of two.
 struct Scale {
@@ -63,14 +81,11 @@ struct PiecesOfY {
     static int pitch(int panels) { return (panels + 1 - panels % 2) * 64; }
     static constexpr int most_columns = blocks * 8;
 
-    // Columns from `used` on are zero.
-    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used, int lane) {
-        const int column = lane / 4;
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int column, bool used, int lane) {
 #pragma unroll
         for (int x = 0; x < blocks; ++x) {
             uint4 four = make_uint4(0, 0, 0, 0);
-            const int at = (x * 8 + column) * pitch + panel * 64 + lane % 4 * 16;
-            if (column < used) four = *reinterpret_cast<const uint4 *>(y + at);
+            if (used) four = *reinterpret_cast<const uint4 *>(y + (x * 8 + column) * pitch + panel * 64 + lane % 4 * 16);
             b[x][0] = four.x, b[x][1] = four.y, b[x][2] = four.z, b[x][3] = four.w;
         }
     }
@@ -103,17 +118,22 @@ struct ProductSums {
     }
 };
 
-// Two FP16 pieces: 4 batch rows in 8 columns.
+// Two FP16 pieces: 4 batch rows in 8 columns, or 2 rows in 4 columns that the product has twice.
+template <int rows>
 struct HalfSums : ProductSums<false, 1> {
-    __device__ __forceinline__ void gates(int a, int, Scale scale, float (&raw)[4]) const {
+    __device__ __forceinline__ void gates(int u, int t, Scale scale, float (&raw)[4]) const {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
             const int pair = gate / 2, e = gate % 2 * 2;
-            raw[gate] = fmaf(d[0][a][pair][e + 1], 0x1p-11f, d[0][a][pair][e]) * scale.back;
+            const bool second = Lanes<rows>::second(u, t) == 1;
+            const float large = second ? d[0][1][pair][e] : d[0][0][pair][e];
+            const float small = second ? d[0][1][pair][e + 1] : d[0][0][pair][e + 1];
+            raw[gate] = fmaf(small, 0x1p-11f, large) * scale.back;
         }
     }
 };
 
+template <int rows>
 struct HalfY : PiecesOfY<1> {
     __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale scale) {
         value *= scale.factor;
@@ -121,24 +141,23 @@ struct HalfY : PiecesOfY<1> {
         PiecesOfY::put(y, pitch, 2 * row, k, large.bits);
         PiecesOfY::put(y, pitch, 2 * row + 1, k, small.bits);
     }
-    __device__ static constexpr int columns(int rows) { return 2 * rows; }
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows, int lane) {
+        const int g = lane / 4, column = Lanes<rows>::shared ? g / 4 * 2 + g % 2 : g;
+        PiecesOfY::load(y, pitch, panel, column, column < 2 * used_rows, lane);
+    }
 };
 
-// Three bfloat16 pieces: 2 batch rows in 8 columns, one column of each row zero. With two blocks of columns, the row of
-// pair p of neighbouring lanes in block x is 2 p + x, so that lane t sums row t.
+// Three bfloat16 pieces: 2 batch rows in 8 columns, one column of each row zero, and so a row's sums in two lanes. With
+// two blocks of columns, pair p of lanes has row 2 p in the first block and 2 p + 1 in the second.
 template <int blocks>
 struct BrainSums : ProductSums<true, blocks> {
-    __device__ __forceinline__ void gates(int a, int t, Scale, float (&raw)[4]) const {
+    __device__ __forceinline__ void gates(int u, int t, Scale, float (&raw)[4]) const {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
             const int pair = gate / 2, e = gate % 2 * 2;
-            float sum[blocks];
-#pragma unroll
-            for (int x = 0; x < blocks; ++x) {
-                sum[x] = this->d[x][a][pair][e] + this->d[x][a][pair][e + 1];
-                sum[x] += __shfl_xor_sync(WARP, sum[x], 1);
-            }
-            raw[gate] = t % 2 == 0 ? sum[0] : sum[blocks - 1];
+            const auto sum = [&](int x, int a) { return this->d[x][a][pair][e] + this->d[x][a][pair][e + 1]; };
+            const float first = sum(0, blocks == 1 ? 0 : u), second = blocks == 1 ? sum(0, 1) : sum(blocks - 1, u);
+            raw[gate] = exchange(first, second, t % 2 == 1, 1);
         }
     }
 };
@@ -146,8 +165,7 @@ struct BrainSums : ProductSums<true, blocks> {
 template <int blocks>
 struct BrainY : PiecesOfY<blocks> {
     __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
-        const int block = blocks == 1 ? 0 : row % 2, pair = blocks == 1 ? row : row / 2;
-        const int column = block * 8 + pair * 4;
+        const int column = blocks == 1 ? row * 4 : row % 2 * 8 + row / 2 * 4;
 #pragma unroll
         for (int piece = 0; piece < 3; ++piece) {
             const bf16 bits = to_bf16(value);
@@ -155,7 +173,10 @@ struct BrainY : PiecesOfY<blocks> {
             value -= to_float(bits);
         }
     }
-    __device__ static constexpr int columns(int rows) { return blocks == 1 ? 4 * rows : 4 * ((rows + 1) / 2); }
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows, int lane) {
+        const int column = lane / 4;
+        PiecesOfY<blocks>::load(y, pitch, panel, column, column / 4 * blocks < used_rows, lane);
+    }
 };
 
 // 16-bit weights. A tile is 32 matrices of 8 k (rows) by 8 units.
@@ -190,24 +211,20 @@ struct Tile16 {
     }
 };
 
-struct HalfWeights : Tile16 {
+template <int rows>  // 2 or 4
+struct HalfWeights : Tile16, Lanes<rows> {
     using Element = f16;
-    using Y = HalfY;
-    using Sums = HalfSums;
-    static constexpr int rows = 4;
+    using Y = HalfY<rows>;
+    using Sums = HalfSums<rows>;
     static constexpr bool scaled_y = true, scaled_sums = false;
-    __device__ __forceinline__ static int row(int t) { return t; }
 };
 
-template <int blocks>
-struct BrainWeights : Tile16 {
+template <int rows>  // 2 or 4
+struct BrainWeights : Tile16, Lanes<rows> {
     using Element = bf16;
-    using Y = BrainY<blocks>;
-    using Sums = BrainSums<blocks>;
-    static constexpr int rows = 2 * blocks;
+    using Y = BrainY<rows / 2>;
+    using Sums = BrainSums<rows / 2>;
     static constexpr bool scaled_y = false, scaled_sums = false;
-    // With one block, both lanes of a pair hold the sum, and the first one uses it.
-    __device__ __forceinline__ static int row(int t) { return blocks == 2 ? t : t % 2 == 0 ? t / 2 : rows; }
 };
 
 // Two of the integers in `bits` as FP16: bytes 0 and 2, or 1 and 3.
@@ -225,13 +242,13 @@ __device__ __forceinline__ uint32_t integers(uint32_t bits, bool odd) {
 }
 
 // Integers, FP16 once they are in registers. A tile is 16 matrices of 8 k by 8 pairs of units.
-struct IntegerWeights {
+template <int rows>  // 2 or 4
+struct IntegerWeights : Lanes<rows> {
     using Element = int8_t;
     using Part = Fragments;
-    using Y = HalfY;
-    using Sums = HalfSums;
+    using Y = HalfY<rows>;
+    using Sums = HalfSums<rows>;
     static constexpr int depth = 32, tile_bytes = depth * 4 * UNITS;
-    static constexpr int rows = 4;
     static constexpr bool scaled_y = true, scaled_sums = true;
 
     __device__ static int matrix(int half, int upper, int gate) { return ((half * 2 + upper) * 4 + gate) * 128; }
@@ -240,7 +257,6 @@ struct IntegerWeights {
         return matrix(order.half, order.upper, gate) + order.row * 16;
     }
     __device__ __forceinline__ static int unit(int a, int g) { return 2 * g + a; }
-    __device__ __forceinline__ static int row(int t) { return t; }
 
     template <class Use>
     __device__ __forceinline__ static void for_each(const unsigned char *tile, int lane, const Use &use) {
@@ -281,11 +297,10 @@ struct SingleY {
     __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
         *reinterpret_cast<float *>(y + row * pitch + k * 4) = value;
     }
-    __device__ static constexpr int columns(int rows) { return rows; }
 };
 
 template <int most_rows>  // 1, 2 or 4
-struct SingleWeights {
+struct SingleWeights : Lanes<most_rows> {
     using Element = float;
     struct Part {
         float w[2][4][4];  // units, gates, k
@@ -294,7 +309,6 @@ struct SingleWeights {
     };
     using Y = SingleY<most_rows>;
     static constexpr int depth = 16, tile_bytes = depth * 4 * UNITS * 4;
-    static constexpr int rows = most_rows;
     static constexpr bool scaled_y = false, scaled_sums = false;
 
     // Words [gate][k % 4][a][t][g]: what a warp reads at a time lies side by side.
@@ -303,12 +317,6 @@ struct SingleWeights {
         return (word(gate, k % 4, chunk / 2) + k / 4 * 8 + chunk % 2 * 4) * 4;
     }
     __device__ __forceinline__ static int unit(int a, int g) { return 8 * a + g; }
-    // The first of the lanes that end up with a row uses it.
-    __device__ __forceinline__ static int row(int t) {
-        constexpr int lanes = 4 / most_rows;
-        return t % lanes == 0 ? t / lanes : most_rows;
-    }
-
     template <class Use>
     __device__ __forceinline__ static void for_each(const unsigned char *tile, int lane, const Use &use) {
         const float *const words = reinterpret_cast<const float *>(tile) + lane % 4 * 8 + lane / 4;
@@ -337,29 +345,23 @@ struct SingleWeights {
                     for (int gate = 0; gate < 4; ++gate) add(y, a, gate, r, part.w[a][gate][r]);
         }
 
-        // Over the four lanes t, which share out the rows: in each step a lane keeps half of them, and adds its
-        // partner's sums of those.
-        __device__ __forceinline__ void gates(int a, int t, Scale, float (&raw)[4]) const {
+        // Over the four lanes t, which share out rows and units: first between t and t + 2, then between neighbours.
+        __device__ __forceinline__ void gates(int u, int t, Scale, float (&raw)[4]) const {
+            const bool upper = t >= 2, odd = t % 2 == 1;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate) {
-                float s[most_rows];
+                float two[2];
 #pragma unroll
-                for (int row = 0; row < most_rows; ++row) s[row] = sum[a][gate][row];
-#pragma unroll
-                for (int step = 2, left = most_rows; step > 0; step /= 2) {
-                    const bool upper = (t & step) != 0;
-                    if (left == 1) {
-                        s[0] += __shfl_xor_sync(WARP, s[0], step);
-                        continue;
-                    }
-                    left /= 2;
-#pragma unroll
-                    for (int row = 0; row < left; ++row) {
-                        const float mine = upper ? s[row + left] : s[row], other = upper ? s[row] : s[row + left];
-                        s[row] = mine + __shfl_xor_sync(WARP, other, step);
+                for (int x = 0; x < 2; ++x) {
+                    if constexpr (most_rows == 1) {
+                        two[x] = sum[x][gate][0] + __shfl_xor_sync(WARP, sum[x][gate][0], 2);
+                    } else if constexpr (most_rows == 2) {
+                        two[x] = exchange(sum[x][gate][0], sum[x][gate][1], upper, 2);
+                    } else {
+                        two[x] = exchange(sum[u][gate][x], sum[u][gate][x + 2], upper, 2);
                     }
                 }
-                raw[gate] = s[0];
+                raw[gate] = exchange(two[0], two[1], odd, 1);
             }
         }
     };

@@ -1,6 +1,7 @@
 // Drives the TensorRT plugin library inside a real TensorRT runtime, as a builder and an engine would.
 //   tensorrt_driver RUNTIME PLUGINS load      the plugins through IPluginRegistry::loadLibrary
 //   tensorrt_driver RUNTIME PLUGINS register  the library that registers itself, by dlopen
+//   tensorrt_driver RUNTIME PLUGINS both SELF_REGISTERING
 //   tensorrt_driver RUNTIME PLUGINS logger    only TensorRT's calls of a logger; without a GPU's driver it
 //                                             complains, and such a process cannot end as usual
 // Prints a line for each check: its name and "ok", or what did not hold.
@@ -739,6 +740,19 @@ void check_plugins(Registry &registry, void *library) {
     set_finder(nullptr);
 }
 
+// Both libraries in one process, each in turn first: the registry keeps the plugins that it has.
+void check_both(Registry &registry, const char *loaded, const char *self_registering) {
+    check("both", [&] {
+        REQUIRE(registry.load(loaded) != nullptr);
+        IPluginCreatorV3One *first = registry.creator("XlstmMlstm", "1", "xlstm");
+        REQUIRE(dlopen(self_registering, RTLD_NOW | RTLD_LOCAL) != nullptr);
+        REQUIRE(first != nullptr && registry.creator("XlstmMlstm", "1", "xlstm") == first);
+        registry.load(loaded);
+        IPluginCreatorV3One *other = registry.creator("XlstmSlstm", "1", "xlstm");
+        REQUIRE(other != nullptr && std::strcmp(other->getPluginName(), "XlstmSlstm") == 0);
+    });
+}
+
 // The layout of ILogger that the other checks rest on, by TensorRT's own word: it calls a logger of ours.
 [[noreturn]] void check_layout_of_loggers(Registry &registry) {
     check("runtime_logger", [&] {
@@ -753,12 +767,16 @@ void check_plugins(Registry &registry, void *library) {
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc != 4) return 2;
+    if (argc < 4) return 2;
     try {
         Registry registry(argv[1]);
         std::printf("version: %d\n", registry.version);
         const std::string how = argv[3];
         const bool registers_itself = how.rfind("register", 0) == 0;
+        if (how == "both") {
+            check_both(registry, argv[2], argv[4]);
+            return failures;
+        }
         if (how == "logger") check_layout_of_loggers(registry);
         void *handle = registers_itself ? nullptr : registry.load(argv[2]);
         void *library = dlopen(argv[2], RTLD_NOW | RTLD_LOCAL);

@@ -17,7 +17,9 @@ from lean_runtime import lean_runtime, plugin_build
 RUNTIMES = ("10.15.1.29", "10.16.1.11", "11.4.0.106")
 EMULATED_RUNTIMES = ("10.16.1.11", "11.4.0.106")
 WAYS = ("load", "register")  # to bring the plugins into a runtime
-LIBRARIES = {"load": "libxlstm_trt.so", "register": "libxlstm_trt_register.so", "logger": "libxlstm_trt.so"}
+LIBRARIES = {"register": "libxlstm_trt_register.so"} | dict.fromkeys(
+    ("load", "both", "logger"), "libxlstm_trt.so"
+)
 CHECKS = (
     "found",
     "logger",
@@ -44,6 +46,7 @@ def drive(version: str, how: str, machine: str) -> subprocess.CompletedProcess[s
     runtime = lean_runtime(version, machine)
     built = plugin_build(machine, sanitized=machine == MACHINE)
     command = [str(built / "driver"), str(runtime), str(built / LIBRARIES[how]), how]
+    command += [str(built / LIBRARIES["register"])] if how == "both" else []
     return subprocess.run([*emulator(machine), *command], capture_output=True, text=True)
 
 
@@ -87,6 +90,13 @@ def test_plugins_of_a_jetson_in_its_runtime(version: str, how: str) -> None:
     run = drive(version, how, "aarch64")
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert tuple(results(run)) == ("version", *CHECKS)
+
+
+@pytest.mark.parametrize("version", RUNTIMES)
+def test_both_libraries_in_one_process(version: str) -> None:
+    run = drive(version, "both", MACHINE)
+    assert (run.returncode, results(run).get("both")) == (0, "ok"), f"{run.stdout}\n{run.stderr}"
+    assert "TensorRT has plugins of these names already" in run.stderr
 
 
 @pytest.mark.parametrize("version", RUNTIMES)

@@ -564,6 +564,7 @@ void profiles(const Plugins &plugins) {
     auto loose = mlstm_tensors().dynamic(B, 4);
     loose[7].max.d[0] = 9;
     REQUIRE(configure(loose, workspace) == 0 && plugins.fake->mlstm.batch == 9);
+    REQUIRE(workspace == size_t{1} << 21);  // at batch 7, length 1
     REQUIRE(slstm.configure(slstm_tensors(f32, i8, true)) == 0);
     REQUIRE(plugins.fake->slstm.weight == xlstm::Dtype::i8 && plugins.fake->slstm.dim == D);
 

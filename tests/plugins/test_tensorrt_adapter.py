@@ -11,8 +11,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import emulated
 import pytest
 from lean_runtime import lean_runtime, plugin_build
+from xlstm_export.plugins.native import MlstmCall, SlstmCall
 
 RUNTIMES = ("10.15.1.29", "10.16.1.11", "11.4.0.106")
 EMULATED_RUNTIMES = ("10.16.1.11", "11.4.0.106")
@@ -113,6 +115,30 @@ def test_libraries_need_nothing_of_tensorrt() -> None:
         assert exported(path) == {"getCreators", "setLoggerFinder"}
         needed = symbols(path, "--undefined-only")
         assert not {name for name in needed if "nvinfer" in name.lower() or "Registry" in name}
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 64, 64), (3, 8, 256, 512), (7, 4, 128, 256)])
+def test_longer_sequences_want_no_less_workspace(
+    sizes: tuple[int, int, int, int], request: pytest.FixtureRequest
+) -> None:
+    """What `getWorkspaceSize` relies on: it asks the kernels for the longest sequence only."""
+    batch, heads, dk, dv = sizes
+    request.addfinalizer(emulated.device)
+    emulated.device(processors=16)
+    lengths = (2, 3, 63, 64, 65, 128, 129, 500, 1000, 4096, 10_000, 65_536)
+    for op, dtype in ((op, dtype) for op in ("mlstm", "slstm") for dtype in (0, 1)):
+        asked = [workspace(op, dtype, batch, length, heads, dk, dv) for length in lengths]
+        assert asked == sorted(asked), (op, dtype)
+
+
+def workspace(op: str, dtype: int, batch: int, length: int, heads: int, dk: int, dv: int) -> int:
+    library = emulated.library()
+    if op == "slstm":
+        call = SlstmCall(batch=batch, length=length, heads=heads, dim=dk, io=dtype, weight=dtype)
+        return library.slstm_workspace(call)
+    return library.mlstm_workspace(
+        MlstmCall(batch=batch, length=length, heads=heads, dk=dk, dv=dv, io=dtype, state=0)
+    )
 
 
 def test_self_registering_library_without_tensorrt() -> None:

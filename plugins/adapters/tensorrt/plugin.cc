@@ -78,14 +78,6 @@ size_t leader_of(const Op &op, Kind kind) {
     return std::find_if(op.inputs.begin(), op.inputs.end(), same) - op.inputs.begin();
 }
 
-// Powers of two below `largest`, and `largest`.
-std::vector<int32_t> sizes_up_to(int32_t largest) {
-    std::vector<int32_t> sizes;
-    for (int64_t size = 1; size < largest; size *= 2) sizes.push_back(static_cast<int32_t>(size));
-    sizes.push_back(largest);
-    return sizes;
-}
-
 }  // namespace
 
 Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased)
@@ -208,11 +200,12 @@ size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc *inputs, int32_t n
         require_counts(nbInputs, nbOutputs);
         const Request largest = largest_request(inputs, nbInputs, outputs);
         require_kernel(largest);
-        // Kernels may split few, short sequences over more blocks than many, long ones.
+        // Kernels share few sequences out over more blocks than many, so a smaller batch can want more; a
+        // single position is another kernel than a sequence.
         size_t bytes = 0;
         Request request = largest;
-        for (const int32_t batch : sizes_up_to(largest.sizes['B'])) {
-            for (const int32_t length : sizes_up_to(largest.sizes['S'])) {
+        for (int32_t batch = 1; batch <= largest.sizes['B']; ++batch) {
+            for (const int32_t length : {1, largest.sizes['S']}) {
                 request.sizes['B'] = batch;
                 request.sizes['S'] = length;
                 bytes = std::max(bytes, op_.workspace(request));

@@ -41,7 +41,7 @@ bench: $(INSTALLED)
 
 # Size, task metric and drift of the examples in every precision; several minutes.
 precision: $(INSTALLED)
-	$(BIN)/python benchmarks/precision.py --out benchmarks/results/precision.json
+	$(BIN)/python benchmarks/task_metrics.py --out benchmarks/results/precision.json
 	$(BIN)/python benchmarks/readme.py
 
 # Export and verification of 1.3B and 7B parameters; half an hour, 45 GB of disk.

@@ -2,7 +2,7 @@
 // NEON and anything else. A file that includes this sets XLSTM_LANES and is compiled for one instruction set;
 // everything here is local to it (anonymous namespace), because other files are compiled for others.
 //
-// Functions of a vector are within 2 units in the last place over the whole range of FP32, denormals included
+// Functions of a vector are within 2.5 units in the last place over the whole range of FP32, denormals included
 // (tests/plugins/test_simd.py). Coefficients are minimax fits over the reduced range.
 #pragma once
 

@@ -233,10 +233,12 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
         }
         const float kept = chunk.carried[L - 1];
         gemm(dk, width, L, {chunk.kW, 1, dk}, v, v_stride, C, dv, kept, chunk.panel);
-        for (size_t d = 0; d < dk; ++d) {
-            float total = kept * n[d];
-            for (size_t t = 0; t < L; ++t) total += chunk.kW[t * dk + d];
-            n[d] = total;
+        for (size_t d = 0; d < dk; d += kLanes) {
+            const size_t some = dk - d < kLanes ? dk - d : kLanes;
+            Vec sums[4] = {};  // several short sums round less than a long one
+            for (size_t t = 0; t < L; ++t) sums[t % 4] += load_some(chunk.kW + t * dk + d, some);
+            const Vec added = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            store_some(n + d, kept * load_some(n + d, some) + added, some);
         }
         *m = chunk.m[L - 1];
         q += L * qk_stride, k += L * qk_stride, v += L * v_stride, h += L * v_stride;

@@ -22,8 +22,13 @@ from xlstm_export.plugins.locate import ROOT, cache_folder
 from xlstm_export.plugins.native import NativeLibrary
 
 OPS = ("mlstm", "slstm")
+# Without -fno-gnu-unique, a second library in the same process would use the first one's inline variables,
+# and so the order and the shared memory of its launches.
+FLAGS = (
+    *("-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    f"-I{ROOT}",
+)
 # Optimized for this machine, above all so that fmaf is an instruction.
-FLAGS = ("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{ROOT}")
 PLAIN = ("-O2", "-march=native")
 SANITIZED = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 

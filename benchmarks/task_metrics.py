@@ -1,6 +1,6 @@
 """Size, task metric and drift of the two trained examples in every precision.
 
-    python benchmarks/precision.py [--out benchmarks/results/precision.json]
+    python benchmarks/task_metrics.py [--out benchmarks/results/precision.json]
 
 Ranges come from the committed calibration sets, metric and drift from held-out data: 16,000 positions, the
 forecaster's data begun anew. "found" is the recipe in the example's folder, which `xlstm-export sensitivity`

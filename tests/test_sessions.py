@@ -474,7 +474,7 @@ def test_outputs_that_are_no_sequence_are_never_computed_in_pieces(
     monkeypatch.setattr(trace, "check_streams", lambda loaded: None)
     loaded = checkpoint.Loaded(Pooled().eval(), {"x": example}, "y", "Pooled", {})
     session = sessions.OrtSession(trace.export(loaded, tmp_path / "out"), 2)
-    monkeypatch.setattr(sessions, "PIECE", 5)
+    monkeypatch.setattr(sessions.ort, "PIECE", 5)
     found = session.prefill({"x": example.numpy()})
     with torch.no_grad():
         mean, transposed = loaded.module(example)

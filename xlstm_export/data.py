@@ -11,7 +11,8 @@ import numpy as np
 
 from .config import IoSpec
 from .errors import InputError, UsageError
-from .sessions import Arrays, Session
+from .inputs import Arrays
+from .sessions import Session
 
 PIECE = 2048  # positions per call while a metric streams through the data
 PICTURE = "text file for a byte-level language model; .npz with the model's inputs (N, S, ...) and `target`"

@@ -30,7 +30,8 @@ from .drift_report import FREE, TEACHER, Drift, Feedback, FreeRun, Series
 from .drift_report import token_feedback as token_feedback
 from .errors import InputError, UsageError
 from .inputs import Arrays, cut, per_position
-from .sessions import PIECE, Session
+from .sessions import Session
+from .sessions.ort import PIECE
 
 HORIZONS = (1, 10, 100, 1000, 4000, 16000)
 WINDOW = 256

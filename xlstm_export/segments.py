@@ -14,8 +14,8 @@ from torch import Tensor
 from . import graph_cut
 from .config import IoSpec, StateSpec
 from .errors import InputError
+from .inputs import Arrays
 from .runfolder import MODEL
-from .sessions import Arrays
 
 
 class FreshStates(Mapping[str, Tensor]):

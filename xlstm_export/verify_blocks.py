@@ -28,7 +28,7 @@ from .compare import Difference, compare_states, difference
 from .config import CHUNK, IoSpec, StateSpec
 from .errors import EnvironmentError_, UsageError
 from .graph_weights import LiftedWeights
-from .inputs import per_position, random_inputs
+from .inputs import Arrays, per_position, random_inputs
 from .loaded import Loaded
 from .runfolder import (
     IO,
@@ -41,7 +41,6 @@ from .runfolder import (
     write_manifest,
 )
 from .segments import FreshStates, Segments
-from .sessions import Arrays
 from .streamed import Streamed
 from .verify import verify
 from .verify_precision import verify_precision

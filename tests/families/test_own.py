@@ -197,7 +197,7 @@ def test_goal_of_an_episode_goes_along_with_every_piece(
     model, folder = exported_policy
     inputs = episode(23)
     expected = sessions.TorchSession(model, 2).prefill(inputs)
-    monkeypatch.setattr(sessions, "PIECE", 7)
+    monkeypatch.setattr(sessions.ort, "PIECE", 7)
     in_pieces = sessions.OrtSession(folder, 2, threads=1)
     one_by_one = sessions.OrtSession(folder, 2, threads=1)
     steps = [

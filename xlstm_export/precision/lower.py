@@ -18,7 +18,7 @@ from ..inputs import Arrays
 from ..lazy import SMALL
 from ..passes.merge_static_views import merge_static_views
 from ..passes.values import is_weight
-from ..sessions import PREPACKING, WEIGHTS_FOLDER
+from ..sessions.ort import PREPACKING, WEIGHTS_FOLDER
 from .integer_kernels import use_integer_kernels
 from .round_half import computes_in_half, to_float32
 

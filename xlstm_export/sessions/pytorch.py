@@ -1,0 +1,85 @@
+"""The user's module in PyTorch, as reference (float64) and as the peer that is timed (float32)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import IoSpec, StateSpec, TensorSpec
+from ..errors import BuildError
+from ..inputs import Arrays
+from .protocol import StatefulSession
+
+if TYPE_CHECKING:
+    from ..loaded import Loaded
+
+
+class TorchSession(StatefulSession):
+    """The user's module, cells lifted, in the reference form of `ops.py`.
+
+    Args:
+        loaded: the model.
+        batch: number of streams.
+        dtype: "float64" for a reference, "float32" for what PyTorch users have.
+    """
+
+    def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
+        import torch
+
+        lifted = loaded.lift()
+        self._torch = torch
+        self._dtype = getattr(torch, dtype)
+        # The copy shares the user's parameters, so the conversion must not be in place.
+        self._module = (
+            lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
+        )
+        self._output = loaded.output
+        self.batch = batch
+        states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
+        self.io = IoSpec(tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items()), (), states)
+        self._past = lifted.fresh_state(batch, self._dtype)
+
+    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs)
+        return self._run(inputs)
+
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        self._check_inputs(inputs, length=1)
+        return self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        from .. import cells
+        from ..cells import named_outputs
+
+        tensors = []
+        for spec in self.io.inputs:
+            tensor = self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name]))
+            tensors.append(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+        with self._torch.no_grad():
+            result, present = cells.run_lifted(self._module, tuple(tensors), self._past)
+        lacking = [s.present for s in self.io.states if s.present not in present]
+        if lacking:
+            raise BuildError(
+                f"forward gives no {lacking[0]} for this input, because it does not call the cell",
+                "forward must call every cell, whatever its input",
+            )
+        self._past = {s.past: present[s.present] for s in self.io.states}
+        return {name: t.numpy() for name, t in named_outputs(result, self._output).items()}
+
+    def state(self) -> Arrays:
+        return {name: tensor.numpy().copy() for name, tensor in self._past.items()}
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        self._past[name] = self._torch.from_numpy(np.array(value)).to(self._dtype)
+
+
+def _converted(module: Any, dtype: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(module).to(dtype)
+
+
+def _symbolic(name: str, example: Any, loaded: Loaded) -> TensorSpec:
+    return TensorSpec(name, str(example.dtype).removeprefix("torch."), loaded.input_dims(name))

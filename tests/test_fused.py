@@ -209,23 +209,9 @@ def idle_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert compiler is not None
     plugins = Path(__file__).parent / "plugins"
     path = tmp_path_factory.mktemp("idle") / "idle.so"
-    adapter = locate.ROOT / "adapters" / "onnxruntime" / "cpu.cpp"
-    subprocess.run(
-        [
-            compiler,
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            f"-I{locate.ROOT}",
-            f"-I{plugins}",
-            str(adapter),
-            str(plugins / "fake_kernels.cc"),
-            "-o",
-            str(path),
-        ],
-        check=True,
-    )
+    sources = [locate.ROOT / "adapters" / "onnxruntime" / "cpu.cpp", plugins / "fake_kernels.cc"]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{locate.ROOT}", f"-I{plugins}"]
+    subprocess.run([compiler, *options, *map(str, sources), "-o", str(path)], check=True)
     return path
 
 

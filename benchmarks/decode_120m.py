@@ -136,15 +136,19 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     torch.set_num_threads(threads)
     loaded = checkpoint.load_checkpoint(source)
     moved = roofline.step_bytes(loaded.spec())
+    moved_int8 = roofline.step_bytes(loaded.spec(), bench.weight_bytes(folder / "int8", loaded))
     one = {"tokens": np.array([[17]])}
     session = sessions.OrtSession(folder, 1, threads)
     int8 = sessions.OrtSession(folder / "int8", 1, threads, rounding=False)
     eager, _ = bench._eager_step(loaded, one, 1)
+    bodies = sessions.OrtSession(folder, 1, threads, fused=False)
     contestants = {
         "exported": lambda: session.step(one),
+        "function_bodies": lambda: bodies.step(one),
         "int8": lambda: int8.step(one),
         "eager": eager,
         "reading": bench._bandwidth_probe(moved),
+        "reading_int8": bench._bandwidth_probe(moved_int8),
     }
     if with_compile:
         contestants["compiled"] = compiled_step(loaded)
@@ -153,17 +157,25 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     )
     median = {name: timing.percentile(50) for name, timing in timings.items()}
     result: dict[str, Any] = {name: timing.to_json() for name, timing in timings.items()}
+    result["recurrences"] = "fused operators" if session.fused else "function bodies"
     result["moved_bytes"] = moved
     result["roof_share"] = median["reading"] / median["exported"]
+    result["int8_moved_bytes"] = moved_int8
+    result["int8_roof_share"] = median["reading_int8"] / median["int8"]
     result["over_eager"] = median["eager"] / median["exported"]
     result["int8_over_eager"] = median["eager"] / median["int8"]
     for name in contestants:
-        say(f"decode, {name}", f"{median[name] * 1e3:.2f} ms", f"{moved / median[name] / 1e9:.1f} GB/s")
+        size = moved_int8 if "int8" in name else moved
+        say(f"decode, {name}", f"{median[name] * 1e3:.2f} ms", f"{size / median[name] / 1e9:.1f} GB/s")
     say("  over eager", f"{result['over_eager']:.2f}x", f"int8 {result['int8_over_eager']:.2f}x")
     if with_compile:
         result["over_compiled"] = median["compiled"] / median["exported"]
         say("  over torch.compile", f"{result['over_compiled']:.2f}x")
-    say("  share of the roof", f"{result['roof_share']:.0%}", "reading the same bytes with the same threads")
+    say(
+        "  share of the roof",
+        f"{result['roof_share']:.0%}",
+        f"int8 {result['int8_roof_share']:.0%}; reading the same bytes with the same threads",
+    )
     return result
 
 

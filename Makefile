@@ -34,7 +34,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
-bench: $(INSTALLED)
+bench: kernels
+	$(BIN)/python benchmarks/cpu_operators.py --out benchmarks/results/cpu_operators.json
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/decode_120m.py --decode-only --out benchmarks/results/int8.json
 	$(BIN)/python benchmarks/readme.py

@@ -20,6 +20,7 @@ def main() -> None:
         ("scale", "scale.json", scale),
         ("precision", "precision.json", precision),
         ("int8", "int8.json", int8),
+        ("operators", "cpu_operators.json", operators),
     )
     for marker, file, make in tables:
         if not (ROOT / "benchmarks" / "results" / file).is_file():
@@ -130,6 +131,35 @@ def precision(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def operators(result: dict[str, Any]) -> str:
+    """The operators alone on a CPU as Markdown."""
+    step, chunkwise, scan = (result[name] for name in ("mlstm_step", "mlstm_chunkwise", "slstm_scan"))
+    environment = result["environment"]
+
+    def row(what: str, figures: dict[str, Any]) -> str:
+        us, over = figures["us"], figures["over"]
+        return (
+            f"| {what} | {us['fused']:.1f} µs | {us['bodies']:.1f} µs ({over['bodies']:.1f}×) "
+            f"| {us['eager']:.1f} µs ({over['eager']:.1f}×) |"
+        )
+
+    return "\n".join(
+        [
+            f"One operator at batch 1, FP32, {environment['threads']} threads of an {environment['cpu']}, in "
+            "turns in one run (`benchmarks/cpu_operators.py`); time per position:",
+            "",
+            "| | fused | function body | PyTorch eager |",
+            "|---|---|---|---|",
+            row("mLSTM step, 4 heads 384×384, state not in a cache", step),
+            row("mLSTM chunkwise, the same, 512 positions", chunkwise),
+            row("sLSTM scan, 4 heads of 128, 512 positions", scan),
+            "",
+            f"The mLSTM step moves its state at {step['roof_share']:.0%} of the rate at which PyTorch "
+            "multiplies as much memory in place.",
+        ]
+    )
+
+
 def int8(result: dict[str, Any]) -> str:
     """INT8 decode beside FP32 and PyTorch as Markdown."""
     decode, environment = result["decode"], result["environment"]
@@ -139,10 +169,12 @@ def int8(result: dict[str, Any]) -> str:
         f"{step['exported']:.1f} ms in FP32, {step['compiled']:.1f} ms of torch.compile and "
         f"{step['eager']:.1f} ms of PyTorch eager ({decode['int8_over_eager']:.2f}×)"
     )
+    share = decode.get("int8_roof_share")
+    roof = "" if share is None else f", {share:.0%} of its roof"
     return (
         "The same shape in INT8, by the recipe found for austen_lm, in a run of its own with "
         f"{environment['threads']} threads: {result['int8']['over_fp32']:.2f}× the bytes of FP32; a decode "
-        f"step takes {step['int8']:.1f} ms, against {others}."
+        f"step takes {step['int8']:.1f} ms{roof}, against {others}."
     )
 
 
@@ -158,9 +190,10 @@ def speed(result: dict[str, Any]) -> str:
     def per_token(side: str) -> str:
         return ", ".join(f"{f['seconds'] / int(n) * 1e3:.2f} at {n}" for n, f in long[side].items())
 
+    bodies = f"{ms('function_bodies')} with function bodies" if "function_bodies" in decode else ""
     rows = [
         ("decode step, batch 1", ms("exported"), f"{ms('eager')} ({decode['over_eager']:.2f}×)"),
-        ("", "", f"torch.compile {ms('compiled')} ({decode['over_compiled']:.2f}×)"),
+        ("", bodies, f"torch.compile {ms('compiled')} ({decode['over_compiled']:.2f}×)"),
         *(
             (
                 f"prefill of {length} tokens, all logits",

@@ -96,14 +96,23 @@ def find(kind: str) -> Path | None:
         EnvironmentError_: the variable names a file that is not there.
     """
     require_kind(kind)
-    variable = f"XLSTM_EXPORT_{kind.upper().replace('-', '_')}_LIBRARY"
+    variable = _variable(kind)
     if given := os.environ.get(variable):
-        if given == "off":
+        if is_off(kind):
             return None
         if not Path(given).is_file():
             raise EnvironmentError_(f"{variable} names {given}, which is no file", f"unset {variable}")
         return Path(given).resolve()
     return next((built.path for built in cached(kind) if built.current), None)
+
+
+def is_off(kind: str) -> bool:
+    """Whether the environment says that no library of a kind is to be used."""
+    return os.environ.get(_variable(kind)) == "off"
+
+
+def _variable(kind: str) -> str:
+    return f"XLSTM_EXPORT_{kind.upper().replace('-', '_')}_LIBRARY"
 
 
 def cached(kind: str) -> Iterator[Built]:

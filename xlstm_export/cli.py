@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_plugins, cli_precision
+from . import __version__, cli_bundle, cli_plugins, cli_precision
 from .cli_common import (
     checkpoint_argument,
     command_line,
@@ -176,6 +176,7 @@ def deploy(
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)
 cli.add_command(cli_precision.sensitivity)
+cli.add_command(cli_bundle.bundle)
 cli.add_command(cli_plugins.plugins)
 
 

@@ -18,7 +18,7 @@ from ..inputs import Arrays
 from ..lazy import SMALL
 from ..passes.merge_static_views import merge_static_views
 from ..passes.values import is_weight
-from ..sessions.ort import PREPACKING, WEIGHTS_FOLDER
+from ..sessions.cpu_graph import PREPACKING, CpuGraph
 from .integer_kernels import use_integer_kernels
 from .round_half import computes_in_half, to_float32
 
@@ -62,6 +62,26 @@ def lower(model: ir.Model, *, rounding: bool = True, batch: int | None = None, f
     _drop_unused_initializers(model)
 
 
+def cpu_graph(
+    model: ir.Model, *, rounding: bool = True, batch: int | None = None, fused: bool = False
+) -> CpuGraph:
+    """The lowered `model`, which is changed, and how to open it; arguments as for `lower`."""
+    lower(model, rounding=rounding, batch=batch, fused=fused)
+    # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.
+    folding = batch is not None and not _widens_integers(model)
+    # As for FP32 graphs, but for weights that are in memory anyway: MatMulNBits without packing makes an FP32
+    # copy of the whole weight at each call.
+    packing = batch is not None or any(node.op_type == "MatMulNBits" for node in model.graph)
+    source, arrays = detached(model)
+    return CpuGraph(
+        source,
+        {**SESSION_CONFIG, PREPACKING: "0" if packing else "1"},
+        mem_pattern=folding,  # plans for memory made ahead hold all converted weights at once
+        disabled=() if folding else FOLDING,
+        arrays=arrays,
+    )
+
+
 def open_session(
     model: ir.Model,
     folder: Path,
@@ -78,28 +98,8 @@ def open_session(
         folder: where the graph's weight file lies.
         options: onnxruntime.SessionOptions, which are added to; yet without a folder of weights or packing.
     """
-    import onnxruntime
-
-    lower(model, rounding=rounding, batch=batch, fused=fused)
-    for key, value in {**SESSION_CONFIG, WEIGHTS_FOLDER: str(folder)}.items():
-        options.add_session_config_entry(key, value)
-    # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.
-    folding = batch is not None and not _widens_integers(model)
-    # As for FP32 graphs, but for weights that are in memory anyway: MatMulNBits without packing makes an FP32
-    # copy of the whole weight at each call.
-    packing = batch is not None or any(node.op_type == "MatMulNBits" for node in model.graph)
-    options.add_session_config_entry(PREPACKING, "0" if packing else "1")
-    # Plans for memory made ahead hold all converted weights at once.
-    options.enable_mem_pattern = folding
-    source, arrays = detached(model)
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-    options.add_external_initializers(list(arrays), values)  # copied while the session is made, not before
-    return onnxruntime.InferenceSession(
-        source,
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=[] if folding else list(FOLDING),
-    )
+    graph = cpu_graph(model, rounding=rounding, batch=batch, fused=fused)
+    return graph.open(options, folder)
 
 
 def detached(model: ir.Model) -> tuple[bytes, Arrays]:

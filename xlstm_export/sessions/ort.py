@@ -12,14 +12,13 @@ from ..config import TensorSpec
 from ..errors import BuildError, EnvironmentError_, InputError
 from ..inputs import Arrays, cut, per_position
 from ..runfolder import IO, MODEL, read_io, read_manifest
+from .cpu_graph import CpuGraph, is_prepared, name_of, read_prepared
 from .protocol import StatefulSession, numpy_type
 
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
 BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
-PREPACKING = "session.disable_prepacking"
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OrtSession(StatefulSession):
@@ -33,16 +32,24 @@ class OrtSession(StatefulSession):
     each where these are built, see `fused.py`, and then update their states in place.
 
     Args:
-        folder: run folder of `export` or `quantize`.
+        folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
         batch: number of streams.
         threads: threads of one operator; all cores by default.
         rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
             without it half is FP32, which is faster on a CPU.
         fused: whether to run recurrences as kernels where these are built; else their function bodies run.
+        library: the kernels, instead of those in the cache.
     """
 
     def __init__(
-        self, folder: Path, batch: int = 1, threads: int = 0, *, rounding: bool = True, fused: bool = True
+        self,
+        folder: Path,
+        batch: int = 1,
+        threads: int = 0,
+        *,
+        rounding: bool = True,
+        fused: bool = True,
+        library: Path | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -50,13 +57,12 @@ class OrtSession(StatefulSession):
             raise EnvironmentError_(
                 f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
             ) from error
-        from .. import fused as fused_operators
-
         self._ort = onnxruntime
         self._folder = Path(folder)
         self._threads = threads
         self._rounding = rounding
-        self._library = fused_operators.library() if fused else None
+        self._prepared = is_prepared(self._folder)
+        self._library = (library or _built_kernels(self._prepared)) if fused else None
         self.io = read_io(self._folder)
         self._last_logits = bool(read_manifest(self._folder).get("options", {}).get("last_logits"))
         self.batch = batch
@@ -125,8 +131,9 @@ class OrtSession(StatefulSession):
 
     def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
         self._check_inputs(inputs, length=1)
-        if not self.io.states:
-            return self.prefill(inputs)  # recurrences need not run along S, so no graph for S = 1 will do
+        # Recurrences without states need not run along S; a prepared graph for one position is for one.
+        if not self.io.states or (self._prepared and self.batch != 1):
+            return self.prefill(inputs)
         if self._decode_session is None:
             self._decode_session = self._open(decode=True)
             self._bindings = [_StepBinding(self, now) for now in (0, 1)]
@@ -161,29 +168,15 @@ class OrtSession(StatefulSession):
             binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
 
     def _open(self, *, decode: bool) -> Any:
-        from .. import fused as fused_operators
-        from ..graph_cut import load_graph
-        from ..precision import lower
-
-        path = self._folder / MODEL
-        model = load_graph(path)
+        graph = self._graph(decode=decode)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         if self._library is not None:
             options.register_custom_ops_library(str(self._library))
+        path = self._folder / MODEL
         try:
-            if lower.needs_lowering(model):
-                session = lower.open_session(
-                    model,
-                    self._folder,
-                    options,
-                    rounding=self._rounding,
-                    batch=self.batch if decode else None,
-                    fused=self.fused,
-                )
-            else:
-                session = self._fp32_session(model, path, options, decode=decode)
+            session = graph.open(options, self._folder)
         except Exception as error:
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
@@ -193,9 +186,17 @@ class OrtSession(StatefulSession):
         if lacking:
             raise InputError(f"{path} lacks {', '.join(lacking[:5])}, which {IO} names", "export again")
         if self.fused:
-            pairs = {s.past: s.present for s in self.io.states}
-            self._share_buffers(fused_operators.states_in_place(model, pairs))
+            self._share_buffers(graph.in_place)
         return session
+
+    def _graph(self, *, decode: bool) -> CpuGraph:
+        if self._prepared:
+            return read_prepared(self._folder, name_of(decode=decode, fused=self.fused))
+        from ..cpu_graphs import derive
+
+        return derive(
+            self._folder, self.io, self.batch, decode=decode, rounding=self._rounding, fused=self.fused
+        )
 
     def _share_buffers(self, names: frozenset[str]) -> None:
         """States that are updated in place have one buffer, which both sets hold; decided once."""
@@ -206,27 +207,14 @@ class OrtSession(StatefulSession):
                 self._values[1 - self._now][name] = self._values[self._now][name]
         assert self._in_place <= names, "prefill and decode update the same states in place"
 
-    def _fp32_session(self, model: Any, path: Path, options: Any, *, decode: bool) -> Any:
-        import onnx_ir as ir
 
-        from .. import fused as fused_operators
-        from ..decode import decode_graph, fix_one_position
+def _built_kernels(prepared: bool) -> Path | None:
+    """The kernels in the cache; a bundle brings its own or none."""
+    if prepared:
+        return None
+    from ..fused import library
 
-        # Packed weights make a step 7% faster; prefill packs them piece by piece in any case, and reads
-        # them from the mapped file.
-        options.add_session_config_entry(PREPACKING, "0" if decode else "1")
-        source: Any = str(path)
-        if decode or self.fused:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder))
-        if self.fused:
-            if decode:
-                fix_one_position(model, self.batch, fused=True)
-            else:
-                fused_operators.drop_bodies(model)
-            source = bytes(ir.to_proto(model).SerializeToString())
-        elif decode:
-            source = decode_graph(path, self.batch)
-        return self._ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return library()
 
 
 class _StepBinding:

@@ -1,0 +1,391 @@
+"""ONNX and plugin library → TensorRT engine, on the machine that will run it. Not run on hardware.
+
+An engine belongs to one GPU and one TensorRT. It lies in `engines/sm<SM>-trt<version>/` with a manifest of
+what it was made of, appears there complete or not at all, and is looked at before it is loaded: a stale one
+is named, not run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import IoSpec
+from ..errors import BuildError, EnvironmentError_, InputError
+from ..plugins import build as plugin_builder
+from ..plugins import locate
+from ..runfolder import MANIFEST, MODEL, read_io, sha256, staged, write_json
+from . import integrity
+from .cuda import Cuda
+from .kernels import BIN
+from .tensorrt_session import import_tensorrt
+
+ENGINE, LOG, TIMINGS = "model.engine", "build.log", "timing.cache"
+ENGINES = "engines"
+STRIPPED = "model.stripped.onnx"
+SCHEMA = 1
+OLDEST = (10, 3)
+# Before, a function body in the file wins over a plugin of the same name.
+PLUGIN_WINS = (10, 7)
+MIB = 1 << 20
+OPTIMAL = 128  # positions that prefill is tuned for, where its maximum allows
+KIND = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built.
+
+    Attributes:
+        model: ONNX file, plain or stripped of function bodies.
+        plugin: the plugin library; None to build from function bodies.
+        shapes: input name → (min, opt, max) of the decode and of the prefill profile.
+        recurrences: how many layers must come from the plugin.
+        workspace: bytes the builder may use.
+        level: of the builder's optimization; None for its default.
+    """
+
+    model: Path
+    plugin: Path | None
+    shapes: Mapping[str, tuple[tuple[tuple[int, ...], ...], ...]]
+    recurrences: int
+    workspace: int
+    level: int | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def trtexec(self, major: int, engine: str = ENGINE) -> str:
+        """The same build as a command line; one profile for each half of `shapes` is what trtexec can do."""
+        words = ["trtexec", f"--onnx={self.model.name}", f"--saveEngine={engine}", "--skipInference"]
+        if major < 11:
+            words.append("--stronglyTyped")  # later versions know nothing else
+        if self.plugin is not None:
+            words.append(f"--dynamicPlugins={self.plugin.name}")
+        words += [
+            f"--memPoolSize=workspace:{self.workspace // MIB}",
+            f"--timingCacheFile={TIMINGS}",
+            "--noTF32",
+        ]
+        if self.level is not None:
+            words.append(f"--builderOptimizationLevel={self.level}")
+        for profile in (0, 1):
+            words.append(f"--profile={profile}")
+            for which, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+                sizes = (
+                    f"{name}:{'x'.join(map(str, profiles[profile][which]))}"
+                    for name, profiles in self.shapes.items()
+                )
+                words.append(f"--{option}={','.join(sizes)}")
+        return shlex.join(words)
+
+
+def plan_build(
+    bundle: Path,
+    version: tuple[int, ...],
+    free_bytes: int,
+    *,
+    max_length: int = 512,
+    max_batch: int = 1,
+    workspace_mib: int | None = None,
+    optimization_level: int | None = None,
+    function_bodies: bool = False,
+    plugin: Path | None = None,
+) -> Plan:
+    """Decide what is built of a bundle.
+
+    Args:
+        bundle: its folder.
+        version: of TensorRT.
+        free_bytes: memory of the device that is free now; on a Jetson the CPU's memory too.
+        max_length: positions of a prefill call.
+        max_batch: streams.
+        workspace_mib: MiB the builder may use; half of what is free by default.
+        function_bodies: build without the plugin: slower, and nothing has to be compiled.
+        plugin: library to use instead of the one that is found.
+
+    Raises:
+        EnvironmentError_: TensorRT is too old, or there is no plugin library.
+        InputError: the bundle's manifest or io.json is damaged.
+    """
+    if version[:2] < OLDEST:
+        raise EnvironmentError_(
+            f"TensorRT {_dotted(version)} is too old: plugins need {_dotted(OLDEST)}",
+            "JetPack 6.1 brings 10.3; or use --backend onnxruntime",
+        )
+    io = read_io(bundle)
+    manifest = integrity.read(bundle)
+    if not function_bodies and plugin is None:
+        plugin = find_plugin(bundle)
+    model = bundle / (STRIPPED if version[:2] < PLUGIN_WINS and not function_bodies else MODEL)
+    return Plan(
+        model,
+        None if function_bodies else plugin,
+        profile_shapes(io, max_length, max_batch),
+        0 if function_bodies else int(manifest["recurrences"]),
+        (workspace_mib or max(64, free_bytes // 2 // MIB)) * MIB,
+        optimization_level,
+        {"model": manifest["files"][model.name]["sha256"], "plugin": manifest["plugin_abi"][KIND]},
+    )
+
+
+def profile_shapes(
+    io: IoSpec, max_length: int, max_batch: int
+) -> dict[str, tuple[tuple[tuple[int, ...], ...], ...]]:
+    """(min, opt, max) of each input for one position, and for up to `max_length`."""
+
+    def resolve(shape: tuple[int | str, ...], batch: int, length: int) -> tuple[int, ...]:
+        return tuple({"B": batch, "S": length}[d] if isinstance(d, str) else d for d in shape)
+
+    tensors: dict[str, tuple[int | str, ...]] = {x.name: x.shape for x in io.inputs}
+    tensors |= {s.past: ("B", *s.shape) for s in io.states}
+    corners = (
+        ((1, 1), (1, 1), (max_batch, 1)),
+        ((1, 1), (1, min(OPTIMAL, max_length)), (max_batch, max_length)),
+    )
+    return {
+        name: tuple(tuple(resolve(shape, *corner) for corner in profile) for profile in corners)
+        for name, shape in tensors.items()
+    }
+
+
+def find_plugin(bundle: Path) -> Path:
+    """The plugin library: what came along for this machine, else compiled here, once, into the user's cache.
+
+    Raises:
+        EnvironmentError_: it is not there and no CUDA compiler is.
+        BuildError: the compiler failed.
+    """
+    locate.ROOT = bundle / "plugins"
+    found = locate.find(KIND)
+    shipped = bundle / BIN / locate.machine() / locate.KINDS[KIND].library
+    if found is not None:
+        return found
+    if shipped.is_file():
+        return shipped
+    (library,) = plugin_builder.build([KIND])
+    return library.path
+
+
+def build_engine(
+    bundle: Path,
+    *,
+    say: Callable[[str], None] = print,
+    tensorrt: Any = None,
+    cuda: Cuda | None = None,
+    **options: Any,
+) -> Path:
+    """Build the engine of a bundle for this machine.
+
+    Args:
+        bundle: its folder.
+        say: told the phase and the time, now and then.
+        tensorrt, cuda: stand-ins for tests.
+        options: of `plan_build`.
+
+    Returns:
+        Path of the engine.
+
+    Raises:
+        EnvironmentError_: TensorRT, CUDA or the plugin library is missing or does not fit.
+        BuildError: TensorRT does not parse or build the graph; the message holds its own.
+    """
+    trt = tensorrt if tensorrt is not None else import_tensorrt()
+    cuda = cuda or Cuda()
+    version = version_of(trt)
+    plan = plan_build(bundle, version, cuda.free_bytes(), **options)
+    folder = bundle / ENGINES / f"sm{cuda.sm()}-trt{_dotted(version)}"
+    cache = folder.with_name(f"{folder.name}.{TIMINGS}")
+    log = _logger(trt)
+    with staged(folder, force=True) as made:
+        try:
+            engine = serialize(trt, plan, log, cache=cache, say=say)
+        finally:
+            log.write(folder.with_name(f"{folder.name}.{LOG}"))
+        (made / ENGINE).write_bytes(engine)
+        write_json(
+            made / MANIFEST,
+            {
+                "schema": SCHEMA,
+                "tensorrt": _dotted(version),
+                "sm": cuda.sm(),
+                "origin": plan.origin,
+                "plugin": None if plan.plugin is None else str(plan.plugin),
+                "trtexec": plan.trtexec(version[0]),
+                "engine_sha256": sha256(made / ENGINE),
+            },
+        )
+    return folder / ENGINE
+
+
+def serialize(
+    trt: Any, plan: Plan, log: Any, *, cache: Path | None = None, say: Callable[[str], None] = print
+) -> bytes:
+    """Parse and build; the plan TensorRT makes, as bytes.
+
+    Args:
+        trt: the tensorrt module.
+        plan: what to build.
+        log: a logger made by `_logger`.
+        cache: file of kernel timings, read where it is there and written again.
+        say: told the phase and the time.
+
+    Raises:
+        BuildError: see `build_engine`.
+    """
+    if plan.plugin is not None:
+        trt.get_plugin_registry().load_library(str(plan.plugin))
+    builder = trt.Builder(log)
+    network = builder.create_network(_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(plan.model)):
+        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise BuildError(
+            f"TensorRT does not parse {plan.model.name}: {errors}", "is the plugin library loaded?"
+        )
+    _require_plugins(trt, network, plan)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.workspace)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if plan.level is not None:
+        config.builder_optimization_level = plan.level
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
+        config.clear_flag(tf32)  # FP32 is to be FP32: sums of decays in 10 bits are wrong
+    for which in (0, 1):
+        profile = builder.create_optimization_profile()
+        for name, shapes in plan.shapes.items():
+            profile.set_shape(name, *shapes[which])
+        config.add_optimization_profile(profile)
+    timings = config.create_timing_cache(cache.read_bytes() if cache is not None and cache.is_file() else b"")
+    config.set_timing_cache(timings, ignore_mismatch=False)
+    _watch(trt, config, say)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise _failure(log)
+    if cache is not None:
+        _keep(cache, bytes(config.get_timing_cache().serialize()))
+    return bytes(built)
+
+
+def _flags(trt: Any) -> int:
+    """Strong typing, which newer versions know nothing else than."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _require_plugins(trt: Any, network: Any, plan: Plan) -> None:
+    """Raise BuildError where a recurrence fell back to its function body, which runs, but slowly."""
+    if plan.plugin is None:
+        return
+    kinds = {getattr(trt.LayerType, name, None) for name in ("PLUGIN_V3", "PLUGIN_V2")} - {None}
+    found = sum(network.get_layer(index).type in kinds for index in range(network.num_layers))
+    if found != plan.recurrences:
+        raise BuildError(
+            f"{found} of {plan.recurrences} recurrences resolved to the plugin {plan.plugin}",
+            "rebuild it: deploy.py doctor; or build without it: --function-bodies",
+        )
+
+
+def _watch(trt: Any, config: Any, say: Callable[[str], None]) -> None:
+    """Tell phases as the builder names them, with the time so far, where this version can."""
+    base = getattr(trt, "IProgressMonitor", None)
+    if base is None or not hasattr(config, "progress_monitor"):
+        return
+    start = time.monotonic()
+
+    class Monitor(base):  # type: ignore[misc, valid-type]
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                say(f"{time.monotonic() - start:6.0f} s  {phase_name}")
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return True
+
+    config.progress_monitor = Monitor()
+
+
+def _failure(log: Any) -> BuildError:
+    """Why the builder gave nothing, from its messages."""
+    text = "; ".join(log.errors[-3:]) or "no message"
+    if any(word in text.lower() for word in ("out of memory", "outofmemory", "insufficient memory")):
+        return BuildError(
+            f"TensorRT ran out of memory: {text}",
+            "stop the desktop (sudo systemctl isolate multi-user), add swap, --workspace 512, "
+            "--optimization-level 2",
+        )
+    return BuildError(f"TensorRT could not build the engine: {text}", "the log lies beside the engine")
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps everything for the build log and shows errors in exceptions."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            self.lines.append(f"{severity} {msg}")
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(msg)
+
+        def write(self, path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    return Log()
+
+
+def _keep(cache: Path, content: bytes) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f".{cache.name}")
+    temporary.write_bytes(content)
+    temporary.replace(cache)
+
+
+# --- Finding it again -------------------------------------------------------------------------------
+
+
+def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None) -> tuple[Path, Path | None]:
+    """The engine for this machine, and the plugin library it was built with.
+
+    Raises:
+        EnvironmentError_: there is none, with those for other machines named; or TensorRT or CUDA is missing.
+        InputError: it is damaged, or was built of another graph or other plugins.
+    """
+    version = version_of(tensorrt if tensorrt is not None else import_tensorrt())
+    folder = bundle / ENGINES / f"sm{(cuda or Cuda()).sm()}-trt{_dotted(version)}"
+    if not (folder / MANIFEST).is_file():
+        others = sorted(path.parent.name for path in (bundle / ENGINES).glob(f"*/{ENGINE}"))
+        found = f"; there are {', '.join(others)}, which do not run here" if others else ""
+        raise EnvironmentError_(f"there is no engine for {folder.name}{found}", "python3 deploy.py build")
+    try:
+        about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        origin, digest, plugin = about["origin"], about["engine_sha256"], about["plugin"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: {error!r}", "python3 deploy.py build") from error
+    if sha256(folder / ENGINE) != digest:
+        raise InputError(f"{folder / ENGINE} has changed since it was built", "python3 deploy.py build")
+    manifest = integrity.read(bundle)
+    models = {manifest["files"].get(name, {}).get("sha256") for name in (MODEL, STRIPPED)}
+    if origin["model"] not in models or origin["plugin"] != manifest["plugin_abi"][KIND]:
+        raise InputError(f"{folder.name} was built of another bundle", "python3 deploy.py build")
+    if plugin is not None and not Path(plugin).is_file():
+        raise EnvironmentError_(f"the plugin library {plugin} is gone", "python3 deploy.py build")
+    return folder / ENGINE, None if plugin is None else Path(plugin)
+
+
+def version_of(trt: Any) -> tuple[int, ...]:
+    """TensorRT's version as numbers."""
+    return tuple(int(part) for part in str(trt.__version__).split(".")[:3] if part.isdigit())
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

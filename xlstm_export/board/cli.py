@@ -1,0 +1,233 @@
+"""The commands of a bundle's deploy.py. Exit codes are those of xlstm-export.
+
+python3 deploy.py doctor | build | verify | bench | run [--backend tensorrt | onnxruntime]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import IoSpec
+from ..errors import EnvironmentError_, ExportError, GateError, UsageError
+from ..runfolder import read_io, write_json
+from ..sessions.protocol import Session, load_state, save_state
+from . import integrity, replay, streams, timing
+
+BACKENDS = ("tensorrt", "onnxruntime")
+INTERRUPTED = 130
+
+
+def main(bundle: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run a command on the bundle in that folder; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    options.bundle = bundle
+    try:
+        if not options.unchecked:
+            integrity.check(bundle)
+        options.command(options)
+    except ExportError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deploy.py", description="Build, verify, time and run a bundle.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = partial(_command, commands)
+    add("doctor", _doctor, "what is installed here, what is missing, what to do")
+    build = add("build", _build, "build the engine, or the fused operators for ONNX Runtime")
+    build.add_argument("--max-length", type=int, default=512, help="positions of a prefill call (TensorRT)")
+    build.add_argument("--workspace", type=int, help="MiB for the builder; default: half of what is free")
+    build.add_argument("--optimization-level", type=int, choices=range(6), help="of TensorRT's builder")
+    build.add_argument("--function-bodies", action="store_true", help="build without the plugin")
+    verify = add("verify", _verify, "make the recorded calls; exit code 1 where a result is off")
+    verify.add_argument("--horizon", type=int, help="positions of the stream; default: all recorded ones")
+    bench = add("bench", _bench, "latency of steps and prefill")
+    bench.add_argument("--steps", type=int, default=1000)
+    bench.add_argument("--prefill", type=int, default=512, help="positions")
+    bench.add_argument("--hz", type=float, help="also call at this rate, and say how evenly that goes")
+    run = add("run", _run, "run data through the model, or write text with a byte-level language model")
+    run.add_argument("--text", help="what a byte-level language model continues")
+    run.add_argument("--tokens", type=int, default=200, help="how many it writes")
+    run.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--data", type=Path, help=".npz of the inputs by name, or .csv of the only one")
+    run.add_argument("--out", type=Path, help=".npz for the outputs of --data")
+    run.add_argument("--state", type=Path, help="continue from this file if it is there; saved at the end")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    made.set_defaults(command=run)
+    made.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where it is installed")
+    made.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; all cores by default")
+    made.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    made.add_argument("--unchecked", action="store_true", help="do not compare files with the manifest")
+    return made
+
+
+def _doctor(options: Any) -> None:
+    from .doctor import examine
+
+    findings = examine(options.bundle)
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            action = f" → {finding.action}" if finding.action else ""
+            print(f"{finding.status:9} {finding.name}: {finding.detail}{action}")
+    if any(finding.status == "missing" for finding in findings):
+        raise EnvironmentError_("this machine cannot run the bundle as it is", "see the lines marked missing")
+
+
+def _build(options: Any) -> None:
+    start = time.monotonic()
+    if _backend(options) == "onnxruntime":
+        from . import kernels
+
+        path = kernels.build(options.bundle, _percent)
+    else:
+        from .build import build_engine
+
+        path = build_engine(
+            options.bundle,
+            max_length=options.max_length,
+            workspace_mib=options.workspace,
+            optimization_level=options.optimization_level,
+            function_bodies=options.function_bodies,
+        )
+    _say(options, {"built": str(path), "seconds": time.monotonic() - start}, f"built {path}")
+
+
+def _verify(options: Any) -> None:
+    opened = partial(_session, options)
+    checks = replay.replay(
+        options.bundle, opened, _backend(options), horizon=options.horizon, progress=_progress(options)
+    )
+    passed = all(check.passed for check in checks)
+    result = {"backend": _backend(options), "passed": passed, "checks": [c.to_json() for c in checks]}
+    write_json(options.bundle / "results" / f"verify-{_backend(options)}.json", result)
+    lines = [
+        f"{'pass' if check.passed else 'FAIL'}  {check.name:32} {check.value:9.2e}  limit {check.limit:.1e}"
+        for check in checks
+    ]
+    _say(options, result, "\n".join([*lines, "equal to what was verified" if passed else "NOT equal"]))
+    if not passed:
+        failed = next(check.name for check in checks if not check.passed)
+        raise GateError(f"{failed} is off", "deploy.py doctor; then try --backend onnxruntime for comparison")
+
+
+def _bench(options: Any) -> None:
+    goldens = replay.read_goldens(options.bundle, _backend(options))
+    result: dict[str, Any] = {"backend": _backend(options)}
+    result |= timing.bench(
+        _session(options),
+        goldens.inputs,
+        steps=options.steps,
+        prefill=options.prefill,
+        hz=options.hz,
+        progress=_progress(options),
+    )
+    write_json(options.bundle / "results" / f"bench-{_backend(options)}.json", result)
+    step, prefill = result["step"], result["prefill"]
+    text = [
+        f"step     p50 {step['p50_ms']:.3f} ms  p99 {step['p99_ms']:.3f}  p99.9 {step['p99.9_ms']:.3f}",
+        f"prefill  p50 {prefill['p50_ms']:.3f} ms for {result['prefill_length']} positions, "
+        f"{prefill['positions_per_second']:.0f} per second",
+    ]
+    if "rate" in result:
+        late = result["rate"]["start_late"]
+        text.append(
+            f"at {options.hz:g} Hz  begins p99 {late['p99_ms']:.3f} ms late, "
+            f"{result['rate']['missed']} of {result['rate']['calls']} missed"
+        )
+    if "watts" in result:
+        text.append(f"power    {result['watts']['mean']:.1f} W mean, {result['watts']['max']:.1f} W max")
+    _say(options, result, "\n".join(text))
+
+
+def _run(options: Any) -> None:
+    if (options.text is None) == (options.data is None):
+        raise UsageError("give either --text or --data", "--text for a byte-level language model")
+    session = _session(options)
+    if options.state is not None and options.state.exists():
+        load_state(session, options.state)
+    if options.text is not None:
+        vocabulary = integrity.read(options.bundle).get("vocab_size")
+        stream = streams.continue_text(
+            session,
+            options.text,
+            count=options.tokens,
+            vocab_size=vocabulary,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        outputs = session.prefill(streams.read_inputs(options.data, session.io))
+        if options.out is None:
+            raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
+        np.savez(options.out, **outputs)  # type: ignore[arg-type]
+        print(f"wrote {options.out}", file=sys.stderr)
+    if options.state is not None:
+        save_state(session, options.state)
+
+
+def _backend(options: Any) -> str:
+    if options.backend is None:
+        options.backend = next((name for name in BACKENDS if find_spec(name) is not None), None)
+    if options.backend is None:
+        raise EnvironmentError_(
+            "neither tensorrt nor onnxruntime is installed",
+            "TensorRT comes with JetPack; else: pip install onnxruntime",
+        )
+    return str(options.backend)
+
+
+def _session(options: Any) -> Session:
+    if _backend(options) == "onnxruntime":
+        from ..sessions.ort import OrtSession
+        from . import kernels
+
+        library = kernels.find(options.bundle)
+        return OrtSession(options.bundle, 1, options.threads, fused=library is not None, library=library)
+    from .build import find_engine
+    from .tensorrt_session import TensorRtSession
+
+    io: IoSpec = read_io(options.bundle)
+    engine, plugin = find_engine(options.bundle)
+    return TensorRtSession(engine, io, plugin=plugin)
+
+
+def _progress(options: Any) -> Callable[[str], None]:
+    if options.json or not sys.stderr.isatty():
+        return lambda stage: None
+    return lambda stage: print(f"… {stage}", file=sys.stderr)
+
+
+def _percent(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rcompiling {done} of {total}", end="" if done < total else "\n", file=sys.stderr)
+
+
+def _say(options: Any, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=1) if options.json else text)

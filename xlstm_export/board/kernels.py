@@ -1,0 +1,44 @@
+"""The fused operators for ONNX Runtime on the target: from the bundle, or compiled there of its sources."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+from ..plugins import build as builder
+from ..plugins import locate
+
+KIND = "ort-cpu"
+BIN = "plugins/bin"
+
+
+def find(bundle: Path) -> Path | None:
+    """The library to use: what the environment names, what was compiled here, what came along; or None."""
+    locate.ROOT = bundle / "plugins"
+    # `off` is for the library that came along too.
+    if (found := locate.find(KIND)) is not None or locate.is_off(KIND):
+        return found
+    shipped = bundle / BIN / locate.machine() / locate.KINDS[KIND].library
+    return shipped if shipped.is_file() and _loads(shipped) else None
+
+
+def build(bundle: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """Compile the library for this machine into the user's cache; what is there already is not built again.
+
+    Raises:
+        EnvironmentError_: CMake or a C++ compiler is missing.
+        BuildError: the compiler failed.
+    """
+    locate.ROOT = bundle / "plugins"
+    (library,) = builder.build([KIND], progress=progress)
+    return library.path
+
+
+def _loads(path: Path) -> bool:
+    """Whether this machine's loader takes it; it was linked on another one."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True

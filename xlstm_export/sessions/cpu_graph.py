@@ -1,0 +1,108 @@
+"""A graph as ONNX Runtime's CPU provider is given it, and its form on disk for machines without onnx.
+
+What the provider runs is derived from the exported file (`xlstm_export/cpu_graphs.py`): integers get kernels
+that are exact here, one position gets a graph of its own. That takes onnx-ir, which a board does not have. A
+bundle therefore carries the derived graphs: `cpu/<name>.onnx`, their weights in `cpu/weights.bin` or in
+`model.onnx.data` where they are the same, and `cpu/graphs.json`, which says how to open each.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..inputs import Arrays
+
+FOLDER = "cpu"
+INDEX = f"{FOLDER}/graphs.json"
+SCHEMA = 1
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+PREPACKING = "session.disable_prepacking"
+
+
+@dataclass(frozen=True)
+class CpuGraph:
+    """A graph and how to open it.
+
+    Attributes:
+        source: serialized ONNX, or the path of a file.
+        config: entries of the session's configuration.
+        mem_pattern: whether memory is planned ahead.
+        disabled: optimizers that are left out.
+        in_place: names of the states that the graph may update in the buffer they came in.
+        arrays: values of the initializers that lie in no file.
+    """
+
+    source: bytes | str
+    config: dict[str, str] = field(default_factory=dict)
+    mem_pattern: bool = True
+    disabled: tuple[str, ...] = ()
+    in_place: frozenset[str] = frozenset()
+    arrays: Arrays = field(default_factory=dict)
+
+    def open(self, options: Any, folder: Path) -> Any:
+        """An onnxruntime.InferenceSession.
+
+        Args:
+            options: onnxruntime.SessionOptions, which are added to.
+            folder: where files of weights are looked for.
+        """
+        import onnxruntime
+
+        for key, value in self.config.items():
+            options.add_session_config_entry(key, value)
+        if isinstance(self.source, bytes):
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+        options.enable_mem_pattern = self.mem_pattern
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self.arrays.values()]
+        options.add_external_initializers(list(self.arrays), values)  # copied while the session is made
+        return onnxruntime.InferenceSession(
+            self.source,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(self.disabled),
+        )
+
+
+def name_of(*, decode: bool, fused: bool) -> str:
+    """Name of one of the four derived graphs."""
+    return ("decode" if decode else "prefill") + (".fused" if fused else "")
+
+
+def to_json(graph: CpuGraph) -> dict[str, Any]:
+    """How to open a graph, without what is in files of its own."""
+    data = asdict(graph)
+    del data["source"], data["arrays"]
+    return {**data, "disabled": list(graph.disabled), "in_place": sorted(graph.in_place)}
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether derived graphs lie in a folder."""
+    return (folder / INDEX).is_file()
+
+
+def read_prepared(folder: Path, name: str) -> CpuGraph:
+    """A derived graph from disk.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if index["schema"] != SCHEMA:
+            raise ValueError(f"schema {index['schema']}, this version reads {SCHEMA}")
+        entry = index["graphs"][name]
+        return CpuGraph(
+            (folder / FOLDER / f"{name}.onnx").read_bytes(),
+            {str(key): str(value) for key, value in entry["config"].items()},
+            bool(entry["mem_pattern"]),
+            tuple(entry["disabled"]),
+            frozenset(entry["in_place"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / INDEX}: graph {name} cannot be read: {error!r}", "make the bundle again"
+        ) from error

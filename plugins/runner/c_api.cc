@@ -102,7 +102,8 @@ int32_t xlstm_count(const xlstm_runner *runner, xlstm_role role) {
     return list == nullptr ? 0 : static_cast<int32_t>(list->size());
 }
 
-xlstm_status xlstm_describe(const xlstm_runner *runner, xlstm_role role, int32_t index, xlstm_tensor *tensor) {
+xlstm_status xlstm_describe(const xlstm_runner *runner, xlstm_role role, int32_t index,
+                            xlstm_tensor *tensor) {
     return guarded([&] {
         require(runner != nullptr, "runner");
         require(tensor != nullptr, "tensor");

@@ -53,7 +53,9 @@ Tensor parse_tensor(const Json &entry, const char *name_key, bool is_state, cons
     if (found == nullptr) fail(named + ": unknown dtype " + type);
     tensor.type = found->type;
     const Json &shape = member(entry, "shape", Json::kArray, named);
-    if (shape.items.empty() || shape.items.size() > XLSTM_MAX_RANK) fail(named + " has no or too many axes");
+    if (shape.items.empty() || shape.items.size() > XLSTM_MAX_RANK) {
+        fail(named + " has " + std::to_string(shape.items.size()) + " axes, expected 1 … 8");
+    }
     int64_t elements = 1;
     for (size_t axis = 0; axis < shape.items.size(); ++axis) {
         const int64_t dim = parse_dim(shape.items[axis], axis, !is_state, named);

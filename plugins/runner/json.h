@@ -1,5 +1,5 @@
-// A strict reader of JSON (RFC 8259), for small files written by tools: duplicate names, nesting below 64 levels
-// and anything after the value are errors.
+// A strict reader of JSON (RFC 8259), for small files written by tools: duplicate names, more than 64 levels and
+// anything after the value are errors.
 #pragma once
 
 #include <cstdint>

@@ -79,9 +79,9 @@ void Stream::run_piece(int64_t start, int64_t length, int64_t whole, const void 
                        void *const *outputs) {
     const auto rows_of = [&](const Tensor &tensor) {
         const size_t position = tensor.row_bytes();
-        return tensor.is_sequence() ? Rows{static_cast<size_t>(length) * position, static_cast<size_t>(batch_),
-                                           static_cast<size_t>(whole) * position}
-                                    : Rows{position, static_cast<size_t>(batch_), position};
+        const auto rows = static_cast<size_t>(batch_);
+        if (!tensor.is_sequence()) return Rows{position, rows, position};
+        return Rows{static_cast<size_t>(length) * position, rows, static_cast<size_t>(whole) * position};
     };
     const auto offset_of = [&](const Tensor &tensor) {
         return tensor.is_sequence() ? static_cast<size_t>(start) * tensor.row_bytes() : 0;

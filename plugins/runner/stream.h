@@ -31,7 +31,9 @@ private:
                    void *const *outputs);
     void settle() noexcept;
     std::vector<Binding> bindings(int parity) const;
-    size_t total_bytes(const Tensor &tensor) const { return static_cast<size_t>(batch_) * tensor.row_bytes(); }
+    size_t total_bytes(const Tensor &tensor) const {
+        return static_cast<size_t>(batch_) * tensor.row_bytes();
+    }
 
     IoSpec io_;
     std::unique_ptr<Engine> engine_;

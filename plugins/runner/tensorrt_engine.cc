@@ -1,5 +1,5 @@
-// The engine of TensorRT 10.3 … 11.x, compiled against the headers of the version it runs with: the tables of
-// virtual functions differ between major versions, see README.md.
+// The engine of TensorRT 10.3 … 11.x. Compiled against the headers of the version it runs with, as tables of
+// virtual functions differ between major versions; see README.md.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -258,20 +258,21 @@ private:
             const Dims min = engine_->getProfileShape(name, profile, OptProfileSelector::kMIN);
             const Dims max = engine_->getProfileShape(name, profile, OptProfileSelector::kMAX);
             const int32_t rank = static_cast<int32_t>(tensor.dims.size());
-            const bool fits = min.nbDims == rank && max.nbDims == rank && min.d[0] <= batch_ && batch_ <= max.d[0];
-            if (!fits) return {profile, 1, 0};
+            const bool same_rank = min.nbDims == rank && max.nbDims == rank;
+            if (!same_rank || batch_ < min.d[0] || batch_ > max.d[0]) return {profile, 1, 0};
             if (tensor.is_sequence()) range = {profile, min.d[1], max.d[1]};
         }
         return range;
     }
 
-    // The step gets the profile of the shortest lengths, as that one is tuned for it; the rest that of the longest.
+    // The step gets the profile of the shortest lengths, which is tuned for it; the rest that of the longest.
     void make_lanes(int64_t piece) {
         Range step{-1, 1, 0}, most{-1, 1, 0};
         for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
             const Range range = range_of(profile);
-            if (range.min <= 1 && range.max >= 1 && (step.profile < 0 || range.max < step.max)) step = range;
-            if (range.min <= 2 && range.max >= 2 && (most.profile < 0 || range.max > most.max)) most = range;
+            const auto takes = [&](int64_t length) { return range.min <= length && length <= range.max; };
+            if (takes(1) && (step.profile < 0 || range.max < step.max)) step = range;
+            if (takes(2) && (most.profile < 0 || range.max > most.max)) most = range;
         }
         if (step.profile < 0) {
             throw Error(XLSTM_BAD_INPUT, "the engine has no optimization profile for one position at batch " +
@@ -320,7 +321,8 @@ private:
         lane.parity = -1;
         for (const Binding &binding : bindings_[parity]) {
             if (!lane.context->setTensorAddress(binding.name.c_str(), binding.address)) {
-                throw Error(XLSTM_ENVIRONMENT, "TensorRT takes no memory for " + binding.name + logger_.take());
+                throw Error(XLSTM_ENVIRONMENT,
+                            "TensorRT takes no memory for " + binding.name + logger_.take());
             }
         }
         lane.parity = parity;

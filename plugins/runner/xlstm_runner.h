@@ -23,6 +23,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define XLSTM_API __attribute__((visibility("default")))
+#else
+#define XLSTM_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -76,44 +82,45 @@ typedef struct xlstm_options {
 
 typedef struct xlstm_runner xlstm_runner;
 
-/* Load engine and plugin library and allocate all memory; later calls allocate nothing on the GPU but a
- * CUDA graph for each of the first two single steps. *runner is null after an error. */
-xlstm_status xlstm_open(const xlstm_options *options, xlstm_runner **runner);
+/* Load engine and plugin library and allocate all memory; later calls allocate nothing on the GPU but two
+ * CUDA graphs, at the second and the third single step. *runner is null after an error. */
+XLSTM_API xlstm_status xlstm_open(const xlstm_options *options, xlstm_runner **runner);
 
 /* Free it; null is ignored. */
-void xlstm_close(xlstm_runner *runner);
+XLSTM_API void xlstm_close(xlstm_runner *runner);
 
 /* Text of this thread's last failed call: what is wrong, what was found. Never null. */
-const char *xlstm_error(void);
+XLSTM_API const char *xlstm_error(void);
 
 /* XLSTM_RUNNER_VERSION of the library. */
-int32_t xlstm_version(void);
+XLSTM_API int32_t xlstm_version(void);
 
 /* How many inputs, outputs or states there are, and the description of one; order and names are io.json's. */
-int32_t xlstm_count(const xlstm_runner *runner, xlstm_role role);
-xlstm_status xlstm_describe(const xlstm_runner *runner, xlstm_role role, int32_t index, xlstm_tensor *tensor);
+XLSTM_API int32_t xlstm_count(const xlstm_runner *runner, xlstm_role role);
+XLSTM_API xlstm_status xlstm_describe(const xlstm_runner *runner, xlstm_role role, int32_t index,
+                                      xlstm_tensor *tensor);
 
 /* Run `length` ≥ 1 positions of every row and move the state on; longer inputs than the engine takes run in
  * pieces. inputs[i] and outputs[i] are the buffers of input and output i; an output that is null is not copied
- * to the host. An output without a sequence axis holds the value after the last position. Returns when the
- * outputs are there. */
-xlstm_status xlstm_prefill(xlstm_runner *runner, int64_t length, const void *const *inputs,
-                           void *const *outputs);
+ * to the host, nor is any if outputs is null. An output without a sequence axis holds the value of the last
+ * position. Returns when the outputs are there. */
+XLSTM_API xlstm_status xlstm_prefill(xlstm_runner *runner, int64_t length, const void *const *inputs,
+                                     void *const *outputs);
 
 /* The same for one position: the decode step. */
-xlstm_status xlstm_step(xlstm_runner *runner, const void *const *inputs, void *const *outputs);
+XLSTM_API xlstm_status xlstm_step(xlstm_runner *runner, const void *const *inputs, void *const *outputs);
 
 /* Start rows afresh; rows null: all of them, `count` is then ignored. */
-xlstm_status xlstm_reset(xlstm_runner *runner, const int32_t *rows, int32_t count);
+XLSTM_API xlstm_status xlstm_reset(xlstm_runner *runner, const int32_t *rows, int32_t count);
 
 /* The state of all rows, as README.md describes its bytes. xlstm_get_state writes into a buffer of
  * xlstm_state_bytes. Files are replaced whole or not at all. A state is taken only if all of it fits: model
  * hash, batch, names, types, shapes, checksum. */
-size_t xlstm_state_bytes(const xlstm_runner *runner);
-xlstm_status xlstm_get_state(xlstm_runner *runner, void *buffer, size_t bytes);
-xlstm_status xlstm_set_state(xlstm_runner *runner, const void *buffer, size_t bytes);
-xlstm_status xlstm_save_state(xlstm_runner *runner, const char *path);
-xlstm_status xlstm_load_state(xlstm_runner *runner, const char *path);
+XLSTM_API size_t xlstm_state_bytes(const xlstm_runner *runner);
+XLSTM_API xlstm_status xlstm_get_state(xlstm_runner *runner, void *buffer, size_t bytes);
+XLSTM_API xlstm_status xlstm_set_state(xlstm_runner *runner, const void *buffer, size_t bytes);
+XLSTM_API xlstm_status xlstm_save_state(xlstm_runner *runner, const char *path);
+XLSTM_API xlstm_status xlstm_load_state(xlstm_runner *runner, const char *path);
 
 #ifdef __cplusplus
 }

@@ -1,7 +1,11 @@
-"""The CPU kernels of one instruction set as a library of their own, whichever set this machine would take."""
+"""The CPU kernels of one instruction set as a library of their own, whichever set this machine would take.
+
+NEON is compiled for aarch64 and, where this machine is another, runs in a process under qemu.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -9,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,49 +29,126 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "avx512": (16, ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"), ("avx512f", "avx512dq")),
     "neon": (4, (), ()),
 }
-X86 = ("generic", "avx2", "avx512")
-HERE = X86 if platform.machine() == "x86_64" else ("generic", "neon")
+AARCH64 = ("aarch64", "arm64")
+NATIVE = ("generic", "neon") if platform.machine() in AARCH64 else ("generic", "avx2", "avx512")
+HERE = (*NATIVE, *({"neon"} - set(NATIVE)))
 # What is read before it is written shows as NaN.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-Wall", "-Wextra", "-Werror", "-DXLSTM_POISON")
+_TESTS = Path(__file__).resolve().parent
 
 
 @functools.cache
 def path(variant: str, *extra: str) -> Path:
-    """The library of one instruction set; skips the test where it cannot be built or run."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    """The library of one instruction set, or the program where another machine's is emulated.
+
+    Skips the test where it cannot be built or run.
+    """
+    compiler = _compiler(variant)
     lanes, options, needed = VARIANTS[variant]
     lacking = [flag for flag in needed if flag not in _processor()]
     if lacking:
         pytest.skip(f"this processor has no {lacking[0]}")
-    parts = [
-        Path(__file__).with_name("cpu_variant.cc"),
-        *(ROOT / op / f"cpu_{variant}.cpp" for op in ("mlstm", "slstm")),
-    ]
-    command = [compiler, *FLAGS, *options, *extra, f"-DXLSTM_VARIANT={variant}", f"-I{ROOT}", "-shared"]
-    digest = hashlib.sha256(" ".join([*command[1:], platform.machine()]).encode())
-    for source in (*source_files("ort-cpu").values(), parts[0].read_bytes()):
+    own = [_TESTS / "cpu_variant.cc"]  # the kernels' files set their lanes themselves
+    if is_emulated(variant):
+        own.append(_TESTS / "cpu_process.cc")
+    parts = [*own, *(ROOT / op / f"cpu_{variant}.cpp" for op in ("mlstm", "slstm"))]
+    command = [compiler, *FLAGS, *options, *extra, f"-DXLSTM_VARIANT={variant}", f"-I{ROOT}"]
+    link = ["-static"] if is_emulated(variant) else ["-shared"]
+    digest = hashlib.sha256(" ".join([*command[1:], *link, platform.machine()]).encode())
+    for source in (*source_files("ort-cpu").values(), *(part.read_bytes() for part in own)):
         digest.update(source)
     out = cache_folder().parent / "tests" / f"cpu-{variant}-{digest.hexdigest()[:24]}.so"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             made = Path(folder) / out.name
-            define = f"-DXLSTM_LANES={lanes}"  # the kernels' files set it themselves
             objects = []
             for number, part in enumerate(parts):
                 objects.append(str(Path(folder) / f"{number}.o"))
-                lane = [define] if number == 0 else []
-                _run([*command[:-1], *lane, "-c", str(part), "-o", objects[-1]])
-            _run([*command, *objects, "-o", str(made)])
+                lane = [f"-DXLSTM_LANES={lanes}"] if part in own else []
+                _run([*command, *lane, "-c", str(part), "-o", objects[-1]])
+            _run([*command, *link, *objects, "-o", str(made)])
             os.replace(made, out)
     return out
 
 
+def is_emulated(variant: str) -> bool:
+    """Whether an instruction set is another machine's."""
+    return variant not in NATIVE
+
+
+def _compiler(variant: str) -> str:
+    names = ("aarch64-linux-gnu-g++",) if is_emulated(variant) else ("g++", "c++")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"no {names[0]}")
+    return found
+
+
+class EmulatedLibrary:
+    """What `NativeLibrary` is to a library, for a program that runs under an emulator."""
+
+    def __init__(self, program: Path) -> None:
+        emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+        if emulator is None:
+            pytest.skip("no qemu-aarch64-static")
+        self._process = subprocess.Popen(
+            [emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
+        )
+
+    def mlstm(self, tensors: Mapping[str, np.ndarray], *, scale: float, eps: float) -> None:
+        sizes = (*tensors["q"].shape, tensors["v"].shape[-1], tensors["C"] is tensors["C0"])
+        inputs = [tensors[name] for name in ("q", "k", "v", "i", "f", "C0", "n0", "m0")]
+        self._call(0, sizes, (scale, eps), inputs, [tensors[name] for name in ("h", "C", "n", "m")])
+
+    def slstm(self, tensors: Mapping[str, np.ndarray], *, forget_max: float) -> None:
+        B, S, _, H, D = tensors["x"].shape
+        sizes = (B, S, H, D, tensors["y_n"] is tensors["y0"])
+        inputs = [tensors[name] for name in ("x", "R", "bias", "y0", "c0", "n0", "m0")]
+        outputs = [tensors[name] for name in ("y", "y_n", "c_n", "n_n", "m_n")]
+        self._call(1, sizes, (forget_max,), inputs, outputs)
+
+    def apply(self, function: int, x: np.ndarray, y: np.ndarray) -> None:
+        self._call(2, (function, x.size), (), [x], [y])
+
+    def _call(
+        self,
+        which: int,
+        sizes: Sequence[int],
+        attributes: Sequence[float],
+        inputs: Sequence[np.ndarray],
+        outputs: Sequence[np.ndarray],
+    ) -> None:
+        sent, received = self._process.stdin, self._process.stdout
+        assert sent is not None
+        assert received is not None
+        sent.write(np.array([which, *sizes], np.int32).tobytes() + np.array(attributes, np.float32).tobytes())
+        for array in inputs:
+            assert array.dtype == np.float32
+            sent.write(array.tobytes())
+        sent.flush()
+        for array in outputs:
+            data = received.read(array.nbytes)
+            assert len(data) == array.nbytes, f"the program ended with status {self._process.wait()}"
+            array[...] = np.frombuffer(data, np.float32).reshape(array.shape)
+
+
 @functools.cache
-def library(variant: str) -> NativeLibrary:
-    return NativeLibrary(path(variant))
+def library(variant: str) -> NativeLibrary | EmulatedLibrary:
+    return EmulatedLibrary(path(variant)) if is_emulated(variant) else NativeLibrary(path(variant))
+
+
+def apply(variant: str, function: int, x: np.ndarray) -> np.ndarray:
+    """A function of vectors (`cpu_variant.cc`) on float32, whole vectors of it."""
+    y = np.full_like(x, np.nan)
+    if is_emulated(variant):
+        emulated = library(variant)
+        assert isinstance(emulated, EmulatedLibrary)
+        emulated.apply(function, x, y)
+        return y
+    addresses = (ctypes.c_void_p(array.ctypes.data) for array in (x, y))
+    ctypes.CDLL(str(path(variant))).apply(function, *addresses, ctypes.c_size_t(x.size))
+    return y
 
 
 def _run(command: list[str]) -> None:
@@ -84,7 +166,12 @@ def _processor() -> frozenset[str]:
 
 
 def run_mlstm(
-    library: NativeLibrary, data: oracle.Arrays, *, scale: float, eps: float, in_place: bool = False
+    library: NativeLibrary | EmulatedLibrary,
+    data: oracle.Arrays,
+    *,
+    scale: float,
+    eps: float,
+    in_place: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """h, C, n, m; results start as NaN where they are not the incoming state."""
     tensors = {name: np.ascontiguousarray(data[name]) for name in "qkvif"}
@@ -97,7 +184,11 @@ def run_mlstm(
 
 
 def run_slstm(
-    library: NativeLibrary, data: oracle.Arrays, *, forget_max: float = float("inf"), in_place: bool = False
+    library: NativeLibrary | EmulatedLibrary,
+    data: oracle.Arrays,
+    *,
+    forget_max: float = float("inf"),
+    in_place: bool = False,
 ) -> tuple[np.ndarray, ...]:
     """ys, y, c, n, m; results start as NaN where they are not the incoming state."""
     tensors = {name: np.ascontiguousarray(data[name]) for name in ("x", "R", "bias")}

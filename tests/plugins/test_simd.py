@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import cpu_library
 import numpy as np
 import pytest
@@ -18,11 +16,7 @@ FUNCTIONS = {
 
 
 def apply(variant: str, name: str, x: np.ndarray) -> np.ndarray:
-    functions = ctypes.CDLL(str(cpu_library.path(variant)))
-    y = np.full_like(x, np.nan)
-    addresses = (ctypes.c_void_p(array.ctypes.data) for array in (x, y))
-    functions.apply(FUNCTIONS[name][0], *addresses, ctypes.c_size_t(x.size))
-    return y
+    return cpu_library.apply(variant, FUNCTIONS[name][0], x)
 
 
 def ulps(found: np.ndarray, exact: np.ndarray) -> float:

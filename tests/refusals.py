@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from xlstm_export.errors import BuildError, EnvironmentError_, ExportError, InputError, UsageError
+from xlstm_export.errors import (
+    BuildError,
+    EnvironmentError_,
+    ExportError,
+    GateError,
+    InputError,
+    UsageError,
+)
 
-EXIT_CODES = {UsageError: 2, EnvironmentError_: 3, InputError: 4, BuildError: 5}
+EXIT_CODES = {GateError: 1, UsageError: 2, EnvironmentError_: 3, InputError: 4, BuildError: 5}
 
 
 @contextlib.contextmanager

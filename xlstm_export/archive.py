@@ -70,11 +70,13 @@ def unpack(path: Path, out: Path) -> None:
     """
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:gz") as archive:
-            out.mkdir(parents=True)
-            limit = MOST_EXPANSION * size + BLOCK
-            require_space(out, size)
-            _extract(archive, out, limit)
+        with gzip.open(path) as zipped:
+            with tarfile.open(fileobj=zipped, mode="r:") as archive:
+                out.mkdir(parents=True)
+                require_space(out, size)
+                _extract(archive, out, MOST_EXPANSION * size + BLOCK)
+            if len(zipped.read(BLOCK)) == BLOCK:  # to its end, where the checksum is
+                raise InputError(f"{path} has more behind its end", "do not use it")
         if not (out / MANIFEST).is_file():
             raise InputError(f"{path} is no bundle: {MANIFEST} is missing", "give what bundle wrote")
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:

@@ -195,7 +195,7 @@ def require_verified(folder: Path) -> None:
         report = {}
     if not report.get("passed"):
         state = "did not pass" if report else "has not run"
-        raise GateError(f"verify {state} on {folder}, so it is not timed", "run `xlstm-export verify` first")
+        raise GateError(f"verify {state} on {folder}", "run `xlstm-export verify` first")
     if report.get("files") != hashes(folder):
         raise GateError(f"{folder} changed since it was verified", "run `xlstm-export verify` again")
 

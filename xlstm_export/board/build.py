@@ -332,8 +332,9 @@ def _logger(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, msg: str) -> None:
-            self.lines.append(f"{severity} {msg}")
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+            if severity <= trt.ILogger.INFO:
+                self.lines.append(f"{severity} {msg}")
+            if severity <= trt.ILogger.ERROR:
                 self.errors.append(msg)
 
         def write(self, path: Path) -> None:

@@ -163,16 +163,15 @@ class TensorRtSession(StatefulSession):
 
     def _enqueue(self, profile: int, length: int) -> None:
         context = self._contexts[profile]
-        for spec in self.io.inputs:
-            context.set_input_shape(spec.name, self._shape(spec, length))
-            context.set_tensor_address(spec.name, self._buffers[spec.name][0])
-        for spec in self.io.outputs:
-            context.set_tensor_address(spec.name, self._buffers[spec.name][0])
+        addresses = {x.name: self._buffers[x.name][0] for x in (*self.io.inputs, *self.io.outputs)}
+        shapes = {x.name: self._shape(x, length) for x in self.io.inputs}
         for state in self.io.states:
-            context.set_input_shape(state.past, (self.batch, *state.shape))
-            context.set_tensor_address(state.past, self._buffers[state.past][self._now])
-            context.set_tensor_address(state.present, self._buffers[state.past][1 - self._now])
-        if not context.execute_async_v3(self._stream):
+            shapes[state.past] = (self.batch, *state.shape)
+            addresses[state.past] = self._buffers[state.past][self._now]
+            addresses[state.present] = self._buffers[state.past][1 - self._now]
+        done = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
+        done += [context.set_tensor_address(name, address) for name, address in addresses.items()]
+        if not all(done) or not context.execute_async_v3(self._stream):
             raise BuildError("TensorRT could not run the engine: see its message above", "deploy.py doctor")
 
     def _finish(self, outputs: Arrays) -> Arrays:
@@ -223,6 +222,6 @@ def import_tensorrt() -> Any:
     except ImportError as error:
         raise EnvironmentError_(
             f"tensorrt cannot be imported: {error}",
-            "on a Jetson: sudo apt install nvidia-jetpack; a virtual environment needs --system-site-packages",
+            "on a Jetson: sudo apt install nvidia-jetpack; virtual environments need --system-site-packages",
         ) from error
     return tensorrt

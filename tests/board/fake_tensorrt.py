@@ -1,0 +1,237 @@
+"""Stand-ins for the TensorRT runtime and the CUDA runtime: engines run in ONNX Runtime on "device" memory.
+
+They are stricter than the real ones: a name that is no tensor, a shape out of the profile, an address that
+was not allocated or is too short, a call without all addresses set, reading memory that nobody wrote (it is
+NaN), allocating while a stream is captured: each ends the test. A captured call keeps the addresses and
+shapes of its capture, as a CUDA graph does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+TYPES = {1: np.float32, 7: np.int64, 10: np.float16}
+
+
+class Memory:
+    """Device memory: blocks by address."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+        self.allocations = 0
+
+    def allocate(self, size: int) -> int:
+        block = np.full(size, 0xFF, dtype=np.uint8)
+        self.blocks[block.ctypes.data] = block
+        self.allocations += 1
+        return block.ctypes.data
+
+    def view(self, address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """The array at an address, which must lie in one block."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + block.size:
+                return block[address - start : address - start + size].view(dtype).reshape(shape)
+        raise AssertionError(f"{size} bytes at {address:#x} are not device memory")
+
+
+class Cudart:
+    """The functions of libcudart that `board/cuda.py` calls."""
+
+    def __init__(self, sm: int = 87, runtime: int = 12060, driver: int = 12060) -> None:
+        self.memory = Memory()
+        self.capture: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.launches = 0
+        self._sm, self._versions = sm, (runtime, driver)
+        self.cudaGetErrorString: Any = type("F", (), {"__call__": lambda self, status: b"out of memory"})()
+        self.fail: dict[str, int] = {}
+
+    def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
+        value._obj.value = self._sm // 10 if attribute == 75 else self._sm % 10
+        return 0
+
+    def cudaRuntimeGetVersion(self, value: Any) -> int:  # noqa: N802
+        value._obj.value = self._versions[0]
+        return 0
+
+    def cudaDriverGetVersion(self, value: Any) -> int:  # noqa: N802
+        value._obj.value = self._versions[1]
+        return 0
+
+    def cudaMemGetInfo(self, free: Any, total: Any) -> int:  # noqa: N802
+        free._obj.value, total._obj.value = 4 << 30, 8 << 30
+        return 0
+
+    def cudaMalloc(self, pointer: Any, size: Any) -> int:  # noqa: N802
+        assert self.capture is None, "allocated while capturing"
+        if self.fail.get("cudaMalloc"):
+            return self.fail["cudaMalloc"]
+        pointer._obj.value = self.memory.allocate(size.value)
+        return 0
+
+    def cudaFree(self, pointer: Any) -> int:  # noqa: N802
+        del self.memory.blocks[pointer.value]
+        return 0
+
+    def cudaStreamCreate(self, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = 1
+        return 0
+
+    def cudaStreamSynchronize(self, stream: Any) -> int:  # noqa: N802
+        assert self.capture is None, "synchronized while capturing"
+        return 0
+
+    def cudaMemsetAsync(self, address: Any, value: int, size: Any, stream: Any) -> int:  # noqa: N802
+        self.memory.view(address.value, np.uint8, (size.value,))[...] = value
+        return 0
+
+    def cudaMemcpyAsync(self, to: Any, source: Any, size: Any, kind: int, stream: Any) -> int:  # noqa: N802
+        assert self.capture is None, "copies are not part of a step's graph"
+        assert kind in (1, 2)
+        self.memory.view((to if kind == 1 else source).value, np.uint8, (size.value,))
+        ctypes.memmove(to.value, source.value, size.value)
+        return 0
+
+    def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:  # noqa: N802
+        assert self.capture is None
+        self.capture = []
+        return 0
+
+    def cudaStreamEndCapture(self, stream: Any, graph: Any) -> int:  # noqa: N802
+        assert self.capture is not None
+        graph._obj.value = 100 + len(self.graphs)
+        self.graphs[graph._obj.value], self.capture = self.capture, None
+        return 0
+
+    def cudaGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:  # noqa: N802
+        executable._obj.value = graph.value
+        return 0
+
+    def cudaGraphDestroy(self, graph: Any) -> int:  # noqa: N802
+        return 0
+
+    def cudaGraphLaunch(self, executable: Any, stream: Any) -> int:  # noqa: N802
+        self.launches += 1
+        for call in self.graphs[executable.value]:
+            call()
+        return 0
+
+
+def write_engine(path: Path, model: Path, profiles: dict[str, Any]) -> Path:
+    """An "engine": which graph it stands for, and (min, opt, max) of each input for each profile."""
+    path.write_text(json.dumps({"model": str(model), "profiles": profiles}))
+    return path
+
+
+class TensorRt:
+    """The module, over one CUDA stand-in."""
+
+    __version__ = "10.3.0"
+
+    class Logger:
+        WARNING = 2
+
+        def __init__(self, severity: int) -> None:
+            pass
+
+    def __init__(self, cudart: Cudart) -> None:
+        self.cudart = cudart
+        self.loaded: list[str] = []
+
+    def get_plugin_registry(self) -> Any:
+        owner = self
+
+        class Registry:
+            def load_library(self, path: str) -> object:
+                owner.loaded.append(path)
+                return object()
+
+        return Registry()
+
+    def Runtime(self, logger: Any) -> Any:  # noqa: N802
+        owner = self
+
+        class Runtime:
+            def deserialize_cuda_engine(self, content: bytes) -> Any:
+                try:
+                    return Engine(owner.cudart, json.loads(content))
+                except ValueError:
+                    return None
+
+        return Runtime()
+
+
+class Engine:
+    def __init__(self, cudart: Cudart, description: dict[str, Any]) -> None:
+        self.cudart, self.profiles = cudart, description["profiles"]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(description["model"], options)
+        graph = onnx.load(description["model"], load_external_data=False).graph
+        self.types = {x.name: TYPES[x.type.tensor_type.elem_type] for x in (*graph.input, *graph.output)}
+        self.inputs = [x.name for x in graph.input]
+        self.outputs = [x.name for x in graph.output]
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
+        return self.profiles[name][profile]
+
+    def create_execution_context(self) -> Any:
+        return Context(self)
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.profile: int | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name in self.engine.inputs, name
+        low, _, high = self.engine.profiles[name][self.profile]
+        if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+            return False
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert name in self.engine.types, name
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert set(self.addresses) == set(self.engine.types), "an address is not set"
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        cudart = self.engine.cudart
+        if cudart.capture is not None:
+            cudart.capture.append(lambda: self._run(shapes, addresses))
+        else:
+            self._run(shapes, addresses)
+        return True
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        memory, engine = self.engine.cudart.memory, self.engine
+        feeds = {
+            name: memory.view(addresses[name], engine.types[name], shapes[name]).copy()
+            for name in engine.inputs
+        }
+        for name, array in feeds.items():
+            assert array.dtype.kind != "f" or np.isfinite(array).all(), (
+                f"{name} was read before it was written"
+            )
+        results = engine.session.run(engine.outputs, feeds)
+        for name, result in zip(engine.outputs, results, strict=True):
+            memory.view(addresses[name], engine.types[name], result.shape)[...] = result

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_bundle, cli_plugins, cli_precision
+from . import __version__, cli_bundle, cli_engine, cli_plugins, cli_precision
 from .cli_common import (
     checkpoint_argument,
     command_line,
@@ -24,6 +24,7 @@ from .cli_common import (
     source_options,
     spinner,
 )
+from .config import TARGETS
 from .errors import EnvironmentError_, ExportError, GateError
 from .precision.recipe import BASES, PRECISIONS
 
@@ -156,18 +157,27 @@ def bench(
 @click.option("--calib", help="calibration data, as for `calibrate --data`")
 @click.option("--random-data", is_flag=True, help="calibrate on made-up data, which every report will say")
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="board to make a bundle for")
+@click.option("--license", "licence", help="of the weights, told in the bundle")
 @click.option("--force", is_flag=True, help="replace an existing run folder")
 @horizon_options
 @run_options
 def deploy(
-    checkpoint: str | None, module: str | None, weights: str | None, out: Path, as_json: bool, **options: Any
+    checkpoint: str | None,
+    module: str | None,
+    weights: str | None,
+    out: Path,
+    target: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Export, calibrate, quantize, verify and bench CHECKPOINT (or --module) in one go."""
+    """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one go."""
     from . import pipeline, report
 
     with spinner() as stage:
         stage("loading")
         loaded = load(checkpoint, module, weights)
+        options["target"] = TARGETS[target] if target else None
         result = pipeline.deploy(loaded, out, command=command_line(), progress=stage, **options)
     emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
     _gate(result.passed, result.folder, precision=options["precision"])
@@ -176,6 +186,7 @@ def deploy(
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)
 cli.add_command(cli_precision.sensitivity)
+cli.add_command(cli_engine.build)
 cli.add_command(cli_bundle.bundle)
 cli.add_command(cli_plugins.plugins)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import stages, trace
 from .bench import BenchReport, bench
+from .bundle import bundle
 from .checks import Report
+from .config import Target
 from .errors import UsageError
 from .loaded import Loaded
 from .precision.recipe import BASES, preset, read_recipe
@@ -18,6 +20,7 @@ from .runfolder import MODEL, MODEL_DATA
 from .verify_blocks import verify_any
 
 Progress = Callable[[str], None]
+BUNDLE = "bundle.tar.gz"
 ARTIFACTS = (
     *("model.onnx", "model.onnx.data", "io.json", "manifest.json", "recipe.yaml", "scales.json"),
     *("verify/report.json", "verify/drift.csv", "verify/drift.svg", "bench/bench.json"),
@@ -45,9 +48,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What `deploy` did: FP32 first, what was asked for last."""
+    """What `deploy` did: FP32 first, what was asked for last; and the bundle, where a target was named."""
 
     variants: tuple[Variant, ...]
+    bundle: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,7 +69,8 @@ class Deployment:
     @property
     def written(self) -> list[Path]:
         """Of all precisions."""
-        return [path for variant in self.variants for path in variant.written]
+        bundles = [] if self.bundle is None else [self.bundle]
+        return [path for variant in self.variants for path in variant.written] + bundles
 
     @property
     def passed(self) -> bool:
@@ -76,6 +81,7 @@ class Deployment:
         return {
             "folder": str(self.folder),
             "passed": self.passed,
+            "bundle": None if self.bundle is None else str(self.bundle),
             "verification": self.verification.to_json(),
             "benchmark": self.benchmark.to_json() if self.benchmark else None,
             "variants": [
@@ -102,6 +108,8 @@ def deploy(
     calib: str | None = None,
     random_data: bool = False,
     data: Path | None = None,
+    target: Target | None = None,
+    licence: str | None = None,
     horizon: int | None = None,
     free_horizon: int | None = None,
     force: bool = False,
@@ -119,7 +127,9 @@ def deploy(
         recipe: recipe.yaml, instead of the preset of `precision`.
         calib: calibration data, see `calibration.sets.load`; needed where activations are quantized.
         random_data: calibrate on made-up data instead, which every report then says.
-        data: held-out data for the task metric.
+        data: held-out data for the task metric, and for the streams that are recorded in a bundle.
+        target: board to make a bundle for, of what was asked for, if it passed.
+        licence: of the weights, told in the bundle.
         horizon, free_horizon: of `verify_precision`.
         force: replace an existing run folder.
         threads: of ONNX Runtime and PyTorch.
@@ -141,7 +151,7 @@ def deploy(
     run = _Stages(loaded, data, threads, command, progress)
     variants = [run.finish("fp32", folder)]
     if chosen.precision == "fp32" or not variants[0].verification.passed:
-        return Deployment(tuple(variants))
+        return run.bundled(Deployment(tuple(variants)), target, licence)
     scales = None
     if chosen.needs_scales:
 
@@ -164,7 +174,7 @@ def deploy(
             folder, one, scales=scales if one.needs_scales else None, command=command, progress=progress
         )
         variants.append(run.finish(one.precision, made, horizon=horizon, free_horizon=free_horizon))
-    return Deployment(tuple(variants))
+    return run.bundled(Deployment(tuple(variants)), target, licence)
 
 
 @dataclass(frozen=True)
@@ -189,3 +199,21 @@ class _Stages:
         if report.passed:
             timing = bench(folder, self.loaded, threads=self.threads, progress=say("bench"))
         return Variant(precision, folder, report, timing)
+
+    def bundled(self, made: Deployment, target: Target | None, licence: str | None) -> Deployment:
+        """With a bundle of the precision that was asked for, where there is a board for it and it passed."""
+        if target is None or not made.passed:
+            return made
+        path = bundle(
+            made.folder,
+            self.loaded,
+            made.folder / BUNDLE,
+            target=target,
+            data=self.data,
+            licence=licence,
+            force=True,
+            threads=self.threads,
+            command=self.command,
+            progress=lambda stage: self.progress(f"bundle: {stage}"),
+        )
+        return replace(made, bundle=path)

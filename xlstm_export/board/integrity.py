@@ -51,6 +51,8 @@ def read(bundle: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} describes no bundle of schema {SCHEMA}", "use the deploy.py that came with the bundle"
         )
+    if not isinstance(manifest.get("recurrences"), int) or not isinstance(manifest.get("plugin_abi"), dict):
+        raise InputError(f"{path} lacks recurrences or plugin_abi", "make the bundle again")
     for name, entry in files.items():
         if not isinstance(entry, dict) or not is_inside(name):
             raise InputError(f"{path} names a file outside of the bundle: {name!r}", "do not use this bundle")

@@ -133,11 +133,18 @@ xlstm_status xlstm_step(xlstm_runner *runner, const void *const *inputs, void *c
     return xlstm_prefill(runner, 1, inputs, outputs);
 }
 
-xlstm_status xlstm_reset(xlstm_runner *runner, const int32_t *rows, int32_t count) {
+xlstm_status xlstm_reset(xlstm_runner *runner) {
     return guarded([&] {
         require(runner != nullptr, "runner");
-        if (rows == nullptr) return runner->stream.reset();
+        runner->stream.reset();
+    });
+}
+
+xlstm_status xlstm_reset_rows(xlstm_runner *runner, const int32_t *rows, int32_t count) {
+    return guarded([&] {
+        require(runner != nullptr, "runner");
         if (count < 0) throw Error(XLSTM_USAGE, "count is negative");
+        require(rows != nullptr || count == 0, "rows");
         runner->stream.reset(rows, count);
     });
 }

@@ -6,8 +6,8 @@
  * Errors      Every function that can fail returns a status and leaves a text, which xlstm_error returns. No
  *             C++ exception leaves the library. Arguments are checked before anything is done, and a call
  *             refused with XLSTM_USAGE or XLSTM_BAD_INPUT has changed nothing. After XLSTM_ENVIRONMENT from
- *             xlstm_prefill, xlstm_step or xlstm_reset the state is unknown, and both of the first two refuse
- *             to go on until the state is set: by a reset of all rows, or by a saved one.
+ *             xlstm_prefill, xlstm_step or a reset the state is unknown: it cannot be run or saved until a
+ *             reset of all rows or a saved state has set it.
  * Threads     A runner is for one thread at a time: any thread, but calls must not overlap, and nothing in it
  *             takes a lock. Different runners may be used by different threads at once. Text of errors is
  *             per thread.
@@ -110,8 +110,9 @@ XLSTM_API xlstm_status xlstm_prefill(xlstm_runner *runner, int64_t length, const
 /* The same for one position: the decode step. */
 XLSTM_API xlstm_status xlstm_step(xlstm_runner *runner, const void *const *inputs, void *const *outputs);
 
-/* Start rows afresh; rows null: all of them, `count` is then ignored. */
-XLSTM_API xlstm_status xlstm_reset(xlstm_runner *runner, const int32_t *rows, int32_t count);
+/* Start all rows afresh, or those of the given numbers. */
+XLSTM_API xlstm_status xlstm_reset(xlstm_runner *runner);
+XLSTM_API xlstm_status xlstm_reset_rows(xlstm_runner *runner, const int32_t *rows, int32_t count);
 
 /* The state of all rows, as README.md describes its bytes. xlstm_get_state writes into a buffer of
  * xlstm_state_bytes. Files are replaced whole or not at all. A state is taken only if all of it fits: model

@@ -31,7 +31,7 @@ constexpr char kUsage[] =
     "  --steps N          steps to time (1000)\n"
     "  --warmup N         steps before those (50)\n"
     "  --json             times as JSON\n"
-    "  --generate N       greedy continuation by N tokens; a model of tokens, batch 1\n"
+    "  --generate N       greedy continuation by N tokens; a model of tokens, batch 1; 0: run the prompt\n"
     "\n"
     "Exit codes: 0 done, 2 usage, 3 environment, 4 bad input.\n";
 
@@ -235,7 +235,7 @@ void generate(const Runner &runner, int64_t count) {
     }
     if (prompt.empty()) throw Failure{XLSTM_USAGE, "no token ids on stdin"};
     // All but the last one without their logits, which would take far more memory than the model's state.
-    const auto before = static_cast<int64_t>(prompt.size() / bytes) - 1;
+    const auto before = static_cast<int64_t>(prompt.size() / bytes) - (count == 0 ? 0 : 1);
     const void *inputs[] = {prompt.data()};
     if (before > 0) check(xlstm_prefill(runner.get(), before, inputs, nullptr));
     Buffers outputs(runner, XLSTM_OUTPUT);
@@ -249,7 +249,7 @@ void generate(const Runner &runner, int64_t count) {
         write_token(token, in.type, next);
         inputs[0] = token;
     }
-    std::printf("\n");
+    if (count > 0) std::printf("\n");
 }
 
 int run(const std::vector<std::string> &words) {

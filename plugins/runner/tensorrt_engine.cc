@@ -104,6 +104,11 @@ Dims dims_of(const Tensor &tensor, int64_t batch, int64_t length) {
     return dims;
 }
 
+std::string text_of_version(int32_t version) {
+    return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+           std::to_string(version % 100);
+}
+
 std::string text_of(const Dims &dims) {
     std::string text;
     for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
@@ -221,7 +226,7 @@ private:
         const int32_t running = getInferLibVersion();
         if (running / 10000 != NV_TENSORRT_MAJOR) {
             throw Error(XLSTM_ENVIRONMENT, "compiled for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
-                                               ", loaded is version " + std::to_string(running));
+                                               ", loaded is " + text_of_version(running));
         }
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (runtime_ == nullptr) throw Error(XLSTM_ENVIRONMENT, "TensorRT does not start" + logger_.take());
@@ -233,7 +238,7 @@ private:
         engine_.reset(runtime_->deserializeCudaEngine(file.data(), file.size()));
         if (engine_ == nullptr) {
             throw Error(XLSTM_BAD_INPUT, options.path + " does not load in TensorRT " +
-                                             std::to_string(running) + logger_.take());
+                                             text_of_version(running) + logger_.take());
         }
     }
 

@@ -25,11 +25,15 @@ import cuda126
 import numpy as np
 import pytest
 from lean_runtime import SANITIZERS, _fill, compiler_for
+from xlstm_export.plugins import toolchain
+
+from xlstm_export.config import IoSpec, StateSpec, TensorSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "plugins" / "runner"
 TESTS = ROOT / "tests" / "plugins" / "runner"
 MACHINE = os.uname().machine
+CUDA_HEADERS = (Path("/usr/local/cuda/include"), Path("/usr/include"))
 
 LIBRARY = [RUNNER / f"{name}.cc" for name in ("c_api", "io_spec", "json", "state_file", "stream")]
 FAKE = TESTS / "fake_engine.cc"
@@ -59,7 +63,7 @@ FLAGS = (
 
 @cache
 def built(machine: str) -> Path:
-    """Folder with the check programs, and libxlstm_runner.so and xlstm-run on the fake engine."""
+    """Folder of the check programs; for this machine also of library and command, on the fake engine."""
     compiler = compiler_for(machine)
     sanitizers = SANITIZERS if machine == MACHINE else []
     digest = hashlib.sha256(repr((compiler, FLAGS, sanitizers)).encode())
@@ -85,6 +89,8 @@ def _compile(compiler: str, sanitizers: Sequence[str], target: Path) -> None:
         run(
             *sanitizers, *(objects[source] for source in sources), "-pthread", "-o", target / f"{name}_checks"
         )
+    if not sanitizers:
+        return
     # For Python's process, so without sanitizers.
     library = target / "libxlstm_runner.so"
     run("-shared", *LIBRARY, FAKE, "-Wl,-z,defs", f"-Wl,-soname,{library.name}", "-o", library)
@@ -170,19 +176,19 @@ def greedy(oracle: Oracle, tokens: Sequence[int], count: int) -> list[int]:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str, str]:
     """Engine and io.json of a model with one output."""
-    io = {
-        "schema": 1,
-        "inputs": [{"name": "tokens", "dtype": "int64", "shape": ["B", "S"]}],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["B", "S", 3]}],
-        "states": [
-            {"past": f"past_0_{kind}", "present": f"present_0_{kind}", "block": 0, "kind": kind,
-             "dtype": dtype, "shape": ["B", size]}
-            for kind, dtype, size in (("C", "float32", 2), ("conv", "int64", 3))
-        ],
-    }  # fmt: skip
-    (tmp_path / "io.json").write_text(json.dumps(io, indent=1))
+    write_io(tmp_path / "io.json", outputs=["logits"])
     (tmp_path / "engine").write_text("longest=4")
     return str(tmp_path / "engine"), str(tmp_path / "io.json")
+
+
+def write_io(path: Path, outputs: Sequence[str]) -> None:
+    states = (StateSpec(0, "C", (2,)), StateSpec(0, "conv", (3,), "int64"))
+    known = {
+        "logits": TensorSpec("logits", "float32", ("B", "S", 3)),
+        "last": TensorSpec("last", "float32", ("B", 2)),
+    }
+    spec = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), tuple(known[n] for n in outputs), states)
+    path.write_text(json.dumps(spec.to_json(), indent=1))
 
 
 def block_of_readme(language: str) -> str:
@@ -309,6 +315,13 @@ def test_command_saves_and_loads_states(files: tuple[str, str], tmp_path: Path) 
     run = xlstm_run(*files, "--generate", 5, "--load-state", state, "--model-hash", name, given=str(made[-1]))
     assert list(map(int, run.stdout.split())) == greedy(oracle, made[-1:], 5)
 
+    run = xlstm_run(*files, "--generate", 0, "--save-state", state, given="2 0 1 1 2")
+    assert (run.returncode, run.stdout) == (0, "")
+    oracle = Oracle(1)
+    oracle.run(np.array([[2, 0, 1, 1, 2]]))
+    assert np.array_equal(read_state(state)["past_0_C"], oracle.C)
+
+    write_state(state, saved, name)
     run = xlstm_run(*files, "--generate", 5, "--load-state", state, given="1")
     assert (run.returncode, run.stdout) == (4, "")
     assert "of another model" in run.stderr
@@ -375,12 +388,62 @@ def test_command_refuses_tokens_that_the_model_has_not(files: tuple[str, str]) -
 # Building
 
 
+def test_compiles_against_installed_headers() -> None:
+    """Of TensorRT, and of CUDA; by hand all versions were tried that are public, see README.md."""
+    found = toolchain.find_tensorrt()
+    cuda = next((folder for folder in CUDA_HEADERS if (folder / "cuda_runtime_api.h").is_file()), None)
+    if found is None or cuda is None:
+        pytest.skip("no headers of TensorRT or CUDA")
+    own = [] if found.root is None else ["-isystem", str(found.root / "include")]
+    command = [compiler_for(MACHINE), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    command += [*own, "-isystem", str(cuda), f"-I{RUNNER}", str(RUNNER / "tensorrt_engine.cc")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_build_without_headers_says_what_to_do(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("no cmake")
     hidden = ["-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY"]
-    done = subprocess.run(
-        ["cmake", "-S", str(RUNNER), "-B", str(tmp_path / "build"), *hidden], capture_output=True, text=True
-    )
+    done = configure(RUNNER, tmp_path / "build", *hidden)
     assert done.returncode != 0
     assert "libnvinfer-dev" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+def test_build_with_cmake(files: tuple[str, str], tmp_path: Path) -> None:
+    """As on a board, with the stand-in for TensorRT; the runner's folder alone, and within the plugins."""
+    if shutil.which("cmake") is None or shutil.which("nvcc") is None:
+        pytest.skip("no cmake or no CUDA toolkit")
+    nvinfer = tmp_path / "libmock.so"
+    command = [compiler_for(MACHINE), *FLAGS, "-fvisibility=default", "-shared", *map(str, MOCKS[1:])]
+    subprocess.run([*command, "-o", str(nvinfer)], check=True)
+    headers = tmp_path / "include"
+    shutil.copytree(TESTS / "mock", headers)
+    shutil.copy(TESTS / "model.h", headers)
+    given = [f"-DXLSTM_TENSORRT_HEADERS={headers}", f"-DXLSTM_NVINFER={nvinfer}"]
+    done = configure(RUNNER.parent, tmp_path / "within", *given, "-DXLSTM_RUNNER=ON")
+    assert done.returncode == 0, done.stderr
+    targets = subprocess.run(["cmake", "--build", str(tmp_path / "within"), "--target", "help"],
+                             capture_output=True, text=True).stdout  # fmt: skip
+    assert "xlstm-run" in targets
+    assert "xlstm_ort_cpu" in targets
+    done = configure(RUNNER, tmp_path / "alone", *given, "-DCMAKE_CXX_FLAGS=-Werror")
+    assert done.returncode == 0, done.stderr
+    for make in (["--build", "alone"], ["--install", "alone", "--prefix", "installed"]):
+        done = subprocess.run(["cmake", *make], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    write_io(Path(files[1]), outputs=["logits", "last"])
+    run = subprocess.run(
+        [str(tmp_path / "installed" / "bin" / "xlstm-run"), *files, "--generate", "12"],
+        input="2 0 1 1 2",
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert list(map(int, run.stdout.split())) == greedy(Oracle(1), [2, 0, 1, 1, 2], 12)
+
+
+def configure(source: Path, build: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", str(source), "-B", str(build), *options]
+    return subprocess.run(command, capture_output=True, text=True)

@@ -80,7 +80,7 @@ void engines_that_do_not_fit() {
     for (const auto &one : cases) {
         REQUIRE(open_fails({std::string("wrong=") + one.wrong}) == one.status && error_has(one.words));
     }
-    REQUIRE(open_fails({"garbage"}) == XLSTM_BAD_INPUT && error_has("magic tag does not match"));
+    REQUIRE(open_fails({"garbage"}) == XLSTM_BAD_INPUT && error_has("in TensorRT 10.3.0: magic tag does not match"));
     REQUIRE(!error_has("not an error"));
     REQUIRE(open_fails({""}) == XLSTM_BAD_INPUT && error_has("empty"));
     REQUIRE(mock::world().live == 0);
@@ -104,7 +104,7 @@ void environments() {
     settings.device = 2;
     REQUIRE(open_fails(settings) == XLSTM_ENVIRONMENT && error_has("no GPU 2, there are 2"));
     world.version = 110100;
-    REQUIRE(open_fails({}) == XLSTM_ENVIRONMENT && error_has("compiled for TensorRT 10, loaded is version 110100"));
+    REQUIRE(open_fails({}) == XLSTM_ENVIRONMENT && error_has("compiled for TensorRT 10, loaded is 11.1.0"));
     world.version = 0;
     world.memory = 150;  // for some of the buffers
     REQUIRE(open_fails({}) == XLSTM_ENVIRONMENT && error_has("no memory on the GPU: memory"));

@@ -1,8 +1,8 @@
 """Recorded streams that go with a bundle: what the verified export gave, and what the model gives in float64.
 
 A golden is a list of calls on one stream, as a user makes them: a prefill, single steps, pieces of odd
-lengths, and long pieces up to the horizon. Of each call up to 16 positions are kept, and the state where
-the prefill ends and at the end. `board/replay.py` makes the same calls on the target.
+lengths, and long pieces up to the horizon. Of each call positions are kept, all where outputs are small,
+and the state where the prefill ends and at the end. `board/replay.py` makes the same calls on the target.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from ..sessions.protocol import Session, load_state, save_state
 
 FOLDER = "goldens"
 SCHEMA = 1
-KEPT = 16  # positions of a call that are recorded
+KEPT = 16  # positions of a call that are recorded, and more where they are small
+KEPT_ELEMENTS = 1 << 15  # of an output that are recorded of a call
 JUDGED_FROM = 100  # errors of the first positions are those of single tokens, see drift_report.py
 SINGLY = 160  # positions that are also called one by one
 # A late position may be this much further from the model than it was where the export was verified.
@@ -97,11 +98,25 @@ def _recording(arrays: Arrays, side: str, calls: int) -> Recording:
     return outputs, states
 
 
-def kept_positions(length: int) -> list[int]:
-    """Which positions of a call are recorded: all of a short one, else some with the first and the last."""
-    if length <= KEPT:
+def kept_positions(length: int, spec: TensorSpec) -> list[int]:
+    """Which positions of a call are recorded of an output: all where they are few or small, else some.
+
+    The first and the last are always among them.
+    """
+    size = int(np.prod([dim for dim in spec.shape[2:] if isinstance(dim, int)]))
+    most = max(KEPT, KEPT_ELEMENTS // max(1, size))
+    if length <= most:
         return list(range(length))
-    return [round(i * (length - 1) / (KEPT - 1)) for i in range(KEPT)]
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def keep(outputs: Mapping[str, np.ndarray], specs: Mapping[str, TensorSpec], length: int) -> Arrays:
+    """What is recorded of the outputs of a call."""
+    kept = {}
+    for name, value in outputs.items():
+        spec = specs[name]
+        kept[name] = (value[:, kept_positions(length, spec)] if per_position(spec) else value).copy()
+    return kept
 
 
 def run_calls(
@@ -126,13 +141,7 @@ def run_calls(
     for length in calls:
         piece = cut(inputs, session.io, start, start + length)
         given = session.step(piece) if length == 1 else session.prefill(piece)
-        at = kept_positions(length)
-        recorded.append(
-            {
-                name: (value[:, at] if per_position(specs[name]) else value).copy()
-                for name, value in given.items()
-            }
-        )
+        recorded.append(keep(given, specs, length))
         if start == 0:
             states["prefill"] = session.state()
         start += length
@@ -256,7 +265,7 @@ class _Replay:
     def _joined(self, kept: Mapping[int, Arrays], length: int) -> Arrays:
         joined = {}
         for spec in self._io.outputs:
-            at = kept_positions(length) if per_position(spec) else [length - 1]
+            at = kept_positions(length, spec) if per_position(spec) else [length - 1]
             parts = [kept[offset][spec.name] for offset in at]
             joined[spec.name] = np.concatenate(parts, 1) if per_position(spec) else parts[0]
         return joined
@@ -277,13 +286,7 @@ class _Replay:
         for length in self._calls[half:]:
             piece = cut(self._goldens.inputs, self._io, start, start + length)
             given = fresh.step(piece) if length == 1 else fresh.prefill(piece)
-            at = kept_positions(length)
-            found.append(
-                {
-                    spec.name: (given[spec.name][:, at] if per_position(spec) else given[spec.name]).copy()
-                    for spec in self._io.outputs
-                }
-            )
+            found.append(keep(given, {spec.name: spec for spec in self._io.outputs}, length))
             start += length
         expected = self._goldens.export[0][half : len(self._calls)]
         return [self._outputs("resumed from a file", found, expected, self._limits["same_output"])]

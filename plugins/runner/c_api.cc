@@ -69,7 +69,7 @@ xlstm_runner *open_runner(const xlstm_options &options) {
                                        batch,          options.piece,
                                        options.device, options.no_graph == 0};
     std::unique_ptr<Engine> engine = open_engine(engine_options, io);
-    return new xlstm_runner{Stream(std::move(io), std::move(engine), batch, options.piece, hash)};
+    return new xlstm_runner{Stream(std::move(io), std::move(engine), batch, hash)};
 }
 
 const std::vector<Tensor> *tensors(const Stream &stream, xlstm_role role) {

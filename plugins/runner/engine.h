@@ -26,7 +26,7 @@ class Engine {
 public:
     virtual ~Engine() = default;
 
-    // The most positions of one run.
+    // The most positions of one run; no more than EngineOptions::piece.
     virtual int64_t longest() const = 0;
     // Memory of the device, all zero, which lives as long as the engine.
     virtual void *allocate(size_t bytes) = 0;

@@ -14,10 +14,9 @@ bool any_sequence(const IoSpec &io) {
 
 }  // namespace
 
-Stream::Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, int64_t piece, const ModelHash &hash)
+Stream::Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash)
     : io_(std::move(io)), engine_(std::move(engine)), batch_(batch), format_(io_, batch, hash) {
-    piece_ = piece == 0 ? engine_->longest() : std::min(piece, engine_->longest());
-    if (!any_sequence(io_)) piece_ = 1;
+    piece_ = any_sequence(io_) ? engine_->longest() : 1;
     const auto allocate = [&](const Tensor &tensor) {
         const size_t positions = tensor.is_sequence() ? static_cast<size_t>(piece_) : 1;
         return engine_->allocate(positions * total_bytes(tensor));
@@ -92,9 +91,8 @@ void Stream::run_piece(int64_t start, int64_t length, int64_t whole, const void 
     }
     engine_->run(now_, length);
     now_ = 1 - now_;
-    const bool last = start + length == whole;
     for (size_t i = 0; i < outputs_.size(); ++i) {
-        if (outputs == nullptr || outputs[i] == nullptr || (!io_.outputs[i].is_sequence() && !last)) continue;
+        if (outputs == nullptr || outputs[i] == nullptr) continue;
         auto *to = static_cast<uint8_t *>(outputs[i]) + offset_of(io_.outputs[i]);
         engine_->copy_out(to, outputs_[i], rows_of(io_.outputs[i]));
     }

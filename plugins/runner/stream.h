@@ -13,8 +13,7 @@ namespace xlstm::runner {
 
 class Stream {
 public:
-    // piece: the most positions of one run, 0 for the engine's longest.
-    Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, int64_t piece, const ModelHash &hash);
+    Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash);
 
     const IoSpec &io() const { return io_; }
     int64_t batch() const { return batch_; }

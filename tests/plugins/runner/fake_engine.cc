@@ -12,9 +12,11 @@ namespace {
 
 class FakeEngine : public Engine {
 public:
-    FakeEngine(const model::Settings &settings, int64_t batch)
+    FakeEngine(const model::Settings &settings, int64_t batch, int64_t piece)
         : batch_(batch), longest_(settings.number("longest", 8)), fail_run_(settings.number("fail_run", 0)),
-          fail_wait_(settings.number("fail_wait", 0)) {}
+          fail_wait_(settings.number("fail_wait", 0)) {
+        if (piece > 0 && piece < longest_) longest_ = piece;
+    }
     ~FakeEngine() override {
         for (void *memory : memory_) std::free(memory);
     }
@@ -80,7 +82,7 @@ private:
 std::unique_ptr<Engine> open_engine(const EngineOptions &options, const IoSpec &) {
     std::ifstream file(options.path);
     if (!file) throw Error(XLSTM_BAD_INPUT, options.path + ": no such file");
-    return std::make_unique<FakeEngine>(model::Settings(file), options.batch);
+    return std::make_unique<FakeEngine>(model::Settings(file), options.batch, options.piece);
 }
 
 }  // namespace xlstm::runner

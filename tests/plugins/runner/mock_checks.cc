@@ -37,23 +37,28 @@ void no_graphs() {
         Oracle oracle(1);
         for (int64_t i = 0; i < 10; ++i) run_both(runner, oracle, 1, 1, i);
         REQUIRE(calls("capture") == (wanted ? 1 : 0) && calls("launch") == 0);
+        REQUIRE(cudaGetLastError() == cudaSuccess);  // of the program around the runner
     }
 }
 
 void profiles() {
     const struct {
         const char *profiles;
-        int64_t longest;  // of a run
+        int64_t longest;              // of a run
+        std::vector<int32_t> chosen;  // for a step, for more
     } cases[] = {
-        {"1-1x1-4,1-16x1-4", 16}, {"1-16x1-4,1-1x1-4", 16}, {"1-8x2-2", 8},
-        {"1-1x1-4", 1},           {"2-16x2-2,1-1x1-8", 16}, {"1-1x2-2,1-32x1-1,1-4x2-8", 4},
+        {"1-1x1-4,1-16x1-4", 16, {0, 1}},       {"1-16x1-4,1-1x1-4", 16, {1, 0}},
+        {"1-8x2-2", 8, {0, 0}},                 {"1-1x1-4", 1, {0}},
+        {"2-16x2-2,1-1x1-8", 16, {1, 0}},       {"1-1x2-2,1-32x1-1,1-4x2-8", 4, {0, 2}},
+        {"1-4x1-2,1-16x1-2", 16, {0, 1}},       {"1-16x1-2,1-4x1-2,3-32x1-2", 16, {1, 0}},
     };
     for (const auto &one : cases) {
-        mock::world().calls.clear();
+        mock::world() = {};
         Settings settings;
         settings.batch = 2;
         settings.engine = std::string("profiles=") + one.profiles;
         Runner runner(settings);
+        REQUIRE(mock::world().profiles == one.chosen);
         Oracle oracle(2);
         for (const int64_t length : {1, 1, 1, 3, 1}) run_both(runner, oracle, 2, length, length);
         const int before = calls("enqueue") + calls("launch") - calls("capture");
@@ -128,6 +133,12 @@ void a_large_batch() {
     Runner runner(settings);
     Oracle oracle(8);
     for (const int64_t length : {64, 1, 65, 200, 1, 1}) run_both(runner, oracle, 8, length, length);
+    mock::world().calls.clear();
+    settings.piece = 2;
+    Runner pieces(settings);
+    Oracle other(8);
+    run_both(pieces, other, 8, 64, 1);
+    REQUIRE(calls("enqueue") == 32);
     settings.batch = 9;
     REQUIRE(open_fails(settings) == XLSTM_BAD_INPUT && error_has("batch 9"));
 }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cuda_runtime_api.h"
 #include "model.h"
@@ -16,6 +17,7 @@ struct World {
     int64_t memory = 1 << 30;  // bytes that cudaMalloc gives
     int version = 0;           // of TensorRT; 0: that of its header
     std::map<std::string, int> calls;
+    std::vector<int32_t> profiles;  // in the order of the contexts
     int64_t live = 0;  // allocations, streams, graphs, objects of TensorRT
 };
 World &world();

@@ -130,6 +130,7 @@ IExecutionContext *ICudaEngine::createExecutionContext(ExecutionContextAllocatio
 bool IExecutionContext::setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept {
     REQUIRE(stream != nullptr && profile >= 0 && profile < static_cast<int32_t>(plan_.profiles.size()));
     profile_ = profile;
+    mock::world().profiles.push_back(profile);
     warm_ = false;
     return true;
 }

@@ -230,15 +230,20 @@ private:
         }
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (runtime_ == nullptr) throw Error(XLSTM_ENVIRONMENT, "TensorRT does not start" + logger_.take());
-        if (!options.plugin.empty() &&
-            runtime_->getPluginRegistry().loadLibrary(options.plugin.c_str()) == nullptr) {
-            throw Error(XLSTM_ENVIRONMENT, "TensorRT does not load " + options.plugin + logger_.take());
-        }
+        if (!options.plugin.empty()) load_plugins(options.plugin);
         const MappedFile file(options.path);
         engine_.reset(runtime_->deserializeCudaEngine(file.data(), file.size()));
         if (engine_ == nullptr) {
             throw Error(XLSTM_BAD_INPUT, options.path + " does not load in TensorRT " +
                                              text_of_version(running) + logger_.take());
+        }
+    }
+
+    void load_plugins(const std::string &path) {
+        // A name without a folder would be looked for where the system's libraries are.
+        const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
+        if (runtime_->getPluginRegistry().loadLibrary(file.c_str()) == nullptr) {
+            throw Error(XLSTM_ENVIRONMENT, "TensorRT does not load " + path + logger_.take());
         }
     }
 

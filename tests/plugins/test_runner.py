@@ -1,6 +1,6 @@
 """The C++ runner: on an engine that runs on the CPU, and on stand-ins for TensorRT and CUDA.
 
-`runner/checks.cc` holds the checks that need C++ (and sanitizers); each is a test here. What other languages
+`runner/` holds the checks that need C++ (and sanitizers); each is a test here. What other languages
 see, files included, is tested from Python.
 """
 
@@ -39,11 +39,11 @@ LIBRARY = [RUNNER / f"{name}.cc" for name in ("c_api", "io_spec", "json", "state
 FAKE = TESTS / "fake_engine.cc"
 MOCKS = [RUNNER / "tensorrt_engine.cc", TESTS / "mock" / "cuda.cc", TESTS / "mock" / "tensorrt.cc"]
 PROGRAMS = {
-    "fake": [*LIBRARY, FAKE, TESTS / "checks.cc", TESTS / "fake_checks.cc"],
-    "mock": [*LIBRARY, *MOCKS, TESTS / "checks.cc", TESTS / "mock_checks.cc"],
+    "fake": [*LIBRARY, FAKE, TESTS / "checks.cc", TESTS / "common_checks.cc", TESTS / "fake_checks.cc"],
+    "mock": [*LIBRARY, *MOCKS, TESTS / "checks.cc", TESTS / "common_checks.cc", TESTS / "mock_checks.cc"],
 }
 CHECKS = (
-    "json_accepts", "json_refuses", "io_reads", "io_refuses", "checksum", "every_length", "steps",
+    "json_accepts", "json_refuses", "io_reads", "io_refuses", "noise", "checksum", "every_length", "steps",
     "rows_start_afresh", "states_resume", "damaged_states", "states_of_others", "outputs_not_wanted",
     "descriptions", "wrong_arguments", "wrong_options", "longer_options",
 )  # fmt: skip

@@ -15,7 +15,7 @@ struct Check {
     const char *name;
     void (*run)();
 };
-extern const std::vector<Check> kEngineChecks;  // of one kind of engine
+extern const std::vector<Check> kCommonChecks, kEngineChecks;
 
 // The text of io.json for the model of model.h.
 std::string io_json();

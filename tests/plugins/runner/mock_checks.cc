@@ -1,4 +1,6 @@
 // Checks of how TensorRT and CUDA are called, on the mocks of both.
+#include <unistd.h>
+
 #include "checks.h"
 #include "mock/mock.h"
 
@@ -96,6 +98,9 @@ void plugin_libraries() {
     Settings settings;
     settings.plugin = library.c_str();
     Runner runner(settings);
+    REQUIRE(chdir(library.substr(0, library.rfind('/')).c_str()) == 0);
+    settings.plugin = "plugin.so";
+    Runner here(settings);
     settings.plugin = "/missing.so";
     REQUIRE(open_fails(settings) == XLSTM_ENVIRONMENT && error_has("/missing.so: cannot open the library"));
 }

@@ -10,6 +10,7 @@ import models
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from xlstm_export.plugins import locate
 from xlstm_export.plugins.build import build
@@ -180,6 +181,49 @@ def test_only_the_operators_lose_their_bodies(graph: ir.Model) -> None:
     assert {function.domain for function in graph.functions.values()} == {OP_DOMAIN, "other"}
     fused.drop_bodies(graph)
     assert list(graph.functions.values()) == [mine]
+
+
+# --- Attributes ---------------------------------------------------------------------------------------
+
+
+def one_mlstm(**attributes: float) -> bytes:
+    """A graph of one mLSTM step without a body."""
+    shapes = {"q": (1, 1, 1, 4), "k": (1, 1, 1, 4), "v": (1, 1, 1, 4), "i": (1, 1, 1), "f": (1, 1, 1)}
+    shapes |= {"C": (1, 1, 4, 4), "n": (1, 1, 4), "m": (1, 1)}
+    names = ["h", "C_out", "n_out", "m_out"]
+    float_ = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("XlstmMlstm", list(shapes), names, domain=OP_DOMAIN, **attributes)],
+        "one",
+        [onnx.helper.make_tensor_value_info(name, float_, shape) for name, shape in shapes.items()],
+        [onnx.helper.make_tensor_value_info(name, float_, None) for name in names],
+    )
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(OP_DOMAIN, 1)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+
+
+def open_one(library: Path, **attributes: float) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(one_mlstm(**attributes), options)
+
+
+def test_a_scale_that_is_absent_is_that_of_the_key_size(library: Path) -> None:
+    rng = np.random.default_rng(0)
+    given, absent = open_one(library, eps=1e-6, scale=0.5), open_one(library, eps=1e-6)
+    feeds = {x.name: rng.standard_normal(x.shape).astype(np.float32) for x in given.get_inputs()}
+    for one, other in zip(given.run(None, feeds), absent.run(None, feeds), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_attributes_outside_the_contract_are_refused(library: Path) -> None:
+    for attributes, words in (
+        ({"scale": 0.5}, "the attribute eps is missing"),
+        ({"eps": -1.0}, "eps is -1"),
+        ({"eps": 1e-6, "scale": float("nan")}, "scale is nan"),
+    ):
+        with pytest.raises(Exception, match=words):
+            open_one(library, **attributes)
 
 
 # --- Where the library comes from -------------------------------------------------------------------

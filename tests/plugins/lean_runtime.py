@@ -58,7 +58,7 @@ def plugin_build(
     sources = [
         *adapter,
         *(_PLUGINS / "adapters" / "tensorrt").glob("*.h"),
-        _PLUGINS / "common" / "call.h",
+        *(_PLUGINS / "common" / name for name in ("attributes.h", "call.h")),
         *sorted(_TESTS.glob("fake_kernels.*")),
         *sorted(_TESTS.glob("tensorrt_*.cc")),
     ]

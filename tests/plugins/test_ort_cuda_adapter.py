@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,11 @@ def test_slstm(io: str, weight: str) -> None:
     assert max(errors[name] for name in "ycnm") <= 64 * UNIT["f32"]
 
 
-def test_attributes_that_are_absent_have_the_contract_s_values() -> None:
+def test_a_scale_that_is_absent_is_that_of_the_key_size() -> None:
     data = held(oracle.mlstm_operands(5, S=3, Dk=16, Dv=16), {})
     given = tuple({"scale": 16**-0.5, "eps": 1e-6}.items())
     for absent, present in zip(
-        run(session("XlstmMlstm", "f32", "f32"), data),
+        run(session("XlstmMlstm", "f32", "f32", given[1:]), data),
         run(session("XlstmMlstm", "f32", "f32", given), data),
         strict=True,
     ):
@@ -155,7 +156,7 @@ def test_one_session_takes_any_length_and_batch() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     data = held(oracle.mlstm_operands(1, S=3, Dk=16, Dv=16), {})
-    opened = session("XlstmMlstm", "f32", "f32")
+    opened = session("XlstmMlstm", "f32", "f32", tuple(ATTRIBUTES.items()))
     with pytest.raises(Exception, match="input 3 does not fit to the others"):
         run(opened, {**data, "i": data["i"][:, :2]})
     with pytest.raises(Exception, match="input 0 has 3 dimensions, expected 4"):
@@ -168,7 +169,21 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_what_the_kernels_refuse_says_why() -> None:
     data = held(oracle.mlstm_operands(1, S=2, Dk=600, Dv=16), {})
     with pytest.raises(Exception, match="key size Dk is 600, must be 1 to 512"):
-        run(session("XlstmMlstm", "f32", "f32"), data)
+        run(session("XlstmMlstm", "f32", "f32", tuple(ATTRIBUTES.items())), data)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"scale": 1.0}, "XlstmMlstm: the attribute eps is missing"),
+        ({"eps": -1.0}, "eps is -1, expected a finite number of at least 0"),
+        ({"eps": 1e-6, "scale": math.inf}, "scale is inf, expected a finite number"),
+        ({"eps": 1}, "eps is an integer"),
+    ],
+)
+def test_attributes_outside_the_contract_are_refused(attributes: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        session("XlstmMlstm", "f32", "f32", tuple(attributes.items()))
 
 
 def test_types_outside_the_contract_are_refused_when_the_session_opens() -> None:

@@ -6,8 +6,8 @@
 // operators must be stripped of them: ONNX Runtime inlines a body before it looks for a kernel.
 
 #include <array>
-#include <limits>
 
+#include "adapters/onnxruntime/attributes.h"
 #include "adapters/onnxruntime/ort_api.h"
 #include "common/call.h"
 #include "common/parallel.h"
@@ -78,15 +78,6 @@ class Tensors {
     Status *status_ = nullptr;
 };
 
-// An attribute that may be absent.
-float attribute(const Api *api, const KernelInfo *info, const char *name, float absent) {
-    float value = absent;
-    Status *status = KernelInfoGetAttribute_float::call(api, info, name, &value);
-    if (status == nullptr) return value;
-    ReleaseStatus::call(api, status);
-    return absent;
-}
-
 struct MlstmKernel {
     static constexpr const char *kName = "XlstmMlstm";
     static constexpr size_t kInputs = 8, kOutputs = 4;
@@ -94,8 +85,7 @@ struct MlstmKernel {
     const Api *api;
     float scale, eps;
 
-    MlstmKernel(const Api *api, const KernelInfo *info)
-        : api(api), scale(attribute(api, info, "scale", 1.f)), eps(attribute(api, info, "eps", 1e-6f)) {}
+    MlstmKernel(const Api *api, Attributes &attributes) : api(api), scale(attributes(kScale)), eps(attributes(kEps)) {}
 
     Status *compute(KernelContext *context) const {
         Tensors tensors(api, context);
@@ -121,7 +111,7 @@ struct MlstmKernel {
         call.m = tensors.output(3, m);
         call.batch = B, call.length = S, call.heads = H, call.dk = Dk, call.dv = Dv;
         call.io = call.state = Dtype::f32;
-        call.scale = scale, call.eps = eps;
+        call.scale = scale_of(scale, Dk), call.eps = eps;
         if (!tensors.ok()) return tensors.status();
         if (const char *refusal = xlstm_mlstm_check(&call)) return CreateStatus::call(api, kInvalidArgument, refusal);
         Parallel threads = tensors.threads();
@@ -137,8 +127,7 @@ struct SlstmKernel {
     const Api *api;
     float forget_max;
 
-    SlstmKernel(const Api *api, const KernelInfo *info)
-        : api(api), forget_max(attribute(api, info, "forget_max", std::numeric_limits<float>::infinity())) {}
+    SlstmKernel(const Api *api, Attributes &attributes) : api(api), forget_max(attributes(kForgetMax)) {}
 
     Status *compute(KernelContext *context) const {
         Tensors tensors(api, context);
@@ -185,7 +174,10 @@ CustomOp make_op() {
     op.variadic_input_min = op.variadic_output_min = [](const CustomOp *) { return 0; };
     op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const CustomOp *) { return 0; };
     op.create_kernel_v2 = [](const CustomOp *, const Api *api, const KernelInfo *info, void **kernel) -> Status * {
-        *kernel = new Kernel(api, info);
+        Attributes attributes(api, info, Kernel::kName);
+        const Kernel made(api, attributes);
+        if (Status *refusal = attributes.status()) return refusal;
+        *kernel = new Kernel(made);
         return nullptr;
     };
     op.compute_v2 = [](void *kernel, KernelContext *context) {

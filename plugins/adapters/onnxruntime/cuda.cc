@@ -11,11 +11,11 @@
 // same stream, after them. So far not run on hardware; tests run this file with the kernels emulated on a CPU.
 
 #include <array>
-#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <new>
 
+#include "adapters/onnxruntime/attributes.h"
 #include "adapters/onnxruntime/ort_api.h"
 #include "common/call.h"
 
@@ -132,15 +132,6 @@ private:
     Status *status_ = nullptr;
 };
 
-// An attribute that may be absent.
-float attribute(const Api *api, const KernelInfo *info, const char *name, float absent) {
-    float value = absent;
-    Status *status = KernelInfoGetAttribute_float::call(api, info, name, &value);
-    if (status == nullptr) return value;
-    ReleaseStatus::call(api, status);
-    return absent;
-}
-
 struct MlstmKernel {
     static constexpr const char *kName = "XlstmMlstm";
     static constexpr size_t kInputs = 8, kOutputs = 4;  // q k v i f C0 n0 m0; h C n m
@@ -149,9 +140,8 @@ struct MlstmKernel {
     Dtype io, state;
     float scale, eps;
 
-    MlstmKernel(const Op &op, const Api *api, const KernelInfo *info)
-        : api(api), io(op.io), state(op.second), scale(attribute(api, info, "scale", NAN)),
-          eps(attribute(api, info, "eps", 1e-6f)) {}
+    MlstmKernel(const Op &op, const Api *api, Attributes &attributes)
+        : api(api), io(op.io), state(op.second), scale(attributes(kScale)), eps(attributes(kEps)) {}
 
     static Dtype input(const Op &op, size_t index) {
         return index < 3 ? op.io : index == 5 ? op.second : Dtype::f32;
@@ -171,7 +161,7 @@ struct MlstmKernel {
         Mlstm call{};
         call.batch = int32_t(B), call.length = int32_t(S), call.heads = int32_t(H);
         call.dk = int32_t(Dk), call.dv = int32_t(Dv), call.io = io, call.state = state;
-        call.scale = std::isnan(scale) ? 1.0f / std::sqrt(float(Dk)) : scale, call.eps = eps;
+        call.scale = scale_of(scale, int(Dk)), call.eps = eps;
         tensors.input(0, q, call.q);
         tensors.input(1, q, call.k);
         tensors.input(2, values, call.v);
@@ -196,9 +186,8 @@ struct SlstmKernel {
     Dtype io, weight;
     float forget_max;
 
-    SlstmKernel(const Op &op, const Api *api, const KernelInfo *info)
-        : api(api), io(op.io), weight(op.second),
-          forget_max(attribute(api, info, "forget_max", std::numeric_limits<float>::infinity())) {}
+    SlstmKernel(const Op &op, const Api *api, Attributes &attributes)
+        : api(api), io(op.io), weight(op.second), forget_max(attributes(kForgetMax)) {}
 
     static Dtype input(const Op &op, size_t index) {
         return index == 0 ? op.io : index == 1 ? op.second : Dtype::f32;
@@ -251,7 +240,10 @@ Op make_op(Dtype io, Dtype second) {
     op.variadic_input_min = op.variadic_output_min = [](const CustomOp *) { return 0; };
     op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const CustomOp *) { return 0; };
     op.create_kernel_v2 = [](const CustomOp *op, const Api *api, const KernelInfo *info, void **out) -> Status * {
-        *out = new (std::nothrow) Kernel(*static_cast<const Op *>(op), api, info);
+        Attributes attributes(api, info, Kernel::kName);
+        const Kernel made(*static_cast<const Op *>(op), api, attributes);
+        if (Status *refusal = attributes.status()) return refusal;
+        *out = new (std::nothrow) Kernel(made);
         return *out == nullptr ? CreateStatus::call(api, kFail, "out of memory") : nullptr;
     };
     op.compute_v2 = [](void *kernel, KernelContext *context) {

@@ -77,6 +77,7 @@ using GetTensorTypeAndShape = Slot<65, Status *, const Value *, TensorInfo **>;
 using AllocatorAlloc = Slot<75, Status *, Allocator *, size_t, void **>;
 using AllocatorFree = Slot<76, Status *, Allocator *, void *>;
 using KernelInfoGetAttribute_float = Slot<85, Status *, const KernelInfo *, const char *, float *>;
+using KernelInfoGetAttribute_int64 = Slot<86, Status *, const KernelInfo *, const char *, int64_t *>;
 using KernelContext_GetInputCount = Slot<88, Status *, const KernelContext *, size_t *>;
 using KernelContext_GetInput = Slot<90, Status *, const KernelContext *, size_t, const Value **>;
 using KernelContext_GetOutput = Slot<91, Status *, KernelContext *, size_t, const int64_t *, size_t, Value **>;

@@ -1,7 +1,4 @@
 // XlstmMlstm as a TensorRT plugin: axes B batch, S sequence, H heads, K and V the sizes of a key and a value.
-#include <cmath>
-#include <limits>
-
 #include "adapters/tensorrt/op.h"
 
 namespace xlstm::tensorrt {
@@ -15,8 +12,7 @@ Mlstm call_of(const Request &request) {
     call.batch = sizes['B'], call.length = sizes['S'], call.heads = sizes['H'];
     call.dk = sizes['K'], call.dv = sizes['V'];
     call.io = request.io, call.state = request.state;
-    const float given = request.attributes[scale];
-    call.scale = std::isnan(given) ? 1.0F / std::sqrt(static_cast<float>(call.dk)) : given;
+    call.scale = scale_of(request.attributes[scale], call.dk);
     call.eps = request.attributes[eps];
     if (const void *const *in = request.inputs) {
         call.q = in[0], call.k = in[1], call.v = in[2];
@@ -65,10 +61,7 @@ const Op &mlstm_op() {
          {"C", "BHKV", Kind::state, 5},
          {"n", "BHK", Kind::f32, 6},
          {"m", "BH", Kind::f32, 7}},
-        {{"scale", false, std::numeric_limits<float>::quiet_NaN(), "a finite number",
-          [](float value) { return std::isfinite(value); }},
-         {"eps", true, 0.0F, "a finite number of at least 0",
-          [](float value) { return std::isfinite(value) && value >= 0; }}},
+        {kScale, kEps},
         check,
         workspace,
         run,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "adapters/tensorrt/interface.h"
+#include "common/attributes.h"
 #include "common/call.h"
 
 namespace xlstm::tensorrt {
@@ -37,14 +38,6 @@ public:
 
 private:
     std::array<int32_t, 26> sizes_{};
-};
-
-struct Attribute {
-    const char *name;
-    bool required;
-    float fallback;           // where not given; NaN: the operator works it out
-    const char *requirement;  // in words
-    bool (*allowed)(float);
 };
 
 // One call, before it takes the form of common/call.h.

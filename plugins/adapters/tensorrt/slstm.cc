@@ -1,7 +1,4 @@
 // XlstmSlstm as a TensorRT plugin: axes B batch, S sequence, H heads, D units of a head, 4 the gates.
-#include <cmath>
-#include <limits>
-
 #include "adapters/tensorrt/op.h"
 
 namespace xlstm::tensorrt {
@@ -64,8 +61,7 @@ const Op &slstm_op() {
          {"c_n", "BHD", Kind::f32, 4},
          {"n_n", "BHD", Kind::f32, 5},
          {"m_n", "BHD", Kind::f32, 6}},
-        {{"forget_max", false, std::numeric_limits<float>::infinity(), "a number or +infinity",
-          [](float value) { return value > -std::numeric_limits<float>::infinity(); }}},
+        {kForgetMax},
         check,
         workspace,
         run,

@@ -58,7 +58,7 @@ KINDS: dict[str, Kind] = {
     "tensorrt": Kind("xlstm_trt", "TensorRT plugin library", True, (*_KERNELS, "adapters/tensorrt/*.cc")),
     "tensorrt-register": Kind(
         "xlstm_trt_register",
-        "the same, registering itself: --staticPlugins, ONNX Runtime's TensorRT provider",
+        "the same, registering itself, for programs that only dlopen: --staticPlugins",
         True,
         (*_KERNELS, "adapters/tensorrt/*.cc"),
     ),

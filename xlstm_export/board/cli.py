@@ -108,6 +108,7 @@ def _build(options: Any) -> None:
 
         path = build_engine(
             options.bundle,
+            say=lambda line: print(line, file=sys.stderr),
             max_length=options.max_length,
             workspace_mib=options.workspace,
             optimization_level=options.optimization_level,

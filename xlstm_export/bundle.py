@@ -38,7 +38,7 @@ MODULES = (
     *("sessions/*.py", "board/*.py"),
 )
 PLUGIN_MODULES = ("__init__.py", "build.py", "locate.py", "toolchain.py")
-SOURCES = ("CMakeLists.txt", "**/*.h", "**/*.hpp", "**/*.cuh", "**/*.cu", "**/*.cc", "**/*.cpp", "**/*.md")
+SOURCES = ("**/CMakeLists.txt", "**/*.h", "**/*.hpp", "**/*.cuh", "**/*.cu", "**/*.cc", "**/*.cpp", "**/*.md")
 _MAIN = """import sys
 from pathlib import Path
 

@@ -216,7 +216,9 @@ def test_c_example_of_the_readme(files: tuple[str, str], tmp_path: Path) -> None
     oracle = Oracle(1)
     assert list(map(int, run.stdout.split())) == greedy(oracle, [2, 0, 1], 10)
     assert read_state(tmp_path / "stream.state")["past_0_C"].tolist() == oracle.C.tolist()
-    wrong = subprocess.run(["./example", "missing", files[1], ""], cwd=tmp_path, capture_output=True, text=True)
+    wrong = subprocess.run(
+        ["./example", "missing", files[1], ""], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (wrong.returncode, wrong.stderr) == (1, "missing: no such file\n")
 
 

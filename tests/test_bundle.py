@@ -208,6 +208,17 @@ def test_deploy_needs_numpy_and_onnxruntime_only(own: Path, lean: Path) -> None:
     assert json.loads((own / "results" / "verify-onnxruntime.json").read_text())["passed"]
 
 
+@pytest.mark.parametrize("option", ["last_logits", "stateless"])
+def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path) -> None:
+    checkpoint_folder = models.make(tmp_path / "checkpoint", num_blocks=1, slstm_at=[0], embedding_dim=32)
+    loaded = checkpoint.load_checkpoint(checkpoint_folder, stateless=option == "stateless" or None)
+    run = trace.export(loaded, tmp_path / "run", **{option: True})
+    runfolder.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    made = bundles.bundle(run, loaded, tmp_path / "made", horizon=HORIZON)
+    done = deploy(made, lean, "verify", "--backend", "onnxruntime")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_deploy_with_and_without_kernels(own: Path, lean: Path) -> None:
     shipped = own / "plugins" / "bin" / locate.machine() / "libxlstm_ort_cpu.so"
     if not shipped.is_file():

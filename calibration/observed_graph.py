@@ -1,4 +1,4 @@
-"""An exported graph with some of its inner values as outputs, run as a stream: states carried, FP32."""
+"""An exported graph with some of its inner values as outputs, run as a stream with its states carried."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ import onnx_ir as ir
 from xlstm_export.errors import BuildError, EnvironmentError_, InputError, UsageError
 from xlstm_export.graph_cut import load_graph
 from xlstm_export.inputs import Arrays
+from xlstm_export.precision import lower
+from xlstm_export.precision.element_types import typed_nodes
+from xlstm_export.precision.round_half import HALF
 from xlstm_export.runfolder import MODEL, read_io
+from xlstm_export.sessions.cpu_graph import PREPACKING, CpuGraph
 
 
 class ObservedGraph:
     """A graph in ONNX Runtime on the CPU that gives its inner values beside moving its states on.
 
     Args:
-        folder: run folder of `export`.
+        folder: run folder of `export` or `quantize`. What is half or quantized in it is lowered as for a
+            session, so every value is FP32 as a device would have it.
         names: values of the graph to give.
         threads: threads of one operator; all cores by default.
+        model: graph to run instead of the folder's, on its weights; changed.
 
     Raises:
         UsageError: there is no such value, or it is no float tensor.
@@ -30,13 +36,15 @@ class ObservedGraph:
         EnvironmentError_: onnxruntime is not installed.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], threads: int = 0) -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], threads: int = 0, *, model: ir.Model | None = None
+    ) -> None:
         self.io = read_io(folder)
         self.names = tuple(dict.fromkeys(names))
-        model = load_graph(folder / MODEL)
+        model = model or load_graph(folder / MODEL)
         inputs = {value.name or "" for value in model.graph.inputs}
         self._inner = [name for name in self.names if name not in inputs]
-        _add_outputs(model, self.names)
+        self._given_as = _add_outputs(model, self.names)
         self._session = _open(model, folder, threads)
         self._check_types()
         self._state: Arrays = {}
@@ -55,30 +63,32 @@ class ObservedGraph:
             BuildError: the runtime stopped.
         """
         presents = [s.present for s in self.io.states]
-        wanted = list(dict.fromkeys([*self._inner, *presents]))
+        wanted = list(dict.fromkeys([*(self._given_as[name] for name in self._inner), *presents]))
         feed = {**inputs, **self._state}
         try:
             results = dict(zip(wanted, self._session.run(wanted, feed), strict=True)) if wanted else {}
         except Exception as error:  # the runtime's own exception types derive from nothing else
             raise BuildError(f"ONNX Runtime stopped: {error}", "does the data fit the model?") from error
         self._state = {s.past: results[s.present] for s in self.io.states}
-        return {name: results[name] if name in results else feed[name] for name in self.names}
+        return {name: feed[name] if name in feed else results[self._given_as[name]] for name in self.names}
 
     def _check_types(self) -> None:
         types = {x.name: x.type for x in (*self._session.get_inputs(), *self._session.get_outputs())}
         for name in self.names:
-            if types[name] != "tensor(float)":
+            if types[self._given_as[name]] != "tensor(float)":
                 raise UsageError(
-                    f"{name} is {types[name]}; only ranges of float tensors can be observed",
+                    f"{name} is {types[self._given_as[name]]}; only ranges of float tensors can be observed",
                     "name activations of the graph",
                 )
 
 
-def _add_outputs(model: ir.Model, names: Sequence[str]) -> None:
-    """In place: the values as further outputs of the graph."""
+def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
+    """In place: the values as further outputs of the graph, half ones in FP32; by what name each is given."""
     graph = model.graph
     computed = {v.name: v for node in graph for v in node.outputs if v.name}
     given = {value.name for value in (*graph.inputs, *graph.outputs)}
+    types = {value.name: kind for value, kind in typed_nodes(model)[1].items()}
+    given_as = {name: name for name in names}
     for name in names:
         if name in given:
             continue
@@ -90,7 +100,15 @@ def _add_outputs(model: ir.Model, names: Sequence[str]) -> None:
                 f"the graph has no value {name}",
                 f"close to it are {', '.join(near)}" if near else "name a node's output in model.onnx",
             )
-        graph.outputs.append(computed[name])
+        value = computed[name]
+        if types.get(name) in HALF:
+            given_as[name] = f"{name}.observed"
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+            cast.outputs[0].name = given_as[name]
+            graph.append(cast)
+            value = cast.outputs[0]
+        graph.outputs.append(value)
+    return given_as
 
 
 def _open(model: ir.Model, folder: Path, threads: int) -> Any:
@@ -104,10 +122,11 @@ def _open(model: ir.Model, folder: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # As prefill does it: weights are read from the mapped file, not packed into a copy.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        source = ir.to_proto(model).SerializeToString()
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        if lower.needs_lowering(model):
+            graph = lower.cpu_graph(model)
+        else:
+            graph = CpuGraph(ir.to_proto(model).SerializeToString(), {PREPACKING: "1"})
+        return graph.open(options, folder)
     except Exception as error:  # as above
         raise InputError(f"{folder / MODEL} cannot be loaded: {error}", "export again") from error

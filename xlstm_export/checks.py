@@ -26,6 +26,9 @@ LIMITS = {
     "rows": 1e-6,
     # "Equal to four digits."
     "metric": 5e-5,
+    # What two sets of logits 1e-6 apart can differ by; another first choice needs a tie within that.
+    "kl": 1e-8,
+    "top1": 1e-3,
 }
 
 
@@ -37,10 +40,16 @@ class PrecisionLimits:
         metric: relative change of the task metric against FP32.
         ways: relative L2 between two ways of calling the export itself. They differ where a last bit tips a
             value over the edge of a rounding step, and a recurrence carries that on.
+        memory: |ln ratio| of half-lives, see `gates.memory_checks`.
+        kl, top1: mean KL divergence of a classifier's or language model's outputs from FP32 in nats, and the
+            share of other first choices.
     """
 
     metric: float
     ways: float
+    memory: float
+    kl: float
+    top1: float
 
 
 # Metric: seen on held-out data of two trained models 4e-5 (fp16, bf16), 3e-3 (int8, everything quantized),
@@ -48,11 +57,11 @@ class PrecisionLimits:
 # 2.6e-3 in int8 on fp16; weights alone on an FP32 base 1e-6. These are 14 to 20 times that: they find a state
 # that is lost or a gate that is wrong, not a step of rounding more.
 PRECISION_LIMITS = {
-    "fp16": PrecisionLimits(metric=1e-3, ways=5e-3),
-    "bf16": PrecisionLimits(metric=1e-3, ways=4e-2),
-    "int8": PrecisionLimits(metric=5e-3, ways=5e-2),
-    "int8-wo": PrecisionLimits(metric=5e-3, ways=5e-3),
-    "int4-wo": PrecisionLimits(metric=2e-2, ways=5e-3),
+    "fp16": PrecisionLimits(metric=1e-3, ways=5e-3, memory=2e-3, kl=1e-5, top1=0.01),
+    "bf16": PrecisionLimits(metric=1e-3, ways=4e-2, memory=0.02, kl=2e-4, top1=0.02),
+    "int8": PrecisionLimits(metric=5e-3, ways=5e-2, memory=0.15, kl=0.03, top1=0.15),
+    "int8-wo": PrecisionLimits(metric=5e-3, ways=5e-3, memory=0.05, kl=1e-3, top1=0.05),
+    "int4-wo": PrecisionLimits(metric=2e-2, ways=5e-3, memory=0.2, kl=0.15, top1=0.2),
 }
 
 
@@ -90,6 +99,8 @@ class Report:
     # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
     # (relative L2) from the float64 reference and from the export. Told, not judged.
     as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)  # of `gates.Gates.to_json`
+    gate: dict[str, Any] = field(default_factory=dict)  # the gate file, where one was given
     # Of a half or quantized export: precision, base, reference, sites, drift. Empty for FP32.
     precision: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +117,8 @@ class Report:
                 "files": self.files,
                 "inputs": self.inputs,
                 "upstream_as_it_comes": self.as_it_comes,
+                "gates": self.gates or None,
+                **({"gate": self.gate} if self.gate else {}),
                 **({"precision": self.precision} if self.precision else {}),
                 "checks": [check.to_json() for check in self.checks],
             }

@@ -97,6 +97,8 @@ def export(
 @checkpoint_argument
 @source_options
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--metric", help="bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss")
+@click.option("--gate", type=click.Path(path_type=Path), help="YAML file with limits of your own")
 @click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
 @click.option("--num-blocks", type=int, help="only the first blocks, all checks")
 @click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")

@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from . import data as evaluation
 from .checks import LIMITS, Check, Report, output_check
 from .compare import difference
+from .data import PIECE, EvalData
 from .errors import UsageError
-from .inputs import Arrays, cut, has_positions, per_position
+from .gate import Gate
+from .inputs import Arrays, cut, has_positions
 from .inputs import random_inputs as random_inputs
 from .loaded import Loaded
-from .runfolder import hashes, read_io, read_manifest, write_json
+from .runfolder import hashes, read_io, read_manifest
 from .sessions import OrtSession, TorchSession
 from .stream_checks import BATCH, RAGGED, StreamChecks
+from .verify_parts import audited, finish, load_data, metric_checks, stretch
 
 
 def verify(
@@ -31,6 +33,8 @@ def verify(
     loaded: Loaded,
     *,
     data: Path | None = None,
+    metric: str | None = None,
+    gate: Gate | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
@@ -41,11 +45,13 @@ def verify(
         folder: run folder.
         loaded: the checkpoint it was exported from.
         data: held-out data for the task metric; real sequences are then used for all checks.
+        metric: of `metrics.METRICS`; by default what the targets suggest.
+        gate: limits in place of the built-in ones.
         seed: of the inputs and the cuts of the stream.
         threads: of ONNX Runtime.
         progress: called with the name of each stage.
     """
-    run = _Run(folder, loaded, data, seed, threads)
+    run = _Run(folder, loaded, data, metric, seed, threads)
     checks: list[Check] = []
     stages: list[tuple[str, Callable[[], list[Check]]]] = [
         ("lift", run.check_lift),
@@ -59,20 +65,32 @@ def verify(
         checks += stage()
     progress("upstream as it comes")
     as_it_comes = run.as_it_comes()
-    metric: dict[str, Any] = {}
+    found, check = audited(folder, run.gate_inputs(), threads, progress)
+    checks += check
+    measured: dict[str, Any] = {}
     if run.data is not None:
         progress("task metric")
-        check, metric = run.check_metric(run.data)
-        checks.append(check)
-    report = Report(tuple(checks), metric, hashes(folder), run.source, as_it_comes)
-    write_json(folder / "verify" / "report.json", report.to_json())
-    return report
+        more, measured = run.check_metric(run.data)
+        checks += more
+    return finish(
+        Report(tuple(checks), measured, hashes(folder), run.source, as_it_comes, gates=found.to_json()),
+        folder / "verify" / "report.json",
+        gate,
+    )
 
 
 class _Run:
     """What the checks share: inputs, sessions, and the reference's results."""
 
-    def __init__(self, folder: Path, loaded: Loaded, data: Path | None, seed: int, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        loaded: Loaded,
+        data: Path | None,
+        metric: str | None,
+        seed: int,
+        threads: int,
+    ) -> None:
         options = read_manifest(folder).get("options", {})
         # Weights as they are stored: rounding them is the exporter's choice, computing with them its duty.
         loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
@@ -88,11 +106,7 @@ class _Run:
             )
         # Outputs of --last-logits have a position per call; the reference computes them all.
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
-        if data is not None and not self.io.states:
-            raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
-        if data is not None and not all(map(per_position, self.io.inputs)):
-            raise UsageError("--data needs a model all of whose inputs are (B, S, ...)")
-        self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
+        self.data = load_data(data, self.io, loaded, metric)
         real = self.data is not None and self.data.length > max(RAGGED)
         self.source = "held-out data" if real else "random"
         self.limit_context = loaded.context_length or 10**9
@@ -158,21 +172,16 @@ class _Run:
         outputs = self.candidate.prefill(inputs)
         return self.streams.compare(f"long stream {length}", outputs, expected, self.reference.state())
 
-    def check_metric(self, data: evaluation.EvalData) -> tuple[Check, dict[str, Any]]:
+    def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
         """The task's metric on held-out data, reference in float64."""
         reference = TorchSession(self.loaded, data.rows, "float64")
         candidate = OrtSession(self.folder, data.rows, self.threads)
-        expected = data.score(evaluation.stream(reference, data.inputs))
-        piece = 1 if self.last_only else evaluation.PIECE
-        found = data.score(evaluation.stream(candidate, data.inputs, piece))
-        gap = abs(found - expected) / max(abs(expected), np.finfo(np.float64).tiny)
-        metric = {
-            "name": data.metric,
-            "pytorch_float64": expected,
-            "exported": found,
-            "positions": data.rows * data.length,
-        }
-        return Check(f"{data.metric} on held-out data", gap, LIMITS["metric"], metric), metric
+        expected, found = data.run(reference), data.run(candidate, 1 if self.last_only else PIECE)
+        return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
+
+    def gate_inputs(self) -> Arrays:
+        """What the gates are looked at on."""
+        return stretch(self.data, self._make_inputs)
 
     def _reference(self, length: int) -> tuple[Arrays, Arrays]:
         if length not in self._expected:

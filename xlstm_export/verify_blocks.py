@@ -27,6 +27,7 @@ from .checks import LIMITS, Check, Report, output_check
 from .compare import Difference, compare_states, difference
 from .config import CHUNK, IoSpec, StateSpec
 from .errors import EnvironmentError_, UsageError
+from .gate import Gate, read_gate
 from .graph_weights import LiftedWeights
 from .inputs import Arrays, per_position, random_inputs
 from .loaded import Loaded
@@ -43,6 +44,7 @@ from .runfolder import (
 from .segments import FreshStates, Segments
 from .streamed import Streamed
 from .verify import verify
+from .verify_parts import finish
 from .verify_precision import verify_precision
 
 BATCH = 2
@@ -62,6 +64,8 @@ def verify_any(
     num_blocks: int | None = None,
     per_block: bool = False,
     data: Path | None = None,
+    metric: str | None = None,
+    gate: Path | None = None,
     horizon: int | None = None,
     free_horizon: int | None = None,
     **options: Any,
@@ -73,12 +77,14 @@ def verify_any(
         UsageError: the options exclude each other.
         EnvironmentError_: the whole was asked for and does not fit the memory.
     """
+    options["gate"] = None if gate is None else read_gate(gate)
+    on_data = {"data": data, "metric": metric}
     precision = read_manifest(folder).get("options", {}).get("precision")
     if precision is not None:
         if per_block or num_blocks is not None:
             raise UsageError(f"{folder} is {precision}: it is verified as a whole, against FP32")
         return verify_precision(
-            folder, loaded, data=data, horizon=horizon, free_horizon=free_horizon, **options
+            folder, loaded, horizon=horizon, free_horizon=free_horizon, **on_data, **options
         )
     if horizon is not None or free_horizon is not None:
         raise UsageError(
@@ -89,9 +95,9 @@ def verify_any(
             raise UsageError("--per-block goes neither with --num-blocks nor with --data")
         return verify_per_block(folder, loaded, **options)
     if num_blocks is not None:
-        return verify_first_blocks(folder, loaded, num_blocks, data=data, **options)
+        return verify_first_blocks(folder, loaded, num_blocks, **on_data, **options)
     _require_memory(loaded)
-    return verify(folder, loaded, data=data, **options)
+    return verify(folder, loaded, **on_data, **options)
 
 
 def _require_memory(loaded: Loaded) -> None:
@@ -155,6 +161,7 @@ def verify_per_block(
     folder: Path,
     loaded: Loaded,
     *,
+    gate: Gate | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
@@ -168,6 +175,7 @@ def verify_per_block(
     Args:
         folder: run folder.
         loaded: the checkpoint it was exported from; its weights are read part by part.
+        gate: limits in place of the built-in ones.
         seed: of the inputs.
         threads: of ONNX Runtime.
         progress: called with the name of each stage.
@@ -184,8 +192,7 @@ def verify_per_block(
         )
     run = _PerBlock(folder, loaded, seed, threads, progress)
     report = Report(tuple(run.checks()), {}, hashes(folder), f"random, {BATCH} rows of {LENGTH} positions")
-    write_json(folder / "verify" / "per_block.json", report.to_json())
-    return report
+    return finish(report, folder / "verify" / "per_block.json", gate)
 
 
 class _PerBlock:

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from . import data as evaluation
 from . import runfolder
 from .checks import PRECISION_LIMITS, Check, PrecisionLimits, Report
 from .config import IoSpec
+from .data import PIECE, EvalData
 from .drift import HORIZONS, measure_drift, token_feedback
 from .drift_plot import plot_drift
 from .drift_report import TEACHER, Drift, drift_checks, drift_limits
 from .errors import EnvironmentError_, GateError, InputError, UsageError
+from .gate import Gate
+from .gates import audit, memory_checks
 from .graph_cut import load_graph
 from .graph_weights import DTYPES
 from .inputs import Arrays, per_position, random_inputs
@@ -31,6 +33,7 @@ from .precision.fences import check_fences
 from .precision.legality import check_legality
 from .sessions import OrtSession, Session, TorchSession
 from .stream_checks import BATCH, RAGGED, StreamChecks
+from .verify_parts import audited, finish, load_data, metric_checks, stretch
 
 DRIFT_ROWS = 2  # streams the drift is measured over
 
@@ -40,6 +43,8 @@ def verify_precision(
     loaded: Loaded,
     *,
     data: Path | None = None,
+    metric: str | None = None,
+    gate: Gate | None = None,
     seed: int = 0,
     threads: int = 0,
     horizon: int | None = None,
@@ -52,13 +57,15 @@ def verify_precision(
         folder: run folder.
         loaded: the checkpoint its FP32 export was made from.
         data: held-out data for the task metric; also what the drift is measured on.
+        metric: of `metrics.METRICS`; by default what the targets suggest.
+        gate: limits in place of the built-in ones.
         seed: of the inputs, the cuts of the stream and the draws of tokens.
         threads: of ONNX Runtime.
         horizon: longest stream of the drift, in positions; 16,000 by default.
         free_horizon: the same of the free-running mode, which goes step by step; `horizon` by default.
         progress: called with the name of each stage.
     """
-    run = _Run(Path(folder), loaded, data, seed, threads)
+    run = _Run(Path(folder), loaded, data, metric, seed, threads)
     progress("fences and rules of TensorRT")
     checks = run.check_graph()
     for name, stage in run.streams.stages():
@@ -76,14 +83,25 @@ def verify_precision(
         checks += drift_checks(drift, run.drift_limits)
     else:
         checks += run.check_level()
-    metric: dict[str, Any] = {}
+    gates, more = run.check_gates(progress)
+    checks += more
+    measured: dict[str, Any] = {}
     if run.data is not None:
         progress("task metric")
-        check, metric = run.check_metric(run.data)
-        checks.append(check)
-    report = Report(tuple(checks), metric, runfolder.hashes(folder), run.source, {}, run.describe(drift))
-    runfolder.write_json(folder / "verify" / "report.json", report.to_json())
-    return report
+        more, measured = run.check_metric(run.data)
+        checks += more
+    return finish(
+        Report(
+            tuple(checks),
+            measured,
+            runfolder.hashes(folder),
+            run.source,
+            gates=gates,
+            precision=run.describe(drift),
+        ),
+        folder / "verify" / "report.json",
+        gate,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,10 +111,12 @@ class Reference:
     Attributes:
         name: what it is, for the report.
         open: makes a session of some streams.
+        folder: its run folder, where it is an export.
     """
 
     name: str
     open: Callable[[int], Session]
+    folder: Path | None = None
 
 
 def fp32_reference(folder: Path, loaded: Loaded, threads: int = 0) -> Reference:
@@ -111,14 +131,22 @@ def fp32_reference(folder: Path, loaded: Loaded, threads: int = 0) -> Reference:
     except (GateError, InputError, OSError):
         same = False
     if same:
-        return Reference("FP32 export", lambda batch: OrtSession(base, batch, threads))
+        return Reference("FP32 export", lambda batch: OrtSession(base, batch, threads), base)
     return Reference("PyTorch FP32", lambda batch: TorchSession(loaded, batch, "float32"))
 
 
 class _Run:
     """What the checks share."""
 
-    def __init__(self, folder: Path, loaded: Loaded, data: Path | None, seed: int, threads: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        loaded: Loaded,
+        data: Path | None,
+        metric: str | None,
+        seed: int,
+        threads: int,
+    ) -> None:
         manifest = runfolder.read_manifest(folder)
         options = manifest.get("options", {})
         self.folder, self.threads, self.seed = folder, threads, seed
@@ -134,9 +162,7 @@ class _Run:
         self.reference = fp32_reference(folder, self.loaded, threads)
         self.rng = np.random.default_rng(seed)
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
-        if data is not None and not self.io.states:
-            raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
-        self.data = evaluation.load(data, self.io, vocab_size=loaded.vocab_size) if data is not None else None
+        self.data = load_data(data, self.io, loaded, metric)
         real = self.data is not None and self.data.length > max(RAGGED)
         self.source = "held-out data" if real else "random"
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
@@ -186,20 +212,22 @@ class _Run:
         limit = self.drift_limits.output
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
 
-    def check_metric(self, data: evaluation.EvalData) -> tuple[Check, dict[str, Any]]:
+    def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
         """By how much the task's metric got worse, or merely other, than that of FP32."""
-        piece = 1 if self.last_only else evaluation.PIECE
+        piece = 1 if self.last_only else PIECE
         sides = (self.reference.open(data.rows), OrtSession(self.folder, data.rows, self.threads))
-        expected, found = (data.score(evaluation.stream(side, data.inputs, piece)) for side in sides)
-        drop = (found - expected) / max(abs(expected), np.finfo(np.float64).tiny)
-        metric = {
-            "name": data.metric,
-            "fp32": expected,
-            "exported": found,
-            "drop": drop,
-            "positions": data.rows * data.length,
-        }
-        return Check(f"{data.metric} on held-out data", abs(drop), self.max_drop, metric), metric
+        expected, found = (data.run(side, piece) for side in sides)
+        limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
+        return metric_checks(data, found, expected, "fp32", limits)
+
+    def check_gates(self, progress: Callable[[str], None]) -> tuple[dict[str, Any], list[Check]]:
+        """Stabilizers, and how long each head remembers beside FP32."""
+        inputs = stretch(self.data, self._make_inputs)
+        found, checks = audited(self.folder, inputs, self.threads, progress)
+        if self.reference.folder is None:
+            return found.to_json(), checks
+        expected = audit(self.reference.folder, inputs, threads=self.threads, progress=progress)
+        return found.to_json(expected), checks + memory_checks(found, expected, self.limits.memory)
 
     def describe(self, drift: Drift | None) -> dict[str, Any]:
         """What the report says beyond checks."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import data as evaluation
 from ..config import IoSpec, TensorSpec
 from ..data import EvalData
 from ..drift import WINDOW, measure_drift
@@ -126,7 +125,7 @@ def _measure(setup: Setup, recipe: Recipe) -> Measured:
         session = OrtSession(out, setup.data.rows, setup.threads)
         # Overflow is a finding, not a mishap: the metric of a broken candidate is no number.
         with np.errstate(all="ignore"):
-            metric = setup.data.score(evaluation.stream(session, setup.data.inputs))
+            metric = setup.data.loss(setup.data.run(session))
             drift = measure_drift(
                 Replay(session.io, setup.data.rows, Path(setup.reference)),
                 session,
@@ -179,7 +178,7 @@ def record(setup: Setup) -> float:
     """
     data, path = setup.data, Path(setup.reference)
     session = OrtSession(Path(setup.folder), data.rows, setup.threads)
-    metric = data.score(evaluation.stream(session, data.inputs))
+    metric = data.loss(data.run(session))
     ends = horizons(setup.horizon)
     recorder = _Recorder(session, [range(max(0, end - WINDOW), end) for end in ends])
     silent = _Zeros(session.io, data.rows)

@@ -17,7 +17,7 @@ from xlstm_export.precision import lower
 from xlstm_export.precision.element_types import typed_nodes
 from xlstm_export.precision.round_half import HALF
 from xlstm_export.runfolder import MODEL, read_io
-from xlstm_export.sessions.cpu_graph import PREPACKING, CpuGraph
+from xlstm_export.sessions.cpu_graph import PREPACKING, CpuGraph, session_options
 
 
 class ObservedGraph:
@@ -113,14 +113,11 @@ def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
 
 def _open(model: ir.Model, folder: Path, threads: int) -> Any:
     try:
-        import onnxruntime
+        options = session_options(threads)
     except ImportError as error:
         raise EnvironmentError_(
             f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     # As prefill does it: weights are read from the mapped file, not packed into a copy.
     try:
         if lower.needs_lowering(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# The models are tiny: threads only wait for each other, on a loaded machine for a long time. Commands that
+# tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLSTM_EXPORT_THREADS", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout is enough to run the tests
 
 import models  # noqa: E402
@@ -20,7 +25,6 @@ from xlstm_export import checkpoint, trace  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
-    """The models are tiny: threads only wait for each other, on a loaded machine for a long time."""
     torch.set_num_threads(1)  # before every test, because bench sets its own
 
 

@@ -16,6 +16,7 @@ from .config import IoSpec, StateSpec
 from .errors import InputError
 from .inputs import Arrays
 from .runfolder import MODEL
+from .sessions.cpu_graph import session_options
 
 
 class FreshStates(Mapping[str, Tensor]):
@@ -50,9 +51,7 @@ class Segments:
         import onnxruntime
 
         model = graph_cut.segment(graph_cut.load_graph(self._folder / MODEL), index)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options = session_options(self._threads)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._folder)
         )

@@ -78,7 +78,7 @@ def verify_any(
         EnvironmentError_: the whole was asked for and does not fit the memory.
     """
     options["gate"] = None if gate is None else read_gate(gate)
-    on_data = {"data": data, "metric": metric}
+    on_data: dict[str, Any] = {"data": data, "metric": metric}
     precision = read_manifest(folder).get("options", {}).get("precision")
     if precision is not None:
         if per_block or num_blocks is not None:

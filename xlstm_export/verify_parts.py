@@ -1,4 +1,4 @@
-"""What the verifications of FP32 and of lower precisions share: held-out data, the gates, the end of a report."""
+"""What verifications share: held-out data and its metric, the gates, how a report ends."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ bundle therefore carries the derived graphs: `cpu/<name>.onnx`, their weights in
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..inputs import Arrays
 
 FOLDER = "cpu"
@@ -21,6 +22,9 @@ INDEX = f"{FOLDER}/graphs.json"
 SCHEMA = 1
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 PREPACKING = "session.disable_prepacking"
+# Threads where nobody says how many. On a machine that others use too, threads that wait for each other wait
+# for long: two per process on two loaded cores take ten times as long as one.
+THREADS = "XLSTM_EXPORT_THREADS"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,27 @@ class CpuGraph:
             providers=["CPUExecutionProvider"],
             disabled_optimizers=list(self.disabled),
         )
+
+
+def session_options(threads: int) -> Any:
+    """onnxruntime.SessionOptions of all our sessions.
+
+    Args:
+        threads: of one operator; 0 for what the environment variable `XLSTM_EXPORT_THREADS` says, else all
+        cores.
+
+    Raises:
+        UsageError: the variable is no number.
+    """
+    import onnxruntime
+
+    said = os.environ.get(THREADS, "0")
+    if not said.isdecimal():
+        raise UsageError(f"{THREADS} is {said!r}", "set it to a number of threads, 0 for all cores")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or int(said)
+    options.log_severity_level = 3
+    return options
 
 
 def name_of(*, decode: bool, fused: bool) -> str:

@@ -12,7 +12,7 @@ from ..config import TensorSpec
 from ..errors import BuildError, EnvironmentError_, InputError
 from ..inputs import Arrays, cut, per_position
 from ..runfolder import IO, MODEL, read_io, read_manifest
-from .cpu_graph import CpuGraph, is_prepared, name_of, read_prepared
+from .cpu_graph import CpuGraph, is_prepared, name_of, read_prepared, session_options
 from .protocol import StatefulSession, numpy_type
 
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
@@ -34,7 +34,7 @@ class OrtSession(StatefulSession):
     Args:
         folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
         batch: number of streams.
-        threads: threads of one operator; all cores by default.
+        threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores.
         rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
             without it half is FP32, which is faster on a CPU.
         fused: whether to run recurrences as kernels where these are built; else their function bodies run.
@@ -169,9 +169,7 @@ class OrtSession(StatefulSession):
 
     def _open(self, *, decode: bool) -> Any:
         graph = self._graph(decode=decode)
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options = session_options(self._threads)
         if self._library is not None:
             options.register_custom_ops_library(str(self._library))
         path = self._folder / MODEL

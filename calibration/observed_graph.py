@@ -89,6 +89,7 @@ def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
     given = {value.name for value in (*graph.inputs, *graph.outputs)}
     types = {value.name: kind for value, kind in typed_nodes(model)[1].items()}
     given_as = {name: name for name in names}
+    lowered = lower.needs_lowering(model)
     for name in names:
         if name in given:
             continue
@@ -101,7 +102,8 @@ def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
                 f"close to it are {', '.join(near)}" if near else "name a node's output in model.onnx",
             )
         value = computed[name]
-        if types.get(name) in HALF:
+        # What is lowered may be replaced by another value, which an output must not be.
+        if lowered or types.get(name) in HALF:
             given_as[name] = f"{name}.observed"
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
             cast.outputs[0].name = given_as[name]

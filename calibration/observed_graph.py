@@ -44,8 +44,8 @@ class ObservedGraph:
         model = model or load_graph(folder / MODEL)
         inputs = {value.name or "" for value in model.graph.inputs}
         self._inner = [name for name in self.names if name not in inputs]
-        self._given_as = _add_outputs(model, self.names)
-        self._session = _open(model, folder, threads)
+        self._given_as = add_outputs(model, self.names)
+        self._session = open_graph(model, folder, threads)
         self._check_types()
         self._state: Arrays = {}
 
@@ -82,8 +82,15 @@ class ObservedGraph:
                 )
 
 
-def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
-    """In place: the values as further outputs of the graph, half ones in FP32; by what name each is given."""
+def add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
+    """In place: values of a graph as further outputs of it, in FP32.
+
+    Returns:
+        By what name each is given.
+
+    Raises:
+        UsageError: there is no such value, or it is a weight.
+    """
     graph = model.graph
     computed = {v.name: v for node in graph for v in node.outputs if v.name}
     given = {value.name for value in (*graph.inputs, *graph.outputs)}
@@ -113,7 +120,13 @@ def _add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
     return given_as
 
 
-def _open(model: ir.Model, folder: Path, threads: int) -> Any:
+def open_graph(model: ir.Model, folder: Path, threads: int) -> Any:
+    """An onnxruntime.InferenceSession over a graph, lowered where it must be, on the weights of a folder.
+
+    Raises:
+        InputError: the runtime does not take it.
+        EnvironmentError_: onnxruntime is not installed.
+    """
     try:
         options = session_options(threads)
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +67,22 @@ class TorchSession(StatefulSession):
             )
         self._past = {s.past: present[s.present] for s in self.io.states}
         return {name: t.numpy() for name, t in named_outputs(result, self._output).items()}
+
+    def traced(
+        self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]
+    ) -> tuple[list[np.ndarray], Arrays]:
+        """As `prefill`, with the results of the modules at `paths` beside the outputs."""
+        results: list[np.ndarray] = []
+
+        def keep(module: Any, given: Any, result: Any) -> None:
+            results.append((result[0] if isinstance(result, tuple) else result).numpy())
+
+        hooks = [self._module.get_submodule(path).register_forward_hook(keep) for path in paths]
+        try:
+            return results, self.prefill(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def state(self) -> Arrays:
         return {name: tensor.numpy().copy() for name, tensor in self._past.items()}

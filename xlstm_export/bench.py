@@ -44,7 +44,7 @@ from .sessions.protocol import numpy_type
 
 READING = "reading"  # the bandwidth probe, no contestant
 COMPILE_AT = ("none", "first", "all")  # batches
-PREFILL_SECONDS = 0.05  # of one round of calls; a long call is one round
+PREFILL_SECONDS = 0.2  # of one contestant's calls in a round; a longer call is a round
 PREFILL_CALLS = 10  # per round at most
 
 
@@ -175,7 +175,7 @@ class _Run:
         def make(wrap: Wrap = lambda f: f) -> Peer:
             return eager_step(self.loaded, one, self.batch, wrap)
 
-        return self._cell(DECODE, 1, sessions, make, lambda call: max(1, self.steps // ROUNDS))
+        return self._cell(DECODE, 1, sessions, make, max(1, self.steps // ROUNDS))
 
     def prefill(self, length: int) -> Cell:
         self.progress(f"prefill of {length}, batch {self.batch}")
@@ -187,7 +187,7 @@ class _Run:
         def make(wrap: Wrap = lambda f: f) -> Peer:
             return eager_prefill(self.loaded, inputs, wrap)
 
-        return self._cell(PREFILL, length, sessions, make, _calls_per_round)
+        return self._cell(PREFILL, length, sessions, make)
 
     def at_rate(self, hz: float) -> dict[str, float]:
         """Steps of the export alone, due every 1/hz seconds."""
@@ -209,13 +209,13 @@ class _Run:
         length: int,
         sessions: Mapping[str, Call],
         make: Callable[..., Peer],
-        calls: Callable[[Call], int],
+        calls: int | None = None,
     ) -> Cell:
-        """Everybody who can run, in turns."""
+        """Everybody who can run, in turns; `calls` per round, or what fits the time of a prefill round."""
         peers = self._peers(mode, length, make)
         contestants = {**sessions, **{name: peer.run for name, peer in peers.items()}}
         contestants[READING] = bandwidth_probe(self.moved)
-        timings = in_turns(contestants, calls(contestants[EXPORTED]))
+        timings = in_turns(contestants, calls or _calls_per_round(contestants))
         reading = timings.pop(READING).percentile(50)
         gbs = probe_bytes(self.moved) / reading / 1e9
         through = {name: peer.through for name, peer in peers.items()}
@@ -252,12 +252,16 @@ class _Run:
         return peers
 
 
-def _calls_per_round(call: Call) -> int:
-    """Few calls where one takes long."""
-    call()
-    start = time.perf_counter()
-    call()
-    return max(1, min(PREFILL_CALLS, int(PREFILL_SECONDS / (time.perf_counter() - start))))
+def _calls_per_round(contestants: Mapping[str, Call]) -> int:
+    """Few calls where the slowest takes long."""
+    for call in contestants.values():
+        call()
+    seconds = []
+    for call in contestants.values():
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return max(1, min(PREFILL_CALLS, int(PREFILL_SECONDS / max(seconds))))
 
 
 def _cut_lengths(lengths: Sequence[int], io: IoSpec, loaded: Loaded) -> list[int]:

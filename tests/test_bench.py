@@ -23,6 +23,7 @@ from xlstm_export import (
     fused,
     runfolder,
 )
+from xlstm_export.bench_peers import Peer
 from xlstm_export.bench_result import BenchReport, Cell
 from xlstm_export.bench_timing import Timing
 from xlstm_export.checkpoint import Loaded
@@ -146,7 +147,7 @@ def test_who_cannot_take_part_is_skipped_with_the_reason(
     def refuses(*anything: Any) -> None:
         raise ValueError("batch 2 is  too\nlarge")
 
-    monkeypatch.setattr(type(small_loaded.module), "forward", refuses)
+    monkeypatch.setattr(bench, "eager_prefill", lambda *anything: Peer(refuses, "forward"))
     monkeypatch.setattr(torch, "compile", lambda f: lambda *anything: refuses())
     report = bench.bench(verified, small_loaded, batches=(1, 2), **{**QUICK, "compile_at": "first"})
     decode, prefill, *_ = report.grid
@@ -220,6 +221,13 @@ def test_figures_follow_from_timings() -> None:
     assert figures["p90_ms"] == pytest.approx(2.8)
     report = BenchReport({}, {}, 1, (cell(mode="prefill"), decode))
     assert report.step is decode
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.9, False), (1.1, True), (None, False)])
+def test_a_busy_machine_is_told(load: float | None, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    report = BenchReport({"load": load, "cores": 2}, {}, 1, (cell(),))
+    bench_report.show_bench(Console(width=80), report)
+    assert ("others used this machine" in capsys.readouterr().out) is warns
 
 
 def test_memory_that_cannot_be_measured_is_none(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from .bench_peers import (
 from .bench_result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, PREFILL, RESULT, BenchReport, Cell
 from .bench_timing import ROUNDS, Call, bandwidth_probe, in_turns, probe_bytes
 from .board.timing import at_rate
-from .config import IoSpec
+from .config import IoSpec, ModelSpec
 from .environment import environment
 from .errors import GateError, UsageError
 from .inputs import Arrays, cut, has_positions, random_inputs
@@ -73,7 +73,7 @@ def bench(
         steps: decode calls per contestant.
         hz: also decode at this rate, at the first batch, `steps` calls.
         compile_at: torch.compile at "none", "first" or "all" of the batches.
-        compile_limit: seconds that one of its compilations may take.
+        compile_limit: seconds that its compilations may take together.
         progress: called with the name of each stage.
 
     Raises:
@@ -86,6 +86,7 @@ def bench(
 
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
+    about = environment(threads)  # its load is that of others only before anything runs
     io = read_io(folder)
     run = _Run(folder, loaded, io, threads, steps, compile_limit, progress)
     lengths = _cut_lengths(lengths, io, loaded)
@@ -104,8 +105,8 @@ def bench(
     used = memory(folder, batches[0], max(lengths), threads)
     recurrences = {"recurrences": "fused operators" if run.session.fused else "function bodies"}
     report = BenchReport(
-        environment={**environment(threads), **recurrences},
-        model=_model(folder, loaded),
+        environment={**about, **recurrences},
+        model=_model(folder, run.spec),
         threads=threads,
         grid=tuple(cells),
         rate=rate,
@@ -146,10 +147,14 @@ class _Run:
     io: IoSpec
     threads: int
     steps: int
-    compile_limit: float
+    compile_seconds: float  # left
     progress: Callable[[str], None]
     skipped: dict[str, list[str]] = field(default_factory=dict)
     uncompiled: int | None = None  # length of the shortest prefill that did not compile
+
+    def __post_init__(self) -> None:
+        self.spec = self.loaded.spec()
+        self.weight_bytes = weight_bytes(self.folder, self.loaded)
 
     def open(self, batch: int, *, compiling: bool) -> None:
         self.batch, self.compiling = batch, compiling
@@ -160,7 +165,7 @@ class _Run:
             self.bodies = OrtSession(self.folder, batch, self.threads, rounding=False, fused=False)
         else:
             self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
-        self.moved = step_bytes(self.loaded.spec(), weight_bytes(self.folder, self.loaded), batch)
+        self.moved = step_bytes(self.spec, self.weight_bytes, batch)
 
     def skip(self, contestant: str, why: str) -> None:
         self.skipped.setdefault(contestant, []).append(why)
@@ -241,13 +246,18 @@ class _Run:
         if mode == PREFILL and self.uncompiled is not None and length >= self.uncompiled:
             self.skip(COMPILED, f"{where}: as of {self.uncompiled}")
             return peers
+        if self.compile_seconds < 1:
+            self.skip(COMPILED, f"{where}: others took all the time there is for compiling")
+            return peers
         self.progress(f"torch.compile: {where}")
+        start = time.perf_counter()
         try:
-            peers[COMPILED] = compiled(make, self.compile_limit)
+            peers[COMPILED] = compiled(make, self.compile_seconds)
         except NotCompiled as problem:
             self.skip(COMPILED, f"{where}: {problem}")
             if mode == PREFILL:
                 self.uncompiled = length
+        self.compile_seconds -= time.perf_counter() - start
         self.progress(where)
         return peers
 
@@ -283,9 +293,9 @@ def _check(
         raise UsageError(f"compile_at: {compile_at!r} is unknown", f"one of {', '.join(COMPILE_AT)}")
 
 
-def _model(folder: Path, loaded: Loaded) -> dict[str, Any]:
+def _model(folder: Path, spec: ModelSpec) -> dict[str, Any]:
     precision = read_manifest(folder).get("options", {}).get("precision") or "fp32"
-    return {"name": loaded.name, "parameters": loaded.spec().parameters, "precision": precision}
+    return {"name": spec.name, "parameters": spec.parameters, "precision": precision}
 
 
 def _state_bytes(io: IoSpec) -> int:

@@ -17,7 +17,7 @@ from .inputs import Arrays
 from .loaded import Loaded
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-COMPILE_LIMIT = 120.0  # seconds: a scan over hundreds of positions is unrolled, which may take an hour
+COMPILE_LIMIT = 240.0  # seconds: a scan over hundreds of positions is unrolled, which may take an hour
 COMPILE_CALLS = 4  # without state, with state, and what is compiled anew after that
 REASON = 200  # characters of a compiler's error that are kept
 
@@ -115,7 +115,7 @@ def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer
             for _ in range(COMPILE_CALLS):
                 peer.run()
     except _TooLongError:
-        raise NotCompiled(f"took longer than {limit:g} s to compile") from None
+        raise NotCompiled(f"took longer than {limit:.3g} s to compile") from None
     except Exception as error:  # the compiler's own exceptions have no common class
         text = " ".join(str(error).split()) or type(error).__name__
         raise NotCompiled(f"does not compile: {text[:REASON]}") from None

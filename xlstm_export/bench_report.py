@@ -13,6 +13,7 @@ from .bench_result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, BenchReport
 if TYPE_CHECKING:
     from .bench_compare import Comparison
 
+BUSY = 0.5  # load per core; PyTorch's threads wait for each other when a core is taken away
 NAMES = {
     EXPORTED: "exported",
     BODIES: "function bodies",
@@ -44,6 +45,12 @@ def show_bench(console: Console, report: BenchReport) -> None:
     for name, why in report.skipped.items():
         console.print(f"no {NAMES[name]}: {escape(why)}", highlight=False)
     console.print(_machine(report))
+    load, cores = report.environment.get("load"), report.environment.get("cores")
+    if load is not None and cores and load > BUSY * cores:
+        console.print(
+            f"[bold red]others used this machine[/] (load {load:.1f} before the first call, {cores} cores): "
+            "measure again when it is idle"
+        )
 
 
 def show_comparison(console: Console, made: Comparison) -> None:

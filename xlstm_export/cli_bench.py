@@ -35,6 +35,9 @@ def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[
 )
 @click.option("--hz", type=click.FloatRange(0, min_open=True), help="also decode at this fixed rate")
 @click.option("--no-compile", is_flag=True, help="leave torch.compile out, which takes minutes to compile")
+@click.option(
+    "--compile-limit", type=click.FloatRange(0), default=240, show_default=True, help="seconds, of all"
+)
 @click.option("--compile-all", is_flag=True, help="torch.compile at every batch, not only at the first")
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="two runs; A is the baseline"

@@ -38,6 +38,7 @@ def environment(threads: int) -> dict[str, Any]:
         "hypervisor": "hypervisor" in present,
         "governor": _read(_GOVERNOR).strip() or None,
         "memory_bytes": _memory_bytes(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "os": _system(),
         "kernel": f"{platform.system()} {platform.release()}",
         "threads": threads,

@@ -20,8 +20,10 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from xlstm_export import bench, functions, fused, ops
+from xlstm_export import functions, fused, ops
+from xlstm_export.bench_timing import in_turns
 from xlstm_export.config import OP_DOMAIN
+from xlstm_export.environment import environment
 from xlstm_export.errors import EnvironmentError_
 
 HEADS = 4
@@ -40,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {
-        "environment": bench.environment(options.threads),
+        "environment": environment(options.threads),
         "mlstm_step": mlstm_step(options.threads),
         "mlstm_chunkwise": mlstm_chunkwise(options.threads),
         "slstm_scan": slstm_scan(options.threads),
@@ -225,8 +227,8 @@ def library() -> Path:
 
 def timed(contestants: dict[str, Call], *, calls: int, per: int) -> dict[str, Any]:
     """Median microseconds per `per`-th part of a call, and how many times the fused one is faster."""
-    timings = bench._in_turns(list(contestants.values()), calls=calls)
-    us = {name: timing.percentile(50) / per * 1e6 for name, timing in zip(contestants, timings, strict=True)}
+    timings = in_turns(contestants, calls=calls)
+    us = {name: timing.percentile(50) / per * 1e6 for name, timing in timings.items()}
     over = {name: us[name] / us["fused"] for name in us if name not in ("fused", "roof")}
     return {"us": us, "over": over}
 

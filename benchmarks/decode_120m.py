@@ -24,6 +24,8 @@ import numpy as np
 
 from xlstm_export import (
     bench,
+    bench_peers,
+    bench_timing,
     checkpoint,
     checks,
     quantize,
@@ -34,6 +36,7 @@ from xlstm_export import (
     verify,
     verify_precision,
 )
+from xlstm_export.environment import environment
 from xlstm_export.families import blocks
 from xlstm_export.precision.recipe import read_recipe
 
@@ -52,6 +55,7 @@ CONFIG: dict[str, Any] = {
     },
 }
 ROUNDS = 6
+COMPILE_LIMIT = 600.0  # seconds
 DECODE_CALLS = 15
 
 
@@ -85,7 +89,7 @@ def main() -> None:
 def run(scratch: Path, threads: int, *, with_compile: bool, with_prefill: bool) -> dict[str, Any]:
     source, folder = scratch / "checkpoint", scratch / "export"
     size = write_checkpoint(source)
-    result: dict[str, Any] = {"environment": bench.environment(threads), "checkpoint_bytes": size}
+    result: dict[str, Any] = {"environment": environment(threads), "checkpoint_bytes": size}
 
     start = time.perf_counter()
     peak = child("export", source, folder)["peak_bytes"]
@@ -140,21 +144,19 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     one = {"tokens": np.array([[17]])}
     session = sessions.OrtSession(folder, 1, threads)
     int8 = sessions.OrtSession(folder / "int8", 1, threads, rounding=False)
-    eager, _ = bench._eager_step(loaded, one, 1)
+    eager = bench_peers.eager_step(loaded, one, 1)
     bodies = sessions.OrtSession(folder, 1, threads, fused=False)
     contestants = {
         "exported": lambda: session.step(one),
         "function_bodies": lambda: bodies.step(one),
         "int8": lambda: int8.step(one),
-        "eager": eager,
-        "reading": bench._bandwidth_probe(moved),
-        "reading_int8": bench._bandwidth_probe(moved_int8),
+        "eager": eager.run,
+        "reading": bench_timing.bandwidth_probe(moved),
+        "reading_int8": bench_timing.bandwidth_probe(moved_int8),
     }
     if with_compile:
         contestants["compiled"] = compiled_step(loaded)
-    timings = dict(
-        zip(contestants, bench._in_turns(list(contestants.values()), calls=DECODE_CALLS), strict=True)
-    )
+    timings = bench_timing.in_turns(contestants, calls=DECODE_CALLS)
     median = {name: timing.percentile(50) for name, timing in timings.items()}
     result: dict[str, Any] = {name: timing.to_json() for name, timing in timings.items()}
     result["recurrences"] = "fused operators" if session.fused else "function bodies"
@@ -181,22 +183,10 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
 
 def compiled_step(loaded: checkpoint.Loaded) -> Any:
     """The model's own step through torch.compile, state carried; compiled before it is timed."""
-    import torch
-
-    module: Any = loaded.module
-    step = torch.compile(module.step)
-    tokens = torch.tensor([[17]])
-    state: dict[str, Any] = {}
-
-    def run() -> None:
-        with torch.no_grad():
-            _, state["now"] = step(tokens, state.get("now"))
-
-    start = time.perf_counter()
-    for _ in range(4):  # without state, with state, and what is recompiled after that
-        run()
-    say("torch.compile", f"{time.perf_counter() - start:.0f} s", "to compile")
-    return run
+    one = {"tokens": np.array([[17]])}
+    made = bench_peers.compiled(lambda wrap: bench_peers.eager_step(loaded, one, 1, wrap), COMPILE_LIMIT)
+    say("torch.compile", f"{made.compile_seconds:.0f} s", "to compile")
+    return made.run
 
 
 def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
@@ -209,8 +199,12 @@ def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for length in (512, 2048):
         inputs = {"tokens": np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))}
-        contestants = [partial(session.prefill, inputs), bench._eager_prefill(loaded, inputs)]
-        ours, theirs = (timing.percentile(50) for timing in bench._in_turns(contestants, calls=1))
+        contestants = {
+            "exported": partial(session.prefill, inputs),
+            "eager": bench_peers.eager_prefill(loaded, inputs).run,
+        }
+        timings = bench_timing.in_turns(contestants, calls=1)
+        ours, theirs = (timings[name].percentile(50) for name in contestants)
         result[str(length)] = {
             "exported_tokens_per_second": length / ours,
             "eager_tokens_per_second": length / theirs,

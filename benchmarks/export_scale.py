@@ -41,9 +41,9 @@ def main() -> None:
     for size in options.size or ["1.3b", "7b"]:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             result["sizes"][size] = run(size, Path(scratch), options.dtype, verify=not options.no_verify)
-    from xlstm_export import bench
+    from xlstm_export.environment import environment
 
-    result["environment"] = bench.environment(os.cpu_count() or 1)
+    result["environment"] = environment(os.cpu_count() or 1)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

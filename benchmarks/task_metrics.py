@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export import bench, checkpoint, quantize, runfolder, stages, trace, verify
+from xlstm_export import checkpoint, quantize, runfolder, stages, trace, verify
 from xlstm_export.drift_report import TEACHER
+from xlstm_export.environment import environment
 from xlstm_export.precision.recipe import Recipe, naive, preset, read_recipe
 from xlstm_export.verify_precision import verify_precision
 
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=16000)
     parser.add_argument("--free-horizon", type=int, default=16000)
     options = parser.parse_args()
-    result: dict[str, Any] = {"environment": bench.environment(0), "horizon": options.horizon, "models": {}}
+    result: dict[str, Any] = {"environment": environment(0), "horizon": options.horizon, "models": {}}
     for name, example in examples().items():
         with tempfile.TemporaryDirectory() as scratch:
             result["models"][name] = run(example, Path(scratch), options.horizon, options.free_horizon)

@@ -60,9 +60,10 @@ def test_stages_one_by_one(
     report = json.loads(capsys.readouterr().out)
     assert report["passed"]
     assert len(report["checks"]) >= 25
-    assert run("bench", out, "--steps", 10, "--prefill-length", 16, "--json") == 0
+    assert run("bench", out, "--steps", 10, "--length", "8,16", "--no-compile", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["step"]["exported"]["calls"] == 10
+    assert [cell["length"] for cell in figures["grid"]] == [1, 8, 16]
+    assert figures["grid"][0]["contestants"]["exported"]["calls"] == 10
     with (out / "model.onnx.data").open("r+b") as file:
         file.seek(5000)
         file.write(b"\x00\x00\x80\x3f")

@@ -21,7 +21,7 @@ def test_writes_everything_and_says_so(
     stages: list[str] = []
     result = pipeline.deploy(small_loaded, tmp_path / "out", threads=1, progress=stages.append)
     assert stages[0] == "tracing"
-    assert stages[-1] == "fp32: bench: decode"
+    assert stages[-1] == "fp32: bench: memory"
     assert result.verification.passed
     names = [path.name for path in result.written]
     assert names == ["model.onnx", "model.onnx.data", "io.json", "manifest.json", "report.json", "bench.json"]

@@ -25,10 +25,3 @@ def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "past_0_C → present_0_C" in shown
     assert "['B', 4, 32, 32]" in shown
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (2.36e6, "2.36 MB"), (7e9, "7 GB")]
-)
-def test_bytes(count: float, text: str) -> None:
-    assert report._bytes(count) == text

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_bundle, cli_engine, cli_plugins, cli_precision
+from . import __version__, cli_bench, cli_bundle, cli_engine, cli_plugins, cli_precision
 from .cli_common import (
     checkpoint_argument,
     command_line,
@@ -121,29 +121,6 @@ def verify(
 
 
 @cli.command()
-@run_argument
-@checkpoint_argument
-@source_options
-@click.option("--batch", default=1, show_default=True, help="streams per call")
-@click.option("--prefill-length", default=512, show_default=True, help="positions per prefill")
-@click.option("--steps", default=200, show_default=True, help="decode steps to time")
-@run_options
-def bench(
-    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
-) -> None:
-    """Time a verified run folder against PyTorch eager and the memory bandwidth."""
-    from . import report
-    from .bench import bench as bench_
-    from .bench import require_verified
-
-    require_verified(run)
-    loaded = load_for(run, checkpoint, module, weights)
-    with spinner() as stage:
-        result = bench_(run, loaded, progress=stage, **options)
-    emit(result.to_json(), as_json, lambda console: report.show_bench(console, result))
-
-
-@cli.command()
 @checkpoint_argument
 @source_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
@@ -185,6 +162,7 @@ def deploy(
     _gate(result.passed, result.folder, precision=options["precision"])
 
 
+cli.add_command(cli_bench.bench)
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)
 cli.add_command(cli_precision.sensitivity)

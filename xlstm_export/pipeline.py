@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import stages, trace
-from .bench import BenchReport, bench
+from .bench import bench
+from .bench_result import BenchReport
 from .bundle import bundle
 from .checks import Report
 from .config import Target
@@ -197,7 +198,10 @@ class _Stages:
         report = verify_any(folder, self.loaded, progress=say("verify"), **options)
         timing = None
         if report.passed:
-            timing = bench(folder, self.loaded, threads=self.threads, progress=say("bench"))
+            # torch.compile takes minutes; `bench` by itself includes it.
+            timing = bench(
+                folder, self.loaded, threads=self.threads, compile_at="none", progress=say("bench")
+            )
         return Variant(precision, folder, report, timing)
 
     def bundled(self, made: Deployment, target: Target | None, licence: str | None) -> Deployment:

@@ -9,12 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import roofline
+from .bench_report import format_bytes, show_bench
 from .config import TARGETS, IoSpec, ModelSpec
 from .doctor import Finding
 from .report_precision import show_precision, show_variants
 
 if TYPE_CHECKING:
-    from .bench import BenchReport
     from .checks import Report
     from .pipeline import Deployment
 
@@ -32,10 +32,10 @@ def show_model(console: Console, spec: ModelSpec) -> None:
     for block in spec.blocks:
         size = sum(s.elements for s in block.states) * roofline.STATE_BYTES
         kinds = ", ".join(f"{s.kind} {'×'.join(map(str, s.shape))}" for s in block.states)
-        state = f"{_bytes(size)}: {kinds}"
+        state = f"{format_bytes(size)}: {kinds}"
         table.add_row(str(block.index), block.cell, str(block.heads), str(block.head_dim), state, block.path)
     console.print(table)
-    console.print(f"state per stream: {_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
+    console.print(f"state per stream: {format_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
     floors = Table("target", "FP16 floor", "tok/s", "INT8 floor", "tok/s", title="decode roofline, batch 1")
     for target in TARGETS.values():
         cells = []
@@ -95,34 +95,6 @@ def show_verify(console: Console, report: Report) -> None:
     console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")
 
 
-def show_bench(console: Console, report: BenchReport) -> None:
-    """Latency, throughput, share of the bandwidth roof."""
-    table = Table("", "exported", "PyTorch eager", "ratio")
-    step, eager = report.step, report.torch_step
-    table.add_row(
-        "decode step, p50",
-        f"{step.percentile(50) * 1e3:.3f} ms",
-        f"{eager.percentile(50) * 1e3:.3f} ms",
-        f"{report.step_speedup:.2f}×",
-    )
-    table.add_row(
-        "decode step, p99", f"{step.percentile(99) * 1e3:.3f} ms", f"{eager.percentile(99) * 1e3:.3f} ms", ""
-    )
-    table.add_row(
-        f"prefill, {report.prefill_length} positions",
-        f"{report.tokens_per_second(report.prefill):,.0f} tok/s",
-        f"{report.tokens_per_second(report.torch_prefill):,.0f} tok/s",
-        f"{report.prefill_speedup:.2f}×",
-    )
-    console.print(table)
-    console.print(
-        f"a step moves {_bytes(report.moved_bytes)} at {report.achieved_gbs:.1f} GB/s, "
-        f"{report.roof_share:.0%} of the {report.bandwidth_gbs:.1f} GB/s measured in this run "
-        f"({report.threads} threads, batch {report.batch}; {report.recurrences}; "
-        f"eager through {report.baseline})"
-    )
-
-
 def show_deploy(console: Console, result: Deployment) -> None:
     """Verification and bench of each precision, what was written where, and all of them side by side."""
     for variant in result.variants:
@@ -134,7 +106,8 @@ def show_deploy(console: Console, result: Deployment) -> None:
     if len(result.variants) > 1:
         console.rule("side by side")
         show_variants(console, result)
-    speed = f"; decode {result.benchmark.step_speedup:.1f}× PyTorch eager" if result.benchmark else ""
+    speedup = result.benchmark.step.speedup() if result.benchmark else None
+    speed = "" if speedup is None else f"; decode {speedup:.1f}× PyTorch eager"
     good, bad = ("within its limits", "NOT within its limits") if result.verification.precision else EQUAL
     verdict = good if result.passed else f"{bad}, so it was not timed"
     console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
@@ -149,11 +122,3 @@ def show_doctor(console: Console, findings: list[Finding]) -> None:
     for f in findings:
         table.add_row(f.name, f"[{colors[f.status]}]{f.status}[/]", escape(f.detail), escape(f.action))
     console.print(table)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError

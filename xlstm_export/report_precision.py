@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .bench_result import EXPORTED
 from .drift_report import TEACHER
 from .verify_precision import drift_at
 
@@ -110,7 +111,7 @@ def _metric_name(result: Deployment) -> str:
 def _cells(variant: Variant, first: Variant) -> list[str]:
     metric, drift = variant.verification.metric, drift_at(variant.verification, DRIFT_HORIZON)
     drop = metric.get("drop")
-    step = variant.benchmark.step.percentile(50) * 1e3 if variant.benchmark else None
+    step = variant.benchmark.step.timings[EXPORTED].percentile(50) * 1e3 if variant.benchmark else None
     return [
         variant.precision,
         f"{variant.model_bytes / 1e6:.2f} MB",

@@ -259,9 +259,9 @@ def test_bench(make: Callable[[], checkpoint.Loaded], tmp_path: Path) -> None:
     folder = trace.export(model, tmp_path / "out")
     assert verify.verify(folder, model).passed
     model.origin["module"] = "package:factory"
-    report = bench.bench(folder, model, threads=1, prefill_length=16, steps=5)
-    assert report.prefill_length == (16 if model.streams else 1)
-    assert report.baseline.startswith("the lifted module")
+    report = bench.bench(folder, model, threads=1, lengths=(16,), steps=5, compile_at="none")
+    assert [cell.length for cell in report.grid] == [1, 16 if model.streams else 1]
+    assert report.step.through["pytorch_eager"].startswith("the lifted module")
 
 
 # --- Factories ----------------------------------------------------------------------------------------

@@ -82,7 +82,12 @@ def _times(call: Callable[[int], Any], count: int, *, warm_up: int) -> np.ndarra
 
 
 def at_rate(call: Callable[[int], Any], hz: float, count: int) -> dict[str, Any]:
-    """Calls that are due every 1/hz seconds: how late they begin, and how many miss the next one's time."""
+    """Calls that are due every 1/hz seconds, measured from when each is due.
+
+    Returns:
+        `start_late` and `done_after_due`, summaries of when calls begin and end; `jitter_ms`, the standard
+        deviation of the time between two starts; `missed`, how many end after the next one is due.
+    """
     period = 1 / hz
     late, done = np.empty(count), np.empty(count)
     begin = time.perf_counter() + period
@@ -97,15 +102,18 @@ def at_rate(call: Callable[[int], Any], hz: float, count: int) -> dict[str, Any]
         "hz": hz,
         "start_late": summary(late),
         "done_after_due": summary(done),
+        # Start k is due at k·period, so what varies between starts is what varies in their lateness.
+        "jitter_ms": float(np.std(np.diff(late))) * 1e3 if count > 1 else 0.0,
         "missed": int((done > period).sum()),
         "calls": count,
     }
 
 
 def summary(seconds: np.ndarray) -> dict[str, float]:
-    """Percentiles in milliseconds."""
+    """Percentiles and extremes in milliseconds."""
     figures = {f"p{q:g}_ms": float(np.percentile(seconds, q)) * 1e3 for q in PERCENTILES}
-    return {**figures, "max_ms": float(seconds.max()) * 1e3, "calls": len(seconds)}
+    ends = {"min_ms": float(seconds.min()) * 1e3, "max_ms": float(seconds.max()) * 1e3}
+    return {**figures, **ends, "calls": len(seconds)}
 
 
 @contextmanager

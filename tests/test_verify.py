@@ -94,6 +94,8 @@ def test_an_export_passes(folder: Path, small_loaded: checkpoint.Loaded) -> None
     assert [name for name in seen if name != "fused"] == [
         *("lift", "prefill", "step", "chunked", "resumed", "rows", "reset", "long stream"),
         "upstream as it comes",
+        "gates, position 0 of 2,048",
+        *(f"gates, position {n:,} of 2,048" for n in range(256, 2048, 256)),
     ]
     names = [check.name for check in report.checks]
     for name in (
@@ -508,7 +510,12 @@ def test_metric_of_a_language_model(folder: Path, small_loaded: checkpoint.Loade
     report = verify(folder, small_loaded, data=tmp_path / "heldout.txt", threads=1, progress=seen.append)
     assert report.passed
     assert seen[-1] == "task metric"
-    assert report.checks[-1].name == "bits per byte on held-out data"
+    assert [check.name for check in report.checks[-3:]] == [
+        "bits per byte on held-out data",
+        "KL on held-out data",
+        "other first choices on held-out data",
+    ]
+    assert report.metric["kl"] < 1e-9
     assert report.metric["name"] == "bits per byte"
     assert report.metric["positions"] == 699
     assert report.metric["exported"] == pytest.approx(report.metric["pytorch_float64"], rel=1e-6)

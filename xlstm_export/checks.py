@@ -103,6 +103,7 @@ class Report:
     # (relative L2) from the float64 reference and from the export. Told, not judged.
     as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)  # of `gates.Gates.to_json`
+    bisect: dict[str, Any] = field(default_factory=dict)  # of `bisect.search.Bisection.to_json`, on failure
     gate: dict[str, Any] = field(default_factory=dict)  # the gate file, where one was given
     # Of a half or quantized export: precision, base, reference, sites, drift. Empty for FP32.
     precision: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +122,7 @@ class Report:
                 "inputs": self.inputs,
                 "upstream_as_it_comes": self.as_it_comes,
                 "gates": self.gates or None,
+                "bisect": self.bisect or None,
                 **({"gate": self.gate} if self.gate else {}),
                 **({"precision": self.precision} if self.precision else {}),
                 "checks": [check.to_json() for check in self.checks],

@@ -5,27 +5,25 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import __version__, cli_bench, cli_bundle, cli_engine, cli_plugins, cli_precision
+from . import __version__, cli_bench, cli_bundle, cli_engine, cli_plugins, cli_precision, cli_verify
 from .cli_common import (
     checkpoint_argument,
     command_line,
     emit,
     horizon_options,
     load,
-    load_for,
-    run_argument,
+    require_passed,
     run_options,
     source_options,
     spinner,
 )
 from .config import TARGETS
-from .errors import EnvironmentError_, ExportError, GateError
+from .errors import EnvironmentError_, ExportError
 from .precision.recipe import BASES, PRECISIONS
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -93,34 +91,6 @@ def export(
 
 
 @cli.command()
-@run_argument
-@checkpoint_argument
-@source_options
-@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
-@click.option("--metric", help="bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss")
-@click.option("--gate", type=click.Path(path_type=Path), help="YAML file with limits of your own")
-@click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
-@click.option("--num-blocks", type=int, help="only the first blocks, all checks")
-@click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")
-@horizon_options
-@run_options
-def verify(
-    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
-) -> None:
-    """Compare a run folder with the model it was exported from; the exit code is the gate.
-
-    CHECKPOINT may be left away: the manifest of the run folder names it.
-    """
-    from . import report
-
-    loaded = load_for(run, checkpoint, module, weights)
-    with spinner() as stage:
-        result = _import_verify()(run, loaded, progress=stage, **options)
-    emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
-    _gate(result.passed, run, result.precision.get("precision", "fp32"))
-
-
-@cli.command()
 @checkpoint_argument
 @source_options
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
@@ -159,9 +129,11 @@ def deploy(
         options["target"] = TARGETS[target] if target else None
         result = pipeline.deploy(loaded, out, command=command_line(), progress=stage, **options)
     emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
-    _gate(result.passed, result.folder, precision=options["precision"])
+    require_passed(result.passed, result.folder, options["precision"])
 
 
+cli.add_command(cli_verify.verify)
+cli.add_command(cli_verify.bisect)
 cli.add_command(cli_bench.bench)
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)
@@ -219,12 +191,6 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit(128 + number)  # through every `finally`
 
 
-def _import_verify() -> Callable[..., Any]:
-    from .verify_blocks import verify_any
-
-    return verify_any
-
-
 def _spec_json(spec: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -233,12 +199,6 @@ def _spec_json(spec: Any) -> dict[str, Any]:
 
     floors = {name: roofline.floor(spec, target).milliseconds for name, target in TARGETS.items()}
     return {**asdict(spec), "state_elements": spec.state_elements, "fp16_step_floor_ms": floors}
-
-
-def _gate(passed: bool, run: Path, precision: str = "fp32") -> None:
-    if not passed:
-        what = "equal to the PyTorch model" if precision == "fp32" else "within the limits of its precision"
-        raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .errors import GateError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -58,6 +60,13 @@ def load_for(run: Path, checkpoint: str | None, module: str | None, weights: str
         weights = weights or origin.get("weights")
         return load(origin.get("checkpoint"), origin.get("module"), weights, stateless)
     return load(checkpoint, module, weights, stateless)
+
+
+def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
+    """Raise GateError, which is exit code 1, unless a verdict is good."""
+    if not passed:
+        what = "equal to the PyTorch model" if precision == "fp32" else "within the limits of its precision"
+        raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
 def emit(data: Any, as_json: bool, show: Callable[[Console], None]) -> None:

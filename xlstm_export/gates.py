@@ -307,7 +307,7 @@ def _cells(model: ir.Model) -> list[_Cell]:
         values, constants = {}, {}
         for operand, value in named.items():
             if value.const_value is not None:
-                constants[operand] = value.const_value.numpy().astype(np.float64)
+                constants[operand] = _array(value.const_value)
             else:
                 values[operand] = value.name or ""
         state = node.inputs[7 if mlstm else 6]
@@ -318,6 +318,16 @@ def _cells(model: ir.Model) -> list[_Cell]:
             limit = _attribute(node, "forget_max", math.inf)
             cells.append(_Slstm(block, values, constants, forget_max=limit))
     return cells
+
+
+def _array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A stored weight in float64; read here, because onnx-ir reads no file that has a second (hard) link."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy(), np.float64)
+    shape = [int(dim) for dim in tensor.shape]
+    count = int(np.prod(shape))
+    values = np.fromfile(tensor.path, tensor.dtype.numpy(), count, offset=tensor.offset or 0)
+    return values.reshape(shape).astype(np.float64)
 
 
 def _block(past: ir.Value | None, number: int) -> int:

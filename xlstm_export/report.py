@@ -15,6 +15,7 @@ from .doctor import Finding
 from .report_precision import show_precision, show_variants
 
 if TYPE_CHECKING:
+    from .bisect.search import Bisection
     from .checks import Report
     from .pipeline import Deployment
 
@@ -76,6 +77,8 @@ def show_verify(console: Console, report: Report) -> None:
     for check in report.checks:
         if not check.passed:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
+    if report.bisect:
+        console.print(escape(report.bisect["sentence"]), highlight=False)
     if report.metric:
         m = report.metric
         against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"
@@ -93,6 +96,15 @@ def show_verify(console: Console, report: Report) -> None:
     good, bad = ("within its limits", "NOT within its limits") if report.precision else EQUAL
     verdict = good if report.passed else f"{bad}: {failed} check(s) failed"
     console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")
+
+
+def show_bisection(console: Console, found: Bisection) -> None:
+    """Error of each block by itself; the place last."""
+    table = Table("block", "path", "error", "worst", box=None, padding=(0, 1, 0, 0))
+    for block in found.blocks:
+        table.add_row(str(block.block), escape(block.path), f"{block.error:.1e}", escape(block.tensor))
+    console.print(table)
+    console.print(escape(found.sentence()), highlight=False)
 
 
 def show_deploy(console: Console, result: Deployment) -> None:

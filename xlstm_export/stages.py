@@ -10,17 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import ExportError, UsageError
 from .loaded import Loaded
 from .precision.recipe import Recipe, preset, read_recipe
 from .quantize import quantize
-from .runfolder import read_io
+from .runfolder import read_io, write_json
 
 if TYPE_CHECKING:
     from .calibration.scales import Scales
     from .calibration.sets import CalibrationSet
+    from .checks import Report
     from .sensitivity import Sensitivity
 
+Progress = Callable[[str], None]
 Count = Callable[[int, int], None]
 
 
@@ -52,6 +54,40 @@ def calibration_set(
     return sets.load(
         source, io, vocab_size=loaded.vocab_size, tokenizer=tokenizer, seed=seed, avoid=avoid, **given
     )
+
+
+def verify(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    bisect: bool = True,
+    progress: Progress = lambda stage: None,
+    **options: Any,
+) -> Report:
+    """`verify_blocks.verify_any`, and where that fails the place where the candidate leaves its reference.
+
+    Args:
+        folder: run folder.
+        loaded: the checkpoint it was exported from.
+        bisect: look for the place; not done for part of a model.
+        progress: called with the name of each stage.
+        options: of `verify_any`.
+    """
+    from .bisect import search
+    from .verify_blocks import verify_any
+
+    report = verify_any(folder, loaded, progress=progress, **options)
+    in_parts = options.get("per_block") or options.get("num_blocks") is not None
+    if report.passed or not bisect or in_parts:
+        return report
+    try:
+        threads = int(options.get("threads", 0))
+        found = search.bisect(folder, loaded, threads=threads, progress=progress).to_json()
+    except ExportError as error:  # the verdict stands without it
+        found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
+    report = replace(report, bisect=found)
+    write_json(folder / "verify" / "report.json", report.to_json())
+    return report
 
 
 def calibrate(

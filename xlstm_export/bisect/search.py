@@ -95,7 +95,8 @@ class Bisection:
     def to_json(self) -> dict[str, Any]:
         place = asdict(self.place) if self.place is not None else {"block": None}
         blocks = [asdict(block) for block in self.blocks]
-        return {**place, "against": self.against, "blocks": blocks, "note": self.note}
+        told = {"against": self.against, "note": self.note, "sentence": self.sentence()}
+        return {**place, **told, "blocks": blocks}
 
     def sentence(self) -> str:
         """For people."""

@@ -1,0 +1,72 @@
+"""Commands that judge a run folder: verify, and bisect where it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_common import (
+    checkpoint_argument,
+    emit,
+    horizon_options,
+    load_for,
+    require_passed,
+    run_argument,
+    run_options,
+    source_options,
+    spinner,
+)
+
+
+@click.command()
+@run_argument
+@checkpoint_argument
+@source_options
+@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--metric", help="bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss")
+@click.option("--gate", type=click.Path(path_type=Path), help="YAML file with limits of your own")
+@click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
+@click.option("--num-blocks", type=int, help="only the first blocks, all checks")
+@click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")
+@click.option("--bisect/--no-bisect", default=True, help="on failure, name the first value that is wrong")
+@horizon_options
+@run_options
+def verify(
+    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
+) -> None:
+    """Compare a run folder with the model it was exported from; the exit code is the gate.
+
+    CHECKPOINT may be left away: the manifest of the run folder names it.
+    """
+    from . import report, stages
+
+    loaded = load_for(run, checkpoint, module, weights)
+    with spinner() as stage:
+        result = stages.verify(run, loaded, progress=stage, **options)
+    emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
+    require_passed(result.passed, run, result.precision.get("precision", "fp32"))
+
+
+@click.command()
+@run_argument
+@checkpoint_argument
+@source_options
+@click.option("--seed", default=0, help="of the inputs")
+@run_options
+def bisect(
+    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
+) -> None:
+    """Name the first block, then the first value, where a run folder leaves what it should be.
+
+    Exit code 1 where there is such a place.
+    """
+    from . import report
+    from .bisect.search import bisect as bisect_
+
+    loaded = load_for(run, checkpoint, module, weights)
+    with spinner() as stage:
+        found = bisect_(run, loaded, progress=stage, **options)
+    emit(found.to_json(), as_json, lambda console: report.show_bisection(console, found))
+    require_passed(found.place is None, run)

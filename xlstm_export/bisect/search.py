@@ -228,19 +228,20 @@ class _Search:
             # The same cut on both sides: another one may round otherwise, which integers do not forgive.
             expected = reference.outputs(index, feed) if exact else whole
             found = self.candidate.outputs(index, self._as_candidate(feed))
-            errors.append(self._block_error(index, found, expected))
+            errors.append(self._block_error(index, found, expected, exact))
             if errors[-1].error > limit:
                 place = self._first_value(index, feed, reference, limit, errors[-1])
                 return Bisection(place, against, tuple(errors), note)
         return Bisection(None, against, tuple(errors), note)
 
-    def _block_error(self, index: int, found: Arrays, expected: Arrays) -> BlockError:
+    def _block_error(self, index: int, found: Arrays, expected: Arrays, exact: bool = False) -> BlockError:
         results = {
             name: error(x, expected[name])
             for name, x in found.items()
-            if name in expected and not name.startswith("present_")
+            if name in expected and (exact or not name.startswith("present_"))
         }
-        results |= state_errors(found, expected, self.candidate.io)
+        if not exact:
+            results |= state_errors(found, expected, self.candidate.io)
         tensor = max(results, key=lambda name: results[name])
         return BlockError(index, self._name(index), results[tensor], tensor)
 
@@ -269,7 +270,7 @@ class _Search:
             found[name],
             expected[base],
             lambda weight: self.candidate.values(index, self._as_candidate(feed), [weight])[weight],
-            max(limit, EXACT),
+            0.0 if limit == EXACT else limit,
         )
         if not beyond:
             why = ": ".join(

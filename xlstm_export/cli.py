@@ -134,6 +134,7 @@ def deploy(
 
 cli.add_command(cli_verify.verify)
 cli.add_command(cli_verify.bisect)
+cli.add_command(cli_verify.report)
 cli.add_command(cli_bench.bench)
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)

@@ -1,4 +1,4 @@
-"""Commands that judge a run folder: verify, and bisect where it fails."""
+"""Commands that judge a run folder: verify, bisect where it fails, and the report of it all."""
 
 from __future__ import annotations
 
@@ -70,3 +70,19 @@ def bisect(
         found = bisect_(run, loaded, progress=stage, **options)
     emit(found.to_json(), as_json, lambda console: report.show_bisection(console, found))
     require_passed(found.place is None, run)
+
+
+@click.command()
+@run_argument
+@click.option("--compare", type=click.Path(path_type=Path), help="another run folder, side by side")
+@click.option("--html", type=click.Path(path_type=Path), help="where to; default RUN/report.html")
+@click.option("--md", type=click.Path(path_type=Path), help="where to; default RUN/report.md")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="default RUN/report.json")
+def report(run: Path, **options: Any) -> None:
+    """Write what is known of RUN as one HTML file that opens anywhere, as Markdown and as JSON."""
+    from .html_report.write import write_report
+
+    written = write_report(run, **options)
+    click.echo(written.verdict)
+    for path in written.paths:
+        click.echo(f"wrote {path}", err=True)

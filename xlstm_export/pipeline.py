@@ -14,6 +14,7 @@ from .bundle import bundle
 from .checks import Report
 from .config import Target
 from .errors import UsageError
+from .html_report.write import write_report
 from .loaded import Loaded
 from .precision.recipe import BASES, preset, read_recipe
 from .quantize import quantize
@@ -24,7 +25,7 @@ Progress = Callable[[str], None]
 BUNDLE = "bundle.tar.gz"
 ARTIFACTS = (
     *("model.onnx", "model.onnx.data", "io.json", "manifest.json", "recipe.yaml", "scales.json"),
-    *("verify/report.json", "verify/drift.csv", "verify/drift.svg", "bench/bench.json"),
+    *("verify/report.json", "verify/drift.csv", "verify/drift.svg", "bench/bench.json", "report.html"),
 )
 
 
@@ -202,6 +203,7 @@ class _Stages:
             timing = bench(
                 folder, self.loaded, threads=self.threads, compile_at="none", progress=say("bench")
             )
+        write_report(folder)
         return Variant(precision, folder, report, timing)
 
     def bundled(self, made: Deployment, target: Target | None, licence: str | None) -> Deployment:

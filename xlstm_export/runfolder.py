@@ -91,11 +91,20 @@ def readable_os_errors(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file atomically, keys in the order given."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically.
+
+    Raises:
+        EnvironmentError_: it cannot be written.
+    """
     with readable_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""The document as Markdown: what a review or a model card can take in. Plots are described, not drawn."""
+
+from __future__ import annotations
+
+from .document import Document, Table, text_of
+
+
+def markdown(document: Document) -> str:
+    """The whole document."""
+    marks = {True: "**pass**", False: "**FAIL**", None: "**not verified**"}
+    lines = [f"# {_plain(document.title)}", "", f"{marks[document.passed]}: {_plain(document.verdict)}", ""]
+    for detail in document.details:
+        lines += [_plain(detail), ""]
+    for section in document.sections:
+        lines += [f"## {_plain(section.title)}", ""]
+        for paragraph in section.text:
+            lines += [_plain(paragraph), ""]
+        for plot in section.plots:
+            lines += [f"*{_plain(plot.title)}.* {_plain(plot.description)}", ""]
+        for table in section.tables:
+            lines += [*_table(table), ""]
+        if section.commands:
+            lines += ["```sh", *section.commands, "```", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _table(table: Table) -> list[str]:
+    cells = [[_plain(text_of(value)) for value in row] for row in (table.columns, *table.rows)]
+    cells.insert(1, ["---"] * len(table.columns))
+    return [
+        f"{_plain(table.caption)}:",
+        "",
+        *("| " + " | ".join(row) + " |" for row in cells),
+    ]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown does not take for its own signs, on one line."""
+    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)
+    return " ".join(escaped.split())

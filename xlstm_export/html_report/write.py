@@ -1,0 +1,59 @@
+"""Write the report of a run folder, or of two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runfolder import write_text
+from .compare import comparison
+from .data import read_run
+from .markdown import markdown
+from .page import page
+from .sections import document
+
+NAME = "report"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and the verdict it begins with."""
+
+    paths: tuple[Path, ...]
+    verdict: str
+    passed: bool | None
+
+
+def write_report(
+    folder: Path,
+    *,
+    compare: Path | None = None,
+    html: Path | None = None,
+    md: Path | None = None,
+    json_path: Path | None = None,
+) -> Written:
+    """Write a run's report as HTML, Markdown and JSON. The same files give the same bytes.
+
+    Args:
+        folder: run folder.
+        compare: another one to hold against it; the names are then `comparison.…`.
+        html, md, json_path: where to; by default `report.…` in the run folder.
+
+    Raises:
+        InputError: a file of the run is damaged, or there is no run.
+        EnvironmentError_: a file cannot be written.
+    """
+    run = read_run(folder)
+    other = read_run(compare) if compare is not None else None
+    made = comparison(run, other) if other is not None else document(run)
+    name = "comparison" if other is not None else NAME
+    data = {"a": run.to_json(), "b": other.to_json()} if other is not None else run.to_json()
+    contents = {
+        html or folder / f"{name}.html": page(made),
+        md or folder / f"{name}.md": markdown(made),
+        json_path or folder / f"{name}.json": json.dumps(data, indent=1) + "\n",
+    }
+    for path, content in contents.items():
+        write_text(path, content)
+    return Written(tuple(contents), made.verdict, made.passed)

@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from . import __version__, cli_bench, cli_bundle, cli_engine, cli_plugins, cli_precision, cli_verify
+from . import (
+    __version__,
+    cli_artifact,
+    cli_bench,
+    cli_bundle,
+    cli_engine,
+    cli_plugins,
+    cli_precision,
+    cli_verify,
+)
 from .cli_common import (
     checkpoint_argument,
     command_line,
@@ -135,6 +144,8 @@ def deploy(
 cli.add_command(cli_verify.verify)
 cli.add_command(cli_verify.bisect)
 cli.add_command(cli_verify.report)
+cli.add_command(cli_artifact.generate)
+cli.add_command(cli_artifact.forecast)
 cli.add_command(cli_bench.bench)
 cli.add_command(cli_precision.calibrate)
 cli.add_command(cli_precision.quantize)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,22 +84,55 @@ def continue_text(
     given = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
     if not given.size:
         raise UsageError("there is no text to continue", "give at least one character")
-    name, output = tokens[0].name, io.outputs[0].name
-    rng = np.random.default_rng(seed)
     # A character of several bytes is told when its last one is there.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    logits = session.prefill({name: given[None]})[output]
-    for _ in range(count):
-        token = choose(logits.reshape(-1, logits.shape[-1])[-1], temperature, rng)
+    names = (tokens[0].name, io.outputs[0].name)
+    for token in continue_tokens(
+        session, names, given.tolist(), count=count, temperature=temperature, seed=seed
+    ):
         if piece := decoder.decode(bytes([token])):
             yield piece
+
+
+def continue_tokens(
+    session: Session,
+    names: tuple[str, str],
+    given: Sequence[int],
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    top_k: int | None = None,
+) -> Iterator[int]:
+    """Tokens that a language model writes after `given`: one prefill, then steps.
+
+    Args:
+        session: of one stream; its state moves on.
+        names: of the input with the tokens and the output with the logits.
+        given: the prompt.
+        count, temperature, seed: see `continue_text`.
+        top_k: draw among so many of the likeliest only.
+
+    Raises:
+        UsageError: there is nothing to continue.
+    """
+    if not given:
+        raise UsageError("there is no text to continue", "give at least one token")
+    name, output = names
+    rng = np.random.default_rng(seed)
+    logits = session.prefill({name: np.array([given], np.int64)})[output]
+    for _ in range(count):
+        token = choose(logits.reshape(-1, logits.shape[-1])[-1], temperature, rng, top_k)
+        yield token
         logits = session.step({name: np.array([[token]])})[output]
 
 
-def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator, top_k: int | None = None) -> int:
     """A token drawn from softmax(logits / temperature), or the likeliest one where that is 0."""
     if temperature <= 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature
+    if top_k is not None and top_k < len(scaled):
+        scaled[np.argpartition(scaled, -top_k)[:-top_k]] = -np.inf
     weights = np.exp(scaled - scaled.max())
     return int(rng.choice(len(weights), p=weights / weights.sum()))

@@ -16,6 +16,7 @@ from . import (
     cli_bench,
     cli_bundle,
     cli_engine,
+    cli_flow,
     cli_plugins,
     cli_precision,
     cli_verify,
@@ -141,6 +142,7 @@ def deploy(
     require_passed(result.passed, result.folder, options["precision"])
 
 
+cli.add_command(cli_flow.run)
 cli.add_command(cli_verify.verify)
 cli.add_command(cli_verify.bisect)
 cli.add_command(cli_verify.report)

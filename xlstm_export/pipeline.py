@@ -19,7 +19,6 @@ from .loaded import Loaded
 from .precision.recipe import BASES, preset, read_recipe
 from .quantize import quantize
 from .runfolder import MODEL, MODEL_DATA
-from .verify_blocks import verify_any
 
 Progress = Callable[[str], None]
 BUNDLE = "bundle.tar.gz"
@@ -196,7 +195,7 @@ class _Stages:
             return lambda stage: self.progress(f"{precision}: {what}: {stage}")
 
         options: dict[str, Any] = {"data": self.data, "threads": self.threads, **horizons}
-        report = verify_any(folder, self.loaded, progress=say("verify"), **options)
+        report = stages.verify(folder, self.loaded, progress=say("verify"), **options)
         timing = None
         if report.passed:
             # torch.compile takes minutes; `bench` by itself includes it.

@@ -1,0 +1,5 @@
+"""`python -m xlstm_export`: the command line."""
+
+from .cli import main
+
+main()

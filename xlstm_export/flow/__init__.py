@@ -1,0 +1,15 @@
+"""The whole flow as a file: `schema.py` reads and checks it, `steps.py` is the table of stages, "
+"`runner.py` runs it.
+
+    model: {checkpoint: path/to/checkpoint}       # or {module: package.module:factory, weights: file}
+    out: out/model
+    data: heldout.txt                             # for the task metric and the recorded streams
+    stages:
+      export: {}
+      calibrate: {data: train.txt}
+      quantize: {precision: int8}
+      verify: {horizon: 4000}
+      bench: {}
+      bundle: {target: orin-nano-8gb}
+      report: {}
+"""

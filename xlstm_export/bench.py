@@ -129,7 +129,7 @@ def require_verified(folder: Path) -> None:
     read_manifest(folder)  # or it is no run folder at all
     try:
         report = json.loads((folder / "verify" / "report.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         report = {}
     if not report.get("passed"):
         state = "did not pass" if report else "has not run"

@@ -30,6 +30,7 @@ NOT_WRITABLE = (
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT),
 )
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
+MAPPINGS = ("options", "origin", "quantized_from")  # entries of a manifest that are looked into
 
 
 @contextlib.contextmanager
@@ -158,7 +159,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: `folder` is no run folder, or its manifest cannot be read.
     """
-    return _read_json(folder, MANIFEST)
+    data = _read_json(folder, MANIFEST)
+    files = data.get("files")
+    entries = files.values() if isinstance(files, dict) else ()
+    whole = all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+        for entry in entries
+    )
+    mappings = all(isinstance(data.get(key, {}), dict) for key in MAPPINGS)
+    if not isinstance(files, dict) or MODEL not in files or not whole or not mappings:
+        raise InputError(f"{Path(folder) / MANIFEST} is damaged", "export again")
+    return data
 
 
 def read_io(folder: Path) -> IoSpec:
@@ -184,7 +197,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", "export again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", "export again") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__

@@ -96,7 +96,7 @@ def _open_shards(index: Path) -> Weights:
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): str(file) for name, file in placed.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{index} is not an index of weight shards: {error!r}", "copy it again from the source"
         ) from error

@@ -42,7 +42,7 @@ def matches(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that names a model_type."""
     try:
         return "model_type" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 

@@ -6,14 +6,28 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import InputError
 from ..runfolder import write_text
 from .compare import comparison
-from .data import read_run
+from .data import RunData, read_run
+from .document import Document
 from .markdown import markdown
 from .page import page
 from .sections import document
 
 NAME = "report"
+
+
+def _made(run: RunData, other: RunData | None) -> tuple[Document, str, str]:
+    """The document, as HTML and Markdown; what files say that no stage writes is an error of theirs."""
+    try:
+        made = comparison(run, other) if other is not None else document(run)
+        return made, page(made), markdown(made)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        where = f"{run.folder}" if other is None else f"{run.folder} or {other.folder}"
+        raise InputError(
+            f"a file in {where} says what no stage writes: {error!r}", "run verify, bench and calibrate again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,12 @@ def write_report(
     """
     run = read_run(folder)
     other = read_run(compare) if compare is not None else None
-    made = comparison(run, other) if other is not None else document(run)
+    made, as_html, as_markdown = _made(run, other)
     name = "comparison" if other is not None else NAME
     data = {"a": run.to_json(), "b": other.to_json()} if other is not None else run.to_json()
     contents = {
-        html or folder / f"{name}.html": page(made),
-        md or folder / f"{name}.md": markdown(made),
+        html or folder / f"{name}.html": as_html,
+        md or folder / f"{name}.md": as_markdown,
         json_path or folder / f"{name}.json": json.dumps(data, indent=1) + "\n",
     }
     for path, content in contents.items():

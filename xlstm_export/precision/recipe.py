@@ -130,7 +130,7 @@ def read_recipe(path: Path) -> Recipe:
 
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise InputError(f"{path} is no recipe of schema {SCHEMA}", "see the docstring of recipe.py")

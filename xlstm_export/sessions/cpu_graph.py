@@ -127,7 +127,7 @@ def read_prepared(folder: Path, name: str) -> CpuGraph:
             tuple(entry["disabled"]),
             frozenset(entry["in_place"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder / INDEX}: graph {name} cannot be read: {error!r}", "make the bundle again"
         ) from error

@@ -24,7 +24,15 @@ def test_writes_everything_and_says_so(
     assert stages[-1] == "fp32: bench: memory"
     assert result.verification.passed
     names = [path.name for path in result.written]
-    assert names == ["model.onnx", "model.onnx.data", "io.json", "manifest.json", "report.json", "bench.json"]
+    assert names == [
+        "model.onnx",
+        "model.onnx.data",
+        "io.json",
+        "manifest.json",
+        "report.json",
+        "bench.json",
+        "report.html",
+    ]
     json.dumps(result.to_json())
     report.show_deploy(Console(width=80), result)
     shown = capsys.readouterr().out

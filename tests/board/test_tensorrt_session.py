@@ -13,6 +13,8 @@ from xlstm_export.board.cuda import Cuda
 from xlstm_export.board.tensorrt_session import TensorRtSession
 from xlstm_export.compare import compare_states, difference
 from xlstm_export.errors import BuildError, InputError
+from xlstm_export.fused import states_in_place
+from xlstm_export.graph_cut import load_graph
 from xlstm_export.inputs import cut
 from xlstm_export.runfolder import MODEL, read_io
 from xlstm_export.sessions import OrtSession, load_state, save_state
@@ -32,12 +34,15 @@ class Board:
         self.trt = fake_tensorrt.TensorRt(self.cudart)
         self.batch = batch
 
-    def session(self, batch: int | None = None, *, graphs: bool = True) -> TensorRtSession:
+    def session(
+        self, batch: int | None = None, *, graphs: bool = True, in_place: frozenset[str] = frozenset()
+    ) -> TensorRtSession:
         return TensorRtSession(
             self.engine,
             self.io,
             batch or self.batch,
             graphs=graphs,
+            in_place=in_place,
             tensorrt=self.trt,
             cuda=Cuda(self.cudart),
         )
@@ -48,11 +53,18 @@ def tokens(batch: int, length: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "plain"])
+@pytest.mark.parametrize("aliased", [False, True], ids=["ping-pong", "in place"])
 @pytest.mark.parametrize("pieces", [[7, 1, 1, 1, 40, 1, 16, 1], [1, 1, 1, 33]])
-def test_equal_to_onnxruntime(small_export: Path, tmp_path: Path, pieces: list[int], graphs: bool) -> None:
+def test_equal_to_onnxruntime(
+    small_export: Path, tmp_path: Path, pieces: list[int], graphs: bool, aliased: bool
+) -> None:
     """Prefill longer than the profile, single steps in both directions of the swap, in any order."""
     board = Board(small_export, tmp_path, batch=2)
-    ours, theirs = board.session(graphs=graphs), OrtSession(small_export, 2, 1, fused=False)
+    model = load_graph(small_export / MODEL)
+    names = states_in_place(model, {s.past: s.present for s in board.io.states}) if aliased else frozenset()
+    assert len(names) == (10 if aliased else 0)
+    ours = board.session(graphs=graphs, in_place=names)
+    theirs = OrtSession(small_export, 2, 1, fused=False)
     stream = tokens(2, sum(pieces))
     start = 0
     for piece in pieces:

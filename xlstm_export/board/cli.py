@@ -78,6 +78,9 @@ def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) ->
     made.set_defaults(command=run)
     made.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where it is installed")
     made.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; all cores by default")
+    made.add_argument(
+        "--in-place", action="store_true", help="TensorRT: states in one buffer (half the memory)"
+    )
     made.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     made.add_argument("--unchecked", action="store_true", help="do not compare files with the manifest")
     return made
@@ -211,12 +214,16 @@ def _session(options: Any) -> Session:
 
         library = kernels.find(options.bundle)
         return OrtSession(options.bundle, 1, options.threads, fused=library is not None, library=library)
+    from ..sessions.cpu_graph import name_of, read_prepared
     from .build import find_engine
     from .tensorrt_session import TensorRtSession
 
     io: IoSpec = read_io(options.bundle)
     engine, plugin = find_engine(options.bundle)
-    return TensorRtSession(engine, io, plugin=plugin)
+    alone: frozenset[str] = frozenset()
+    if options.in_place and plugin is not None and io.states:
+        alone = read_prepared(options.bundle, name_of(decode=True, fused=True)).in_place
+    return TensorRtSession(engine, io, plugin=plugin, in_place=alone)
 
 
 def _progress(options: Any) -> Callable[[str], None]:

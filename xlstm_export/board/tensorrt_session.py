@@ -1,8 +1,9 @@
 """A TensorRT engine as a session. Not run on hardware: tested with stand-ins for TensorRT and CUDA.
 
-Device buffers are allocated once. States lie in two sets that swap roles at each call; kernels are right
-with distinct buffers and in place, and distinct ones need no preview feature of the builder. A step is a
-CUDA graph for each direction of the swap, so nothing is allocated, shaped or enqueued one by one.
+Device buffers are allocated once. States lie in two sets that swap roles at each call, which needs no
+preview feature of the builder; those that only a recurrence plugin reads and writes may have one buffer
+instead, which it updates in place. A step is a CUDA graph for each direction of the swap, so nothing is
+allocated, shaped or enqueued one by one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class TensorRtSession(StatefulSession):
         batch: number of streams.
         plugin: library that holds the recurrence plugins; None where the engine uses function bodies.
         graphs: whether steps are captured as CUDA graphs.
+        in_place: past names of states that have one buffer, for input and output; see
+            `fused.states_in_place`. It halves their memory.
         tensorrt, cuda: stand-ins for tests.
     """
 
@@ -42,11 +45,12 @@ class TensorRtSession(StatefulSession):
         *,
         plugin: Path | None = None,
         graphs: bool = True,
+        in_place: frozenset[str] = frozenset(),
         tensorrt: Any = None,
         cuda: Cuda | None = None,
     ) -> None:
         trt = tensorrt if tensorrt is not None else import_tensorrt()
-        self.io, self.batch = io, batch
+        self.io, self.batch, self._in_place = io, batch, in_place
         self._cuda = cuda or Cuda()
         if plugin is not None:
             trt.get_plugin_registry().load_library(str(plugin))
@@ -99,7 +103,10 @@ class TensorRtSession(StatefulSession):
             buffers[spec.name] = [self._cuda.allocate(self._empty(spec, self._most).nbytes)]
         for state in self.io.states:
             size = self.batch * state.elements * numpy_type(state.dtype).itemsize
-            buffers[state.past] = [self._cuda.allocate(size) for _ in range(2)]
+            if state.past in self._in_place:
+                buffers[state.past] = [self._cuda.allocate(size)] * 2
+            else:
+                buffers[state.past] = [self._cuda.allocate(size) for _ in range(2)]
         return buffers
 
     def _shape(self, spec: TensorSpec, length: int) -> tuple[int, ...]:
@@ -148,9 +155,13 @@ class TensorRtSession(StatefulSession):
         now = self._now
         if self._graphs[now] is None:
             # The first call of a context may allocate, which a capture does not allow. Its results go into
-            # the other set of states, and the step that follows writes there again.
+            # the other set of states, and the step that follows writes there again; what is updated in place
+            # has moved on and is put back.
+            before = self.state() if self._in_place else {}
             self._enqueue(DECODE, 1)
             self._cuda.synchronize(self._stream)
+            for name in self._in_place:
+                self._store(name, before[name])
             with self._cuda.capturing(self._stream, lambda graph: self._keep(now, graph)):
                 self._enqueue(DECODE, 1)
         captured = self._graphs[now]

@@ -54,9 +54,18 @@ def verify(
 @checkpoint_argument
 @source_options
 @click.option("--seed", default=0, help="of the inputs")
+@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime")
+@click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT plugin library; else bodies run")
 @run_options
 def bisect(
-    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
+    run: Path,
+    checkpoint: str | None,
+    module: str | None,
+    weights: str | None,
+    backend: str,
+    plugin: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Name the first block, then the first value, where a run folder leaves what it should be.
 
@@ -65,6 +74,10 @@ def bisect(
     from . import report
     from .bisect.search import bisect as bisect_
 
+    if backend == "tensorrt":
+        from .bisect.on_tensorrt import tensorrt_runner
+
+        options["run"] = tensorrt_runner(plugin)
     loaded = load_for(run, checkpoint, module, weights)
     with spinner() as stage:
         found = bisect_(run, loaded, progress=stage, **options)

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from bisect_faults import MLSTM, SLSTM, Edit, nodes, swap_gates, tamper
 from onnx import numpy_helper
 from xlstm_export.calibration import observers, sets
 
@@ -22,25 +23,6 @@ from xlstm_export import checkpoint, quantize, runfolder, trace
 from xlstm_export.bisect.search import Bisection, Place, bisect
 from xlstm_export.errors import UsageError
 from xlstm_export.precision.recipe import preset, read_recipe
-
-Edit = Callable[[onnx.ModelProto], None]
-# The recurrences as their functions, the last of the three blocks being the second mLSTM.
-MLSTM, SLSTM = "XlstmMlstm", "XlstmSlstm"
-
-
-def tamper(source: Path, out: Path, edit: Edit) -> Path:
-    folder = shutil.copytree(source, out, ignore=shutil.ignore_patterns("verify", "bench", "fp16", "int8*"))
-    model = onnx.load(folder / runfolder.MODEL)
-    edit(model)
-    (folder / runfolder.MODEL_DATA).unlink()  # onnx would append to it
-    onnx.save_model(
-        model,
-        folder / runfolder.MODEL,
-        save_as_external_data=True,
-        location=runfolder.MODEL_DATA,
-        size_threshold=1024,
-    )
-    return folder
 
 
 def change(name: str, function: Callable[[np.ndarray], Any]) -> Edit:
@@ -60,15 +42,6 @@ def set_one(value: float) -> Callable[[np.ndarray], Any]:
         values[tuple(1 for _ in values.shape)] = value
 
     return function
-
-
-def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type == op_type]
-
-
-def swap_gates(model: onnx.ModelProto) -> None:
-    node = nodes(model, MLSTM)[1]
-    node.input[3], node.input[4] = node.input[4], node.input[3]
 
 
 def another_eps(model: onnx.ModelProto) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
-TYPES = {1: np.float32, 7: np.int64, 10: np.float16}
+TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
 
 
 class Memory:
@@ -176,10 +175,9 @@ class Engine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(description["model"], options)
-        graph = onnx.load(description["model"], load_external_data=False).graph
-        self.types = {x.name: TYPES[x.type.tensor_type.elem_type] for x in (*graph.input, *graph.output)}
-        self.inputs = [x.name for x in graph.input]
-        self.outputs = [x.name for x in graph.output]
+        given, made = self.session.get_inputs(), self.session.get_outputs()
+        self.types = {x.name: TYPES[x.type] for x in (*given, *made)}
+        self.inputs, self.outputs = [x.name for x in given], [x.name for x in made]
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[name][profile]

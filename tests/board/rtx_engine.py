@@ -35,7 +35,7 @@ def main(folder: Path, max_length: int) -> int:
     trt = SimpleNamespace(**{**names, "Builder": Builder})
     shapes = build.profile_shapes(read_io(folder), max_length, 2)
     plan = build.Plan(folder / MODEL, None, shapes, 0, 256 << 20)
-    log = build._logger(trt)
+    log = build.logger(trt)
     told: list[str] = []
     try:
         engine = build.serialize(trt, plan, log, cache=folder / "timing.cache", say=told.append)

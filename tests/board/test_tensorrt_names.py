@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from xlstm_export.plugins.locate import cache_folder
 
+from xlstm_export.bisect import on_tensorrt
 from xlstm_export.board import build, tensorrt_session
 
 VERSIONS = {
@@ -39,7 +40,7 @@ def used() -> tuple[set[str], set[str]]:
     """Names that must exist everywhere, and names that are looked up."""
     required: set[str] = set()
     optional: set[str] = set()
-    for module in (build, tensorrt_session):
+    for module in (build, tensorrt_session, on_tensorrt):
         assert module.__file__ is not None
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and _of_tensorrt(node.value):
@@ -81,7 +82,8 @@ def names(version: str) -> frozenset[str]:
             except OSError:
                 assert folder.is_dir()  # another process was faster
     (library,) = folder.rglob("tensorrt.so")
-    found = re.findall(rb"[A-Za-z_][A-Za-z0-9_]{2,}", library.read_bytes())
+    python = b"".join(path.read_bytes() for path in library.parent.glob("*.py"))  # the package's own part
+    found = re.findall(rb"[A-Za-z_][A-Za-z0-9_]{2,}", library.read_bytes() + python)
     return frozenset(name.decode() for name in set(found))
 
 

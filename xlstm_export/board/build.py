@@ -199,7 +199,7 @@ def build_engine(
     plan = plan_build(bundle, version, cuda.free_bytes(), **options)
     folder = bundle / ENGINES / f"sm{cuda.sm()}-trt{_dotted(version)}"
     cache = folder.with_name(f"{folder.name}.{TIMINGS}")
-    log = _logger(trt)
+    log = logger(trt)
     with staged(folder, force=True) as made:
         try:
             engine = serialize(trt, plan, log, cache=cache, say=say)
@@ -229,7 +229,7 @@ def serialize(
     Args:
         trt: the tensorrt module.
         plan: what to build.
-        log: a logger made by `_logger`.
+        log: of `logger`.
         cache: file of kernel timings, read where it is there and written again.
         say: told the phase and the time.
 
@@ -322,7 +322,7 @@ def _failure(log: Any) -> BuildError:
     return BuildError(f"TensorRT could not build the engine: {text}", "the log lies beside the engine")
 
 
-def _logger(trt: Any) -> Any:
+def logger(trt: Any) -> Any:
     """A logger that keeps everything for the build log and shows errors in exceptions."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]

@@ -19,10 +19,10 @@ from .cli_common import spinner
 @click.option("--dry-run", is_flag=True, help="say what would be done")
 @click.option("--set", "changes", multiple=True, help="another value: stages.quantize.precision=fp16")
 def run(pipeline: Path, changes: tuple[str, ...], **options: Any) -> None:
-    """Run PIPELINE, a YAML file: export, calibrate, quantize, verify, bench, bundle, report.
+    """Run PIPELINE, a YAML file: export, calibrate, sensitivity, quantize, verify, bench, bundle, report.
 
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
-    weights), out, data, threads, stages.
+    weights), out, data, threads, stages. Behind `sensitivity`, `quantize` goes by the recipe it finds.
     """
     from .flow.runner import run_pipeline
     from .flow.schema import read_pipeline
@@ -31,4 +31,4 @@ def run(pipeline: Path, changes: tuple[str, ...], **options: Any) -> None:
     with spinner() as stage:
         stages = run_pipeline(read, progress=stage, **options)
     for done in stages:
-        click.echo(f"{done.name:10} {done.state:10} {done.folder}")
+        click.echo(f"{done.name:11} {done.state:10} {done.folder}")

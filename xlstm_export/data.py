@@ -89,10 +89,9 @@ def load(
 
     Args:
         path: a text file (byte-level language models) or an .npz file with the inputs by name and `target`:
-        classes
-            (N, S) as integers, -1 where unknown, or real values (N, S, ...), NaN where unknown; without the
-            axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the levels of the
-            output's last axis.
+            classes (N, S) as integers, -1 where unknown, or real values (N, S, ...), NaN where unknown;
+            without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the
+            levels of the output's last axis.
         io: the model's inputs and outputs.
         vocab_size: of a language model.
         limit: at most this many positions per row are used.

@@ -6,13 +6,9 @@ checkpoint and options give the same bytes.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from . import cells, functions, graph_weights, runfolder
+from .capture import quiet, torch_to_ir
 from .config import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from .errors import BuildError, UsageError
 from .loaded import Dims, Loaded
@@ -114,7 +111,7 @@ def trace(
     output_names = list(cells.named_outputs(lifted.outputs, loaded.output))
     _check_reserved(output_names, lifted.states)
     dims = [loaded.input_dims(name) for name in loaded.inputs]
-    model = _torch_to_ir(wrapper, example, dims, past, list(loaded.inputs), output_names, states)
+    model = torch_to_ir(wrapper, example, dims, past, list(loaded.inputs), output_names, states)
     _rename(model, prefix="module.", dims=dims)
     if streamed:
         graph_weights.attach_weights(model, loaded, lifted)
@@ -226,48 +223,6 @@ def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:
         raise BuildError(f"output name(s) {', '.join(sorted(clash))} are reserved for states")
 
 
-def _torch_to_ir(
-    wrapper: nn.Module,
-    example: tuple[Tensor, ...],
-    dims: list[Dims],
-    past: tuple[Tensor, ...],
-    input_names: list[str],
-    output_names: list[str],
-    states: tuple[Any, ...],
-) -> ir.Model:
-    dynamic = torch.export.Dim.DYNAMIC
-    named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
-    shapes = (*named, *({0: dynamic} for _ in past))
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                wrapper,
-                (*example, *past),
-                dynamo=True,
-                optimize=False,
-                opset_version=functions.OPSET,
-                dynamic_shapes=(shapes,),
-                input_names=[*input_names, *(s.past for s in states)],
-                output_names=[*output_names, *(s.present for s in states)],
-                verbose=False,
-            )
-    except BuildError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, BuildError):
-            raise cause from None
-        told = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
-        raise BuildError(
-            f"tracing failed: {type(cause).__name__}: {told[:400]}",
-            "forward must not branch on tensor values; --debug shows where it stopped",
-        ) from error
-    assert program is not None
-    return program.model
-
-
 def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
     """Weights carry the names of the user's module; dimensions are called B and S."""
     graph = model.graph
@@ -314,7 +269,7 @@ def _make_contiguous(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> None:
     import onnxscript.optimizer
 
-    with _quiet():
+    with quiet():
         # Limits in elements: fold gate biases and norm weights (1 + w) of any model, never a matrix.
         onnxscript.optimizer.optimize_ir(model, input_size_limit=1 << 16, output_size_limit=1 << 16)
 
@@ -330,7 +285,7 @@ def _clean(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.TopologicalSortPass(),
     ):
-        with _quiet():
+        with quiet():
             graph_pass(model)
     name_nodes(model)
     model.graph.name = "xlstm"
@@ -372,20 +327,3 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
             "return one position per input position, or a fixed number of them",
         )
     return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's exporter: prints, warnings and logs that do not help a user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -76,12 +76,13 @@ def test_columns_in_the_model_s_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "cannot be read"),
         ("a,b\n", "no rows"),
-        ("a,b\n1,2\n3\n", "row 3: 1 cells"),
-        ("a,b\n1,2\n3,x\n", "row 3, column b: 'x' is no number"),
-        ("a,b\n1,2\n,3\n", "row 3, column a: '' is no number"),
-        ("a,b\n1,nan\n", "row 2, column b: 'nan'"),
+        ("a,b\n1,2\n3\n", "line 3: 1 cells"),
+        ("a,b\n1,2\n3,x\n", "line 3, column b: 'x' is no number"),
+        ("a,b\n1,2\n,3\n", "line 3, column a: '' is no number"),
+        ("a,b\n1,nan\n", "line 2, column b: 'nan'"),
+        ("a,b\n\n1,2\n\n3,x\n", "line 5, column b: 'x'"),
+        ("", "holds no rows"),
         ("a\n1\n", "1 columns"),
         ("a,b,c\n1,2,3\n", "3 columns"),
         ("\xff\xfe", "2 columns|no rows|cannot be read"),

@@ -126,6 +126,31 @@ def test_a_file_that_was_touched_is_made_again(pipeline: Path, whole: Path, tmp_
     assert states(pipeline, f"out={copy}", dry_run=True)["calibrate"] == "to do"
 
 
+@pytest.mark.slow
+def test_the_recipe_that_sensitivity_finds_is_the_one_that_is_used(pipeline: Path, tmp_path: Path) -> None:
+    data = pipeline.parent / "heldout.txt"
+    changes = (
+        f"out={tmp_path / 'run'}",
+        f"stages.sensitivity={{data: {data}, horizon: 64, max_drop: 0.5, jobs: 1}}",
+        "stages.quantize={}",
+    )
+    assert states(pipeline, *changes, last="quantize")["quantize"] == "done"
+    found = (tmp_path / "run/sensitivity/recipe.yaml").read_text()
+    assert (tmp_path / "run/int8/recipe.yaml").read_text() == found
+    assert set(states(pipeline, *changes, last="quantize", resume=True).values()) == {
+        "unchanged",
+        "not asked",
+    }
+    # Another search makes another recipe; the export it is of stays.
+    other = "stages.sensitivity.max_drop=0.4"
+    again = states(pipeline, *changes, other, last="quantize", dry_run=True)
+    assert [again[name] for name in ("calibrate", "sensitivity", "quantize")] == [
+        "unchanged",
+        "to do",
+        "to do",
+    ]
+
+
 def written(name: str) -> Callable[[Path], bool]:
     return lambda out: (out / ".pipeline" / f"{name}.json").is_file()
 

@@ -57,6 +57,8 @@ def test_changes(tmp_path: Path) -> None:
         ("data=nowhere", "data is 'nowhere'", "exists"),
         ("out=", "out is None", "text"),
         ("stages=3", "stages is 3", "stages"),
+        ("stages.quantize={}", "quantize has neither precision nor recipe", "precision"),
+        ("stages.sensitivity={}", "stages.sensitivity lacks data", "data"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, change: str, words: str, hint: str) -> None:
@@ -72,6 +74,14 @@ def test_what_is_wrong_is_said(tmp_path: Path, change: str, words: str, hint: st
 def test_damaged_files(tmp_path: Path, content: str) -> None:
     with pytest.raises(InputError, match=r"pipeline\.yaml"):
         read_pipeline(write(tmp_path, content))
+
+
+def test_quantize_goes_by_one_recipe(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("text")
+    both = [f"stages.sensitivity.data={tmp_path / 'd.txt'}", "stages.quantize={}"]
+    assert list(read_pipeline(write(tmp_path, GOOD), both).stages)[1:3] == ["sensitivity", "quantize"]
+    with pytest.raises(InputError, match="precision and the stage sensitivity"):
+        read_pipeline(write(tmp_path, GOOD), [*both, "stages.quantize.precision=int8"])
 
 
 def test_export_is_needed(tmp_path: Path) -> None:

@@ -64,9 +64,8 @@ def dequantized(data: oracle.Arrays, dtype: Any) -> list[np.ndarray]:
     """The operands of `oracle.slstm` in one type of float."""
     values = {name: data[name].astype(dtype) for name in ("x", "R", "bias", *oracle.SLSTM_STATE)}
     if "R_scale" in data:
-        values["R"] = (data["R"].astype(np.float64) * data["R_scale"].astype(np.float64)[:, None]).astype(
-            dtype
-        )
+        exact = data["R"].astype(np.float64) * data["R_scale"].astype(np.float64)[:, None]
+        values["R"] = exact.astype(dtype)
     return list(values.values())
 
 

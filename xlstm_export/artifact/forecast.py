@@ -63,12 +63,14 @@ def read_series(path: Path, count: int, columns: Sequence[str] | None = None) ->
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}", "give a CSV file with a header") from error
-    if not rows:
+    if len(lines) < 2:
         raise InputError(f"{path} holds no rows below its header", "give at least one")
-    header = [name.strip() for name in header]
+    header = [name.strip() for name in lines[0][1]]
+    rows = [row for _, row in lines[1:]]
     labelled = _number(rows[0][0]) is None and header[0] not in (columns or ())
     chosen = list(columns) if columns else header[labelled:]
     unknown = [name for name in chosen if name not in header]
@@ -81,14 +83,14 @@ def read_series(path: Path, count: int, columns: Sequence[str] | None = None) ->
         )
     places = [header.index(name) for name in chosen]
     values = np.empty((len(rows), count))
-    for number, row in enumerate(rows):
+    for number, (line, row) in enumerate(lines[1:]):
         if len(row) != len(header):
-            raise InputError(f"{path}, row {number + 2}: {len(row)} cells, the header has {len(header)}")
+            raise InputError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
         for place, name in enumerate(chosen):
             value = _number(row[places[place]])
             if value is None:
                 raise InputError(
-                    f"{path}, row {number + 2}, column {name}: {row[places[place]]!r} is no number",
+                    f"{path}, line {line}, column {name}: {row[places[place]]!r} is no number",
                     "fill gaps before forecasting",
                 )
             values[number, place] = value

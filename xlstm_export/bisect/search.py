@@ -4,8 +4,7 @@
    quantized candidate, quantized by the candidate's own recipe and ranges. Both run the same operators, so
    equal means equal bits, and a single wrong weight, scale, operand or attribute shows.
 2. Where that finds nothing, the fault is in how the candidate is made. A half or quantized one is compared
-with
-   FP32, block by block, at limits of its precision; an FP32 one with the PyTorch module in float64.
+   with FP32, block by block, at limits of its precision; an FP32 one with the PyTorch module in float64.
 
 Blocks are replayed from the reference's input to them and the reference's state after some positions, so
 that a block is not blamed for what came into it. Inside the first block that differs all values are
@@ -40,7 +39,6 @@ LENGTH = 32  # positions that are replayed
 BATCH = 2
 EXACT = 1e-6  # the same operators on the same values
 # Of a block, or a value in it, from FP32 inputs: about four times the largest seen in two trained models.
-# trained models.
 NOISE = {"fp16": 3e-3, "bf16": 0.02, "int8": 0.2, "int8-wo": 0.04, "int4-wo": 0.3}
 RAW_STATES = ("_C", "_n", "_m", "_c")  # of lower precision they mean nothing each by itself
 

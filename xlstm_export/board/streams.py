@@ -21,8 +21,7 @@ def read_inputs(path: Path, io: IoSpec) -> Arrays:
 
     Args:
         path: .npz with each input by name, (S, ...) or (1, S, ...); or .csv with one row of numbers per
-        position
-            for a model with one input, a first line without numbers being its header.
+            position for a model with one input, a first line without numbers being its header.
         io: the model's inputs.
 
     Raises:

@@ -52,7 +52,7 @@ class LiftedLargeLayer(RecurrentCell):
                 "call the layer without it: the exported graph carries the state",
             )
         q, k, v, o, i, f = self._projections(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))  # (B, S, H, D) each
+        q, k, v = (t.reshape(*t.shape[:-1], self.heads, -1) for t in (q, k, v))  # (B, S, H, D) each
         past = (self.past("C"), self.past("n"), self.past("m"))
         h, (C, n, m) = ops.mlstm(q, k, v, i, f, past, scale=self.key_dim**-0.5, eps=self.eps)
         self.keep("C", C)
@@ -61,7 +61,7 @@ class LiftedLargeLayer(RecurrentCell):
         h = F.layer_norm(h, (self.value_dim,), eps=self.norm_eps)
         h = h if self.norm_weight is None else h * self.norm_weight
         h = h if self.norm_bias is None else h + self.norm_bias
-        return self.out_proj(torch.sigmoid(o) * h.flatten(-2)), None
+        return self.out_proj(torch.sigmoid(o) * h.reshape(*h.shape[:-2], self.heads * self.value_dim)), None
 
     def _projections(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, o and the capped gates i, f (B, S, ·); gate pre-activations stay apart from the rest."""

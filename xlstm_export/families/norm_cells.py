@@ -34,7 +34,7 @@ class HeadRmsNorm(RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, H, D) → (B, S, H·D)."""
-        return _affine(self, (x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)).flatten(-2))
+        return _affine(self, _merged(x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)))
 
 
 class PlainLayerNorm(nn.Module):
@@ -56,7 +56,12 @@ class HeadLayerNorm(PlainLayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, H, D) → (B, S, H·D)."""
-        return _affine(self, F.layer_norm(x, (x.shape[-1],), eps=self.eps).flatten(-2))
+        return _affine(self, _merged(F.layer_norm(x, (x.shape[-1],), eps=self.eps)))
+
+
+def _merged(x: Tensor) -> Tensor:
+    """(B, S, H, D) → (B, S, H·D)."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def _affine(norm: Any, x: Tensor) -> Tensor:

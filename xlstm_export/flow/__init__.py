@@ -1,5 +1,5 @@
-"""The whole flow as a file: `schema.py` reads and checks it, `steps.py` is the table of stages, "
-"`runner.py` runs it.
+"""The whole flow as a file: `schema.py` reads and checks it, `steps.py` is the table of stages, `runner.py`
+runs it.
 
     model: {checkpoint: path/to/checkpoint}       # or {module: package.module:factory, weights: file}
     out: out/model
@@ -7,7 +7,7 @@
     stages:
       export: {}
       calibrate: {data: train.txt}
-      quantize: {precision: int8}
+      quantize: {precision: int8}                 # or {}, behind `sensitivity: {data: train.txt}`
       verify: {horizon: 4000}
       bench: {}
       bundle: {target: orin-nano-8gb}

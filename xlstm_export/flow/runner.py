@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..runfolder import sha256, versions, write_json
+from ..sensitivity.report import FOLDER, RECIPE
 from .schema import Pipeline
 from .steps import FILES, STEPS, Context
 
@@ -25,8 +26,7 @@ RECORDS = ".pipeline"
 
 @dataclass(frozen=True)
 class Stage:
-    """What became of a stage: "done", "unchanged", or with `dry_run` "to do"; left out by --until: "
-    ""not asked"."""
+    """What became of a stage: "done", "unchanged", with `dry_run` "to do", behind --until "not asked"."""
 
     name: str
     state: str
@@ -107,6 +107,7 @@ class _Run:
             f"xlstm-export run {pipeline.path}",
             pipeline.threads,
             progress,
+            pipeline.out / FOLDER / RECIPE if "sensitivity" in pipeline.stages else None,
         )
 
     def inputs(self, name: str) -> str:
@@ -142,17 +143,10 @@ class _Run:
         """Run a stage and write its record."""
         self._progress(name)
         context = self._context
-        told = Context(
-            context.load,
-            context.out,
-            context.data,
-            context.command,
-            context.threads,
-            lambda stage: self._progress(f"{name}: {stage}"),
-        )
+        told = replace(context, progress=lambda stage: self._progress(f"{name}: {stage}"))
         self._record(name).unlink(missing_ok=True)
         folder = STEPS[name].run(told, dict(self._pipeline.stages[name]), self.folder)
-        wrote = context.out if name == "calibrate" else folder
+        wrote = context.out if name in ("calibrate", "sensitivity") else folder
         outputs = {str(path.relative_to(wrote)): sha256(path) for path in STEPS[name].writes(wrote)}
         write_json(
             self._record(name),
@@ -165,7 +159,7 @@ class _Run:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             self.folder = Path(record["run"])
             # Reports with times in them are results nobody builds on.
-            if name in ("export", "calibrate", "quantize"):
+            if name in ("export", "calibrate", "sensitivity", "quantize"):
                 self._before = hashlib.sha256(
                     json.dumps([self._before, record["inputs"], record["outputs"]], sort_keys=True).encode()
                 ).hexdigest()

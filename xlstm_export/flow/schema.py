@@ -75,6 +75,7 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     stages = {name: check.stage(name, given[name]) for name in STEPS if name in given}
     if "export" not in stages:
         check.fail("stages lacks export", "every flow begins with it; export: {}")
+    check.recipe(stages)
     held_out = Path(data["data"]) if data.get("data") is not None else None
     return Pipeline(path, model, Path(data["out"]), held_out, int(data.get("threads", 0)), stages)
 
@@ -128,11 +129,23 @@ class _Check:
         if not good:
             self.fail(f"{where} is {value!r}", f"expected {words}")
 
+    def recipe(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+        """What `quantize` goes by is given exactly once."""
+        quantize = stages.get("quantize")
+        given = [key for key in ("precision", "recipe") if quantize and key in quantize]
+        found = ["the stage sensitivity"] if "sensitivity" in stages else []
+        if quantize is not None and len(given + found) != 1:
+            what = " and ".join(given + found) or "neither precision nor recipe"
+            self.fail(f"stages.quantize has {what}", "quantize: {precision: int8}")
+
     def stage(self, name: str, value: Any) -> dict[str, Any]:
         options = self.mapping(f"stages.{name}", {} if value is None else value)
         self.keys(f"stages.{name}", options, tuple(STEPS[name].keys))
         for key, given in options.items():
             self.kind(f"stages.{name}.{key}", given, STEPS[name].keys[key])
+        for key in STEPS[name].needs:
+            if key not in options:
+                self.fail(f"stages.{name} lacks {key}", f"{name}: {{{key}: …}}")
         if name == "bundle" and options.get("target") is not None and options["target"] not in TARGETS:
             self.fail(f"stages.bundle.target is {options['target']!r}", f"there are {', '.join(TARGETS)}")
         return options

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError
+from ..sensitivity.report import EVIDENCE, FOLDER, RECIPE
 
 Progress = Callable[[str], None]
 
@@ -23,6 +24,7 @@ class Context:
         command: recorded in manifests: the pipeline file's, so that resuming changes no byte.
         threads: of ONNX Runtime and PyTorch.
         progress: called with the name of each step.
+        recipe: that `sensitivity` finds, where it is a stage.
     """
 
     load: Callable[[], Any]
@@ -31,6 +33,7 @@ class Context:
     command: str
     threads: int
     progress: Progress
+    recipe: Path | None = None
 
 
 Run = Callable[[Context, dict[str, Any], Path], Path]
@@ -43,13 +46,15 @@ class Step:
     Attributes:
         keys: option → what it must be, see `KINDS`. run: does it, given the context, the options and the
         run folder so far; gives the run folder from then on. reads_data: whether held-out data are among
-        its inputs. writes: what it leaves behind, from the run folder it was given or made.
+        its inputs. writes: what it leaves behind, from the run folder it was given or made. needs: keys
+        that must be given.
     """
 
     keys: Mapping[str, str]
     run: Run
     writes: Callable[[Path], list[Path]]
     reads_data: bool = False
+    needs: tuple[str, ...] = ()
 
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -91,9 +96,22 @@ def _calibrate(context: Context, options: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
+def _sensitivity(context: Context, options: dict[str, Any], folder: Path) -> Path:
+    from .. import stages
+
+    def count(done: int, total: int) -> None:
+        context.progress(f"candidate {done} of {total}")
+
+    data = Path(options.pop("data"))
+    stages.find_recipe(context.out, context.load(), data=data, progress=count, **options)
+    return folder
+
+
 def _quantize(context: Context, options: dict[str, Any], folder: Path) -> Path:
     from .. import stages
 
+    if context.recipe is not None and not {"recipe", "precision"} & options.keys():
+        options["recipe"] = context.recipe
     for name in ("recipe", "data"):
         if name in options:
             options[name] = Path(options[name])
@@ -177,6 +195,15 @@ STEPS: dict[str, Step] = {
         _calibrate,
         lambda folder: [folder / "scales.json", folder / "channels.safetensors"],
         reads_data=True,
+    ),
+    "sensitivity": Step(
+        {
+            **{"data": "file", "precision": "text", "base": "text", "max_drop": "number"},
+            **{"horizon": "int", "jobs": "int", "seed": "int"},
+        },
+        _sensitivity,
+        lambda folder: [folder / FOLDER / name for name in (RECIPE, EVIDENCE)],
+        needs=("data",),
     ),
     "quantize": Step(
         {

@@ -7,7 +7,7 @@ import math
 from ..drift_report import TEACHER
 from .data import RunData
 from .document import Document, Line, LinePlot, Section, Table, Value
-from .sections import CONTESTANTS, cell_name, drift_lines
+from .measured import CONTESTANTS, cell_name, drift_lines
 
 MOST = 40  # checks that are listed
 

@@ -93,6 +93,11 @@ def read_run(folder: Path) -> RunData:
     )
 
 
+def number(value: Any) -> float | None:
+    """A number of a JSON file; None for what is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
 def _json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 Value = str | float | int | bool | None
 
@@ -79,13 +81,14 @@ class BarPlot:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it, in this order: text, plots, tables, commands."""
+    """A heading and what is below it, in this order: text, plots, tables, commands in their `language`."""
 
     title: str
     text: tuple[str, ...] = ()
     plots: tuple[LinePlot | BarPlot, ...] = ()
     tables: tuple[Table, ...] = ()
     commands: tuple[str, ...] = ()
+    language: str = "sh"
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class Document:
     passed: bool | None
     details: tuple[str, ...] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def missing(folder: Path, title: str, command: str) -> Section:
+    """A section that is empty until `command` was run."""
+    line = f"xlstm-export {command} {shlex.quote(str(folder))}"
+    return Section(title, ("Nothing yet: run the command below.",), commands=(line,))
 
 
 def text_of(value: Value) -> str:

@@ -20,7 +20,7 @@ def markdown(document: Document) -> str:
         for table in section.tables:
             lines += [*_table(table), ""]
         if section.commands:
-            lines += ["```sh", *section.commands, "```", ""]
+            lines += [f"```{section.language}", *section.commands, "```", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -15,6 +15,7 @@ from ..precision.recipe import Choice, Recipe
 from ..runfolder import readable_os_errors, write_json
 from .search import Candidate, Limits, Unit
 
+FOLDER = "sensitivity"  # in the run folder
 RECIPE, EVIDENCE, TABLE, PICTURE = "recipe.yaml", "evidence.json", "evidence.csv", "evidence.svg"
 COLUMNS = (
     "name",

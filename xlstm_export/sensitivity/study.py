@@ -35,8 +35,8 @@ from ..inputs import per_position
 from ..precision.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
 from ..precision.sites import Site, find_sites
 from .measure import Setup, data_hash
+from .report import FOLDER, write_evidence
 from .report import Sensitivity as Sensitivity
-from .report import write_evidence
 from .rules import recipe_for
 from .runner import SAME, Bench, Workers
 from .search import Candidate, Limits, Plan, Unit, order, search
@@ -44,7 +44,6 @@ from .search import Candidate, Limits, Plan, Unit, order, search
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
 
-FOLDER = "sensitivity"
 MOST_SITES = 64  # with more, sites of one block and role are tried together by default
 MIN_HORIZON = 32
 Group = Literal["site", "block"]

@@ -42,7 +42,7 @@ def test_a_dry_run_needs_neither_tensorrt_nor_a_gpu(bundle: Path) -> None:
     assert plan["tokens"] == "1×1 … 1×1 … 1×1; 1×1 … 1×64 … 1×64"
     assert "--stronglyTyped" in plan["trtexec"]
     later = engine.dry_run(bundle, "11.4.1")
-    assert later.plan.model.name == MODEL
+    assert later.plan.model.name == STRIPPED
     assert "--stronglyTyped" not in later.command
 
 

@@ -144,13 +144,13 @@ def _copy(folder: Path, made: Path) -> None:
 
 
 def _write_stripped(folder: Path, made: Path) -> None:
-    """The graph without function bodies: before 10.7, TensorRT would prefer them to the plugins."""
+    """The graph as the plugins take it, with the weights of the other one."""
     import onnx_ir as ir
 
+    from .plugin_graph import for_plugins
+
     model = ir.load(folder / MODEL)
-    for identifier, function in list(model.functions.items()):
-        if function.domain == OP_DOMAIN:
-            del model.functions[identifier]
+    for_plugins(model)
     (made / STRIPPED).write_bytes(bytes(ir.to_proto(model).SerializeToString()))
 
 

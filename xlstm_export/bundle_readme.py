@@ -23,13 +23,16 @@ TensorRT comes with JetPack (6.1 or later); Python needs NumPy. Without TensorRT
 Exit codes: 0 pass, 1 a result is off, 2 usage, 3 the machine lacks something, 4 a file is damaged, 5 build
 failed. Every command first compares every file with `manifest.json` and names what has changed.
 
-| file | what it is | |---|---| | `model.onnx`, `model.onnx.data` | the graph and its weights; inputs,
-outputs and states are listed in `io.json` | | `model.stripped.onnx` | the graph without function bodies,
-for TensorRT before 10.7 | | `plugins/` | the recurrences as kernels: sources, and in `bin/` what is built
-of them | | `cpu/` | the graph as ONNX Runtime's CPU provider runs it | | `goldens/` | a stream of
-{positions} positions ({inputs}): what this export gave, and {reference} | | `deploy.py` | the commands; a
-zip of Python files (`python3 -m zipfile -l deploy.py`) | | `manifest.json` | origin, versions, licence,
-SHA-256 of every file |
+| file | what it is |
+|---|---|
+| `model.onnx`, `model.onnx.data` | the graph and its weights |
+| `io.json` | inputs, outputs and states |
+| `model.stripped.onnx` | the graph as TensorRT's plugins take it: no function bodies, integers as integers |
+| `plugins/` | the recurrences as kernels: sources, and in `bin/` what is built of them |
+| `cpu/` | the graph as ONNX Runtime's CPU provider runs it |
+| `goldens/` | a stream of {positions} positions ({inputs}): what this export gave, and {reference} |
+| `deploy.py` | the commands; a zip of Python files (`python3 -m zipfile -l deploy.py`) |
+| `manifest.json` | origin, versions, licence, SHA-256 of every file |
 
 What `verify` holds a result to (relative L2): {limits}. `same` is against what this export gave on the
 workstation, `reference` against {reference}.

@@ -77,7 +77,7 @@ def place(found: Bisection) -> Place:
             "linear_3",
             "proj_up.weight.T[1, 1] is 3, should",
         ),
-        (change("blocks.0.xlstm.conv1d.taps.2", set_one(3.0)), 0, "Mul", "mul_59", "taps.2[1] is 3"),
+        (change("blocks.0.xlstm.conv1d.taps.2", set_one(3.0)), 0, "Mul", "mul_3", "taps.2[1] is 3"),
         (change("slstm_cell.R", set_one(0.7)), 1, SLSTM, "getitem_8", "slstm_cell.R[1, 1, 1, 1] is 0.7"),
         (
             change("token_embedding.weight", lambda x: x.__imul__(1.01)),
@@ -92,10 +92,10 @@ def place(found: Bisection) -> Place:
             2,
             MLSTM,
             "getitem_19",
-            "reads view_14, view_15, view_16, split_4_split_1, split_4_split_0",
+            "split_4_split_1, split_4_split_0",
         ),
         (another_eps, 0, MLSTM, "getitem_4", "attribute eps is 0.5"),
-        (lost_state, 1, SLSTM, "getitem_8", "should read view_8, past_1_y, past_1_c"),
+        (lost_state, 1, SLSTM, "getitem_8", "past_1_y, past_1_y, past_1_n"),
         (negated_input, 2, MLSTM, "getitem_19", "negated"),
     ],
     ids=["weight", "tap", "R", "embedding", "head", "swapped gates", "attribute", "state", "extra node"],
@@ -237,7 +237,11 @@ def test_a_wrong_range(calibrated: Path, small_loaded: checkpoint.Loaded, tmp_pa
     from xlstm_export.calibration.scales import Scales
 
     scales = Scales.read(calibrated)
-    name = "mul_437"
+    weight = "xlstm_block_stack.blocks.1.ffn.proj_down.weight.T"
+    graph = ir.load(calibrated / "model.onnx").graph
+    (name,) = [
+        n.inputs[0].name for n in graph if n.op_type == "MatMul" and n.inputs[1] is graph.initializers[weight]
+    ]
     wrong = replace(scales.tensors[name], amax=scales.tensors[name].amax / 50)
     broken = replace(scales, tensors={**scales.tensors, name: wrong})
     recipe = preset("int8")

@@ -30,8 +30,6 @@ ENGINES = "engines"
 STRIPPED = "model.stripped.onnx"
 SCHEMA = 1
 OLDEST = (10, 3)
-# Before, a function body in the file wins over a plugin of the same name.
-PLUGIN_WINS = (10, 7)
 MIB = 1 << 20
 OPTIMAL = 128  # positions that prefill is tuned for, where its maximum allows
 KIND = "tensorrt"
@@ -42,7 +40,7 @@ class Plan:
     """What is to be built.
 
     Attributes:
-        model: ONNX file, plain or stripped of function bodies.
+        model: ONNX file: for plugins, or with function bodies.
         plugin: the plugin library; None to build from function bodies.
         shapes: input name → (min, opt, max) of the decode and of the prefill profile.
         recurrences: how many layers must come from the plugin.
@@ -120,7 +118,9 @@ def plan_build(
     manifest = integrity.read(bundle)
     if not function_bodies and plugin is None:
         plugin = find_plugin(bundle)
-    model = bundle / (STRIPPED if version[:2] < PLUGIN_WINS and not function_bodies else MODEL)
+    # Before 10.7 a function body in the file wins over a plugin of the same name; and plugins read integers
+    # that bodies have to be given as floats.
+    model = bundle / (MODEL if function_bodies else STRIPPED)
     return Plan(
         model,
         None if function_bodies else plugin,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -19,13 +20,18 @@ from .passes.name_boundaries import PREFIX
 HIDDEN = re.compile(rf"{PREFIX}(\d+)$")
 
 
-def load_graph(path: Path) -> ir.Model:
+def load_graph(path: Path, *, checked: bool = True) -> ir.Model:
     """The graph at `path`; weights stay in their file.
 
+    Args:
+        checked: every operator has its inputs and attributes, and the weights are there.
+
     Raises:
-        InputError: the file is missing or no ONNX.
+        InputError: the file is missing, or no valid ONNX.
     """
     try:
+        if checked:
+            onnx.checker.check_model(str(path))
         return ir.load(path)
     except Exception as error:  # a damaged file fails wherever its garbage leads the parser
         raise InputError(f"{path} cannot be read as ONNX: {error}", "export again") from error

@@ -6,6 +6,7 @@ Reads a JSON list of cases on standard input and writes a JSON line before and a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -19,6 +20,20 @@ import numpy as np
 LIMIT = 60  # seconds of one case
 
 
+def listing(folder: Path) -> dict[str, str]:
+    """Everything in a folder, by name: kind, and hash or target."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            what = f"link to {path.readlink()}"
+        elif path.is_file():
+            what = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            what = "folder"
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from mutate import ALL
 
@@ -27,6 +42,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     work = Path(case["work"])
     shutil.copytree(case["corpus"], work)
     ALL[case["mutation"]](work / case["file"], np.random.default_rng(case["seed"]))
+    before = listing(work)
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["xlstm-export", *(word.replace("{}", str(work)) for word in case["command"])]
     signal.alarm(LIMIT)
@@ -38,7 +54,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         code = end.code or 0
     finally:
         signal.alarm(0)
-    return {"code": code, "output": (out.getvalue() + err.getvalue())[-3000:]}
+    after = listing(work)
+    touched = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    return {"code": code, "output": (out.getvalue() + err.getvalue())[-3000:], "touched": touched}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Damaged files never end in a traceback, a hang, a crash, or a result that looks whole.
+"""Damaged files never end in a traceback, a hang, a crash, or anything left behind, whole or half.
 
 `XLSTM_EXPORT_FUZZ=2000` runs as many cases instead.
 """
@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import large_models
 import models
 import mutate
 import numpy as np
 import pytest
+import tirex_models
 import yaml
 
 from xlstm_export import bundle, checkpoint, quantize, runfolder, stages, trace
@@ -35,6 +37,11 @@ TARGETS: dict[str, tuple[list[list[str]], bool, bool]] = {
         False,
     ),
     "checkpoint/model.safetensors": ([["export", "{}/checkpoint", "-o", "{}/new"]], False, False),
+    "large/config.yaml": ([["export", "{}/large", "-o", "{}/new"]], True, False),
+    "large/model_0.safetensors": ([["export", "{}/large", "-o", "{}/new"]], False, False),
+    "hf/config.json": ([["export", "{}/hf", "-o", "{}/new"]], True, False),
+    "hf/model.safetensors.index.json": ([["export", "{}/hf", "-o", "{}/new"]], True, False),
+    "tirex/model.ckpt": ([["export", "{}/tirex", "-o", "{}/new"]], False, False),
     "run/model.onnx": (
         [["inspect", "{}/run/model.onnx"], ["quantize", "{}/run", "--precision", "fp16", "--out", "{}/new"]],
         False,
@@ -96,6 +103,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "corpus"
     folder.mkdir()
     source = models.make(folder / "checkpoint", num_blocks=1, slstm_at=[0], embedding_dim=16, heads=2)
+    large_models.make_large(folder / "large", shards=2, num_blocks=1)
+    large_models.make_hf(folder / "hf", shards=2, num_hidden_layers=1, num_blocks=1)
+    tirex_models.make(folder / "tirex")
     loaded = checkpoint.load_checkpoint(source)
     run = trace.export(loaded, folder / "run")
     rng = np.random.default_rng(0)
@@ -205,6 +215,8 @@ def judged(case: dict[str, Any], result: dict[str, Any]) -> str:
         return f"exit code {result['code']}: {told}\n{output}"
     if result["code"] != 0 and "error:" not in output.lower():
         return f"no message: {told}\n{output}"
+    if result["code"] != 0 and result["touched"]:
+        return f"left behind {result['touched']}: {told}\n{output}"
     if result["code"] == 0 and TARGETS[case["file"]][2] and case["mutation"] not in ("repeat",):
         return f"passed: {told}\n{output}"
     return ""

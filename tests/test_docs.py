@@ -96,21 +96,60 @@ def test_links_lead_somewhere() -> None:
                 assert (ROOT / document.parent / target).exists(), f"{document}: {target}"
 
 
+def run_commands(script: str, folder: Path) -> None:
+    """Run shell commands as a reader would, with the commands of this environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(folder)},
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A folder with what the README's reader has: a trained checkpoint, texts, a module of their own."""
+    source = ROOT / "examples/austen_lm"
+    shutil.copytree(source, tmp_path / "path/to/checkpoint", ignore=shutil.ignore_patterns("*.txt", "*.py"))
+    (tmp_path / "heldout.txt").write_bytes((source / "heldout.txt").read_bytes()[:4000])
+    shutil.copyfile(ROOT / "calibration/sets/austen_lm.txt", tmp_path / "train.txt")
+    forecaster = ROOT / "examples/weather_forecaster"
+    (tmp_path / "mypackage").mkdir()
+    shutil.copyfile(forecaster / "model.py", tmp_path / "mypackage/model.py")
+    shutil.copyfile(forecaster / "model.safetensors", tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_readme_runs(reader: Path) -> None:
+    """Its commands for an own model, one after the other; then what is done on a board, and the Python."""
+    _, own, board, _ = blocks(Path("README.md"), "sh")
+    deploys = [" ".join(words) for words in commands(own) if words[0] == "xlstm-export"]
+    # What the next command does too, and ends with a bundle, is not done twice: it takes minutes.
+    quick = [line for line in deploys if "--precision" not in line or "--target" in line]
+    assert len(deploys) - len(quick) == 1
+    run_commands("\n".join(f"rm -rf out\n{line}" for line in quick), reader)
+    bundle = reader / "bundle"
+    bundle.mkdir()
+    run_commands("tar xzf ../out/int8/bundle.tar.gz", bundle)
+    verify = board.splitlines()[-1].split("#")[0]
+    assert verify.startswith("python3 deploy.py verify")
+    run_commands(f"{verify} --backend onnxruntime", bundle)  # `build` needs a GPU
+    (code,) = blocks(Path("README.md"), "python")
+    (reader / "stream.py").write_text(code.replace("out/austen_lm", "out"))
+    run_commands("python stream.py", reader)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("document", ["docs/tutorial-language-model.md", "docs/tutorial-forecaster.md"])
 def test_tutorials_run(document: str, tmp_path: Path) -> None:
     """Every command of a tutorial, in the order they stand there, in a folder with the examples."""
     for name in ("examples", "calibration"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = "\n".join(blocks(Path(document), "sh"))
     assert script
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PATH": path},
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    run_commands(script, tmp_path)

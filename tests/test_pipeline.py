@@ -10,6 +10,7 @@ from refusals import refused
 from rich.console import Console
 
 from xlstm_export import checks, pipeline, report
+from xlstm_export.bisect import search
 from xlstm_export.checkpoint import Loaded
 from xlstm_export.errors import EnvironmentError_, UsageError
 from xlstm_export.precision.recipe import preset
@@ -44,8 +45,11 @@ def test_what_is_not_equal_is_not_timed(
     small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(checks.LIMITS, "output", 1e-12)
+    nowhere = search.Bisection(None, "the checkpoint exported again", ())
+    monkeypatch.setattr(search, "bisect", lambda *args, **options: nowhere)
     result = pipeline.deploy(small_loaded, tmp_path / "out", threads=1)
     assert not result.verification.passed
+    assert result.verification.bisect == nowhere.to_json()
     assert result.benchmark is None
     assert not (tmp_path / "out" / "bench").exists()
     report.show_deploy(Console(width=80), result)

@@ -78,14 +78,14 @@ def forecast(
     """Forecast what follows the rows of a CSV file with the model in RUN."""
     from .artifact import forecast as forecasts
     from .artifact.open import open_session
-    from .runfolder import read_io
+    from .runfolder import read_io, read_manifest
 
     io = read_io(run)
-    series = forecasts.read_series(
-        source, forecasts.columns_read(io), columns.split(",") if columns else None
-    )
+    form = forecasts.layout(io, read_manifest(run).get("context_length"))
+    names = columns.split(",") if columns else None
+    series = forecasts.read_series(source, form.columns, names, gaps=form.patch > 0)
     session = open_session(run, backend, lambda: load_for(run, None, None, None), threads)
-    made = forecasts.forecast(session, io, series)
+    made = forecasts.forecast(session, io, series, form)
     forecasts.write_csv(made, out, every=every)
     click.echo(f"wrote {out}", err=True)
     if picture is not None:

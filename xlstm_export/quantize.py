@@ -231,6 +231,7 @@ def _entries(
     return {
         "command": command,
         **{key: manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
+        "context_length": manifest.get("context_length"),
         "options": {
             **manifest.get("options", {}),
             "precision": recipe.precision,

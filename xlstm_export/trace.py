@@ -89,6 +89,7 @@ def export(
                 "model": loaded.name,
                 "origin": loaded.origin,
                 "checkpoint_sha256": loaded.sha256,
+                "context_length": loaded.context_length,
                 "options": {"stateless": stateless, "last_logits": last_logits, "dtype": dtype},
             },
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tirex_models
 import torch
 from click.testing import CliRunner
 
 from xlstm_export import trace
 from xlstm_export.artifact import forecast as forecasts
-from xlstm_export.checkpoint import load
+from xlstm_export.checkpoint import load, load_checkpoint
 from xlstm_export.cli import cli
 from xlstm_export.config import IoSpec, TensorSpec
 from xlstm_export.errors import InputError, UsageError
@@ -104,7 +105,36 @@ def test_unknown_columns(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused(small_export: Path, tmp_path: Path) -> None:
-    tokens = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (), ())
+    output = TensorSpec("y", "float32", ("B", "S"))
+    tokens = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (output,), ())
     with pytest.raises(UsageError, match="the model reads tokens int64"):
-        forecasts.columns_read(tokens)
-    assert forecasts.columns_read(IoSpec((TensorSpec("x", "float32", ("B", "S")),), (), ())) == 1
+        forecasts.layout(tokens)
+    plain = IoSpec((TensorSpec("x", "float32", ("B", "S")),), (output,), ())
+    assert forecasts.layout(plain) == forecasts.Layout(1)
+
+
+@pytest.mark.parametrize("rows_given", [20, tirex_models.CONTEXT + 5], ids=["short", "long"])
+def test_a_model_of_patches(rows_given: int, tmp_path: Path) -> None:
+    """TiRex: one column, with gaps, of any length; quantiles are those of upstream's own `forecast`."""
+    loaded = load_checkpoint(tirex_models.make(tmp_path / "model"))
+    run = trace.export(loaded, tmp_path / "run")
+    rng = np.random.default_rng(3)
+    values = 20 + rng.standard_normal(rows_given).cumsum()
+    values[[4, 5, 11]] = np.nan
+    lines = [f"t{n},{'' if np.isnan(v) else repr(float(v))}" for n, v in enumerate(values)]
+    (tmp_path / "series.csv").write_text("\n".join(["time,load", *lines]) + "\n")
+    command = ["forecast", str(run), "--input", str(tmp_path / "series.csv"), "--threads", "1"]
+    done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "f.csv")])
+    assert done.exit_code == 0, done.output
+    found = rows(tmp_path / "f.csv")
+    quantiles = len(tirex_models.QUANTILES)
+    assert found[0] == ["ahead", *(f"forecast_{i}" for i in range(quantiles))]
+    with torch.no_grad():
+        expected, _ = tirex_models.build()._forecast_quantiles(
+            torch.from_numpy(values.astype(np.float32))[None]
+        )
+    ours = np.array([[float(cell) for cell in row[1:]] for row in found[1:]])
+    # Upstream rounds to bfloat16 on its way.
+    np.testing.assert_allclose(ours, expected[0].float().numpy(), rtol=0, atol=0.02 * np.nanstd(values))
+    done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "f.csv"), "--every"])
+    assert done.exit_code == 2

@@ -21,6 +21,7 @@ from xlstm_export.cli import cli
 from xlstm_export.errors import UsageError
 from xlstm_export.flow.runner import run_pipeline
 from xlstm_export.flow.schema import read_pipeline
+from xlstm_export.precision.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # Times are in the others.
@@ -135,8 +136,8 @@ def test_the_recipe_that_sensitivity_finds_is_the_one_that_is_used(pipeline: Pat
         "stages.quantize={}",
     )
     assert states(pipeline, *changes, last="quantize")["quantize"] == "done"
-    found = (tmp_path / "run/sensitivity/recipe.yaml").read_text()
-    assert (tmp_path / "run/int8/recipe.yaml").read_text() == found
+    found, used = (read_recipe(tmp_path / f"run/{name}/recipe.yaml") for name in ("sensitivity", "int8"))
+    assert found == used
     assert set(states(pipeline, *changes, last="quantize", resume=True).values()) == {
         "unchanged",
         "not asked",

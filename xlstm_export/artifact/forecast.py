@@ -50,13 +50,16 @@ class Forecast:
     every: np.ndarray | None
 
 
-def read_series(path: Path, count: int, columns: Sequence[str] | None = None) -> Series:
+def read_series(
+    path: Path, count: int, columns: Sequence[str] | None = None, *, gaps: bool = False
+) -> Series:
     """Read a CSV file with a header.
 
     Args:
         path: the file; a first column that holds no numbers labels the rows.
         count: how many columns the model reads.
         columns: their names in the model's order; by default all but the label, which must be `count`.
+        gaps: an empty cell is a missing value, NaN.
 
     Raises:
         InputError: the file cannot be read, a column is missing, a cell is no number (with row and column).
@@ -87,7 +90,8 @@ def read_series(path: Path, count: int, columns: Sequence[str] | None = None) ->
         if len(row) != len(header):
             raise InputError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
         for place, name in enumerate(chosen):
-            value = _number(row[places[place]])
+            cell = row[places[place]].strip()
+            value = math.nan if gaps and not cell else _number(cell)
             if value is None:
                 raise InputError(
                     f"{path}, line {line}, column {name}: {row[places[place]]!r} is no number",
@@ -105,39 +109,75 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def columns_read(io: IoSpec) -> int:
-    """How many columns a forecaster reads.
+@dataclass(frozen=True)
+class Layout:
+    """How a forecaster reads a series.
+
+    Attributes:
+        columns: it reads at once.
+        patch: rows that are one position of the model, 0 where a row is one. Such a model (TiRex) reads one
+            column, takes gaps, and gives quantiles of the patch that follows.
+        context: rows of a call of such a model, 0 where it takes any number.
+    """
+
+    columns: int
+    patch: int = 0
+    context: int = 0
+
+
+def layout(io: IoSpec, context_length: int | None = None) -> Layout:
+    """What a run folder's model reads.
+
+    Args:
+        io: of the run folder.
+        context_length: positions it was trained with.
 
     Raises:
-        UsageError: the model is none: several inputs, or no real numbers.
+        UsageError: the model is no forecaster: several inputs, or no real numbers.
     """
-    spec = io.inputs[0]
+    spec, shape = io.inputs[0], io.outputs[0].shape
     real = len(io.inputs) == 1 and spec.dtype.startswith("float") and per_position(spec)
     size = spec.shape[2] if len(spec.shape) == 3 else 1
     if not real or len(spec.shape) > 3 or not isinstance(size, int):
         found = ", ".join(f"{x.name} {x.dtype} {list(x.shape)}" for x in io.inputs)
         raise UsageError(
-            f"the model reads {found}", "`forecast` needs one input of real numbers (B, S, F) or (B, S)"
+            f"the model reads {found}",
+            "`forecast` needs one input of real numbers (B, S, F) or (B, S); of TiRex the stateless form",
         )
-    return size
+    if len(shape) == 4 and shape[1] == "S" and shape[3] == size and not io.states:
+        return Layout(1, size, size * (context_length or 0))
+    return Layout(size)
 
 
-def forecast(session: Session, io: IoSpec, series: Series) -> Forecast:
+def forecast(session: Session, io: IoSpec, series: Series, form: Layout) -> Forecast:
     """Read all rows, and say what comes next.
 
     Args:
         session: of one stream; its state moves on.
         io: of the run folder.
         series: of `read_series`.
+        form: of `layout`.
     """
     spec, output = io.inputs[0], io.outputs[0]
-    x = series.values.astype(spec.dtype)[None]  # (1, S, F)
+    values = series.values.astype(spec.dtype)
+    if form.patch:
+        last = session.prefill({spec.name: _patches(values[:, 0], form)})[output.name][0, -1]  # (Q, P)
+        return Forecast(series, last.T, None)
+    x = values[None]  # (1, S, F)
     found = session.prefill({spec.name: x if len(spec.shape) == 3 else x[..., 0]})[output.name][0]
     if not per_position(output):
         last = found[-1] if output.shape[1:2] == (1,) else found
         return Forecast(series, _two_axes(last), None)
     every = np.stack([_two_axes(row) for row in found])
     return Forecast(series, every[-1], every)
+
+
+def _patches(values: np.ndarray, form: Layout) -> np.ndarray:
+    """(1, S, P): the end of a series, missing values in front up to the context, as TiRex is trained."""
+    rows = form.context or -(-len(values) // form.patch) * form.patch
+    values = values[-rows:]
+    padded = np.concatenate([np.full(rows - len(values), np.nan, values.dtype), values])
+    return padded.reshape(1, -1, form.patch)
 
 
 def _two_axes(values: np.ndarray) -> np.ndarray:

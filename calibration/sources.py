@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from xlstm_export.config import IoSpec, TensorSpec
 from xlstm_export.errors import EnvironmentError_, ExportError, InputError, UsageError
 from xlstm_export.inputs import Arrays, per_position
+from xlstm_export.user_code import load_function
 
 PICTURE = (
     "give an .npz file with the model's inputs (N, S, ...), a folder of such files, an .npy file, a text "
@@ -283,22 +282,7 @@ def _tokenizer(path: Path) -> Any:
 
 def _items(spec: str) -> Iterable[Any]:
     """What the generator yields; an error of the user's own code is told as theirs."""
-    module_name, _, attribute = spec.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        generator = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise UsageError(
-            f"{spec}: {error}", "run from the folder that holds the package, or install it"
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"{spec}: {error}", "name a function of that module") from error
-    except Exception as error:
-        raise InputError(
-            f"{spec}: importing {module_name} raised {type(error).__name__}: {error}",
-            "import it by itself to see where",
-        ) from error
+    generator = load_function(spec, spec)
     try:
         yield from generator()
     except ExportError:

@@ -16,6 +16,11 @@ MLSTM, SLSTM = "XlstmMlstm", "XlstmSlstm"
 
 def tamper(source: Path, out: Path, edit: Edit) -> Path:
     folder = shutil.copytree(source, out, ignore=shutil.ignore_patterns("verify", "bench", "fp16", "int8*"))
+    return tamper_with(folder, edit)
+
+
+def tamper_with(folder: Path, edit: Edit) -> Path:
+    """Edit the graph or the weights of a run folder in place."""
     model = onnx.load(folder / runfolder.MODEL)
     edit(model)
     (folder / runfolder.MODEL_DATA).unlink()  # onnx would append to it

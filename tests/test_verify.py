@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from bisect_faults import Edit, tamper_with
 from onnx import numpy_helper
 
 from xlstm_export import checkpoint, runfolder, trace
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.sessions import OrtSession, StatefulSession
 from xlstm_export.verify import LIMITS, Check, Report, verify
-
-Edit = Callable[[onnx.ModelProto], None]
 
 
 @pytest.fixture
@@ -35,21 +35,7 @@ def folder(small_export: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def tampered(folder: Path) -> Callable[[Edit], Path]:
     """Edit the graph or the weights of the copy."""
-
-    def tamper(edit: Edit) -> Path:
-        model = onnx.load(folder / runfolder.MODEL)
-        edit(model)
-        (folder / runfolder.MODEL_DATA).unlink()  # onnx would append to it
-        onnx.save_model(
-            model,
-            folder / runfolder.MODEL,
-            save_as_external_data=True,
-            location=runfolder.MODEL_DATA,
-            size_threshold=1024,
-        )
-        return folder
-
-    return tamper
+    return partial(tamper_with, folder)
 
 
 def failed(report: Report) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, InputError, UsageError
 from ..loaded import Dims, Loaded, context_length
+from ..user_code import load_function
 from ..weights import check_finite, read_weights
 
 RETURN = (
@@ -65,23 +64,7 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str,
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except ExportError:
-        raise
-    except ImportError as error:
-        raise UsageError(
-            f"--module {spec}: {error}", "run from the folder that holds the package, or install it"
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"--module {spec}: {error}", "name a function of that module") from error
-    except Exception as error:
-        raise InputError(
-            f"--module {spec}: importing {module_name} raised {type(error).__name__}: {error}",
-            "import it by itself to see where; --debug shows the traceback",
-        ) from error
+    factory = load_function(spec, f"--module {spec}")
     try:
         result = factory()
     except ExportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,22 @@ def test_the_weights_are_not_copied(small_export: Path, small_loaded: checkpoint
     external = [v.const_value for v in model.graph.initializers.values() if v.const_value.size > 1024]
     assert external
     assert all(isinstance(tensor, ir.ExternalTensor) for tensor in external)
+
+
+def test_weights_with_a_second_name(small_export: Path, tmp_path: Path) -> None:
+    """ONNX's own check refuses them, the first blocks of a large model are verified on such a file."""
+    for name in (runfolder.MODEL, runfolder.MODEL_DATA):
+        shutil.copy(small_export / name, tmp_path)
+    (tmp_path / "second").hardlink_to(tmp_path / runfolder.MODEL_DATA)
+    graph_cut.load_graph(tmp_path / runfolder.MODEL)
+
+
+def test_weights_that_end_too_early(small_export: Path, tmp_path: Path) -> None:
+    shutil.copy(small_export / runfolder.MODEL, tmp_path)
+    weights = (small_export / runfolder.MODEL_DATA).read_bytes()
+    (tmp_path / runfolder.MODEL_DATA).write_bytes(weights[:-1])
+    with refused(InputError, "cannot be read as ONNX", "ends at byte"):
+        graph_cut.load_graph(tmp_path / runfolder.MODEL)
+    (tmp_path / runfolder.MODEL_DATA).unlink()
+    with refused(InputError, "cannot be read as ONNX", runfolder.MODEL_DATA):
+        graph_cut.load_graph(tmp_path / runfolder.MODEL)

@@ -154,7 +154,7 @@ def test_a_model_that_does_not_fit_the_memory(
 
 def test_options_that_exclude_each_other(large: tuple[checkpoint.Loaded, Path], tmp_path: Path) -> None:
     loaded, out = large
-    with refused(UsageError, "--per-block goes neither"):
+    with refused(UsageError, "--per-block goes with none"):
         verify_blocks.verify_any(out, loaded, per_block=True, num_blocks=1)
-    with refused(UsageError, "--per-block goes neither"):
+    with refused(UsageError, "--per-block goes with none"):
         verify_blocks.verify_any(out, loaded, per_block=True, data=tmp_path)

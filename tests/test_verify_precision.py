@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from xlstm_export import bench, checks, quantize, runfolder, stages, trace
+from xlstm_export import bench, checks, quantize, runfolder, stages, trace, verify_parts
 from xlstm_export.checkpoint import Loaded
 from xlstm_export.errors import UsageError
 from xlstm_export.precision.recipe import preset
@@ -38,6 +38,22 @@ def text(tmp_path: Path) -> Path:
 
 def failed(report: checks.Report) -> set[str]:
     return {check.name for check in report.checks if not check.passed}
+
+
+def test_sequences_of_the_calibration_set_where_there_is_no_data(
+    half: Path, small_loaded: Loaded, text: Path
+) -> None:
+    """No metric comes of them: they are what the ranges were made from."""
+    report = stages.verify(half, small_loaded, calib=str(text), **SHORT)
+    assert (report.inputs, report.metric) == (verify_parts.CALIBRATION, {})
+    tokens = np.frombuffer(text.read_bytes(), np.uint8)[None].astype(np.int64)
+    again = verify_any(half, small_loaded, calibration={"tokens": tokens}, **SHORT)
+    assert again.checks == report.checks
+    with_data = stages.verify(half, small_loaded, calib=str(text), data=text, **SHORT)
+    assert with_data.inputs == verify_parts.HELD_OUT
+    made_up = verify_any(half, small_loaded, **SHORT)
+    assert made_up.inputs == verify_parts.MADE_UP
+    assert made_up.checks != report.checks
 
 
 def test_fp16_passes_and_everything_is_reported(half: Path, small_loaded: Loaded, text: Path) -> None:

@@ -22,6 +22,7 @@ from .config import OP_DOMAIN, Target
 from .cpu_graphs import write_prepared
 from .errors import UsageError
 from .goldens import HORIZON, write_goldens
+from .inputs import Arrays
 from .loaded import Loaded
 from .plugins import locate
 from .runfolder import IO, MANIFEST, MODEL, MODEL_DATA, read_manifest, sha256, staged, versions, write_json
@@ -56,6 +57,7 @@ def bundle(
     *,
     target: Target | None = None,
     data: Path | None = None,
+    calibration: Arrays | None = None,
     horizon: int = HORIZON,
     licence: str | None = None,
     force: bool = False,
@@ -70,7 +72,8 @@ def bundle(
         loaded: its model, which gives the reference of the recorded streams.
         out: folder to make, or a file ending in .tar.gz. The same inputs give the same bytes.
         target: the board it is meant for; recorded, and named in the README.
-        data: held-out data for the recorded streams, see `data.load`; made-up inputs without it.
+        data: held-out data for the recorded streams, see `data.load`.
+        calibration: inputs (N, S, ...) of a calibration set, in their place; made-up ones without either.
         horizon: positions of the recorded stream.
         licence: of the weights.
         force: replace `out`.
@@ -94,7 +97,14 @@ def bundle(
         _write_stripped(folder, made)
         _copy_plugins(made)
         goldens = write_goldens(
-            folder, loaded, made, source=data, horizon=horizon, threads=threads, progress=progress
+            folder,
+            loaded,
+            made,
+            source=data,
+            calibration=calibration,
+            horizon=horizon,
+            threads=threads,
+            progress=progress,
         )
         write_deploy(made / "deploy.py")
         about = _about(folder, loaded, target, licence, command)

@@ -98,7 +98,7 @@ class Report:
     checks: tuple[Check, ...]
     metric: dict[str, Any]
     files: dict[str, Any]  # hashes of what exactly was verified
-    inputs: str = "random"  # what the checks ran on
+    inputs: str = "made-up inputs"  # what the checks ran on
     # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
     # (relative L2) from the float64 reference and from the export. Told, not judged.
     as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)

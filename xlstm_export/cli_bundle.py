@@ -39,6 +39,7 @@ def bundle() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="folder or .tar.gz; RUN/bundle by default")
 @click.option("--target", type=click.Choice(list(TARGETS)), help="the board it is meant for")
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the recorded streams")
+@click.option("--calib", help="calibration data, to record streams of where there is no --data")
 @click.option("--horizon", default=2048, help="positions of the recorded stream")
 @click.option("--license", "licence", help="of the weights, as an SPDX identifier")
 @click.option("--force", is_flag=True, help="replace an existing bundle")
@@ -51,22 +52,24 @@ def make(
     out: Path | None,
     target: str | None,
     data: Path | None,
+    calib: str | None,
     horizon: int,
     licence: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Make a bundle of RUN for a board: graph, plugins, recorded streams, deploy.py."""
-    from . import bundle as bundles
+    from . import stages
 
     loaded = load_for(run, checkpoint, module, weights)
     with spinner() as progress:
-        made = bundles.bundle(
+        made = stages.bundle(
             run,
             loaded,
             out or run / "bundle",
             target=TARGETS[target] if target else None,
             data=data,
+            calib=calib,
             horizon=horizon,
             licence=licence,
             force=force,

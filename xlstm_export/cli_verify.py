@@ -25,6 +25,7 @@ from .cli_common import (
 @checkpoint_argument
 @source_options
 @click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--calib", help="calibration data, to take sequences from where there is no --data")
 @click.option("--metric", help="bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss")
 @click.option("--gate", type=click.Path(path_type=Path), help="YAML file with limits of your own")
 @click.option("--seed", default=0, help="of the inputs and the cuts of the stream")

@@ -19,25 +19,14 @@ PICTURE = "text file for a byte-level language model; .npz with the model's inpu
 
 
 @dataclass(frozen=True)
-class EvalData:
-    """Held-out data of a task.
+class Sequences:
+    """Sequences like those a model is used on.
 
     Attributes:
         inputs: model inputs by name, each (N, S, ...).
-        metric: name of the task metric, `score` computes it from the outputs (N, S, ...).
-        output: what `score` reads.
-        classes: whether that holds logits.
-        higher_is_better: of the metric.
-        whole: the output is one of a whole sequence, which must not come in pieces.
     """
 
     inputs: Arrays
-    metric: str
-    score: Callable[[Arrays], float]
-    output: str = ""
-    classes: bool = False
-    higher_is_better: bool = False
-    whole: bool = False
 
     @property
     def rows(self) -> int:
@@ -46,17 +35,6 @@ class EvalData:
     @property
     def length(self) -> int:
         return int(next(iter(self.inputs.values())).shape[1])
-
-    def loss(self, outputs: Arrays) -> float:
-        """The metric as something that is better when it is lower: its inverse where it is not."""
-        score = self.score(outputs)
-        if not self.higher_is_better:
-            return score
-        return 1.0 / score if score else np.inf
-
-    def run(self, session: Session, piece: int = PIECE) -> Arrays:
-        """Outputs of a session of `rows` streams on the data, from a fresh start."""
-        return stream(session, self.inputs, self.length if self.whole else piece)
 
     def sample(self, count: int, length: int, rng: np.random.Generator) -> Arrays:
         """Stretches of `length` positions from random places, (count, length, ...)."""
@@ -75,6 +53,37 @@ class EvalData:
             name: np.stack([np.roll(x[row], -shift, 0) for row, shift in zip(chosen, shifts, strict=True)])
             for name, x in self.inputs.items()
         }
+
+
+@dataclass(frozen=True)
+class EvalData(Sequences):
+    """Held-out data of a task.
+
+    Attributes:
+        metric: name of the task metric, `score` computes it from the outputs (N, S, ...).
+        output: what `score` reads.
+        classes: whether that holds logits.
+        higher_is_better: of the metric.
+        whole: the output is one of a whole sequence, which must not come in pieces.
+    """
+
+    metric: str
+    score: Callable[[Arrays], float]
+    output: str = ""
+    classes: bool = False
+    higher_is_better: bool = False
+    whole: bool = False
+
+    def loss(self, outputs: Arrays) -> float:
+        """The metric as something that is better when it is lower: its inverse where it is not."""
+        score = self.score(outputs)
+        if not self.higher_is_better:
+            return score
+        return 1.0 / score if score else np.inf
+
+    def run(self, session: Session, piece: int = PIECE) -> Arrays:
+        """Outputs of a session of `rows` streams on the data, from a fresh start."""
+        return stream(session, self.inputs, self.length if self.whole else piece)
 
 
 def load(

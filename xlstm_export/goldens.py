@@ -16,12 +16,12 @@ import numpy as np
 from . import data
 from .board.replay import FOLDER, SCHEMA, run_calls
 from .checks import PRECISION_LIMITS
-from .config import IoSpec
 from .drift_report import drift_limits
-from .inputs import Arrays, has_positions, per_position, random_inputs
+from .inputs import Arrays, cut, has_positions, per_position
 from .loaded import Loaded
 from .runfolder import read_io, read_manifest, write_json
 from .sessions import OrtSession, TorchSession
+from .verify_parts import Source
 
 PREFILL = 128  # positions of the first call; levels are judged from 100 on
 STEPS = 32
@@ -39,6 +39,7 @@ def write_goldens(
     out: Path,
     *,
     source: Path | None = None,
+    calibration: Arrays | None = None,
     horizon: int = HORIZON,
     threads: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
@@ -48,7 +49,8 @@ def write_goldens(
     Args:
         folder: run folder that verified.
         loaded: its model.
-        source: held-out data, see `data.load`; made-up inputs with a fixed seed without it.
+        source: held-out data, see `data.load`.
+        calibration: inputs (N, S, ...) of a calibration set, taken in their place.
         horizon: positions of the stream.
         threads: of ONNX Runtime.
         progress: called with the name of each stage.
@@ -61,7 +63,11 @@ def write_goldens(
     """
     io = read_io(folder)
     options = read_manifest(folder).get("options", {})
-    inputs = _inputs(io, loaded, source, horizon)
+    held_out = None
+    if source is not None and has_positions(io):
+        held_out = data.load(source, io, vocab_size=loaded.vocab_size, limit=horizon)
+    sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
+    inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
     length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
     # Outputs without a sequence axis may stand for the whole sequence, which pieces of it do not give.
     calls = call_lengths(length) if io.states else [length]
@@ -76,7 +82,7 @@ def write_goldens(
     description = {
         "schema": SCHEMA,
         "calls": calls,
-        "inputs": "made up, seed 0" if source is None else "held-out data",
+        "inputs": sequences.kind,
         "reference": "PyTorch, float64",
         "limits": {backend: limits_of(options, backend) for backend in ROUNDING},
     }
@@ -122,13 +128,6 @@ def limits_of(options: Mapping[str, Any], backend: str) -> dict[str, float]:
         "reference_output": far.output,
         "reference_state": far.state,
     }
-
-
-def _inputs(io: IoSpec, loaded: Loaded, source: Path | None, horizon: int) -> Arrays:
-    if source is None or not has_positions(io):
-        return random_inputs(loaded, io, 1, horizon, np.random.default_rng(0))
-    found = data.load(source, io, vocab_size=loaded.vocab_size, limit=horizon)
-    return found.streams(1)
 
 
 def _recorded(side: str, recording: tuple[list[Arrays], dict[str, Arrays]]) -> Arrays:

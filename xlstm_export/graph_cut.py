@@ -30,11 +30,34 @@ def load_graph(path: Path, *, checked: bool = True) -> ir.Model:
         InputError: the file is missing, or no valid ONNX.
     """
     try:
+        model = ir.load(path)
         if checked:
-            onnx.checker.check_model(str(path))
-        return ir.load(path)
+            _check(onnx.load(path, load_external_data=False), path.parent)
+        return model
     except Exception as error:  # a damaged file fails wherever its garbage leads the parser
         raise InputError(f"{path} cannot be read as ONNX: {error}", "export again") from error
+
+
+def _check(proto: onnx.ModelProto, folder: Path) -> None:
+    """Raise whatever is wrong with a graph, or with where its weights should be.
+
+    ONNX's own check of a file on disk takes no weights that have a second name in the file system.
+    """
+    stored = [x for x in proto.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in stored:
+        entry = onnx.external_data_helper.ExternalDataInfo(tensor)
+        end = (entry.offset or 0) + (entry.length or 0)
+        size = (folder / entry.location).stat().st_size
+        if end > size:
+            raise ValueError(f"{tensor.name} ends at byte {end:,}, {entry.location} has {size:,}")
+    inline = [x for x in proto.graph.initializer if x.data_location != onnx.TensorProto.EXTERNAL]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(inline)
+    given = {x.name for x in proto.graph.input}
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(x.name, x.data_type, x.dims) for x in stored if x.name not in given
+    )
+    onnx.checker.check_model(proto)
 
 
 def boundaries(model: ir.Model) -> list[ir.Value]:

@@ -10,7 +10,6 @@ from typing import Any
 from . import stages, trace
 from .bench import bench
 from .bench_result import BenchReport
-from .bundle import bundle
 from .checks import Report
 from .config import Target
 from .errors import UsageError
@@ -149,7 +148,7 @@ def deploy(
             "give --calib DATA (or --random-data, which no report will hide)",
         )
     folder = trace.export(loaded, out, force=force, command=command, progress=progress)
-    run = _Stages(loaded, data, threads, command, progress)
+    run = _Stages(loaded, data, calib, threads, command, progress)
     variants = [run.finish("fp32", folder)]
     if chosen.precision == "fp32" or not variants[0].verification.passed:
         return run.bundled(Deployment(tuple(variants)), target, licence)
@@ -184,6 +183,7 @@ class _Stages:
 
     loaded: Loaded
     data: Path | None
+    calib: str | None
     threads: int
     command: str
     progress: Progress
@@ -194,7 +194,12 @@ class _Stages:
         def say(what: str) -> Progress:
             return lambda stage: self.progress(f"{precision}: {what}: {stage}")
 
-        options: dict[str, Any] = {"data": self.data, "threads": self.threads, **horizons}
+        options: dict[str, Any] = {
+            "data": self.data,
+            "calib": self.calib,
+            "threads": self.threads,
+            **horizons,
+        }
         report = stages.verify(folder, self.loaded, progress=say("verify"), **options)
         timing = None
         if report.passed:
@@ -209,12 +214,13 @@ class _Stages:
         """With a bundle of the precision that was asked for, where there is a board for it and it passed."""
         if target is None or not made.passed:
             return made
-        path = bundle(
+        path = stages.bundle(
             made.folder,
             self.loaded,
             made.folder / BUNDLE,
             target=target,
             data=self.data,
+            calib=self.calib,
             licence=licence,
             force=True,
             threads=self.threads,

@@ -95,7 +95,7 @@ def show_verify(console: Console, report: Report) -> None:
     failed = sum(not check.passed for check in report.checks)
     good, bad = ("within its limits", "NOT within its limits") if report.precision else EQUAL
     verdict = good if report.passed else f"{bad}: {failed} check(s) failed"
-    console.print(f"{MARK[report.passed]} {len(report.checks)} checks: {verdict}")
+    console.print(f"{MARK[report.passed]} {len(report.checks)} checks on {report.inputs}: {verdict}")
 
 
 def show_bisection(console: Console, found: Bisection) -> None:

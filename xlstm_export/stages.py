@@ -61,6 +61,7 @@ def verify(
     loaded: Loaded,
     *,
     bisect: bool = True,
+    calib: str | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
 ) -> Report:
@@ -69,6 +70,7 @@ def verify(
     Args:
         folder: run folder.
         loaded: the checkpoint it was exported from.
+        calib: calibration data, see `calibration_set`, to take sequences from where there is no `data`.
         bisect: look for the place; not done for part of a model.
         progress: called with the name of each stage.
         options: of `verify_any`.
@@ -76,6 +78,8 @@ def verify(
     from .bisect import search
     from .verify_blocks import verify_any
 
+    if calib is not None and options.get("data") is None:
+        options["calibration"] = calibration_set(loaded, folder, calib).inputs
     report = verify_any(folder, loaded, progress=progress, **options)
     in_parts = options.get("per_block") or options.get("num_blocks") is not None
     if report.passed or not bisect or in_parts:
@@ -136,6 +140,23 @@ def calibrate(
         resume=resume,
         progress=progress,
     )
+
+
+def bundle(folder: Path, loaded: Loaded, out: Path, *, calib: str | None = None, **options: Any) -> Path:
+    """`bundle.bundle`; streams are taken from the calibration data where there is no held-out data.
+
+    Args:
+        folder: run folder.
+        loaded: its model.
+        out: folder to make, or a file ending in .tar.gz.
+        calib: calibration data, see `calibration_set`.
+        options: of `bundle.bundle`.
+    """
+    from . import bundle as bundles
+
+    if calib is not None and options.get("data") is None:
+        options["calibration"] = calibration_set(loaded, folder, calib).inputs
+    return bundles.bundle(folder, loaded, out, **options)
 
 
 def choose_recipe(

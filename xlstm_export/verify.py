@@ -20,12 +20,11 @@ from .data import PIECE, EvalData
 from .errors import UsageError
 from .gate import Gate
 from .inputs import Arrays, cut, has_positions
-from .inputs import random_inputs as random_inputs
 from .loaded import Loaded
 from .runfolder import hashes, read_io, read_manifest
 from .sessions import OrtSession, TorchSession
 from .stream_checks import BATCH, RAGGED, StreamChecks
-from .verify_parts import audited, finish, load_data, metric_checks, stretch
+from .verify_parts import Source, audited, finish, load_data, metric_checks
 
 
 def verify(
@@ -33,6 +32,7 @@ def verify(
     loaded: Loaded,
     *,
     data: Path | None = None,
+    calibration: Arrays | None = None,
     metric: str | None = None,
     gate: Gate | None = None,
     seed: int = 0,
@@ -45,13 +45,14 @@ def verify(
         folder: run folder.
         loaded: the checkpoint it was exported from.
         data: held-out data for the task metric; real sequences are then used for all checks.
+        calibration: inputs (N, S, ...) of a calibration set, which are used for them where there is no data.
         metric: of `metrics.METRICS`; by default what the targets suggest.
         gate: limits in place of the built-in ones.
         seed: of the inputs and the cuts of the stream.
         threads: of ONNX Runtime.
         progress: called with the name of each stage.
     """
-    run = _Run(folder, loaded, data, metric, seed, threads)
+    run = _Run(folder, loaded, data, calibration, metric, seed, threads)
     checks: list[Check] = []
     stages: list[tuple[str, Callable[[], list[Check]]]] = [
         ("lift", run.check_lift),
@@ -65,7 +66,7 @@ def verify(
         checks += stage()
     progress("upstream as it comes")
     as_it_comes = run.as_it_comes()
-    found, check = audited(folder, run.gate_inputs(), threads, progress)
+    found, check = audited(folder, run.source.stretch(), threads, progress)
     checks += check
     measured: dict[str, Any] = {}
     if run.data is not None:
@@ -73,7 +74,7 @@ def verify(
         more, measured = run.check_metric(run.data)
         checks += more
     return finish(
-        Report(tuple(checks), measured, hashes(folder), run.source, as_it_comes, gates=found.to_json()),
+        Report(tuple(checks), measured, hashes(folder), run.source.name, as_it_comes, gates=found.to_json()),
         folder / "verify" / "report.json",
         gate,
     )
@@ -87,6 +88,7 @@ class _Run:
         folder: Path,
         loaded: Loaded,
         data: Path | None,
+        calibration: Arrays | None,
         metric: str | None,
         seed: int,
         threads: int,
@@ -107,19 +109,18 @@ class _Run:
         # Outputs of --last-logits have a position per call; the reference computes them all.
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
         self.data = load_data(data, self.io, loaded, metric)
-        real = self.data is not None and self.data.length > max(RAGGED)
-        self.source = "held-out data" if real else "random"
+        self.source = Source(loaded, self.io, self.rng, self.data, calibration)
         self.limit_context = loaded.context_length or 10**9
         # Without an input that has positions there is one way to call the model.
         self.lengths = RAGGED if has_positions(self.io) else (1,)
-        self.inputs = self._make_inputs(max(self.lengths))
+        self.inputs = self.source.batch(max(self.lengths))
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
         self._double: Any = None
         self.streams = StreamChecks(
             folder,
             self.io,
             inputs=self.inputs,
-            make_inputs=self._make_inputs,
+            make_inputs=self.source.batch,
             expected=self._reference,
             limits=LIMITS,
             last_only=self.last_only,
@@ -165,7 +166,7 @@ class _Run:
     def check_long(self) -> list[Check]:
         """Past the context length of training, where upstream's own forward stops."""
         length = 2 * min(self.limit_context, 1024) + 7
-        inputs = self._make_inputs(length)
+        inputs = self.source.batch(length)
         self.reference.reset()
         expected = self.reference.prefill(inputs)
         self.candidate.reset()
@@ -178,10 +179,6 @@ class _Run:
         candidate = OrtSession(self.folder, data.rows, self.threads)
         expected, found = data.run(reference), data.run(candidate, 1 if self.last_only else PIECE)
         return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
-
-    def gate_inputs(self) -> Arrays:
-        """What the gates are looked at on."""
-        return stretch(self.data, self._make_inputs)
 
     def _reference(self, length: int) -> tuple[Arrays, Arrays]:
         if length not in self._expected:
@@ -207,9 +204,3 @@ class _Run:
         with torch.no_grad():
             result = module(*(t.double() if double and t.is_floating_point() else t for t in tensors))
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
-
-    def _make_inputs(self, length: int) -> Arrays:
-        """Sequences (BATCH, length, ...): real ones when there is data, otherwise like the examples."""
-        if self.data is not None and self.data.length > length:
-            return self.data.sample(BATCH, length, self.rng)
-        return random_inputs(self.loaded, self.io, BATCH, length, self.rng)

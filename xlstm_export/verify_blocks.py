@@ -64,6 +64,7 @@ def verify_any(
     num_blocks: int | None = None,
     per_block: bool = False,
     data: Path | None = None,
+    calibration: Arrays | None = None,
     metric: str | None = None,
     gate: Path | None = None,
     horizon: int | None = None,
@@ -78,7 +79,7 @@ def verify_any(
         EnvironmentError_: the whole was asked for and does not fit the memory.
     """
     options["gate"] = None if gate is None else read_gate(gate)
-    on_data: dict[str, Any] = {"data": data, "metric": metric}
+    on_data: dict[str, Any] = {"data": data, "calibration": calibration, "metric": metric}
     precision = read_manifest(folder).get("options", {}).get("precision")
     if precision is not None:
         if per_block or num_blocks is not None:
@@ -91,8 +92,8 @@ def verify_any(
             "--horizon is for half and quantized run folders", "FP32 must be equal at any length"
         )
     if per_block:
-        if num_blocks is not None or data is not None:
-            raise UsageError("--per-block goes neither with --num-blocks nor with --data")
+        if num_blocks is not None or data is not None or calibration is not None:
+            raise UsageError("--per-block goes with none of --num-blocks, --data and --calib")
         return verify_per_block(folder, loaded, **options)
     if num_blocks is not None:
         return verify_first_blocks(folder, loaded, num_blocks, **on_data, **options)
@@ -191,7 +192,9 @@ def verify_per_block(
             f"{loaded.name} was built in memory by a factory", "verify it as a whole, without --per-block"
         )
     run = _PerBlock(folder, loaded, seed, threads, progress)
-    report = Report(tuple(run.checks()), {}, hashes(folder), f"random, {BATCH} rows of {LENGTH} positions")
+    report = Report(
+        tuple(run.checks()), {}, hashes(folder), f"made-up inputs, {BATCH} rows of {LENGTH} positions"
+    )
     return finish(report, folder / "verify" / "per_block.json", gate)
 
 

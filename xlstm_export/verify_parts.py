@@ -11,16 +11,18 @@ import numpy as np
 from . import data as evaluation
 from .checks import Check, Report
 from .config import IoSpec
-from .data import EvalData
+from .data import EvalData, Sequences
 from .errors import UsageError
 from .gate import Gate
 from .gates import Gates, audit
-from .inputs import Arrays, per_position
+from .inputs import Arrays, per_position, random_inputs
 from .loaded import Loaded
 from .metrics import agreement
 from .runfolder import write_json
+from .stream_checks import BATCH, RAGGED
 
 GATE_POSITIONS = 2048  # of one stream, whose gates are looked at
+HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
 def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None) -> EvalData | None:
@@ -75,11 +77,57 @@ def metric_checks(
     return checks, metric
 
 
-def stretch(data: EvalData | None, make: Callable[[int], Arrays]) -> Arrays:
-    """One stream of up to `GATE_POSITIONS` positions: the start of the data, or made-up inputs."""
-    if data is None:
-        return {name: x[:1] for name, x in make(GATE_POSITIONS).items()}
-    return {name: x[:1, :GATE_POSITIONS] for name, x in data.inputs.items()}
+class Source:
+    """Where the sequences of a verification come from: held-out data, else given ones, else made up.
+
+    A trained model sees nothing like made-up tokens in its life, so ranges that were calibrated on data do
+    not fit them: a quantized model fails on them whatever it is worth.
+
+    Args:
+        loaded: the model, whose example inputs made-up ones resemble.
+        io: its inputs.
+        rng: chooses stretches and makes up inputs.
+        data: held-out data.
+        calibration: inputs (N, S, ...) of a calibration set; taken where there is no `data`.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        io: IoSpec,
+        rng: np.random.Generator,
+        data: EvalData | None,
+        calibration: Arrays | None = None,
+    ) -> None:
+        self._loaded, self._io, self._rng = loaded, io, rng
+        self._sequences: Sequences | None = data
+        if data is None and calibration is not None and all(map(per_position, io.inputs)):
+            self._sequences = Sequences(calibration)
+        self.kind = HELD_OUT if data is not None else MADE_UP if self._sequences is None else CALIBRATION
+
+    @property
+    def name(self) -> str:
+        """What a report of the short checks calls it: they need sequences of some length."""
+        real = self._sequences is not None and self._sequences.length > max(RAGGED)
+        return self.kind if real else MADE_UP
+
+    def batch(self, length: int) -> Arrays:
+        """(BATCH, length, ...): from random places, made up where the sequences are not that long."""
+        if self._sequences is not None and self._sequences.length > length:
+            return self._sequences.sample(BATCH, length, self._rng)
+        return random_inputs(self._loaded, self._io, BATCH, length, self._rng)
+
+    def streams(self, count: int, length: int) -> Arrays:
+        """(count, S, ...), one stream each; S is `length` if made up, else what there is."""
+        if self._sequences is not None:
+            return self._sequences.streams(count)
+        return random_inputs(self._loaded, self._io, count, length, self._rng)
+
+    def stretch(self) -> Arrays:
+        """The start of one stream, up to `GATE_POSITIONS` positions."""
+        if self._sequences is None:
+            return {name: x[:1] for name, x in self.batch(GATE_POSITIONS).items()}
+        return {name: x[:1, :GATE_POSITIONS] for name, x in self._sequences.inputs.items()}
 
 
 def audited(

@@ -27,15 +27,16 @@ from .gate import Gate
 from .gates import audit, memory_checks
 from .graph_cut import load_graph
 from .graph_weights import DTYPES
-from .inputs import Arrays, per_position, random_inputs
+from .inputs import Arrays, per_position
 from .loaded import Loaded
 from .precision.fences import check_fences
 from .precision.legality import check_legality
 from .sessions import OrtSession, Session, TorchSession
 from .stream_checks import BATCH, RAGGED, StreamChecks
-from .verify_parts import audited, finish, load_data, metric_checks, stretch
+from .verify_parts import Source, audited, finish, load_data, metric_checks
 
 DRIFT_ROWS = 2  # streams the drift is measured over
+MADE_UP_DRIFT = 4096  # positions of a made-up stream, which then begins anew
 
 
 def verify_precision(
@@ -43,6 +44,7 @@ def verify_precision(
     loaded: Loaded,
     *,
     data: Path | None = None,
+    calibration: Arrays | None = None,
     metric: str | None = None,
     gate: Gate | None = None,
     seed: int = 0,
@@ -57,6 +59,7 @@ def verify_precision(
         folder: run folder.
         loaded: the checkpoint its FP32 export was made from.
         data: held-out data for the task metric; also what the drift is measured on.
+        calibration: inputs (N, S, ...) of a calibration set, which are taken for it where there is no data.
         metric: of `metrics.METRICS`; by default what the targets suggest.
         gate: limits in place of the built-in ones.
         seed: of the inputs, the cuts of the stream and the draws of tokens.
@@ -65,7 +68,7 @@ def verify_precision(
         free_horizon: the same of the free-running mode, which goes step by step; `horizon` by default.
         progress: called with the name of each stage.
     """
-    run = _Run(Path(folder), loaded, data, metric, seed, threads)
+    run = _Run(Path(folder), loaded, data, calibration, metric, seed, threads)
     progress("fences and rules of TensorRT")
     checks = run.check_graph()
     for name, stage in run.streams.stages():
@@ -95,7 +98,7 @@ def verify_precision(
             tuple(checks),
             measured,
             runfolder.hashes(folder),
-            run.source,
+            run.source.name,
             gates=gates,
             precision=run.describe(drift),
         ),
@@ -143,6 +146,7 @@ class _Run:
         folder: Path,
         loaded: Loaded,
         data: Path | None,
+        calibration: Arrays | None,
         metric: str | None,
         seed: int,
         threads: int,
@@ -163,14 +167,13 @@ class _Run:
         self.rng = np.random.default_rng(seed)
         self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
         self.data = load_data(data, self.io, loaded, metric)
-        real = self.data is not None and self.data.length > max(RAGGED)
-        self.source = "held-out data" if real else "random"
+        self.source = Source(self.loaded, self.io, self.rng, self.data, calibration)
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
         self.streams = StreamChecks(
             folder,
             self.io,
-            inputs=self._make_inputs(max(RAGGED)),
-            make_inputs=self._make_inputs,
+            inputs=self.source.batch(max(RAGGED)),
+            make_inputs=self.source.batch,
             expected=self._at_once,
             limits={"output": self.limits.ways, "state": self.limits.ways, "rows": self.limits.ways},
             last_only=self.last_only,
@@ -192,7 +195,7 @@ class _Run:
     def measure(self, horizon: int, free: int, progress: Callable[[str], None]) -> Drift:
         """Error against FP32 along one stream, on real data where there is enough of it."""
         rows = DRIFT_ROWS
-        inputs = self._drift_inputs(rows, horizon)
+        inputs = self.source.streams(rows, min(horizon, MADE_UP_DRIFT))
         return measure_drift(
             self.reference.open(rows),
             OrtSession(self.folder, rows, self.threads),
@@ -222,7 +225,7 @@ class _Run:
 
     def check_gates(self, progress: Callable[[str], None]) -> tuple[dict[str, Any], list[Check]]:
         """Stabilizers, and how long each head remembers beside FP32."""
-        inputs = stretch(self.data, self._make_inputs)
+        inputs = self.source.stretch()
         found, checks = audited(self.folder, inputs, self.threads, progress)
         if self.reference.folder is None:
             return found.to_json(), checks
@@ -256,17 +259,6 @@ class _Run:
             outputs = session.prefill({name: np.ascontiguousarray(x) for name, x in inputs.items()})
             self._own[length] = (outputs, session.state())
         return self._own[length]
-
-    def _make_inputs(self, length: int) -> Arrays:
-        if self.data is not None and self.data.length > length:
-            return self.data.sample(BATCH, length, self.rng)
-        return random_inputs(self.loaded, self.io, BATCH, length, self.rng)
-
-    def _drift_inputs(self, rows: int, horizon: int) -> Arrays:
-        """(rows, ...): the data from `rows` places on, or made up."""
-        if self.data is None:
-            return random_inputs(self.loaded, self.io, rows, min(horizon, 4096), self.rng)
-        return self.data.streams(rows)
 
 
 def _steps(horizon: int) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def run(own_export: Path) -> Path:
     report = {
         "passed": False,
         "files": runfolder.hashes(own_export),
-        "inputs": "random",
+        "inputs": "made-up inputs",
         "metric": {"name": "MASE", "fp32": 0.8, "exported": 0.81, "drop": 0.0125, "positions": 1000},
         "gates": {"positions": 2048, "blocks": [{"block": 0, "cell": "mlstm", "heads": [head, forever]}]},
         "bisect": {"block": 2, "sentence": "first difference: block 2, MatMul gives linear_3"},

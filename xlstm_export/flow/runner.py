@@ -108,6 +108,7 @@ class _Run:
             pipeline.threads,
             progress,
             pipeline.out / FOLDER / RECIPE if "sensitivity" in pipeline.stages else None,
+            pipeline.stages.get("calibrate", {}).get("data"),
         )
 
     def inputs(self, name: str) -> str:

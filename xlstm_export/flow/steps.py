@@ -25,6 +25,7 @@ class Context:
         threads: of ONNX Runtime and PyTorch.
         progress: called with the name of each step.
         recipe: that `sensitivity` finds, where it is a stage.
+        calib: data of the stage `calibrate`, to take sequences from where there are no held-out data.
     """
 
     load: Callable[[], Any]
@@ -34,6 +35,7 @@ class Context:
     threads: int
     progress: Progress
     recipe: Path | None = None
+    calib: str | None = None
 
 
 Run = Callable[[Context, dict[str, Any], Path], Path]
@@ -133,6 +135,7 @@ def _verify(context: Context, options: dict[str, Any], folder: Path) -> Path:
             run,
             context.load(),
             data=context.data,
+            calib=context.calib,
             threads=context.threads,
             progress=context.progress,
             **given,
@@ -154,16 +157,17 @@ def _bench(context: Context, options: dict[str, Any], folder: Path) -> Path:
 
 
 def _bundle(context: Context, options: dict[str, Any], folder: Path) -> Path:
-    from ..bundle import bundle
+    from .. import stages
     from ..config import TARGETS
 
     target = options.pop("target", None)
-    bundle(
+    stages.bundle(
         folder,
         context.load(),
         folder / "bundle.tar.gz",
         target=TARGETS[target] if target is not None else None,
         data=context.data,
+        calib=context.calib,
         licence=options.pop("license", None),
         force=True,
         threads=context.threads,
@@ -214,7 +218,10 @@ STEPS: dict[str, Step] = {
         _model,
     ),
     "verify": Step(
-        {"metric": "text", "gate": "file", "seed": "int", "horizon": "int", "free_horizon": "int"},
+        {
+            **{"metric": "text", "gate": "file"},
+            **{"seed": "int", "horizon": "int", "free_horizon": "int"},
+        },
         _verify,
         lambda folder: [folder / "verify" / "report.json"],
         reads_data=True,

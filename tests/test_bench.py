@@ -223,9 +223,9 @@ def test_figures_follow_from_timings() -> None:
     assert report.step is decode
 
 
-@pytest.mark.parametrize(("load", "warns"), [(0.9, False), (1.1, True), (None, False)])
-def test_a_busy_machine_is_told(load: float | None, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    report = BenchReport({"load": load, "cores": 2}, {}, 1, (cell(),))
+@pytest.mark.parametrize(("busy", "warns"), [(0.2, False), (0.3, True), (None, False)])
+def test_a_busy_machine_is_told(busy: float | None, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    report = BenchReport({"busy_cores": busy}, {}, 1, (cell(),))
     bench_report.show_bench(Console(width=80), report)
     assert ("others used this machine" in capsys.readouterr().out) is warns
 

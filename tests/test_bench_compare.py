@@ -17,7 +17,7 @@ from xlstm_export.errors import InputError, UsageError
 FIGURES = {"p50_ms": 1.0, "p99_ms": 2.0}
 RESULT: dict[str, Any] = {
     "schema": 2,
-    "environment": {"cpu": "one", "load": 0.5, "flags": ["avx2"], "versions": {"torch": "2.9"}},
+    "environment": {"cpu": "one", "busy_cores": 0.5, "flags": ["avx2"], "versions": {"torch": "2.9"}},
     "model": {"name": "m", "parameters": 5, "precision": "fp32"},
     "threads": 2,
     "grid": [

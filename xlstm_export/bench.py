@@ -86,7 +86,7 @@ def bench(
 
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    about = environment(threads)  # its load is that of others only before anything runs
+    about = environment(threads)  # before anything runs, and others are seen
     io = read_io(folder)
     run = _Run(folder, loaded, io, threads, steps, compile_limit, progress)
     lengths = _cut_lengths(lengths, io, loaded)

@@ -214,7 +214,7 @@ def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     flat = {f"model.{name}": value for name, value in data["model"].items()}
     flat["threads"] = data.get("threads")
     for name, value in data["environment"].items():
-        if name == "load":  # is never the same twice
+        if name == "busy_cores":  # is never the same twice
             continue
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}

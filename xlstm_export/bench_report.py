@@ -13,7 +13,7 @@ from .bench_result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, BenchReport
 if TYPE_CHECKING:
     from .bench_compare import Comparison
 
-BUSY = 0.5  # load per core; PyTorch's threads wait for each other when a core is taken away
+BUSY = 0.25  # cores; PyTorch's threads wait for each other when part of one is taken away
 NAMES = {
     EXPORTED: "exported",
     BODIES: "function bodies",
@@ -45,10 +45,10 @@ def show_bench(console: Console, report: BenchReport) -> None:
     for name, why in report.skipped.items():
         console.print(f"no {NAMES[name]}: {escape(why)}", highlight=False)
     console.print(_machine(report))
-    load, cores = report.environment.get("load"), report.environment.get("cores")
-    if load is not None and cores and load > BUSY * cores:
+    busy = report.environment.get("busy_cores")
+    if busy is not None and busy > BUSY:
         console.print(
-            f"[bold red]others used this machine[/] (load {load:.1f} before the first call, {cores} cores): "
+            f"[bold red]others used this machine[/] ({busy:.1f} cores before the first call): "
             "measure again when it is idle"
         )
 

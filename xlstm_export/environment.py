@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def environment(threads: int) -> dict[str, Any]:
         "hypervisor": "hypervisor" in present,
         "governor": _read(_GOVERNOR).strip() or None,
         "memory_bytes": _memory_bytes(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "busy_cores": busy_cores(),
         "os": _system(),
         "kernel": f"{platform.system()} {platform.release()}",
         "threads": threads,
@@ -50,6 +51,31 @@ def cpuinfo(text: str) -> dict[str, str]:
     """The first processor of /proc/cpuinfo."""
     pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """Cores that other processes keep busy while this one sleeps; None where /proc does not tell.
+
+    The load average would not do: it is of the last minute, which may have been this very process.
+    """
+    before = _busy_seconds()
+    own, start = time.process_time(), time.monotonic()
+    time.sleep(seconds)
+    after = _busy_seconds()
+    if before is None or after is None:
+        return None
+    others = (after - before) - (time.process_time() - own)
+    return round(max(others, 0.0) / (time.monotonic() - start), 2)
+
+
+def _busy_seconds() -> float | None:
+    """That all cores together have computed since the start of the machine."""
+    first = _read(Path("/proc/stat")).partition("\n")[0].split()
+    try:
+        user, nice, system, _idle, _wait, irq, softirq = map(int, first[1:8])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    except (ValueError, OSError):
+        return None
 
 
 def memory_of(process: str = "self") -> tuple[int | None, int | None]:

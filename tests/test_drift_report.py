@@ -77,6 +77,14 @@ def test_rounding_like_fp32_cannot_fail_by_growth() -> None:
     assert failed(drift_checks(larger, LIMITS)) == ["teacher-forced: block 0 states: growth"]
 
 
+def test_a_state_that_fills_may_gain_error() -> None:
+    """A short horizon ends where growth is otherwise counted from."""
+    short = Series(TEACHER, 0, "C", (1, 100, 1000), (0.0, 0.005, 0.008), (0.0, 0.005, 0.005))
+    assert failed(drift_checks(drift_of(short), LIMITS)) == []
+    adds_up = replace(short, errors=(0.0, 0.001, 0.01))
+    assert failed(drift_checks(drift_of(adds_up), LIMITS)) == ["teacher-forced: block 0 states: growth"]
+
+
 def test_zero_and_infinite_errors_have_a_growth() -> None:
     def grown(*errors: float) -> float:
         return Series(TEACHER, None, "y", (1000, 2000), errors, errors).growth

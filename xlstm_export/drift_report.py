@@ -226,7 +226,8 @@ class DriftLimits:
     Attributes:
         output, state: relative L2 of outputs and states at any horizon from `JUDGED_FROM` on.
         kl: KL divergence at the same horizons, nats per position.
-        growth: error at the last horizon over that at 1000; from an earlier one `WHILE_FILLING` times as much.
+        growth: error at the last horizon over that at 1000; `WHILE_FILLING` times as much where it has to be
+            counted from an earlier one.
         floor: errors count as this large at least where growth is judged.
     """
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # tests start inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLSTM_EXPORT_THREADS", "1")
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a bare checkout is enough to run the tests
+# A bare checkout is enough to run the tests; `benchmarks/` has scripts that are tested too.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import models  # noqa: E402
 import torch  # noqa: E402

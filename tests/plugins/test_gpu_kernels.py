@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_build
+import gpu_cases
+import gpu_checks
+import gpu_device
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu_build  # noqa: E402
-import gpu_cases  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_device  # noqa: E402
-from xlstm_export.plugins.native import NativeLibrary  # noqa: E402
+from xlstm_export.plugins.native import NativeLibrary
 
 pytestmark = [
     pytest.mark.gpu,

@@ -56,7 +56,7 @@ scale: $(INSTALLED)
 # The kernels on this machine's GPU: built, checked, sanitized, timed; under 8 minutes. Nothing is installed:
 # nvcc and a PYTHON with torch are enough.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu/gpu.py
 	$(PYTHON) benchmarks/readme.py
 
 install: $(TESTING)

@@ -20,11 +20,13 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
-from xlstm_export import functions, fused, ops
-from xlstm_export.bench_timing import in_turns
-from xlstm_export.config import OP_DOMAIN
-from xlstm_export.environment import environment
+from xlstm_export.bench.environment import environment
+from xlstm_export.bench.timing import in_turns
 from xlstm_export.errors import EnvironmentError_
+from xlstm_export.ops import bodies as functions
+from xlstm_export.ops import reference as ops
+from xlstm_export.sessions.cpu import fused
+from xlstm_export.specs import OP_DOMAIN
 
 HEADS = 4
 MLSTM_DIM = 384  # of keys and of values

@@ -22,23 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export import (
-    bench,
-    bench_peers,
-    bench_timing,
-    checkpoint,
-    checks,
-    quantize,
-    roofline,
-    sessions,
-    stages,
-    trace,
-    verify,
-    verify_precision,
-)
-from xlstm_export.environment import environment
-from xlstm_export.families import blocks
-from xlstm_export.precision.recipe import read_recipe
+from xlstm_export import checks, sessions
+from xlstm_export.bench import bench, roofline
+from xlstm_export.bench import peers as bench_peers
+from xlstm_export.bench import timing as bench_timing
+from xlstm_export.bench.environment import environment
+from xlstm_export.lift.model import spec_of
+from xlstm_export.load import checkpoint
+from xlstm_export.load.families import blocks
+from xlstm_export.pipeline import stages
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import read_recipe
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
+from xlstm_export.verify import precision as verify_precision
 
 RECIPE = Path(__file__).resolve().parent.parent / "examples" / "austen_lm" / "int8.yaml"
 
@@ -139,8 +136,8 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
 
     torch.set_num_threads(threads)
     loaded = checkpoint.load_checkpoint(source)
-    moved = roofline.step_bytes(loaded.spec())
-    moved_int8 = roofline.step_bytes(loaded.spec(), bench.weight_bytes(folder / "int8", loaded))
+    moved = roofline.step_bytes(spec_of(loaded))
+    moved_int8 = roofline.step_bytes(spec_of(loaded), bench.weight_bytes(folder / "int8", loaded))
     one = {"tokens": np.array([[17]])}
     session = sessions.OrtSession(folder, 1, threads)
     int8 = sessions.OrtSession(folder / "int8", 1, threads, rounding=False)

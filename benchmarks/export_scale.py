@@ -41,7 +41,7 @@ def main() -> None:
     for size in options.size or ["1.3b", "7b"]:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
             result["sizes"][size] = run(size, Path(scratch), options.dtype, verify=not options.no_verify)
-    from xlstm_export.environment import environment
+    from xlstm_export.bench.environment import environment
 
     result["environment"] = environment(os.cpu_count() or 1)
     if options.out:

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export import checkpoint, quantize, runfolder, stages, trace, verify
-from xlstm_export.drift_report import TEACHER
-from xlstm_export.environment import environment
-from xlstm_export.precision.recipe import Recipe, naive, preset, read_recipe
-from xlstm_export.verify_precision import verify_precision
+from xlstm_export import runfolder
+from xlstm_export.bench.environment import environment
+from xlstm_export.load import checkpoint
+from xlstm_export.measure.drift_result import TEACHER
+from xlstm_export.pipeline import stages
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import Recipe, naive, preset, read_recipe
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
+from xlstm_export.verify.precision import verify_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ROOT / "calibration" / "sets"

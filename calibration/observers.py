@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from xlstm_export.calibration import methods
+from xlstm_export.calibration.partial import Partial
+from xlstm_export.calibration.scales import Scales, TensorScale
+from xlstm_export.calibration.sets import CalibrationSet
 
-from xlstm_export import runfolder
+from xlstm_export import atomic, runfolder
 from xlstm_export.errors import InputError, UsageError
-from xlstm_export.graph_cut import load_graph
+from xlstm_export.graph.files import load_graph
+from xlstm_export.graph.sites import observed_tensors
 from xlstm_export.inputs import cut
-from xlstm_export.precision.sites import observed_tensors
-
-from . import methods
-from .observed_graph import ObservedGraph
-from .partial import Partial
-from .scales import Scales, TensorScale
-from .sets import CalibrationSet
+from xlstm_export.sessions.cpu.observed_graph import ObservedGraph
 
 BORDERS = (0, 1, 8, 64, 256, 1024, 4096)
 BINS = 2048
@@ -292,4 +291,4 @@ def _channels(observer: Observer) -> np.ndarray:
 
 def _model_hashes(folder: Path) -> dict[str, str]:
     names = (runfolder.MODEL, runfolder.MODEL_DATA)
-    return {name: runfolder.sha256(folder / name) for name in names if (folder / name).is_file()}
+    return {name: atomic.sha256(folder / name) for name in names if (folder / name).is_file()}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_export.config import IoSpec
 from xlstm_export.errors import InputError
 from xlstm_export.inputs import Arrays, per_position
+from xlstm_export.specs import IoSpec
 
 WINDOW = 64
 _DIGEST = 8  # bytes of the hash of a position

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xlstm_export.atomic import readable_os_errors
 from xlstm_export.errors import InputError
-from xlstm_export.runfolder import readable_os_errors
 
 if TYPE_CHECKING:
-    from .observers import Observer
+    from xlstm_export.calibration.observers import Observer
 
 NAME = ".calibration.partial.npz"
 

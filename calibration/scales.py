@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_export.atomic import readable_os_errors, write_json
 from xlstm_export.errors import InputError
-from xlstm_export.runfolder import MODEL, readable_os_errors, write_json
+from xlstm_export.runfolder import MODEL
 
 SCHEMA = 1
 SCALES, CHANNELS = "scales.json", "channels.safetensors"

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from xlstm_export.calibration import overlap
+from xlstm_export.calibration.sources import Reader
 
-from xlstm_export.config import IoSpec
 from xlstm_export.errors import InputError, UsageError
-from xlstm_export.inputs import Arrays, has_positions, per_position, random_inputs
-
-from . import overlap
-from .sources import Reader
+from xlstm_export.inputs import Arrays, has_positions, per_position
+from xlstm_export.load.made_up import random_inputs
+from xlstm_export.specs import IoSpec
 
 if TYPE_CHECKING:
-    from xlstm_export.loaded import Loaded
+    from xlstm_export.load.loaded import Loaded
 
 # 65,536 positions. Other sequences, or four times as many, move the ranges of the byte model in examples/ by
 # 0.6 to 0.8% (median over its tensors, 12% at most).

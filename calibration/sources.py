@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export.config import IoSpec, TensorSpec
 from xlstm_export.errors import EnvironmentError_, ExportError, InputError, UsageError
 from xlstm_export.inputs import Arrays, per_position
-from xlstm_export.user_code import load_function
+from xlstm_export.load.user_code import load_function
+from xlstm_export.specs import IoSpec, TensorSpec
 
 PICTURE = (
     "give an .npz file with the model's inputs (N, S, ...), a folder of such files, an .npy file, a text "

@@ -11,7 +11,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from xlstm_export.cli import cli  # noqa: E402
+from xlstm_export.cli.main import cli  # noqa: E402
 
 HEAD = """# Command line
 

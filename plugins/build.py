@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export import runfolder
-from xlstm_export.errors import BuildError, EnvironmentError_
+from xlstm_export.plugins import locate, toolchain
+from xlstm_export.plugins.locate import KINDS, MANIFEST, cache_folder, machine, require_kind, source_hash
 
-from . import locate, toolchain
-from .locate import KINDS, MANIFEST, cache_folder, machine, require_kind, source_hash
+from xlstm_export import atomic
+from xlstm_export.errors import BuildError, EnvironmentError_
 
 Progress = Callable[[int, int], None]
 
@@ -256,17 +256,17 @@ def _failure(kinds: Sequence[str], log: Path) -> BuildError:
 
 
 def _install(library: Path, manifest: dict[str, Any], folder: Path) -> None:
-    with runfolder.staged(folder, force=True) as staging:
+    with atomic.staged(folder, marker=MANIFEST, force=True) as staging:
         # Bytes, not shutil.copy: the file must belong to this folder's file system and user.
         (staging / library.name).write_bytes(library.read_bytes())
-        runfolder.write_json(staging / MANIFEST, {**manifest, "sha256": runfolder.sha256(library)})
+        atomic.write_json(staging / MANIFEST, {**manifest, "sha256": atomic.sha256(library)})
 
 
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Wait for builds of other processes; the system gives the lock back when a process dies."""
     folder = cache_folder()
-    with runfolder.readable_os_errors(folder):
+    with atomic.readable_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     with file:

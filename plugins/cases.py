@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xlstm_export import ops
-from xlstm_export.compare import difference
+from xlstm_export.plugins.native import NativeLibrary, mlstm_call, slstm_call
 
-from .native import NativeLibrary, mlstm_call, slstm_call
+from xlstm_export.distance import difference
+from xlstm_export.ops import reference as ops
 
 if TYPE_CHECKING:
     import torch

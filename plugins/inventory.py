@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .locate import KINDS, Built, cached
+from xlstm_export.plugins.locate import KINDS, Built, cached
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.plugins.inventory import loading_problem
+from xlstm_export.plugins.locate import KINDS, find, require_kind
+from xlstm_export.plugins.native import NativeError, NativeLibrary
 
-from .inventory import loading_problem
-from .locate import KINDS, find, require_kind
-from .native import NativeError, NativeLibrary
+from xlstm_export.errors import EnvironmentError_
 
 if TYPE_CHECKING:
     import torch
-
-    from .cases import Case
+    from xlstm_export.plugins.cases import Case
 
 # Relative L2: four times the largest rounding error of one value of the type; for float32 the limit of an
 # export (`checks.py`).
@@ -141,8 +140,7 @@ def _calls(kind: str, path: Path, seed: int) -> Iterator[Check]:
 def _cases(types: Mapping[str, Sequence[str]], seed: int) -> Iterator[tuple[str, str, Case]]:
     """Name, types and call, for every shape in every type."""
     import torch
-
-    from .cases import mlstm_case, slstm_case
+    from xlstm_export.plugins.cases import mlstm_case, slstm_case
 
     def named(pair: str) -> tuple[torch.dtype, torch.dtype]:
         first, second = pair.split("/")

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xlstm_export.config import TARGETS
 from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.targets import TARGETS
 
 Version = tuple[int, ...]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 # The models are tiny: threads only wait for each other, on a loaded machine for a long time. Commands that
 # tests start inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLSTM_EXPORT_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
 # A bare checkout is enough to run the tests; `benchmarks/` has scripts that are tested too.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
@@ -21,7 +21,8 @@ import models  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from xlstm_export import checkpoint, trace  # noqa: E402
+from xlstm_export.load import checkpoint  # noqa: E402
+from xlstm_export.trace import export as trace  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def make_large(folder: Path, *, shards: int = 0, seed: int = 0, **changes: Any) 
     """A directory as `xlstm.xlstm_large.from_pretrained.load_from_pretrained` reads it."""
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
-    from xlstm_export.families.large import NATIVE
+    from xlstm_export.load.families.large import NATIVE
 
     config = {**CONFIG, **changes}
     model = randomize(xLSTMLarge(xLSTMLargeConfig(**{**config, **NATIVE})), seed)

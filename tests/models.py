@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from xlstm_export.families import blocks
+from xlstm_export.load.families import blocks
 
 
 def lm_config(**changes: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import click
 import pytest
+from places import ROOT
 
-from xlstm_export.cli import cli
+from xlstm_export.cli.main import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
     for pattern in ("*.md", "docs/*.md", "examples/*/README.md", "plugins/*.md", "plugins/*/README.md")

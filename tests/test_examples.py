@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
-from xlstm_export import checkpoint, data, runfolder, sessions, trace, verify
+from xlstm_export import runfolder, sessions
+from xlstm_export.load import checkpoint
+from xlstm_export.measure import data
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
 
-ROOT = Path(__file__).resolve().parent.parent
 LM = ROOT / "examples" / "austen_lm"
 WEATHER = ROOT / "examples" / "weather_forecaster"
 

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from test_tensorrt_build import check_builds
 
-from xlstm_export import checkpoint, data, quantize, runfolder, stages, trace
-from xlstm_export.precision.legality import check_legality
-from xlstm_export.precision.recipe import Recipe, preset, read_recipe
+from xlstm_export import runfolder
+from xlstm_export.load import checkpoint
+from xlstm_export.measure import data
+from xlstm_export.pipeline import stages
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.legality import check_legality
+from xlstm_export.quantize.recipe import Recipe, preset, read_recipe
 from xlstm_export.sessions import OrtSession
+from xlstm_export.trace import export as trace
 
-ROOT = Path(__file__).resolve().parent.parent
 LM, WEATHER = ROOT / "examples" / "austen_lm", ROOT / "examples" / "weather_forecaster"
 SOURCES: dict[str, tuple[Any, ...]] = {
     "austen_lm": (LM, None, None),

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from xlstm_export.config import IoSpec, TensorSpec
-from xlstm_export.inputs import cut, has_positions, random_inputs
-from xlstm_export.loaded import Loaded
+from xlstm_export.inputs import cut, has_positions
+from xlstm_export.load.loaded import Loaded
+from xlstm_export.load.made_up import random_inputs
+from xlstm_export.specs import IoSpec, TensorSpec
 
 IMAGE = TensorSpec("image", "float32", ("B", "S", 4))
 TOKENS = TensorSpec("tokens", "int64", ("B", "S"))

@@ -15,17 +15,17 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = """
 import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.cli
 import sys
 heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
-import xlstm_export.passes, xlstm_export.families
-for name in ("", ".calibration", ".plugins", ".passes", ".families"):
+import xlstm_export.trace, xlstm_export.load
+for name in ("", ".calibration", ".plugins", ".trace", ".load"):
     print(sys.modules["xlstm_export" + name].__file__)
 """
 

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from refusals import refused
 
-from xlstm_export import checkpoint, runfolder, sessions, trace
-from xlstm_export.config import IoSpec, StateSpec, TensorSpec
+from xlstm_export import atomic, runfolder, sessions
 from xlstm_export.errors import EnvironmentError_, InputError, UsageError
+from xlstm_export.load import checkpoint
+from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
+from xlstm_export.trace import export as trace
 
-ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 
 
@@ -40,7 +42,7 @@ def names(folder: Path) -> list[str]:
 
 def stage(out: Path, *, error: BaseException | None = None, **options: Any) -> None:
     """Write a run folder, or fail half-way."""
-    with runfolder.staged(out, **options) as folder:
+    with atomic.staged(out, marker=runfolder.MANIFEST, **options) as folder:
         fill(folder)
         if error is not None:
             raise error
@@ -48,7 +50,7 @@ def stage(out: Path, *, error: BaseException | None = None, **options: Any) -> N
 
 def refuse(out: Path, **options: Any) -> None:
     """Try to; it must not come to writing."""
-    with runfolder.staged(out, **options):
+    with atomic.staged(out, marker=runfolder.MANIFEST, **options):
         pytest.fail("the block ran")
 
 
@@ -57,7 +59,7 @@ def refuse(out: Path, **options: Any) -> None:
 
 def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "below" / "out"
-    with runfolder.staged(out) as folder:
+    with atomic.staged(out, marker=runfolder.MANIFEST) as folder:
         fill(folder)
         assert folder.parent == out.parent  # same file system, so that the last step is one rename
         assert not out.exists()
@@ -88,7 +90,7 @@ def test_existing_folder_needs_force(tmp_path: Path) -> None:
     with refused(UsageError, str(out), "already exists"):
         refuse(out)
     assert (out / "content").read_text() == "old"
-    with runfolder.staged(out, force=True) as folder:
+    with atomic.staged(out, marker=runfolder.MANIFEST, force=True) as folder:
         fill(folder)
         assert (out / "content").read_text() == "old"  # until the new one is complete
     assert (out / "content").read_text() == "new"
@@ -126,7 +128,7 @@ def test_force_does_not_replace_a_file(tmp_path: Path) -> None:
 def test_folder_that_appears_meanwhile(tmp_path: Path, force: bool) -> None:
     """An export takes minutes; what takes its name in that time is spared like what was there before."""
     out = tmp_path / "out"
-    with refused(UsageError, str(out)), runfolder.staged(out, force=force) as folder:
+    with refused(UsageError, str(out)), atomic.staged(out, marker=runfolder.MANIFEST, force=force) as folder:
         fill(folder)
         out.mkdir()
         (out / "thesis.tex").write_text("years of work")
@@ -452,9 +454,9 @@ def test_hashes_are_of_the_files_as_they_are(small_export: Path, tmp_path: Path)
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    runfolder.write_json(path, {"value": 1})
+    atomic.write_json(path, {"value": 1})
     with pytest.raises(TypeError):
-        runfolder.write_json(path, {"value": object()})
+        atomic.write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 1}
     assert names(tmp_path) == ["report.json"]
 
@@ -489,7 +491,7 @@ def test_io_survives_the_round_trip(tmp_path: Path) -> None:
         (TensorSpec("logits", "float32", ("B", "S", 256)),),
         (StateSpec(0, "C", (4, 8, 8)), StateSpec(3, "conv", (3, 16))),
     )
-    runfolder.write_json(tmp_path / runfolder.IO, spec.to_json())
+    atomic.write_json(tmp_path / runfolder.IO, spec.to_json())
     assert runfolder.read_io(tmp_path) == spec
 
 

@@ -1,5 +1,5 @@
 """`python -m xlstm_export`: the command line."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -10,61 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .compare import Difference, difference
+from .distance import Difference, difference
 from .errors import UsageError
-
-LIMITS = {
-    # FP32 rounding through all blocks measured 2e-7 … 7e-7 on every mix of blocks; a wrong gate, mask or
-    # carried state is 1e-3 and more.
-    "output": 5e-6,
-    # Products of decays over the whole stream round more than one output does.
-    "state": 1e-5,
-    # Lifted against upstream, both float64. They differ where eps meets the stabilizer: the parallel form
-    # has no m of the fresh state. That is at most eps = 1e-6 of the normalizer.
-    "lift": 2e-6,
-    # Rows computed beside others: the same kernels may split their work differently.
-    "rows": 1e-6,
-    # "Equal to four digits."
-    "metric": 5e-5,
-    # What two sets of logits 1e-6 apart can differ by; another first choice needs a tie within that.
-    "kl": 1e-8,
-    "top1": 1e-3,
-}
-
-
-@dataclass(frozen=True)
-class PrecisionLimits:
-    """What a half or quantized export is held to, beside `drift_report.DRIFT_LIMITS` along a stream.
-
-    Attributes:
-        metric: relative change of the task metric against FP32.
-        ways: relative L2 between two ways of calling the export itself. They differ where a last bit tips a
-            value over the edge of a rounding step, and a recurrence carries that on.
-        memory: |ln ratio| of half-lives, see `gates.memory_checks`.
-        kl, top1: mean KL divergence of a classifier's or language model's outputs from FP32 in nats, and the
-            share of other first choices.
-    """
-
-    metric: float
-    ways: float
-    memory: float
-    kl: float
-    top1: float
-
-
-# Metric: seen on held-out data of two trained models 4e-5 (fp16, bf16), 3e-3 (int8, everything quantized),
-# 2e-4 (int8-wo), 8e-3 (int4-wo). The others over stretches from many places of these data. Ways: seen
-# 6.7e-4 apart in fp16, 5.3e-3 in bf16, 0.020 in int8 and 7e-4 where only weights are integers; the limits,
-# 2.5 to 8 times that, find a state that is lost or a gate that is wrong, not a step of rounding more. Memory:
-# 3.4e-4 in fp16, 4.0e-3 in bf16, 0.027 in int8, 2.8e-3 in int8-wo, 0.037 in int4-wo; KL and first choices
-# (7e-7, 0.0012), (5e-5, 0.0063), (4e-3, 0.036), (7e-5, 0.0051), (3.4e-3, 0.031): 2 to 7 times that.
-PRECISION_LIMITS = {
-    "fp16": PrecisionLimits(metric=1e-3, ways=5e-3, memory=1e-3, kl=5e-6, top1=6e-3),
-    "bf16": PrecisionLimits(metric=1e-3, ways=4e-2, memory=0.01, kl=2e-4, top1=0.03),
-    "int8": PrecisionLimits(metric=5e-3, ways=5e-2, memory=0.1, kl=0.02, top1=0.15),
-    "int8-wo": PrecisionLimits(metric=5e-3, ways=5e-3, memory=0.015, kl=3e-4, top1=0.02),
-    "int4-wo": PrecisionLimits(metric=2e-2, ways=5e-3, memory=0.08, kl=0.02, top1=0.15),
-}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from examples.weather_forecaster.train import (  # noqa: E402
     load_stations,
     next_day,
 )
-from xlstm_export.config import IoSpec, TensorSpec  # noqa: E402
+from xlstm_export.specs import IoSpec, TensorSpec  # noqa: E402
 
 AUSTEN, WEATHER = ROOT / "examples" / "austen_lm", ROOT / "examples" / "weather_forecaster"
 PASSAGES, PASSAGE = 24, 2048  # bytes; as long as the windows that text is cut into

@@ -14,15 +14,16 @@ from typing import Any
 
 import fake_tensorrt
 import pytest
+from places import ROOT
 from refusals import refused
 from xlstm_export.plugins import locate
 
+from xlstm_export.atomic import sha256, write_json
 from xlstm_export.board import build
-from xlstm_export.board.cuda import Cuda
 from xlstm_export.errors import BuildError, EnvironmentError_, InputError
-from xlstm_export.runfolder import IO, MANIFEST, MODEL, read_io, sha256, write_json
+from xlstm_export.runfolder import IO, MANIFEST, MODEL, read_io
+from xlstm_export.sessions.cuda import Cuda
 
-ROOT = Path(__file__).resolve().parents[2]
 V103, V1016, V11 = (10, 3, 0), (10, 16, 1), (11, 4, 1)
 FREE = 4 << 30
 
@@ -182,7 +183,7 @@ build.build_engine(Path(sys.argv[1]), **t.board())
 def test_a_killed_build_leaves_nothing_and_the_next_one_works(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent), root=str(ROOT / "tests"))
+    script = KILLED.format(tests=str(ROOT / "tests" / "board"), root=str(ROOT / "tests"))
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     done = subprocess.run(
         [sys.executable, "-c", script, str(bundle)], env={**os.environ, "PYTHONPATH": paths}
@@ -209,7 +210,7 @@ def test_a_recurrence_that_is_no_plugin_layer_is_an_error(bundle: Path) -> None:
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="no tensorrt-rtx")
 def test_nvidia_s_builder_takes_both_profiles(own_export: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("rtx_engine.py")), str(own_export), "64"]
+    command = [sys.executable, str(ROOT / "tests" / "rtx_engine.py"), str(own_export), "64"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300
     )

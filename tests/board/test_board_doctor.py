@@ -10,9 +10,9 @@ import fake_tensorrt
 import pytest
 
 from xlstm_export.board import doctor
-from xlstm_export.board.cuda import Cuda
 from xlstm_export.board.doctor import Finding
 from xlstm_export.errors import EnvironmentError_
+from xlstm_export.sessions.cuda import Cuda
 
 
 def board(tmp_path: Path, release: str, revision: str, model: str = "NVIDIA Jetson Orin Nano") -> Path:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xlstm_export import checkpoint, goldens
 from xlstm_export.board import replay
-from xlstm_export.config import TensorSpec
+from xlstm_export.bundle import recordings as goldens
 from xlstm_export.errors import InputError
 from xlstm_export.inputs import Arrays
+from xlstm_export.load import checkpoint
 from xlstm_export.sessions import OrtSession, Session
+from xlstm_export.specs import TensorSpec
 
 HORIZON = 700
 

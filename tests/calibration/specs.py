@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xlstm_export.config import IoSpec, StateSpec, TensorSpec
+from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 
 STATES = (StateSpec(0, "C", (2, 3)),)
 TOKENS = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (), STATES)

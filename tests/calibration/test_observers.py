@@ -16,12 +16,12 @@ from xlstm_export.calibration.observers import BORDERS, Observer, calibrate
 from xlstm_export.calibration.scales import CHANNELS, SCALES, Scales
 from xlstm_export.calibration.sets import CalibrationSet
 
-from xlstm_export import trace
-from xlstm_export.checkpoint import Loaded
 from xlstm_export.errors import EnvironmentError_, InputError, UsageError
-from xlstm_export.graph_cut import load_graph
-from xlstm_export.precision.sites import observed_tensors
+from xlstm_export.graph.files import load_graph
+from xlstm_export.graph.sites import observed_tensors
+from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.runfolder import read_io
+from xlstm_export.trace import export as trace
 
 # --- One tensor -----------------------------------------------------------------------------------------
 

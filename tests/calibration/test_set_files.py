@@ -9,13 +9,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from places import ROOT
 from refusals import refused
 from xlstm_export.calibration import sets
 
-from xlstm_export.config import IoSpec, TensorSpec
 from xlstm_export.errors import InputError
+from xlstm_export.specs import IoSpec, TensorSpec
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "calibration" / "sets"
 TOKENS = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (), ())
 SERIES = IoSpec((TensorSpec("x", "float32", ("B", "S", 10)),), (), ())

@@ -10,8 +10,8 @@ from refusals import refused
 from specs import PLAIN, POLICY, SERIES, TOKENS
 from xlstm_export.calibration import sets
 
-from xlstm_export.checkpoint import Loaded
 from xlstm_export.errors import InputError, UsageError
+from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.runfolder import read_io
 
 

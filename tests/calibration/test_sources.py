@@ -12,8 +12,8 @@ from refusals import refused
 from specs import PLAIN, POLICY, SERIES, TOKENS
 from xlstm_export.calibration.sources import Reader
 
-from xlstm_export.config import IoSpec
 from xlstm_export.errors import EnvironmentError_, InputError, UsageError
+from xlstm_export.specs import IoSpec
 
 HEADER = "time,a,b,c\n"
 

@@ -37,7 +37,7 @@ def listing(folder: Path) -> dict[str, str]:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from mutate import ALL
 
-    from xlstm_export import cli
+    from xlstm_export.cli import main as cli
 
     work = Path(case["work"])
     shutil.copytree(case["corpus"], work)

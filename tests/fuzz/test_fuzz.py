@@ -19,11 +19,16 @@ import numpy as np
 import pytest
 import tirex_models
 import yaml
+from places import ROOT
 
-from xlstm_export import bundle, checkpoint, quantize, runfolder, stages, trace
-from xlstm_export.precision.recipe import preset
+from xlstm_export import atomic, runfolder
+from xlstm_export.bundle import make as bundle
+from xlstm_export.load import checkpoint
+from xlstm_export.pipeline import stages
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import preset
+from xlstm_export.trace import export as trace
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT = int(os.environ.get("XLSTM_EXPORT_FUZZ", "220"))
 BATCHES = 4
 CODES = {0, 1, 2, 3, 4, 5}
@@ -113,7 +118,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "calib.txt").write_bytes(b"It is a truth universally acknowledged. " * 20)
     stages.calibrate(run, loaded, data=str(folder / "calib.npz"), threads=1)
     quantize.quantize(run, preset("fp16"))
-    runfolder.write_json(
+    atomic.write_json(
         run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run), "checks": []}
     )
     bundle.bundle(run, loaded, folder / "bundle", horizon=150)
@@ -146,7 +151,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "memory": {},
         "skipped": {},
     }
-    runfolder.write_json(folder / "bench.json", bench)
+    atomic.write_json(folder / "bench.json", bench)
     pipeline = {
         "model": {"checkpoint": str(source)},
         "out": str(folder / "flow"),

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import mini_project
 import pytest
+from places import ROOT
 from xlstm_export.plugins import build, locate, toolchain
 
 from xlstm_export.errors import BuildError, EnvironmentError_, UsageError
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KIND = "ort-cpu"
 
 
@@ -64,7 +64,7 @@ def start(sources: Path) -> subprocess.Popen[str]:
         "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"(library,) = build.build([{KIND!r}]); print(library.fresh, library.path)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment,

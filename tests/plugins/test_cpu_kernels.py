@@ -14,9 +14,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_ops import EPS, MLSTM_CASES, SCALE, SLSTM_CASES, single
+from test_reference import EPS, MLSTM_CASES, SCALE, SLSTM_CASES, single
 
-from xlstm_export import ops
+from xlstm_export.ops import reference as ops
 
 MLSTM_SHAPES = [(1, 1, 3, 3), (3, 2, 5, 7), (1, 3, 8, 1), (1, 1, 96, 130), (2, 1, 40, 64), (1, 2, 33, 200)]
 SLSTM_SHAPES = [(1, 1, 3), (3, 2, 5), (2, 3, 8), (4, 1, 24), (9, 1, 33), (1, 2, 64), (6, 2, 17)]

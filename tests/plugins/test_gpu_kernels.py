@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gpu_build
-import gpu_cases
-import gpu_checks
-import gpu_device
 import pytest
 import torch
 from xlstm_export.plugins.native import NativeLibrary
+
+from benchmarks.gpu import build as gpu_build
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import device as gpu_device
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import mini_project
 import pytest
+from places import ROOT
 from xlstm_export.plugins import locate
 
 from xlstm_export.errors import EnvironmentError_, UsageError
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 KIND = "ort-cpu"
 
 
@@ -113,7 +113,7 @@ def test_looking_starts_no_process_and_imports_nothing_heavy() -> None:
         "from xlstm_export.plugins import locate; locate.find('ort-cpu')\n"
         "print({'torch', 'numpy', 'onnx', 'onnxruntime', 'subprocess', 'rich'} & set(sys.modules) - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
@@ -127,7 +127,7 @@ def test_every_included_file_is_part_of_the_key(
     """The compiler's own list of what a library is made of."""
     if shutil.which(command) is None:
         pytest.skip(f"no {command}")
-    monkeypatch.setattr(locate, "ROOT", REPOSITORY / "plugins")
+    monkeypatch.setattr(locate, "ROOT", ROOT / "plugins")
     wanted = (".cu",) if command == "nvcc" else (".cpp", ".cc")
     compiled = [path for path in locate.compiled_files(kind) if path.suffix in wanted]
     assert compiled

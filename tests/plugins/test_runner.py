@@ -25,11 +25,11 @@ import cuda126
 import numpy as np
 import pytest
 from lean_runtime import SANITIZERS, _fill, compiler_for
+from places import ROOT
 from xlstm_export.plugins import toolchain
 
-from xlstm_export.config import IoSpec, StateSpec, TensorSpec
+from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "plugins" / "runner"
 TESTS = ROOT / "tests" / "plugins" / "runner"
 MACHINE = os.uname().machine

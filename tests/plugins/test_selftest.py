@@ -15,8 +15,8 @@ from xlstm_export.plugins.inventory import loading_problem
 from xlstm_export.plugins.locate import ROOT
 from xlstm_export.plugins.native import NativeLibrary
 
-from xlstm_export import ops
 from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.ops import reference as ops
 
 # Writes nothing, zeros, or only the outputs; refuses; or fails: nothing of it is the recurrence.
 WRONG = """

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from slstm_cases import IO, WEIGHTS, check, dequantized, operands, run
-from test_ops import HELD, HOLDING
+from test_reference import HELD, HOLDING
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
 TYPES = list(itertools.product(WEIGHTS, IO))

@@ -13,11 +13,11 @@ import pytest
 from xlstm_export.calibration import observers, sets
 from xlstm_export.calibration.scales import Scales
 
-from xlstm_export import checkpoint, trace
-from xlstm_export.data import stream
+from xlstm_export.load import checkpoint
+from xlstm_export.measure.data import stream
 from xlstm_export.sessions import OrtSession
+from xlstm_export.trace import export as trace
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANTED = "xlstm_block_stack.blocks.0.xlstm.proj_up"
 LENGTH = 192
 QUICK = {"horizon": 128, "jobs": 1}

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import sensitivity_case as case
 
-from xlstm_export import data as evaluation
 from xlstm_export import runfolder
-from xlstm_export.data import EvalData
-from xlstm_export.drift import measure_drift
 from xlstm_export.errors import BuildError, InputError
-from xlstm_export.precision.recipe import Recipe, Rule
-from xlstm_export.quantize import quantize
+from xlstm_export.measure import data as evaluation
+from xlstm_export.measure.data import EvalData
+from xlstm_export.measure.drift import measure_drift
+from xlstm_export.quantize.quantize import quantize
+from xlstm_export.quantize.recipe import Recipe, Rule
 from xlstm_export.sensitivity import measure as sensitivity_measure
 from xlstm_export.sensitivity.measure import (
     Measured,

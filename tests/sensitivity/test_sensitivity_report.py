@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_export.precision.recipe import Recipe, Rule, read_recipe
+from xlstm_export.quantize.recipe import Recipe, Rule, read_recipe
 from xlstm_export.sensitivity.measure import Measured
 from xlstm_export.sensitivity.report import COLUMNS, Sensitivity, note, write_evidence
 from xlstm_export.sensitivity.search import Candidate, Limits, Unit

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from xlstm_export.precision.recipe import Choice, Recipe, possible
-from xlstm_export.precision.sites import Role, Site
+from xlstm_export.graph.sites import Role, Site
+from xlstm_export.quantize.recipe import Choice, Recipe, possible
 from xlstm_export.sensitivity.rules import recipe_for
 
 INT8 = Recipe("int8", base="fp16", smooth=0.5)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from xlstm_export.precision.recipe import Choice, Recipe
+from xlstm_export.quantize.recipe import Choice, Recipe
 from xlstm_export.sensitivity.measure import Measured
 from xlstm_export.sensitivity.search import Candidate, Found, Limits, Plan, Unit, order, search
 

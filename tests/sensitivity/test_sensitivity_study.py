@@ -19,13 +19,13 @@ import pytest
 import sensitivity_case as case
 from xlstm_export.calibration.scales import Scales
 
-from xlstm_export import data as evaluation
 from xlstm_export import runfolder
 from xlstm_export.errors import BuildError, ExportError, GateError, InputError, UsageError
-from xlstm_export.graph_cut import load_graph
-from xlstm_export.precision.recipe import read_recipe
-from xlstm_export.precision.sites import find_sites
-from xlstm_export.quantize import quantize
+from xlstm_export.graph.files import load_graph
+from xlstm_export.graph.sites import find_sites
+from xlstm_export.measure import data as evaluation
+from xlstm_export.quantize.quantize import quantize
+from xlstm_export.quantize.recipe import read_recipe
 from xlstm_export.sensitivity import Sensitivity, sensitivity
 from xlstm_export.sensitivity import runner as sensitivity_runner
 from xlstm_export.sensitivity.measure import Measured

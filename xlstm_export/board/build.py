@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import IoSpec
+from ..atomic import sha256, staged, write_json
 from ..errors import BuildError, EnvironmentError_, InputError
 from ..plugins import build as plugin_builder
 from ..plugins import locate
-from ..runfolder import MANIFEST, MODEL, read_io, sha256, staged, write_json
+from ..runfolder import MANIFEST, MODEL, read_io
+from ..sessions.cuda import Cuda
+from ..sessions.tensorrt import import_tensorrt
+from ..specs import IoSpec
 from . import integrity
-from .cuda import Cuda
 from .kernels import BIN
-from .tensorrt_session import import_tensorrt
 
 ENGINE, LOG, TIMINGS = "model.engine", "build.log", "timing.cache"
 ENGINES = "engines"
@@ -200,7 +201,7 @@ def build_engine(
     folder = bundle / ENGINES / f"sm{cuda.sm()}-trt{_dotted(version)}"
     cache = folder.with_name(f"{folder.name}.{TIMINGS}")
     log = logger(trt)
-    with staged(folder, force=True) as made:
+    with staged(folder, marker=MANIFEST, force=True) as made:
         try:
             engine = serialize(trt, plan, log, cache=cache, say=say)
         finally:

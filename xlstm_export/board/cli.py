@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..config import IoSpec
+from ..atomic import write_json
 from ..errors import EnvironmentError_, ExportError, GateError, UsageError
-from ..runfolder import read_io, write_json
+from ..runfolder import read_io
+from ..sessions import streams, timing
 from ..sessions.protocol import Session, load_state, save_state
-from . import integrity, replay, streams, timing
+from ..specs import IoSpec
+from . import integrity, replay
 
 BACKENDS = ("tensorrt", "onnxruntime")
 INTERRUPTED = 130
@@ -215,8 +217,8 @@ def _session(options: Any) -> Session:
         library = kernels.find(options.bundle)
         return OrtSession(options.bundle, 1, options.threads, fused=library is not None, library=library)
     from ..sessions.cpu_graph import name_of, read_prepared
+    from ..sessions.tensorrt import TensorRtSession
     from .build import find_engine
-    from .tensorrt_session import TensorRtSession
 
     io: IoSpec = read_io(options.bundle)
     engine, plugin = find_engine(options.bundle)

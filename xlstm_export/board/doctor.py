@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import ExportError
 from ..runfolder import MODEL_DATA
+from ..sessions.cuda import Cuda
+from ..sessions.tensorrt import import_tensorrt
 from . import build, integrity, kernels
-from .cuda import Cuda
-from .tensorrt_session import import_tensorrt
 
 RELEASE, DEVICE_MODEL = Path("etc/nv_tegra_release"), Path("proc/device-tree/model")
 # Weights are held by the parser, by the builder and in the plan at once; plus what CUDA and TensorRT take.

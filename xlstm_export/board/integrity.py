@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..atomic import sha256
 from ..errors import InputError
-from ..runfolder import MANIFEST, sha256
+from ..runfolder import MANIFEST
 
 SCHEMA = 1
 # Folders that nothing else may lie in: what they hold is compiled or run.

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..checks import Check
-from ..compare import compare_states, difference
-from ..config import IoSpec, TensorSpec
+from ..distance import compare_states, difference
 from ..errors import InputError
 from ..inputs import Arrays, cut, per_position
 from ..sessions.protocol import Session, load_state, save_state
+from ..specs import IoSpec, TensorSpec
 
 FOLDER = "goldens"
 SCHEMA = 1

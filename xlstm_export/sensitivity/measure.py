@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import IoSpec, TensorSpec
-from ..data import EvalData
-from ..drift import WINDOW, measure_drift
-from ..drift_report import Drift, judged_growth
+from ..atomic import readable_os_errors
 from ..errors import BuildError
-from ..graph_cut import load_graph
+from ..graph.files import load_graph
 from ..inputs import Arrays, per_position
-from ..precision.recipe import Recipe
-from ..quantize import quantize
-from ..runfolder import MODEL, readable_os_errors
+from ..measure.data import EvalData
+from ..measure.drift import WINDOW, measure_drift
+from ..measure.drift_result import Drift, judged_growth
+from ..quantize.quantize import quantize
+from ..quantize.recipe import Recipe
+from ..runfolder import MODEL
 from ..sessions import OrtSession, Session
+from ..specs import IoSpec, TensorSpec
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..precision.recipe import Choice, Recipe
-from ..runfolder import readable_os_errors, write_json
+from ..atomic import readable_os_errors, write_json
+from ..quantize.recipe import Choice, Recipe
 from .search import Candidate, Limits, Unit
 
 FOLDER = "sensitivity"  # in the run folder

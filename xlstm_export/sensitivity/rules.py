@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..precision.recipe import CHOICES, Choice, Recipe, Rule, possible
-from ..precision.sites import Site
+from ..graph.sites import Site
+from ..quantize.recipe import CHOICES, Choice, Recipe, Rule, possible
 
 
 def recipe_for(sites: Sequence[Site], choices: Mapping[str, Choice], recipe: Recipe) -> Recipe:

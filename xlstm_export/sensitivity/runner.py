@@ -25,10 +25,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..atomic import alive, readable_os_errors
 from ..errors import EnvironmentError_
-from ..precision.recipe import Recipe
-from ..precision.sites import Site
-from ..runfolder import MANIFEST, alive, readable_os_errors, versions
+from ..graph.sites import Site
+from ..quantize.recipe import Recipe
+from ..runfolder import MANIFEST, versions
 from .measure import REFERENCE, Measured, Setup, measure, record
 
 LOG = "candidates.jsonl"

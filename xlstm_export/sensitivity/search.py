@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..precision.recipe import Choice, Recipe
+from ..quantize.recipe import Choice, Recipe
 from .measure import Measured
 
 

@@ -24,19 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .. import data as evaluation
 from .. import runfolder
-from ..config import IoSpec
-from ..data import EvalData
-from ..drift_report import DriftLimits
 from ..errors import BuildError, GateError, InputError, UsageError
-from ..graph_cut import load_graph
+from ..graph.files import load_graph
+from ..graph.sites import Site, find_sites
 from ..inputs import per_position
-from ..precision.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
-from ..precision.sites import Site, find_sites
+from ..measure import data as evaluation
+from ..measure.data import EvalData
+from ..quantize.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
+from ..specs import IoSpec
+from ..verify.limits import DriftLimits
 from .measure import Setup, data_hash
-from .report import FOLDER, write_evidence
-from .report import Sensitivity as Sensitivity
+from .report import FOLDER, Sensitivity, write_evidence
 from .rules import recipe_for
 from .runner import SAME, Bench, Workers
 from .search import Candidate, Limits, Plan, Unit, order, search

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import TensorSpec
 from ..errors import BuildError, EnvironmentError_, InputError
 from ..inputs import Arrays, cut, per_position
 from ..runfolder import IO, MODEL, read_io, read_manifest
+from ..specs import TensorSpec
 from .cpu_graph import CpuGraph, is_prepared, name_of, read_prepared, session_options
 from .protocol import StatefulSession, numpy_type
 
@@ -190,7 +190,7 @@ class OrtSession(StatefulSession):
     def _graph(self, *, decode: bool) -> CpuGraph:
         if self._prepared:
             return read_prepared(self._folder, name_of(decode=decode, fused=self.fused))
-        from ..cpu_graphs import derive
+        from .cpu.derive import derive
 
         return derive(
             self._folder, self.io, self.batch, decode=decode, rounding=self._rounding, fused=self.fused
@@ -210,7 +210,7 @@ def _built_kernels(prepared: bool) -> Path | None:
     """The kernels in the cache; a bundle brings its own or none."""
     if prepared:
         return None
-    from ..fused import library
+    from .cpu.fused import library
 
     return library()
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import IoSpec
+from ..atomic import readable_os_errors
 from ..errors import InputError
 from ..inputs import Arrays
-from ..runfolder import readable_os_errors
+from ..specs import IoSpec
 
 
 class Session(Protocol):

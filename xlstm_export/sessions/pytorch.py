@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import IoSpec, StateSpec, TensorSpec
 from ..errors import BuildError
 from ..inputs import Arrays
+from ..lift.model import lift_model
+from ..specs import IoSpec, StateSpec, TensorSpec
 from .protocol import StatefulSession
 
 if TYPE_CHECKING:
-    from ..loaded import Loaded
+    from ..load.loaded import Loaded
 
 
 class TorchSession(StatefulSession):
@@ -28,7 +29,7 @@ class TorchSession(StatefulSession):
     def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
         import torch
 
-        lifted = loaded.lift()
+        lifted = lift_model(loaded)
         self._torch = torch
         self._dtype = getattr(torch, dtype)
         # The copy shares the user's parameters, so the conversion must not be in place.
@@ -50,8 +51,8 @@ class TorchSession(StatefulSession):
         return self._run(inputs)
 
     def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        from .. import cells
-        from ..cells import named_outputs
+        from ..lift import lift as cells
+        from ..lift.lift import named_outputs
 
         tensors = []
         for spec in self.io.inputs:

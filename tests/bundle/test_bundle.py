@@ -1,0 +1,309 @@
+"""Bundles: what is in them, that nothing of them can change unnoticed, and that they run alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import onnx
+import pytest
+from refusals import refused
+from xlstm_export.plugins import locate
+
+from xlstm_export import atomic, runfolder
+from xlstm_export.board import integrity
+from xlstm_export.bundle import make as bundles
+from xlstm_export.errors import GateError, InputError, UsageError
+from xlstm_export.load import checkpoint
+from xlstm_export.specs import OP_DOMAIN
+from xlstm_export.targets import TARGETS
+from xlstm_export.trace import export as trace
+
+HORIZON = 500
+# What onnxruntime and numpy need; nothing else may be imported on a board.
+LEAN = ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "google", "packaging")
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, checkpoint.Loaded]:
+    """Run folder of a model of two blocks that counts as verified."""
+    folder = tmp_path_factory.mktemp("verified")
+    loaded = checkpoint.load_checkpoint(
+        models.make(folder / "checkpoint", num_blocks=2, slstm_at=[1], embedding_dim=32)
+    )
+    run = trace.export(loaded, folder / "run")
+    # What `verify` leaves behind where it passed; others test that it does.
+    atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    return run, loaded
+
+
+@pytest.fixture(scope="module")
+def made(verified: tuple[Path, checkpoint.Loaded], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "made"
+    target = TARGETS["orin-nano-8gb"]
+    return bundles.bundle(*verified, out, horizon=HORIZON, target=target, licence="MIT")
+
+
+@pytest.fixture
+def own(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "own")
+
+
+# --- What is in it ----------------------------------------------------------------------------------
+
+
+def test_the_manifest_accounts_for_every_file(made: Path, verified: tuple[Path, checkpoint.Loaded]) -> None:
+    manifest = integrity.check(made)
+    files = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert files == {*manifest["files"], "manifest.json"}
+    assert manifest["licence_of_weights"] == "MIT"
+    assert (manifest["precision"], manifest["target"], manifest["recurrences"]) == (
+        "fp32",
+        "orin-nano-8gb",
+        2,
+    )
+    for name in (runfolder.MODEL, runfolder.MODEL_DATA, runfolder.IO):
+        assert (made / name).read_bytes() == (verified[0] / name).read_bytes()
+    assert {"plugins/CMakeLists.txt", "plugins/runner/CMakeLists.txt", "plugins/mlstm/launch.cu"} <= files
+    assert {"deploy.py", "README.md"} <= files
+
+
+def test_the_stripped_graph_keeps_what_the_plugin_needs(made: Path) -> None:
+    model = onnx.load(made / bundles.STRIPPED, load_external_data=False)
+    assert not [f for f in model.functions if f.domain == OP_DOMAIN]
+    nodes = [node for node in model.graph.node if node.domain == OP_DOMAIN]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert {"plugin_version", "plugin_namespace"} <= {attribute.name for attribute in node.attribute}
+
+
+def test_the_same_inputs_give_the_same_bytes(
+    verified: tuple[Path, checkpoint.Loaded], tmp_path: Path
+) -> None:
+    first, second = (
+        bundles.bundle(*verified, tmp_path / f"{name}.tar.gz", horizon=64) for name in ("one", "two")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.tar.gz", "two.tar.gz"]
+    assert bundles.verify_bundle(first)["kind"] == "bundle"
+
+
+def test_what_did_not_verify_is_not_bundled(verified: tuple[Path, checkpoint.Loaded], tmp_path: Path) -> None:
+    run = shutil.copytree(verified[0], tmp_path / "run")
+    shutil.rmtree(run / "verify")
+    with refused(GateError, "verify has not run"):
+        bundles.bundle(run, verified[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_archive_is_not_replaced(
+    verified: tuple[Path, checkpoint.Loaded], tmp_path: Path
+) -> None:
+    (tmp_path / "out.tar.gz").write_bytes(b"mine")
+    with refused(UsageError, "already exists"):
+        bundles.bundle(*verified, tmp_path / "out.tar.gz")
+    assert (tmp_path / "out.tar.gz").read_bytes() == b"mine"
+
+
+# --- Nothing changes unnoticed ----------------------------------------------------------------------
+
+
+def test_one_bit_of_any_file_is_noticed_by_name(own: Path) -> None:
+    for name in integrity.read(own)["files"]:
+        path = own / name
+        content = path.read_bytes()
+        place = len(content) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with refused(InputError, f"{name} has changed"):
+            bundles.verify_bundle(own)
+        path.write_bytes(content)
+    bundles.verify_bundle(own)
+
+
+def test_missing_shortened_and_added_files_are_named(own: Path) -> None:
+    (own / "io.json").unlink()
+    with (own / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    (own / "plugins" / "mlstm" / "extra.cu").write_text("// compiled along")
+    with refused(
+        InputError, "io.json is missing", "model.onnx has", "plugins/mlstm/extra.cu does not belong"
+    ):
+        bundles.verify_bundle(own)
+
+
+def test_results_of_the_board_do_not_count(own: Path) -> None:
+    for name in ("results/bench.json", "engines/sm87-trt10.3.0/model.engine", "state.npz"):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_bytes(b"x")
+    bundles.verify_bundle(own)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", "a//b", "./a", "a\\b"])
+def test_a_manifest_cannot_point_outside(own: Path, name: str) -> None:
+    manifest = json.loads((own / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": "0" * 64, "bytes": 0}
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with refused(InputError, "outside of the bundle"):
+        bundles.verify_bundle(own)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"schema": 1}', '{"schema": 9, "kind": "bundle", "files": {}}']
+)
+def test_a_damaged_manifest(own: Path, content: str) -> None:
+    (own / "manifest.json").write_text(content)
+    with pytest.raises(InputError):
+        bundles.verify_bundle(own)
+
+
+# --- It runs alone ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages with NumPy and ONNX Runtime, and what these need."""
+    folder = tmp_path_factory.mktemp("lean")
+    for name in LEAN:
+        spec = importlib.util.find_spec(name) if "." not in name else None
+        if "." in name:
+            found = importlib.util.find_spec("numpy")
+            assert found is not None
+            assert found.origin is not None
+            path = Path(found.origin).parents[1] / name
+        elif spec is not None and spec.submodule_search_locations:
+            path = Path(next(iter(spec.submodule_search_locations)))
+        else:
+            continue
+        if path.is_dir():
+            (folder / name).symlink_to(path)
+    return folder
+
+
+def deploy(bundle: Path, lean: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run deploy.py in a Python that has no other packages."""
+    script = (
+        f"import sys, runpy; sys.path.insert(0, {str(lean)!r}); "
+        f"sys.argv = [{str(bundle / 'deploy.py')!r}, *{list(arguments)!r}]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "XLSTM_EXPORT_CACHE": str(bundle.parent / "cache"), **environment},
+    )
+
+
+def test_deploy_needs_numpy_and_onnxruntime_only(own: Path, lean: Path) -> None:
+    done = deploy(own, lean, "verify", "--backend", "onnxruntime", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert {"prefill, this export", "steps, this export", "drift", "step by step", "reset"} <= set(checks)
+    assert {"stream, the model in float64", "resumed from a file"} <= set(checks)
+    assert json.loads((own / "results" / "verify-onnxruntime.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize("option", ["last_logits", "stateless"])
+def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path) -> None:
+    checkpoint_folder = models.make(tmp_path / "checkpoint", num_blocks=1, slstm_at=[0], embedding_dim=32)
+    loaded = checkpoint.load_checkpoint(checkpoint_folder, stateless=option == "stateless" or None)
+    run = trace.export(loaded, tmp_path / "run", **{option: True})
+    atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    made = bundles.bundle(run, loaded, tmp_path / "made", horizon=HORIZON)
+    done = deploy(made, lean, "verify", "--backend", "onnxruntime")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_deploy_with_and_without_kernels(own: Path, lean: Path) -> None:
+    shipped = own / "plugins" / "bin" / locate.machine() / "libxlstm_ort_cpu.so"
+    if not shipped.is_file():
+        pytest.skip("the fused operators are not built here")
+    for switch in ("", "off"):
+        variable = {"XLSTM_EXPORT_ORT_CPU_LIBRARY": switch}
+        done = deploy(own, lean, "doctor", "--json", **variable)
+        found = {finding["name"]: finding for finding in json.loads(done.stdout)}["fused operators"]
+        assert found["status"] == ("optional" if switch else "ok"), found
+        done = deploy(own, lean, "verify", "--backend", "onnxruntime", "--horizon", "200", **variable)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_deploy_times_and_writes_text(own: Path, lean: Path) -> None:
+    done = deploy(own, lean, "bench", "--backend", "onnxruntime", "--steps", "50", "--hz", "500", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["step"]["calls"] == 50
+    assert 0 < result["step"]["p50_ms"] <= result["step"]["p99.9_ms"] <= result["step"]["max_ms"]
+    assert result["rate"]["calls"] == 50
+    texts = [
+        deploy(own, lean, "run", "--backend", "onnxruntime", "--text", "Emma ", "--tokens", "20").stdout
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_deploy_goes_on_from_a_saved_state(own: Path, lean: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
+    np.savez(tmp_path / "all.npz", tokens=tokens)
+    np.savez(tmp_path / "first.npz", tokens=tokens[:, :25])
+    np.savez(tmp_path / "second.npz", tokens=tokens[:, 25:])
+
+    def run(name: str, *more: str) -> np.ndarray:
+        out = tmp_path / f"{name}.out.npz"
+        files = ["--data", str(tmp_path / f"{name}.npz"), "--out", str(out)]
+        done = deploy(own, lean, "run", "--backend", "onnxruntime", *files, *more)
+        assert done.returncode == 0, done.stderr
+        with np.load(out) as file:
+            return file["logits"]
+
+    whole = run("all")
+    state = ("--state", str(tmp_path / "state.npz"))
+    parts = np.concatenate([run("first", *state), run("second", *state)], axis=1)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_deploy_stops_before_anything_runs(own: Path, lean: Path) -> None:
+    path = own / "model.onnx.data"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    done = deploy(own, lean, "verify", "--backend", "onnxruntime")
+    assert done.returncode == 4
+    assert "model.onnx.data has changed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_deploy_without_a_runtime(own: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    found = importlib.util.find_spec("numpy")
+    assert found is not None
+    assert found.origin is not None
+    numpy = Path(found.origin).parent
+    (empty / "numpy").symlink_to(numpy)
+    if (numpy.parent / "numpy.libs").is_dir():
+        (empty / "numpy.libs").symlink_to(numpy.parent / "numpy.libs")
+    done = deploy(own, empty, "verify")
+    assert done.returncode == 3
+    assert "neither tensorrt nor onnxruntime" in done.stderr
+    done = deploy(own, empty, "build", "--backend", "tensorrt")
+    assert done.returncode == 3
+    assert "tensorrt cannot be imported" in done.stderr
+    done = deploy(own, empty, "doctor")
+    assert done.returncode == 3
+    assert "pip install onnxruntime" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["run"], 2), (["run", "--data", "none.npz"], 4), (["fly"], 2), (["bench", "--steps", "x"], 2)],
+)
+def test_deploy_s_exit_codes(own: Path, lean: Path, arguments: list[str], code: int) -> None:
+    done = deploy(own, lean, *arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,29 @@
+"""Tables for the terminal hold what they are given."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from xlstm_export import runfolder
+from xlstm_export.cli import tables as report
+from xlstm_export.lift.model import spec_of
+from xlstm_export.load.checkpoint import Loaded
+
+
+def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = spec_of(small_loaded)
+    report.show_model(Console(width=200), spec)
+    shown = capsys.readouterr().out
+    assert f"{spec.parameters:,} parameters" in shown
+    assert "C 4×32×32" in shown
+    assert "xlstm_block_stack.blocks.1.xlstm.slstm_cell" in shown
+    for target in ("orin-nano-8gb", "thor-t5000"):
+        assert target in shown
+
+
+def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:
+    report.show_io(Console(width=120), runfolder.read_io(small_export))
+    shown = capsys.readouterr().out
+    assert "past_0_C → present_0_C" in shown
+    assert "['B', 4, 32, 32]" in shown

@@ -1,0 +1,94 @@
+"""Every tick of the README's table of families: that family, form and type through the whole verify."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import large_models
+import models
+import pytest
+import test_own
+import tirex_models
+from places import ROOT
+from test_tensorrt_build import check_builds
+
+from xlstm_export import runfolder
+from xlstm_export.load import checkpoint
+from xlstm_export.pipeline import stages
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import preset
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
+from xlstm_export.verify.precision import verify_precision
+
+Make = Callable[[Path, bool], checkpoint.Loaded]
+FAMILIES: dict[str, Make] = {
+    "xLSTMLMModel": lambda p, stateless: checkpoint.load_checkpoint(models.make(p / "model")),
+    "xLSTMLarge": lambda p, stateless: checkpoint.load_checkpoint(large_models.make_large(p / "model")),
+    "Hugging Face": lambda p, stateless: checkpoint.load_checkpoint(large_models.make_hf(p / "model")),
+    "TiRex": lambda p, stateless: checkpoint.load_checkpoint(
+        tirex_models.make(p / "model"), stateless=stateless
+    ),
+    "nn.Module": lambda p, stateless: test_own.loaded(test_own.Classifier()),
+    "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
+}
+
+
+# The form decides the ends of a graph, the type how its weights are stored: neither sees the other.
+@pytest.mark.parametrize(
+    ("stateless", "dtype"),
+    [(False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "fp16")],
+    ids=["streaming-fp32", "stateless-fp32", "streaming-bf16", "stateless-fp16"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, stateless: bool, dtype: str, tmp_path: Path) -> None:
+    loaded = FAMILIES[family](tmp_path, stateless)
+    out = trace.export(loaded, tmp_path / "out", stateless=stateless, dtype=dtype)
+    assert bool(runfolder.read_io(out).states) != stateless
+    report = verify.verify(out, loaded)
+    assert [check for check in report.checks if not check.passed] == []
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[checkpoint.Loaded, Path]:
+    """A family's FP32 export, which the other precisions are made of."""
+    folder = tmp_path_factory.mktemp("family")
+    loaded = FAMILIES[request.param](folder, False)
+    return loaded, trace.export(loaded, folder / "run", stateless=False)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
+def test_family_in_other_precisions(exported: tuple[checkpoint.Loaded, Path], precision: str) -> None:
+    """Fences, rules of TensorRT, all ways of calling, NVIDIA's builder; ranges are from made-up data."""
+    loaded, run = exported
+    recipe = preset(precision)
+    scales = stages.calibrate(run, loaded, random_data=True, threads=1) if recipe.needs_scales else None
+    folder = quantize.quantize(run, recipe, scales=scales)
+    report = verify_precision(folder, loaded, threads=1, horizon=150, free_horizon=20)
+    drift = [check for check in report.checks if ": level" in check.name or ": KL" in check.name]
+    # Made-up models and data say nothing about how good a precision is; that it is one at all they do.
+    failed = [check for check in report.checks if not check.passed and check not in drift]
+    assert failed == []
+    worst = max(check.value for check in drift if "level" in check.name)
+    assert worst < (2.0 if precision == "int4-wo" else 1.0)
+    check_builds(folder / "model.onnx")
+
+
+@pytest.mark.parametrize("family", ["xLSTMLarge", "nn.Module", "your own cell"])
+def test_family_in_nvidias_builder(family: str, tmp_path: Path) -> None:
+    """The others are built in test_tensorrt_build.py and test_tirex.py."""
+    loaded = FAMILIES[family](tmp_path, False)
+    check_builds(trace.export(loaded, tmp_path / "out") / "model.onnx")
+
+
+def test_the_table_has_a_row_per_family_and_none_more() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("| family | checkpoint |")[1].split("\n\n")[0]
+    rows = [row for row in table.splitlines()[2:] if row]
+    assert len(rows) == len(FAMILIES)
+    for name, row in zip(FAMILIES, rows, strict=True):
+        assert re.search(re.escape(name), row.split("|")[1])

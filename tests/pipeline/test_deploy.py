@@ -1,0 +1,118 @@
+"""`deploy`: the stages in a row, and no timing of what is not equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from refusals import refused
+from rich.console import Console
+
+from xlstm_export.cli import tables as report
+from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.pipeline import deploy as pipeline
+from xlstm_export.quantize.recipe import preset
+from xlstm_export.verify import limits
+from xlstm_export.verify.bisect import search
+
+
+def test_writes_everything_and_says_so(
+    small_loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages: list[str] = []
+    result = pipeline.deploy(small_loaded, tmp_path / "out", threads=1, progress=stages.append)
+    assert stages[0] == "tracing"
+    assert stages[-1] == "fp32: bench: memory"
+    assert result.verification.passed
+    names = [path.name for path in result.written]
+    assert names == [
+        "model.onnx",
+        "model.onnx.data",
+        "io.json",
+        "manifest.json",
+        "report.json",
+        "bench.json",
+        "report.html",
+    ]
+    json.dumps(result.to_json())
+    report.show_deploy(Console(width=80), result)
+    shown = capsys.readouterr().out
+    assert "verdict: pass equal to PyTorch" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_what_is_not_equal_is_not_timed(
+    small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(limits.LIMITS, "output", 1e-12)
+    nowhere = search.Bisection(None, "the checkpoint exported again", ())
+    monkeypatch.setattr(search, "bisect", lambda *args, **options: nowhere)
+    result = pipeline.deploy(small_loaded, tmp_path / "out", threads=1)
+    assert not result.verification.passed
+    assert result.verification.bisect == nowhere.to_json()
+    assert result.benchmark is None
+    assert not (tmp_path / "out" / "bench").exists()
+    report.show_deploy(Console(width=80), result)
+    shown = capsys.readouterr().out
+    assert "NOT equal to PyTorch" in shown
+    assert "exceeds 1.0e-12" in shown
+
+
+@pytest.mark.slow
+def test_int8_makes_fp16_too_and_puts_them_side_by_side(
+    small_loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = pipeline.deploy(
+        small_loaded,
+        tmp_path / "out",
+        precision="int8",
+        random_data=True,
+        threads=1,
+        horizon=150,
+        free_horizon=20,
+    )
+    assert [variant.precision for variant in result.variants] == ["fp32", "fp16", "int8"]
+    assert result.folder == tmp_path / "out" / "int8"
+    sizes = [variant.model_bytes for variant in result.variants]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {"recipe.yaml", "scales.json", "drift.csv"} <= {path.name for path in result.written}
+    json.dumps(result.to_json())
+    report.show_deploy(Console(width=80), result)
+    shown = capsys.readouterr().out
+    assert "calibrated on made-up data" in shown
+    assert "side by side" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "needs calibration data"),
+        ({"precision": "int8", "base": "fp8"}, "base 'fp8' is unknown"),
+        ({"precision": "fp16", "base": "fp32"}, "contradicts"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    small_loaded: Loaded, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        pipeline.deploy(small_loaded, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_for_another_precision(small_loaded: Loaded, tmp_path: Path) -> None:
+    preset("int4-wo").write(tmp_path / "recipe.yaml")
+    with pytest.raises(UsageError, match="a recipe for int4-wo, not for int8"):
+        pipeline.deploy(small_loaded, tmp_path / "out", precision="int8", recipe=tmp_path / "recipe.yaml")
+
+
+def test_a_model_that_does_not_fit_the_memory_is_exported_and_not_verified_as_a_whole(
+    small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine must not be driven into swapping; the export stays, to be verified by block."""
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
+    with refused(EnvironmentError_, "as a whole takes about", "--per-block"):
+        pipeline.deploy(small_loaded, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()

@@ -1,0 +1,282 @@
+"""The report of a run: what it says, that it is safe and self-contained, and that a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xlstm_export import atomic, runfolder
+from xlstm_export.errors import InputError
+from xlstm_export.report.document import text_of
+from xlstm_export.report.write import write_report
+
+VOID = {"meta", "line", "circle", "rect", "polyline", "br"}
+
+
+def timing(p50: float) -> dict[str, Any]:
+    percentiles = {f"p{q}_ms": p50 * (1 + i) for i, q in enumerate(("50", "90", "99", "99.9"))}
+    return {**percentiles, "min_ms": p50, "max_ms": 5 * p50, "calls": 10, "tokens_per_second": 1e3 / p50}
+
+
+@pytest.fixture
+def run(own_export: Path) -> Path:
+    """A run folder with every file a report reads, as a failed INT8 verification would leave them."""
+    manifest = runfolder.read_manifest(own_export)
+    manifest["options"] |= {"precision": "int8", "base": "fp16", "state_dtype": "fp32"}
+    manifest |= {"model": "<script>alert(1)</script>", "sites": {"int8": 7}, "command": "xlstm-export 'a|b'"}
+    atomic.write_json(own_export / "manifest.json", manifest)
+    rows = [
+        {
+            "mode": mode,
+            "block": block,
+            "tensor": tensor,
+            "horizon": horizon,
+            "error": None if horizon == 100 else 1e-3 * horizon,
+            "state_forced": 1e-3,
+        }
+        for mode in ("teacher-forced", "free-running")
+        for block, tensor in ((None, "logits"), (0, "C"), (0, "n"))
+        for horizon in (1, 10, 100, 1000)
+    ]
+    head = {
+        "head": 0,
+        "m_min": -9.0,
+        "m_max": 7.0,
+        "fp16_share": 0.01,
+        "bf16_share": 0.0,
+        "smallest_normalizer": 0.3,
+        "half_life": 800.0,
+        "reference_half_life": 812.0,
+    }
+    forever = {**head, "head": 1, "half_life": None, "reference_half_life": None}
+    checks = [{"name": f"check {i}", "passed": i != 3, "value": 10.0**-i, "limit": 5e-3} for i in range(30)]
+    checks[5] |= {
+        "value": None,
+        "passed": False,
+        "cosine": 0.5,
+        "norm_ratio": 1.1,
+        "max_abs": 3.0,
+        "at": [1, 2],
+    }
+    report = {
+        "passed": False,
+        "files": runfolder.hashes(own_export),
+        "inputs": "made-up inputs",
+        "metric": {"name": "MASE", "fp32": 0.8, "exported": 0.81, "drop": 0.0125, "positions": 1000},
+        "gates": {"positions": 2048, "blocks": [{"block": 0, "cell": "mlstm", "heads": [head, forever]}]},
+        "bisect": {"block": 2, "sentence": "first difference: block 2, MatMul gives linear_3"},
+        "precision": {"reference": "FP32 export", "drift": {"batch": 2, "window": 256, "rows": rows}},
+        "checks": checks,
+    }
+    atomic.write_json(own_export / "verify" / "report.json", report)
+    cell = {"mode": "decode", "batch": 1, "length": 1, "moved_bytes": 1e6, "bandwidth_gbs": 10.0}
+    cell |= {"achieved_gbs": 5.0, "roof_share": 0.5}
+    grid = [{**cell, "contestants": {"exported": timing(0.2), "pytorch_eager": timing(1.0)}}]
+    grid.append({**grid[0], "mode": "prefill", "length": 128})
+    bench = {"schema": 2, "environment": {"cpu": "x", "flags": ["avx2"]}, "threads": 2, "grid": grid}
+    bench |= {"rate": None, "memory": {"rss_bytes": 1e8}, "skipped": {"torch_compile": "left out"}}
+    atomic.write_json(own_export / "bench" / "bench.json", bench)
+    tensor = {"amax": 3.0, "max": 3.0, "by_position": [1.0, 2.0, None], "rms_by_position": [1, 1, 1]}
+    data = {"name": "d.npz", "samples": 2, "positions": 128, "random": True}
+    scales = {"method": "max", "data": data, "borders": [0, 1, 8], "tensors": {"mul_1": tensor}}
+    atomic.write_json(own_export / "scales.json", scales)
+    return own_export
+
+
+class Balance(HTMLParser):
+    """Counts elements that are not closed in their order, and collects what is referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_everything_is_told(run: Path) -> None:
+    written = write_report(run)
+    assert (written.passed, [p.name for p in written.paths]) == (
+        False,
+        ["report.html", "report.md", "report.json"],
+    )
+    html = (run / "report.html").read_text(encoding="utf-8")
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+    text = " ".join(parser.text)
+    for said in (
+        "NOT within the limits of its precision: 2 of 30 checks failed",
+        "check 5: — exceeds 5.00e-03",
+        "first difference: block 2, MatMul gives linear_3",
+        "MASE on 1,000 held-out positions: FP32 0.8, exported 0.81 (+1.250% worse).",
+        "Drift, free-running",
+        "made up",
+        "50% of the bandwidth",
+        "torch.compile left out: left out",
+        "xlstm-export 'a|b'",
+    ):
+        assert said in text, said
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "**FAIL**" in markdown
+    assert "| check 3 | FAIL |" in markdown
+    assert json.loads((run / "report.json").read_text())["bench"]["threads"] == 2
+
+
+def test_hostile_text_stays_text(run: Path) -> None:
+    write_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in html
+    assert "&lt;script&gt;alert" in html
+    assert "<script>alert" not in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_no_network_and_the_same_bytes(run: Path) -> None:
+    contents = [[path.read_bytes() for path in write_report(run, md=run / f"{i}.md").paths] for i in range(2)]
+    assert contents[0] == contents[1]
+    html = contents[0][0].decode()
+    assert not re.search(r"""(src|href)=["'](?!#)""", html)
+    assert "http" not in html.replace("http-equiv", "")
+    assert "@import" not in html
+
+
+def test_every_plot_has_words(run: Path) -> None:
+    write_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(plots) == 6  # two of drift, memory, ranges, two of latency
+    for plot in plots:
+        assert 'role="img"' in plot
+        assert re.search(r"<title id=[^>]*>\S.*?</title><desc id=[^>]*>\S", plot)
+        assert "nan" not in re.sub(r"<title.*?</title>", "", plot)
+
+
+def test_a_run_without_anything(own_export: Path) -> None:
+    written = write_report(own_export)
+    assert written.passed is None
+    text = (own_export / "report.html").read_text(encoding="utf-8")
+    for command in ("verify", "bench"):
+        assert f"xlstm-export {command} {own_export}" in text
+
+
+def test_a_verdict_of_other_files_does_not_count(run: Path) -> None:
+    with (run / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    written = write_report(run)
+    assert written.passed is None
+    assert "changed since" in written.verdict
+
+
+@pytest.mark.parametrize("name", ["verify/report.json", "bench/bench.json", "scales.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_damaged_files(name: str, content: bytes, run: Path) -> None:
+    (run / name).write_bytes(content)
+    with pytest.raises(InputError, match=Path(name).name):
+        write_report(run)
+
+
+def test_an_older_bench_is_said_to_be_one(run: Path) -> None:
+    atomic.write_json(run / "bench" / "bench.json", {"schema": 1})
+    write_report(run)
+    assert "older version" in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_two_runs(run: Path, small_export: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    report = json.loads((other / "verify" / "report.json").read_text())
+    report["checks"][2]["value"] *= 100
+    atomic.write_json(other / "verify" / "report.json", report)
+    written = write_report(run, compare=other)
+    assert [path.name for path in written.paths] == ["comparison.html", "comparison.md", "comparison.json"]
+    lines = (run / "comparison.md").read_text(encoding="utf-8").splitlines()
+    moved = lines.index("Checks:") + 4
+    assert lines[moved].startswith("| check 2 | 0.0100 | 1.00 | 100 |"), lines[moved]
+    assert write_report(
+        small_export, compare=run, html=tmp_path / "a", md=tmp_path / "b", json_path=tmp_path / "c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "—"),
+        (True, "pass"),
+        (0.0, "0"),
+        (0.0123456, "0.0123"),
+        (1234.5, "1,234"),
+        (5, "5"),
+        (float("nan"), "no number"),
+    ],
+)
+def test_numbers_as_text(value: Any, text: str) -> None:
+    assert text_of(value) == text
+
+
+# --- In a browser ---------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """
+<script>
+const out = [];
+for (const table of document.querySelectorAll("table")) {
+  const head = [...table.querySelectorAll("th")].findIndex((h) => h.textContent === "value");
+  if (head < 0) continue;
+  const button = table.querySelectorAll("th button")[head];
+  const first = () => table.tBodies[0].rows[0].cells[0].textContent;
+  button.click(); out.push(first());
+  button.click(); out.push(first());
+}
+document.body.dataset.sorted = out.join(", ");
+document.body.dataset.width = document.documentElement.scrollWidth <= innerWidth ? "fits" : "too wide";
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
+    """It is shown without an error on the console, tables sort by number, nothing is wider than the page."""
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>")
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command += [
+        "--enable-logging=stderr",
+        f"--window-size={width},900",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert 'data-sortable="yes"' in done.stdout
+    assert 'data-sorted="check 29, check 5"' in done.stdout  # smallest value; descending what has none
+    assert 'data-width="fits"' in done.stdout

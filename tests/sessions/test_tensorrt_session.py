@@ -1,0 +1,137 @@
+"""The TensorRT session against ONNX Runtime's, on stand-ins that are stricter than TensorRT and CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fake_tensorrt
+import numpy as np
+import pytest
+
+from xlstm_export.board.build import profile_shapes
+from xlstm_export.distance import compare_states, difference
+from xlstm_export.errors import BuildError, InputError
+from xlstm_export.graph.files import load_graph
+from xlstm_export.inputs import cut
+from xlstm_export.runfolder import MODEL, read_io
+from xlstm_export.sessions import OrtSession, load_state, save_state
+from xlstm_export.sessions.cpu.fused import states_in_place
+from xlstm_export.sessions.cuda import Cuda
+from xlstm_export.sessions.tensorrt import TensorRtSession
+
+LONGEST = 16
+SAME = 1e-6
+
+
+class Board:
+    """One device with an engine of the small export on it."""
+
+    def __init__(self, export: Path, folder: Path, batch: int = 1) -> None:
+        self.io = read_io(export)
+        shapes = profile_shapes(self.io, LONGEST, batch)
+        self.engine = fake_tensorrt.write_engine(folder / "model.engine", export / MODEL, shapes)
+        self.cudart = fake_tensorrt.Cudart()
+        self.trt = fake_tensorrt.TensorRt(self.cudart)
+        self.batch = batch
+
+    def session(
+        self, batch: int | None = None, *, graphs: bool = True, in_place: frozenset[str] = frozenset()
+    ) -> TensorRtSession:
+        return TensorRtSession(
+            self.engine,
+            self.io,
+            batch or self.batch,
+            graphs=graphs,
+            in_place=in_place,
+            tensorrt=self.trt,
+            cuda=Cuda(self.cudart),
+        )
+
+
+def tokens(batch: int, length: int) -> dict[str, np.ndarray]:
+    return {"tokens": np.random.default_rng(5).integers(0, 256, (batch, length))}
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "plain"])
+@pytest.mark.parametrize("aliased", [False, True], ids=["ping-pong", "in place"])
+@pytest.mark.parametrize("pieces", [[7, 1, 1, 1, 40, 1, 16, 1], [1, 1, 1, 33]])
+def test_equal_to_onnxruntime(
+    small_export: Path, tmp_path: Path, pieces: list[int], graphs: bool, aliased: bool
+) -> None:
+    """Prefill longer than the profile, single steps in both directions of the swap, in any order."""
+    board = Board(small_export, tmp_path, batch=2)
+    model = load_graph(small_export / MODEL)
+    names = states_in_place(model, {s.past: s.present for s in board.io.states}) if aliased else frozenset()
+    assert len(names) == (10 if aliased else 0)
+    ours = board.session(graphs=graphs, in_place=names)
+    theirs = OrtSession(small_export, 2, 1, fused=False)
+    stream = tokens(2, sum(pieces))
+    start = 0
+    for piece in pieces:
+        part = cut(stream, board.io, start, start + piece)
+        call = "step" if piece == 1 else "prefill"
+        found, expected = getattr(ours, call)(part)["logits"], getattr(theirs, call)(part)["logits"]
+        assert difference(found, expected).relative_l2 <= SAME, start
+        start += piece
+    for name, error in compare_states(ours.state(), theirs.state(), board.io.states).items():
+        assert error.relative_l2 <= SAME, name
+
+
+def test_steps_allocate_nothing_and_are_captured_once(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    session = board.session()
+    stream = tokens(1, 12)
+    session.step(cut(stream, board.io, 0, 1))
+    before = board.cudart.memory.allocations
+    for place in range(1, 12):
+        session.step(cut(stream, board.io, place, place + 1))
+    assert board.cudart.memory.allocations == before
+    assert board.cudart.launches == 12
+    assert len(board.cudart.graphs) == 2  # one for each direction of the swap
+
+
+def test_one_row_is_reset_on_the_device(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path, batch=3)
+    session = board.session()
+    stream = tokens(3, 5)
+    first = session.prefill(stream)["logits"]
+    before = session.state()
+    session.reset(rows=[1])
+    after = session.state()
+    for name in before:
+        assert not after[name][1].any()
+        np.testing.assert_array_equal(after[name][[0, 2]], before[name][[0, 2]])
+    again = session.prefill(stream)["logits"]
+    assert difference(again[1], first[1]).relative_l2 <= SAME
+    assert difference(again[0], first[0]).relative_l2 > 1e-3
+    with pytest.raises(InputError, match="no batch row 3"):
+        session.reset(rows=[3])
+
+
+def test_a_state_is_saved_and_loaded(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    session = board.session()
+    stream = tokens(1, 30)
+    session.prefill(cut(stream, board.io, 0, 11))
+    save_state(session, tmp_path / "state.npz")
+    expected = session.prefill(cut(stream, board.io, 11, 30))["logits"]
+    fresh = board.session()
+    load_state(fresh, tmp_path / "state.npz")
+    found = fresh.prefill(cut(stream, board.io, 11, 30))["logits"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_does_not_fit_is_refused(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    with pytest.raises(InputError, match="takes 1 streams, not 2"):
+        board.session(batch=2)
+    board.engine.write_bytes(b"\0 not an engine")
+    with pytest.raises(BuildError, match="does not take"):
+        board.session()
+
+
+def test_errors_of_cuda_say_which_call(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    board.cudart.fail["cudaMalloc"] = 2
+    with pytest.raises(BuildError, match=r"cudaMalloc failed: out of memory \(2\)"):
+        board.session()

@@ -1,0 +1,282 @@
+"""Bisection names the place of a planted fault, of each kind and precision; and nothing in a good export."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from bisect_faults import MLSTM, SLSTM, Edit, nodes, swap_gates, tamper
+from onnx import numpy_helper
+from xlstm_export.calibration import observers, sets
+
+from xlstm_export import runfolder
+from xlstm_export.errors import UsageError
+from xlstm_export.load import checkpoint
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import preset, read_recipe
+from xlstm_export.trace import export as trace
+from xlstm_export.verify.bisect.search import Bisection, Place, bisect
+
+
+def change(name: str, function: Callable[[np.ndarray], Any]) -> Edit:
+    """An edit of the stored values whose name ends so."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        (tensor,) = (t for t in model.graph.initializer if t.name.endswith(name))
+        values = numpy_helper.to_array(tensor).copy()
+        function(values)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    return edit
+
+
+def set_one(value: float) -> Callable[[np.ndarray], Any]:
+    def function(values: np.ndarray) -> None:
+        values[tuple(1 for _ in values.shape)] = value
+
+    return function
+
+
+def another_eps(model: onnx.ModelProto) -> None:
+    (attribute,) = (a for a in nodes(model, MLSTM)[0].attribute if a.name == "eps")
+    attribute.f = 0.5
+
+
+def lost_state(model: onnx.ModelProto) -> None:
+    """The second sLSTM input reads another state than its own."""
+    node = nodes(model, SLSTM)[0]
+    node.input[4] = node.input[3]
+
+
+def negated_input(model: onnx.ModelProto) -> None:
+    node = nodes(model, MLSTM)[1]
+    at = list(model.graph.node).index(node)
+    model.graph.node.insert(at, onnx.helper.make_node("Neg", [node.input[2]], ["negated"]))
+    node.input[2] = "negated"
+
+
+def place(found: Bisection) -> Place:
+    assert found.place is not None, found
+    return found.place
+
+
+@pytest.mark.parametrize(
+    ("edit", "block", "op_type", "tensor", "why"),
+    [
+        (
+            change("blocks.1.ffn.proj_up.weight.T", set_one(3.0)),
+            1,
+            "MatMul",
+            "linear_3",
+            "proj_up.weight.T[1, 1] is 3, should",
+        ),
+        (change("blocks.0.xlstm.conv1d.taps.2", set_one(3.0)), 0, "Mul", "mul_3", "taps.2[1] is 3"),
+        (change("slstm_cell.R", set_one(0.7)), 1, SLSTM, "getitem_8", "slstm_cell.R[1, 1, 1, 1] is 0.7"),
+        (
+            change("token_embedding.weight", lambda x: x.__imul__(1.01)),
+            0,
+            "Gather",
+            "embedding",
+            "token_embedding.weight",
+        ),
+        (change("lm_head.weight.T", set_one(3.0)), 3, "MatMul", "logits", "lm_head.weight.T[1, 1] is 3"),
+        (
+            swap_gates,
+            2,
+            MLSTM,
+            "getitem_19",
+            "split_4_split_1, split_4_split_0",
+        ),
+        (another_eps, 0, MLSTM, "getitem_4", "attribute eps is 0.5"),
+        (lost_state, 1, SLSTM, "getitem_8", "past_1_y, past_1_y, past_1_n"),
+        (negated_input, 2, MLSTM, "getitem_19", "negated"),
+    ],
+    ids=["weight", "tap", "R", "embedding", "head", "swapped gates", "attribute", "state", "extra node"],
+)
+def test_a_fault_in_an_fp32_export(
+    edit: Edit,
+    block: int,
+    op_type: str,
+    tensor: str,
+    why: str,
+    small_export: Path,
+    small_loaded: checkpoint.Loaded,
+    tmp_path: Path,
+) -> None:
+    found = bisect(tamper(small_export, tmp_path / "wrong", edit), small_loaded, threads=1)
+    where = place(found)
+    assert (where.block, where.op_type, where.tensor) == (block, op_type, tensor), found
+    assert why in where.why
+    assert where.error > where.limit
+    assert [b.error < 1e-6 for b in found.blocks] == [True] * block + [False]
+    assert tensor in found.sentence()
+    json.dumps(found.to_json())
+
+
+def test_a_good_export_has_no_place(small_export: Path, small_loaded: checkpoint.Loaded) -> None:
+    found = bisect(small_export, small_loaded, threads=1)
+    assert found.place is None
+    assert found.against == "PyTorch in float64"
+    assert [b.block for b in found.blocks] == [0, 1, 2, 3]
+    assert max(b.error for b in found.blocks) < 5e-6
+    assert found.to_json()["block"] is None
+
+
+def test_a_fault_of_the_exporter(
+    small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A wrong pass makes the same wrong file again; PyTorch tells, by block."""
+    real = trace.trace
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        model, io = real(*args, **options)
+        node = [n for n in model.graph if n.op_type == MLSTM][1]
+        node.attributes["eps"] = ir.AttrFloat32("eps", 0.5)
+        return model, io
+
+    monkeypatch.setattr(trace, "trace", wrong)
+    found = bisect(trace.export(small_loaded, tmp_path / "wrong"), small_loaded, threads=1)
+    assert (place(found).block, found.against) == (2, "PyTorch in float64")
+    assert place(found).path.endswith("blocks.2")
+    assert "how it exports" in place(found).why
+
+
+# --- Half and integers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small export with ranges from made-up text."""
+    folder = shutil.copytree(small_export, tmp_path_factory.mktemp("calibrated") / "run")
+    tokens = np.random.default_rng(1).integers(0, 256, (2, 200))
+    np.savez(folder.parent / "calib.npz", tokens=tokens)
+    io = runfolder.read_io(folder)
+    data = sets.load(str(folder.parent / "calib.npz"), io)
+    observers.calibrate(folder, data, threads=1, method="max")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8(calibrated: Path) -> Path:
+    from xlstm_export.calibration.scales import Scales
+
+    recipe = preset("int8")
+    return quantize.quantize(calibrated, recipe, scales=Scales.read(calibrated))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8-wo", "int8"])
+def test_good_candidates(
+    precision: str, calibrated: Path, int8: Path, small_loaded: checkpoint.Loaded, tmp_path: Path
+) -> None:
+    folder = (
+        int8
+        if precision == "int8"
+        else quantize.quantize(calibrated, preset(precision), out=tmp_path / "out")
+    )
+    found = bisect(folder, small_loaded, threads=1)
+    assert (found.place, found.against) == (None, "FP32"), found
+    assert "what recipe and ranges ask for" in found.note
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "block", "tensor", "why"),
+    [
+        (
+            "blocks.1.ffn.proj_down.weight.T.scale",
+            lambda x: x.__imul__(2),
+            1,
+            "linear_4.weight",
+            "proj_down.weight.T.scale",
+        ),
+        (
+            "blocks.2.xlstm.proj_up.weight.T.int8",
+            set_one(-100),
+            2,
+            "linear_5.weight",
+            "proj_up.weight.T.int8[1, 1] is -100",
+        ),
+        (
+            "layer_norm_4.scale",
+            lambda x: x.__imul__(np.float32(1.5)),
+            1,
+            "layer_norm_4.dequantized",
+            "layer_norm_4.scale is 0.05",
+        ),
+        ("blocks.0.xlstm.mlstm_cell.gate_bias", set_one(5.0), 0, "linear_1", "gate_bias"),
+    ],
+    ids=["weight scale", "integer", "activation scale", "bias"],
+)
+def test_a_fault_in_a_quantized_file(
+    name: str,
+    function: Callable[[np.ndarray], Any],
+    block: int,
+    tensor: str,
+    why: str,
+    int8: Path,
+    small_loaded: checkpoint.Loaded,
+    tmp_path: Path,
+) -> None:
+    """Far too small for FP32's limits; the same made again tells it apart bit by bit."""
+    found = bisect(tamper(int8, tmp_path / "wrong", change(name, function)), small_loaded, threads=1)
+    assert found.against == "the same made again"
+    assert (place(found).block, place(found).tensor) == (block, tensor), found
+    assert why in place(found).why
+
+
+def test_a_wrong_range(calibrated: Path, small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
+    """A range that is far too small, from calibration: file, recipe and ranges agree with each other."""
+    from dataclasses import replace
+
+    from xlstm_export.calibration.scales import Scales
+
+    scales = Scales.read(calibrated)
+    weight = "xlstm_block_stack.blocks.1.ffn.proj_down.weight.T"
+    graph = ir.load(calibrated / "model.onnx").graph
+    (name,) = [
+        n.inputs[0].name for n in graph if n.op_type == "MatMul" and n.inputs[1] is graph.initializers[weight]
+    ]
+    wrong = replace(scales.tensors[name], amax=scales.tensors[name].amax / 50)
+    broken = replace(scales, tensors={**scales.tensors, name: wrong})
+    recipe = preset("int8")
+    recipe = replace(recipe, smooth=None)
+    folder = quantize.quantize(calibrated, recipe, scales=broken, out=tmp_path / "wrong")
+    assert read_recipe(folder / "recipe.yaml").precision == "int8"
+    found = bisect(folder, small_loaded, threads=1)
+    assert found.against == "FP32"
+    assert (place(found).block, place(found).tensor) == (1, f"{name}.dequantized"), found
+    assert "its range is" in place(found).why
+
+
+def test_an_overflow_in_fp16(tmp_path: Path) -> None:
+    """Weights of the second block's feed-forward that only FP32 can multiply."""
+    config = models.lm_config()
+    model = models.build(config)
+    with torch.no_grad():
+        ffn = model.get_submodule("xlstm_block_stack.blocks.1.ffn")
+        ffn.proj_up.weight.mul_(3e4)  # type: ignore[union-attr, operator]
+        ffn.proj_down.weight.mul_(1e-9)  # type: ignore[union-attr, operator]
+    loaded = checkpoint.load_checkpoint(models.write(tmp_path / "checkpoint", config, model))
+    export = trace.export(loaded, tmp_path / "run")
+    folder = quantize.quantize(export, preset("fp16"))
+    found = bisect(folder, loaded, threads=1)
+    where = place(found)
+    assert (where.block, where.op_type, where.error) == (1, "MatMul", math.inf), found
+    assert where.tensor == "linear_3"
+    assert "no finite number" in where.why
+
+
+def test_another_model_is_refused(small_export: Path, tmp_path: Path) -> None:
+    other = checkpoint.load_checkpoint(models.make(tmp_path / "other", num_blocks=2, slstm_at=[1]))
+    with pytest.raises(UsageError, match="has 3 blocks"):
+        bisect(small_export, other, threads=1)
+    assert not list(small_export.parent.glob(".bisect*"))

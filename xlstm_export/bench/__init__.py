@@ -1,0 +1,1 @@
+"""Speed of an export, beside PyTorch and the limits of the machine."""

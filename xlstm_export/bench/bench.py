@@ -1,0 +1,287 @@
+"""Decode and prefill of an export over batches and lengths, against PyTorch and the memory bandwidth.
+
+All contestants of a cell are timed in turns in one run, so that a machine whose speed drifts slows all of
+them alike; ratios are what to quote. What did not verify is not timed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..atomic import write_json
+from ..errors import UsageError
+from ..inputs import Arrays, cut, has_positions
+from ..lift.model import spec_of
+from ..load.loaded import Loaded
+from ..load.made_up import random_inputs
+from ..runfolder import MODEL_DATA, read_io, read_manifest
+from ..sessions import OrtSession
+from ..sessions.protocol import numpy_type
+from ..sessions.timing import at_rate
+from ..specs import IoSpec, ModelSpec
+from ..verify.verdict import require_verified
+from .environment import environment
+from .memory import memory
+from .peers import COMPILE_LIMIT, REASON, NotCompiled, Peer, Wrap, compiled, eager_prefill, eager_step
+from .result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, PREFILL, RESULT, BenchReport, Cell
+from .roofline import step_bytes
+from .timing import ROUNDS, Call, bandwidth_probe, in_turns, probe_bytes
+
+READING = "reading"  # the bandwidth probe, no contestant
+COMPILE_AT = ("none", "first", "all")  # batches
+PREFILL_SECONDS = 0.2  # of one contestant's calls in a round; a longer call is a round
+PREFILL_CALLS = 10  # per round at most
+
+
+def bench(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    threads: int = 0,
+    batches: Sequence[int] = (1,),
+    lengths: Sequence[int] = (512,),
+    steps: int = 200,
+    hz: float | None = None,
+    compile_at: str = "first",
+    compile_limit: float = COMPILE_LIMIT,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> BenchReport:
+    """Time a verified export and write `bench/bench.json`.
+
+    Args:
+        folder: run folder.
+        loaded: the checkpoint it was exported from, which PyTorch runs.
+        threads: of all contestants; all cores by default.
+        batches: streams per call.
+        lengths: positions per prefill, cut to the model's context length. A model whose inputs have no
+            positions has one kind of call, which is then timed twice, as prefill and as step.
+        steps: decode calls per contestant.
+        hz: also decode at this rate, at the first batch, `steps` calls.
+        compile_at: torch.compile at "none", "first" or "all" of the batches.
+        compile_limit: seconds that its compilations may take together.
+        progress: called with the name of each stage.
+
+    Raises:
+        GateError: the export has not passed `verify` since it was made.
+        UsageError: a number is out of range.
+    """
+    _check(batches, lengths, steps, hz, compile_at)
+    require_verified(folder)
+    import torch
+
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    about = environment(threads)  # before anything runs, and others are seen
+    io = read_io(folder)
+    run = _Run(folder, loaded, io, threads, steps, compile_limit, progress)
+    lengths = _cut_lengths(lengths, io, loaded)
+    cells: list[Cell] = []
+    rate = None
+    for place, batch in enumerate(dict.fromkeys(batches)):
+        run.open(batch, compiling=compile_at == "all" or (compile_at == "first" and place == 0))
+        if compile_at == "none":
+            run.skip(COMPILED, "switched off")
+        elif not run.compiling:
+            run.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
+        cells += [run.decode(), *map(run.prefill, lengths)]
+        if hz is not None and place == 0:
+            rate = run.at_rate(hz)
+    progress("memory")
+    used = memory(folder, batches[0], max(lengths), threads)
+    recurrences = {"recurrences": "fused operators" if run.session.fused else "function bodies"}
+    report = BenchReport(
+        environment={**about, **recurrences},
+        model=_model(folder, run.spec),
+        threads=threads,
+        grid=tuple(cells),
+        rate=rate,
+        memory={**used, "state_bytes_per_stream": _state_bytes(io), "weight_bytes": _stored_bytes(folder)},
+        skipped={name: "; ".join(dict.fromkeys(reasons)) for name, reasons in run.skipped.items()},
+    )
+    write_json(folder / RESULT, report.to_json())
+    return report
+
+
+def weight_bytes(folder: Path, loaded: Loaded) -> float:
+    """Bytes per parameter as they are stored, scales included."""
+    if read_manifest(folder).get("options", {}).get("precision") is None:
+        return 4.0  # whatever is stored, an FP32 export reads FP32
+    return _stored_bytes(folder) / spec_of(loaded).parameters
+
+
+@dataclass
+class _Run:
+    """What is being timed: the sessions of one batch at a time, and who could not take part so far."""
+
+    folder: Path
+    loaded: Loaded
+    io: IoSpec
+    threads: int
+    steps: int
+    compile_seconds: float  # left
+    progress: Callable[[str], None]
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    uncompiled: int | None = None  # length of the shortest prefill that did not compile
+
+    def __post_init__(self) -> None:
+        self.spec = spec_of(self.loaded)
+        self.weight_bytes = weight_bytes(self.folder, self.loaded)
+
+    def open(self, batch: int, *, compiling: bool) -> None:
+        self.batch, self.compiling = batch, compiling
+        # On a CPU half is FP32: rounding every value as a device would is for verification, not for users.
+        self.session = OrtSession(self.folder, batch, self.threads, rounding=False)
+        self.bodies = None
+        if self.session.fused:
+            self.bodies = OrtSession(self.folder, batch, self.threads, rounding=False, fused=False)
+        else:
+            self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
+        self.moved = step_bytes(self.spec, self.weight_bytes, batch)
+
+    def skip(self, contestant: str, why: str) -> None:
+        self.skipped.setdefault(contestant, []).append(why)
+
+    def decode(self) -> Cell:
+        self.progress(f"decode, batch {self.batch}")
+        one = self._inputs(1)
+        sessions = {EXPORTED: partial(self.session.step, one)}
+        if self.bodies is not None:
+            sessions[BODIES] = partial(self.bodies.step, one)
+
+        def make(wrap: Wrap = lambda f: f) -> Peer:
+            return eager_step(self.loaded, one, self.batch, wrap)
+
+        return self._cell(DECODE, 1, sessions, make, max(1, self.steps // ROUNDS))
+
+    def prefill(self, length: int) -> Cell:
+        self.progress(f"prefill of {length}, batch {self.batch}")
+        inputs = self._inputs(length)
+        sessions = {EXPORTED: partial(self.session.prefill, inputs)}
+        if self.bodies is not None:
+            sessions[BODIES] = partial(self.bodies.prefill, inputs)
+
+        def make(wrap: Wrap = lambda f: f) -> Peer:
+            return eager_prefill(self.loaded, inputs, wrap)
+
+        return self._cell(PREFILL, length, sessions, make)
+
+    def at_rate(self, hz: float) -> dict[str, float]:
+        """Steps of the export alone, due every 1/hz seconds."""
+        self.progress(f"decode at {hz:g} Hz, batch {self.batch}")
+        one = self._inputs(1)
+        self.session.step(one)
+        told = at_rate(lambda number: self.session.step(one), hz, self.steps)
+        latency = {name: told["done_after_due"][name] for name in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")}
+        kept = {"jitter_ms": told["jitter_ms"], "late": told["missed"]}
+        return {"hz": hz, "batch": self.batch, "calls": told["calls"], **latency, **kept}
+
+    def _inputs(self, length: int) -> Arrays:
+        inputs = random_inputs(self.loaded, self.io, self.batch, length, np.random.default_rng(0))
+        return cut(inputs, self.io, 0, length)
+
+    def _cell(
+        self,
+        mode: str,
+        length: int,
+        sessions: Mapping[str, Call],
+        make: Callable[..., Peer],
+        calls: int | None = None,
+    ) -> Cell:
+        """Everybody who can run, in turns; `calls` per round, or what fits the time of a prefill round."""
+        peers = self._peers(mode, length, make)
+        contestants = {**sessions, **{name: peer.run for name, peer in peers.items()}}
+        contestants[READING] = bandwidth_probe(self.moved)
+        timings = in_turns(contestants, calls or _calls_per_round(contestants))
+        reading = timings.pop(READING).percentile(50)
+        gbs = probe_bytes(self.moved) / reading / 1e9
+        through = {name: peer.through for name, peer in peers.items()}
+        took = {name: t for name, peer in peers.items() if (t := peer.compile_seconds) is not None}
+        return Cell(mode, self.batch, length, timings, self.moved, gbs, through, took)
+
+    def _peers(self, mode: str, length: int, make: Callable[..., Peer]) -> dict[str, Peer]:
+        """PyTorch eager and compiled, as far as they run."""
+        what = f"prefill of {length}" if mode == PREFILL else mode
+        where = f"{what}, batch {self.batch}"
+        peers: dict[str, Peer] = {}
+        try:
+            peer = make()
+            peer.run()
+            peers[EAGER] = peer
+        except Exception as error:  # the user's own code: it may refuse a batch or a length
+            text = " ".join(str(error).split())[:REASON]
+            self.skip(EAGER, f"{where}: {type(error).__name__}: {text}")
+            self.skip(COMPILED, f"{where}: does not run without it either")
+            return peers
+        if not self.compiling:
+            return peers
+        if mode == PREFILL and self.uncompiled is not None and length >= self.uncompiled:
+            self.skip(COMPILED, f"{where}: as of {self.uncompiled}")
+            return peers
+        if self.compile_seconds < 1:
+            self.skip(COMPILED, f"{where}: others took all the time there is for compiling")
+            return peers
+        self.progress(f"torch.compile: {where}")
+        start = time.perf_counter()
+        try:
+            peers[COMPILED] = compiled(make, self.compile_seconds)
+        except NotCompiled as problem:
+            self.skip(COMPILED, f"{where}: {problem}")
+            if mode == PREFILL:
+                self.uncompiled = length
+        self.compile_seconds -= time.perf_counter() - start
+        self.progress(where)
+        return peers
+
+
+def _calls_per_round(contestants: Mapping[str, Call]) -> int:
+    """Few calls where the slowest takes long."""
+    for call in contestants.values():
+        call()
+    seconds = []
+    for call in contestants.values():
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return max(1, min(PREFILL_CALLS, int(PREFILL_SECONDS / max(seconds))))
+
+
+def _cut_lengths(lengths: Sequence[int], io: IoSpec, loaded: Loaded) -> list[int]:
+    if not has_positions(io):
+        return [1]
+    longest = loaded.context_length or max(lengths)
+    return list(dict.fromkeys(min(length, longest) for length in lengths))
+
+
+def _check(
+    batches: Sequence[int], lengths: Sequence[int], steps: int, hz: float | None, compile_at: str
+) -> None:
+    for name, values in (("batch", batches), ("length", lengths), ("steps", [steps])):
+        if not values or min(values) < 1:
+            raise UsageError(f"{name}: {', '.join(map(str, values)) or 'nothing'}", "numbers from 1 on")
+    if hz is not None and not (math.isfinite(hz) and hz > 0):
+        raise UsageError(f"hz: {hz:g}", "calls per second, more than 0")
+    if compile_at not in COMPILE_AT:
+        raise UsageError(f"compile_at: {compile_at!r} is unknown", f"one of {', '.join(COMPILE_AT)}")
+
+
+def _model(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    precision = read_manifest(folder).get("options", {}).get("precision") or "fp32"
+    return {"name": spec.name, "parameters": spec.parameters, "precision": precision}
+
+
+def _state_bytes(io: IoSpec) -> int:
+    """Of one stream."""
+    return sum(state.elements * numpy_type(state.dtype).itemsize for state in io.states)
+
+
+def _stored_bytes(folder: Path) -> int:
+    return (folder / MODEL_DATA).stat().st_size

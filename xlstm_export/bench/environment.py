@@ -1,0 +1,113 @@
+"""What measured figures depend on: processor, memory, system, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from ..runfolder import versions
+
+# Instruction sets that change which kernels run; the rest of a processor's flags says nothing here.
+FLAGS = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
+    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_BOARD = Path("/sys/firmware/devicetree/base/model")
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """The machine as JSON, read from the files of Linux where it has them; what cannot be read is None.
+
+    Args:
+        threads: that are going to be used.
+    """
+    about = cpuinfo(_read(Path("/proc/cpuinfo")))
+    present = set((about.get("flags") or about.get("Features") or "").split())
+    return {
+        "cpu": about.get("model name") or platform.processor() or platform.machine(),
+        "board": _read(_BOARD).strip("\0\n ") or None,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "flags": [flag for flag in FLAGS if flag in present],
+        "hypervisor": "hypervisor" in present,
+        "governor": _read(_GOVERNOR).strip() or None,
+        "memory_bytes": _memory_bytes(),
+        "busy_cores": busy_cores(),
+        "os": _system(),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "threads": threads,
+        "versions": versions(),
+    }
+
+
+def cpuinfo(text: str) -> dict[str, str]:
+    """The first processor of /proc/cpuinfo."""
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """Cores that other processes keep busy while this one sleeps; None where /proc does not tell.
+
+    The load average would not do: it is of the last minute, which may have been this very process.
+    """
+    before = _busy_seconds()
+    own, start = time.process_time(), time.monotonic()
+    time.sleep(seconds)
+    after = _busy_seconds()
+    if before is None or after is None:
+        return None
+    others = (after - before) - (time.process_time() - own)
+    return round(max(others, 0.0) / (time.monotonic() - start), 2)
+
+
+def _busy_seconds() -> float | None:
+    """That all cores together have computed since the start of the machine."""
+    first = _read(Path("/proc/stat")).partition("\n")[0].split()
+    try:
+        user, nice, system, _idle, _wait, irq, softirq = map(int, first[1:8])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    except (ValueError, OSError):
+        return None
+
+
+def memory_of(process: str = "self") -> tuple[int | None, int | None]:
+    """Resident bytes of a process now and at most, from /proc; None where there is none."""
+    lines = dict(
+        line.split(":", 1) for line in _read(Path(f"/proc/{process}/status")).splitlines() if ":" in line
+    )
+    now, peak = (lines.get(name) for name in ("VmRSS", "VmHWM"))
+    return tuple(None if x is None else int(x.split()[0]) * 1024 for x in (now, peak))  # type: ignore[return-value]
+
+
+def _usable_cores() -> int | None:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.platform())
+    except OSError:
+        return platform.platform()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,70 @@
+"""Memory of a process that runs an export and nothing else: PyTorch beside it would be most of the figure.
+
+    python -m xlstm_export.bench_memory RUN BATCH LENGTH THREADS
+
+prints `rss_bytes` and `peak_rss_bytes` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..inputs import Arrays, cut
+from ..sessions.ort import OrtSession
+from ..specs import IoSpec
+from .environment import memory_of
+
+Memory = dict[str, int | None]
+TIMEOUT = 600  # seconds
+
+
+def memory(folder: Path, batch: int, length: int, threads: int) -> Memory:
+    """Resident bytes after one prefill and one step in a new process, and the most it ever had.
+
+    None where the system does not tell, or the process failed.
+    """
+    root = Path(__file__).resolve().parents[2]
+    # A bare checkout is found like an installed package.
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", __name__, str(folder), str(batch), str(length), str(threads)]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=TIMEOUT,
+        )
+        told = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        told = {}
+    return {name: told.get(name) for name in ("rss_bytes", "peak_rss_bytes")}
+
+
+def run(folder: Path, batch: int, length: int, threads: int) -> Memory:
+    """The figures of this process, after it has run the export."""
+    session = OrtSession(folder, batch, threads, rounding=False)
+    inputs = _zeros(session.io, batch, length)
+    session.prefill(inputs)
+    session.step(cut(inputs, session.io, 0, 1))
+    now, peak = memory_of()
+    return {"rss_bytes": now, "peak_rss_bytes": peak}
+
+
+def _zeros(io: IoSpec, batch: int, length: int) -> Arrays:
+    sizes = {"B": batch, "S": length}
+    return {
+        spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
+        for spec in io.inputs
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Path(sys.argv[1]), *map(int, sys.argv[2:5]))))

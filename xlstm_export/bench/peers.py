@@ -1,0 +1,154 @@
+"""What an export is timed against: the user's model in PyTorch, eager and through torch.compile."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..inputs import Arrays
+from ..lift.model import lift_model
+from ..load.loaded import Loaded
+from .timing import Call
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+COMPILE_LIMIT = 240.0  # seconds: a scan over hundreds of positions is unrolled, which may take an hour
+COMPILE_CALLS = 4  # without state, with state, and what is compiled anew after that
+REASON = 200  # characters of a compiler's error that are kept
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Something to time.
+
+    Attributes:
+        through: which method of the model it calls.
+        compile_seconds: until it was compiled; None for what is not.
+    """
+
+    run: Call
+    through: str
+    compile_seconds: float | None = None
+
+
+class NotCompiled(Exception):
+    """torch.compile failed or took too long; the text says why. Never reaches a user."""
+
+
+def eager_prefill(loaded: Loaded, inputs: Arrays, wrap: Wrap = lambda f: f) -> Peer:
+    """The model's forward over `inputs`, (batch, S, ...) each, without state."""
+    import torch
+
+    tensors = [torch.from_numpy(x) for x in inputs.values()]
+    forward = wrap(loaded.module)
+
+    def run() -> None:
+        with torch.no_grad():
+            forward(*tensors)
+
+    return Peer(run, f"{type(loaded.module).__name__}.forward")
+
+
+def eager_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap = lambda f: f) -> Peer:
+    """PyTorch's own decode: the `step` of a published model that has one, else the lifted module."""
+    import torch
+
+    module: Any = loaded.module
+    # What a user's own module calls step may be anything.
+    if not hasattr(module, "step") or "module" in loaded.origin:
+        return _lifted_step(loaded, one, batch, wrap)
+    (tensor,) = (torch.from_numpy(x) for x in one.values())
+    state: dict[str, Any] = {}
+    step = wrap(module.step)
+
+    def run() -> None:
+        with torch.no_grad():
+            _, state["now"] = step(tensor, state.get("now"))
+
+    return Peer(run, f"{type(module).__name__}.step")
+
+
+def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
+    import torch
+
+    from ..lift.adapter import run_lifted
+
+    lifted = lift_model(loaded)
+    given = [torch.from_numpy(np.ascontiguousarray(x)) for x in one.values()]
+    tensors = tuple(x.to(torch.float32) if x.is_floating_point() else x for x in given)
+    state = {"now": lifted.fresh_state(batch, torch.float32)}
+    call = wrap(run_lifted)
+
+    def run() -> None:
+        with torch.no_grad():
+            _, present = call(lifted.module, tensors, state["now"])
+        state["now"] = {name: present[name.replace("past_", "present_", 1)] for name in state["now"]}
+
+    return Peer(run, "the lifted module; the model has no step of its own")
+
+
+def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer:
+    """`make` with torch.compile around what it calls; compiled when this returns.
+
+    Args:
+        make: builds the peer, given what to wrap its callable in.
+        limit: seconds. Only the main thread can be interrupted; in others there is no limit.
+
+    Raises:
+        NotCompiled: the compiler failed, or took longer.
+    """
+    import torch
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()  # what was compiled before counts towards its limit of variants
+    start = time.perf_counter()
+    try:
+        # Compilers in worker processes would go on after the limit, and slow down what is timed next.
+        with _time_limit(limit), inductor.patch(compile_threads=1):
+            peer = make(torch.compile)
+            for _ in range(COMPILE_CALLS):
+                peer.run()
+    except _TooLongError:
+        raise NotCompiled(f"took longer than {limit:.3g} s to compile") from None
+    except Exception as error:  # the compiler's own exceptions have no common class
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise NotCompiled(f"does not compile: {text[:REASON]}") from None
+    return replace(peer, compile_seconds=time.perf_counter() - start)
+
+
+class _TooLongError(BaseException):
+    """No subclass of Exception, so that a compiler that goes on after errors does not go on after this."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the block with _TooLongError after that time."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    fired = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal fired
+        fired = True
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    # Again every second: an exception in a destructor is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    except Exception as error:
+        if fired:  # and wrapped on its way
+            raise _TooLongError from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,59 @@
+"""Calls timed in turns, and the probe of the memory bandwidth that runs among them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..sessions.timing import summary
+
+Call = Callable[[], Any]
+ROUNDS = 5
+PAUSE = 0.05  # seconds between contestants: worker threads of the last one spin before they sleep
+WARM_UP = 3  # calls at most
+MIN_BANDWIDTH_BYTES = 1 << 26  # what is read must not fit a cache
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls."""
+
+    seconds: tuple[float, ...]
+
+    def percentile(self, q: float) -> float:
+        return float(np.percentile(self.seconds, q))
+
+    def to_json(self) -> dict[str, float]:
+        """Percentiles and extremes in milliseconds, and the number of calls."""
+        return summary(np.array(self.seconds))
+
+
+def in_turns(contestants: Mapping[str, Call], calls: int) -> dict[str, Timing]:
+    """Time `calls` calls of each per round, `ROUNDS` rounds after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(ROUNDS + 1):
+        for name, run in contestants.items():
+            time.sleep(PAUSE)
+            for _ in range(calls if turn else min(calls, WARM_UP)):
+                start = time.perf_counter()
+                run()
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def bandwidth_probe(size: float) -> Call:
+    """Reads a buffer of `size` bytes, with PyTorch's threads; see `probe_bytes` for small ones."""
+    import torch
+
+    buffer = torch.ones(int(probe_bytes(size)) // 4)
+    return lambda: buffer.sum()
+
+
+def probe_bytes(size: float) -> float:
+    """Bytes that the probe reads in the place of `size`."""
+    return max(size, MIN_BANDWIDTH_BYTES)

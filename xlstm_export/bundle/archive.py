@@ -1,0 +1,109 @@
+"""Folders as .tar.gz files that are the same for the same content, and their safe unpacking."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..atomic import readable_os_errors, require_space
+from ..board.integrity import is_inside
+from ..errors import InputError
+from ..runfolder import MANIFEST
+
+MOST_FILES = 10_000
+# How many times the size of the archive its content may be: weights hardly shrink, zeros do.
+MOST_EXPANSION = 200
+BLOCK = 1 << 20
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Write a folder as `out`, atomically: sorted, without times, owners or names of machines."""
+    with readable_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        try:
+            with (
+                temporary.open("wb") as raw,
+                gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as zipped,
+                tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
+            ):
+                for path in sorted(folder.rglob("*")):
+                    if path.is_file():
+                        _add(archive, path, path.relative_to(folder).as_posix())
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = path.stat().st_size
+    entry.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+    with path.open("rb") as file:
+        archive.addfile(entry, file)
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """The content of an archive in a temporary folder, for the time of the block; errors as `unpack`."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(path, Path(folder) / "bundle")
+        yield Path(folder) / "bundle"
+
+
+def unpack(path: Path, out: Path) -> None:
+    """Unpack an archive that nobody vouches for.
+
+    Args:
+        path: .tar.gz file.
+        out: folder that does not exist yet.
+
+    Raises:
+        InputError: it is damaged, holds something else than plain files inside of the folder, or would grow
+            beyond what its size explains. Nothing is left behind then.
+    """
+    try:
+        size = path.stat().st_size
+        with gzip.open(path) as zipped:
+            with tarfile.open(fileobj=zipped, mode="r:") as archive:
+                out.mkdir(parents=True)
+                require_space(out, size)
+                _extract(archive, out, MOST_EXPANSION * size + BLOCK)
+            if len(zipped.read(BLOCK)) == BLOCK:  # to its end, where the checksum is
+                raise InputError(f"{path} has more behind its end", "do not use it")
+        if not (out / MANIFEST).is_file():
+            raise InputError(f"{path} is no bundle: {MANIFEST} is missing", "give what bundle wrote")
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+        shutil.rmtree(out, ignore_errors=True)
+        raise InputError(f"{path} cannot be unpacked: {error}", "copy the bundle again") from error
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _extract(archive: tarfile.TarFile, out: Path, limit: int) -> None:
+    total = 0
+    seen: set[str] = set()
+    for count, entry in enumerate(archive):
+        total += entry.size
+        if not entry.isreg():
+            raise InputError(f"the archive holds {entry.name!r}, which is no plain file", "do not use it")
+        if not is_inside(entry.name) or entry.name in seen:
+            raise InputError(f"the archive holds the path {entry.name!r}", "do not use it")
+        if total > limit or count > MOST_FILES:
+            raise InputError("the archive would unpack to far more than its size explains", "do not use it")
+        seen.add(entry.name)
+        target = out / entry.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = archive.extractfile(entry)
+        assert source is not None
+        with source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, BLOCK)
+        target.chmod(0o755 if entry.mode & 0o100 else 0o644)

@@ -1,0 +1,229 @@
+"""A run folder as something that leaves for a board: all it needs there, in files that are all accounted for.
+
+Engines belong to one GPU and one TensorRT, so they are built on the board. A bundle therefore holds the
+ONNX graph, the sources of the plugins (and what of them is built), the graphs for ONNX Runtime, recorded
+streams to be judged by, and `deploy.py`, which builds, verifies, times and runs it with NumPy and the
+board's own runtime.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..atomic import sha256, staged, write_json
+from ..board import integrity, kernels
+from ..errors import UsageError
+from ..inputs import Arrays
+from ..lift.model import spec_of
+from ..load.loaded import Loaded
+from ..plugins import locate
+from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, read_manifest, versions
+from ..specs import OP_DOMAIN
+from ..targets import Target
+from ..verify.verdict import require_verified
+from . import archive
+from .cpu_graphs import write_prepared
+from .readme import readme
+from .recordings import HORIZON, write_goldens
+
+STRIPPED = "model.stripped.onnx"
+# What travels from a run folder as it is, where it is there.
+CARRIED = (
+    *("scales.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "scaler.json"),
+)
+# What of this package runs on the board. Nothing else may be imported there: a test packs and runs it alone.
+MODULES = ("*.py", "sessions/*.py", "board/*.py")
+PLUGIN_MODULES = ("__init__.py", "build.py", "locate.py", "toolchain.py")
+SOURCES = ("**/CMakeLists.txt", "**/*.h", "**/*.hpp", "**/*.cuh", "**/*.cu", "**/*.cc", "**/*.cpp", "**/*.md")
+_MAIN = """import sys
+from pathlib import Path
+
+from ..board.cli import main
+
+sys.exit(main(Path(__file__).resolve().parent.parent))
+"""
+ARCHIVES = (".tar.gz", ".tgz")
+
+
+def bundle(
+    folder: Path,
+    loaded: Loaded,
+    out: Path,
+    *,
+    target: Target | None = None,
+    data: Path | None = None,
+    calibration: Arrays | None = None,
+    horizon: int = HORIZON,
+    licence: str | None = None,
+    force: bool = False,
+    threads: int = 0,
+    command: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Path:
+    """Make a bundle of a run folder that verified.
+
+    Args:
+        folder: run folder.
+        loaded: its model, which gives the reference of the recorded streams.
+        out: folder to make, or a file ending in .tar.gz. The same inputs give the same bytes.
+        target: the board it is meant for; recorded, and named in the README.
+        data: held-out data for the recorded streams, see `data.load`.
+        calibration: inputs (N, S, ...) of a calibration set, in their place; made-up ones without either.
+        horizon: positions of the recorded stream.
+        licence: of the weights.
+        force: replace `out`.
+        threads: of ONNX Runtime.
+        command: recorded in the manifest.
+        progress: called with the name of each stage.
+
+    Raises:
+        GateError: the export has not passed `verify` since it was made.
+        UsageError: `out` exists and `force` is not set, or lies inside the run folder's own files.
+    """
+    require_verified(folder)
+    packed = out.name.endswith(ARCHIVES)
+    if packed and out.exists() and not force:
+        raise UsageError(f"{out} already exists", "choose another name, or pass --force to replace it")
+    place = out.with_name(f".{out.name}.folder") if packed else out
+    with staged(
+        place, marker=MANIFEST, force=force or packed, bytes_needed=3 * (folder / MODEL_DATA).stat().st_size
+    ) as made:
+        _copy(folder, made)
+        progress("graphs for ONNX Runtime")
+        write_prepared(folder, made)
+        _write_stripped(folder, made)
+        _copy_plugins(made)
+        goldens = write_goldens(
+            folder,
+            loaded,
+            made,
+            source=data,
+            calibration=calibration,
+            horizon=horizon,
+            threads=threads,
+            progress=progress,
+        )
+        write_deploy(made / "deploy.py")
+        about = _about(folder, loaded, target, licence, command)
+        (made / "README.md").write_text(readme(about, goldens), encoding="utf-8")
+        _write_manifest(made, about)
+    if not packed:
+        return out
+    progress("packing")
+    try:
+        archive.pack(place, out)
+    finally:
+        shutil.rmtree(place)
+    return out
+
+
+def _about(
+    folder: Path, loaded: Loaded, target: Target | None, licence: str | None, command: str
+) -> dict[str, Any]:
+    """What the manifest says of the bundle as a whole."""
+    manifest = read_manifest(folder)
+    options = manifest.get("options", {})
+    return {
+        "model": spec_of(loaded).name,
+        "precision": options.get("precision", "fp32"),
+        "target": None if target is None else target.name,
+        "licence_of_weights": licence or "not stated",
+        "vocab_size": loaded.vocab_size,
+        "recurrences": _recurrences(folder),
+        "origin": manifest.get("origin", {}),
+        "options": options,
+        "plugin_abi": {kind: locate.source_hash(kind) for kind in ("tensorrt", kernels.KIND)},
+        "command": command,
+    }
+
+
+def _recurrences(folder: Path) -> int:
+    """How many recurrence operators the graph has: as many layers must come from the plugin."""
+    import onnx_ir as ir
+
+    return sum(node.domain == OP_DOMAIN for node in ir.load(folder / MODEL).graph)
+
+
+def _copy(folder: Path, made: Path) -> None:
+    for name in (MODEL, MODEL_DATA, IO, *CARRIED):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, made / name)
+
+
+def _write_stripped(folder: Path, made: Path) -> None:
+    """The graph as the plugins take it, with the weights of the other one."""
+    import onnx_ir as ir
+
+    from .plugin_graph import for_plugins
+
+    model = ir.load(folder / MODEL)
+    for_plugins(model)
+    (made / STRIPPED).write_bytes(bytes(ir.to_proto(model).SerializeToString()))
+
+
+def _copy_plugins(made: Path) -> None:
+    """Sources, and the libraries that are built of exactly these for machines like this one."""
+    for pattern in SOURCES:
+        for path in sorted(locate.ROOT.glob(pattern)):
+            target = made / "plugins" / path.relative_to(locate.ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    for kind, about in locate.KINDS.items():
+        library = locate.find(kind)
+        if library is not None:
+            target = made / kernels.BIN / locate.machine() / about.library
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(library, target)
+
+
+def write_deploy(path: Path) -> None:
+    """Pack what runs on the board into one file that Python runs (PEP 441), always the same bytes."""
+    package = Path(__file__).resolve().parent.parent
+    files = {"__main__.py": _MAIN.encode()}
+    for root, prefix, patterns in (
+        (package, "xlstm_export", MODULES),
+        (locate.ROOT, "xlstm_export/plugins", PLUGIN_MODULES),
+    ):
+        for pattern in patterns:
+            for source in sorted(root.glob(pattern)):
+                files[f"{prefix}/{source.relative_to(root).as_posix()}"] = source.read_bytes()
+    with path.open("wb") as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, content in sorted(files.items()):
+                entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                entry.external_attr = 0o644 << 16
+                packed.writestr(entry, content)
+    path.chmod(0o755)
+
+
+def _write_manifest(made: Path, about: dict[str, Any]) -> None:
+    files = {
+        path.relative_to(made).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(made.rglob("*"))
+        if path.is_file()
+    }
+    made_by = {"xlstm-export": __version__, **versions()}
+    write_json(
+        made / MANIFEST,
+        {"schema": integrity.SCHEMA, "kind": "bundle", **about, "versions": made_by, "files": files},
+    )
+
+
+def verify_bundle(path: Path) -> dict[str, Any]:
+    """The manifest of an intact bundle, in a folder or an archive.
+
+    Raises:
+        InputError: what is missing, changed or does not belong to it, by name; or an archive that is unsafe.
+    """
+    if path.is_dir():
+        return integrity.check(path)
+    with archive.unpacked(path) as folder:
+        return integrity.check(folder)

@@ -1,0 +1,140 @@
+"""Recorded streams that go with a bundle: what the verified export gave, and what the model gives in float64.
+
+A golden is a list of calls on one stream, as a user makes them: a prefill, single steps, pieces of odd
+lengths, and long pieces up to the horizon. Of each call positions are kept, all where outputs are small,
+and the state where the prefill ends and at the end. `board/replay.py` makes the same calls on the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..atomic import write_json
+from ..board.replay import FOLDER, SCHEMA, run_calls
+from ..inputs import Arrays, cut, has_positions, per_position
+from ..load.loaded import Loaded
+from ..measure import data
+from ..runfolder import read_io, read_manifest
+from ..sessions import OrtSession, TorchSession
+from ..verify.limits import PRECISION_LIMITS, drift_limits
+from ..verify.parts import Source
+
+PREFILL = 128  # positions of the first call; levels are judged from 100 on
+STEPS = 32
+PIECES = (63, 1, 64, 65, 7)  # around the borders of chunks of 64
+LONG = 256
+HORIZON = 2048
+# ONNX Runtime's CPU provider computes half as FP32; a GPU rounds it, here and there at other places than
+# others.
+ROUNDING = {"onnxruntime": False, "tensorrt": True}
+
+
+def write_goldens(
+    folder: Path,
+    loaded: Loaded,
+    out: Path,
+    *,
+    source: Path | None = None,
+    calibration: Arrays | None = None,
+    horizon: int = HORIZON,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Record the goldens of a run folder into `out`/goldens.
+
+    Args:
+        folder: run folder that verified.
+        loaded: its model.
+        source: held-out data, see `data.load`.
+        calibration: inputs (N, S, ...) of a calibration set, taken in their place.
+        horizon: positions of the stream.
+        threads: of ONNX Runtime.
+        progress: called with the name of each stage.
+
+    Returns:
+        What `goldens/goldens.json` holds: the calls, the limits, where inputs and reference come from.
+
+    Raises:
+        InputError: the data does not fit the model.
+    """
+    io = read_io(folder)
+    options = read_manifest(folder).get("options", {})
+    held_out = None
+    if source is not None and has_positions(io):
+        held_out = data.load(source, io, vocab_size=loaded.vocab_size, limit=horizon)
+    sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
+    inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
+    length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+    # Outputs without a sequence axis may stand for the whole sequence, which pieces of it do not give.
+    calls = call_lengths(length) if io.states else [length]
+    arrays: Arrays = {f"input/{name}": array for name, array in inputs.items()}
+    for backend, rounding in ROUNDING.items():
+        progress(f"goldens: the export, for {backend}")
+        export = OrtSession(folder, 1, threads, fused=False, rounding=rounding)
+        arrays |= _recorded(backend, run_calls(export, inputs, calls))
+    progress("goldens: PyTorch in float64")
+    reference = TorchSession(loaded, 1, "float64")
+    arrays |= _recorded("reference", run_calls(reference, inputs, calls, outputs=io.outputs))
+    description = {
+        "schema": SCHEMA,
+        "calls": calls,
+        "inputs": sequences.kind,
+        "reference": "PyTorch, float64",
+        "limits": {backend: limits_of(options, backend) for backend in ROUNDING},
+    }
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    np.savez(out / FOLDER / "goldens.npz", **arrays)  # type: ignore[arg-type]
+    write_json(out / FOLDER / "goldens.json", description)
+    return description
+
+
+def call_lengths(length: int) -> list[int]:
+    """The calls of a stream of that many positions.
+
+    >>> call_lengths(200)
+    [128, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 40]
+    """
+    wanted = [PREFILL, *[1] * STEPS, *PIECES]
+    calls: list[int] = []
+    for piece in wanted:
+        left = length - sum(calls)
+        if piece > left:
+            break
+        calls.append(piece)
+    left = length - sum(calls)
+    return calls + [LONG] * (left // LONG) + ([left % LONG] if left % LONG else [])
+
+
+def limits_of(options: Mapping[str, Any], backend: str) -> dict[str, float]:
+    """What a backend is held to: against what the export gave for it, and against the model in float64.
+
+    Args:
+        options: of the run folder.
+        backend: "onnxruntime" makes the very same operations, so two ways of calling set the limit;
+            "tensorrt" rounds at other places, which a recurrence carries on as it does the rounding itself.
+    """
+    precisions = [p for p in (options.get("precision"), options.get("base")) if p and p != "fp32"]
+    far = drift_limits(*(precisions or ["fp32"]))
+    same_output, same_state = far.output, far.state
+    if precisions and backend == "onnxruntime":
+        same_output = same_state = max(PRECISION_LIMITS[p].ways for p in precisions)
+    return {
+        "same_output": same_output,
+        "same_state": same_state,
+        "reference_output": far.output,
+        "reference_state": far.state,
+    }
+
+
+def _recorded(side: str, recording: tuple[list[Arrays], dict[str, Arrays]]) -> Arrays:
+    outputs, states = recording
+    arrays: Arrays = {}
+    for number, call in enumerate(outputs):
+        arrays |= {f"{side}/{number}/{name}": value.astype(np.float32) for name, value in call.items()}
+    for where, state in states.items():
+        arrays |= {f"{side}_state/{where}/{name}": value.astype(np.float32) for name, value in state.items()}
+    return arrays

@@ -1,0 +1,1 @@
+"""The command line: commands, terminal tables and `doctor`. No logic lives here."""

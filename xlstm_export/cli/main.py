@@ -1,0 +1,222 @@
+"""The command line. A command parses, calls one library function per stage, and prints the result."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import EnvironmentError_, ExportError
+from ..lift.model import spec_of
+from ..quantize.recipe import BASES, PRECISIONS
+from ..targets import TARGETS
+from . import bench as cli_bench
+from . import bundle as cli_bundle
+from . import engine as cli_engine
+from . import inference as cli_artifact
+from . import plugins as cli_plugins
+from . import precision as cli_precision
+from . import run as cli_flow
+from . import tables
+from . import verify as cli_verify
+from .common import (
+    checkpoint_argument,
+    command_line,
+    emit,
+    horizon_options,
+    load,
+    require_passed,
+    run_options,
+    source_options,
+    spinner,
+)
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="show the traceback of an error")
+def cli(debug: bool) -> None:
+    """Put trained xLSTM models on edge devices: streaming ONNX, proven equal to PyTorch.
+
+    Exit codes: 0 pass, 1 gate failed, 2 usage, 3 environment, 4 bad input, 5 build.
+    """
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_json: bool) -> None:
+    """Show blocks, states and the roofline of CHECKPOINT, the tensors of a run folder, or a model.onnx."""
+    from .. import runfolder
+    from ..graph import info as graph_info
+    from . import tables as report
+
+    if checkpoint is not None and checkpoint.endswith(".onnx"):
+        info = graph_info.graph_info(Path(checkpoint))
+        emit(info.to_json(), as_json, lambda console: tables.show_graph(console, info))
+        return
+    if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
+        io = runfolder.read_io(Path(checkpoint))
+        emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
+        return
+    spec = spec_of(load(checkpoint, module, weights))
+    emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
+@click.option("--force", is_flag=True, help="replace an existing run folder")
+@click.option(
+    "--stateless/--streaming",
+    default=None,
+    help="every call starts fresh, or states are carried; default: as upstream uses the model",
+)
+@click.option("--last-logits", is_flag=True, help="compute the output for the last position only")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="type the weights are stored in; arithmetic stays FP32",
+)
+def export(
+    checkpoint: str | None, module: str | None, weights: str | None, out: Path, **options: Any
+) -> None:
+    """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
+    from ..trace import export as trace
+
+    with spinner() as stage:
+        stage("loading")
+        loaded = load(checkpoint, module, weights, options["stateless"])
+        folder = trace.export(loaded, out, command=command_line(), progress=stage, **options)
+    click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
+
+
+@cli.command()
+@checkpoint_argument
+@source_options
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="int8 also makes fp16",
+)
+@click.option("--base", type=click.Choice(BASES), help="type of what is not quantized; default fp16")
+@click.option("--recipe", type=click.Path(path_type=Path), help="recipe.yaml of `sensitivity`")
+@click.option("--calib", help="calibration data, as for `calibrate --data`")
+@click.option("--random-data", is_flag=True, help="calibrate on made-up data, which every report will say")
+@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="board to make a bundle for")
+@click.option("--license", "licence", help="of the weights, told in the bundle")
+@click.option("--force", is_flag=True, help="replace an existing run folder")
+@horizon_options
+@run_options
+def deploy(
+    checkpoint: str | None,
+    module: str | None,
+    weights: str | None,
+    out: Path,
+    target: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one go."""
+    from ..pipeline import deploy as pipeline
+    from . import tables as report
+
+    with spinner() as stage:
+        stage("loading")
+        loaded = load(checkpoint, module, weights)
+        options["target"] = TARGETS[target] if target else None
+        result = pipeline.deploy(loaded, out, command=command_line(), progress=stage, **options)
+    emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
+    require_passed(result.passed, result.folder, options["precision"])
+
+
+cli.add_command(cli_flow.run)
+cli.add_command(cli_verify.verify)
+cli.add_command(cli_verify.bisect)
+cli.add_command(cli_verify.report)
+cli.add_command(cli_artifact.generate)
+cli.add_command(cli_artifact.forecast)
+cli.add_command(cli_bench.bench)
+cli.add_command(cli_precision.calibrate)
+cli.add_command(cli_precision.quantize)
+cli.add_command(cli_precision.sensitivity)
+cli.add_command(cli_engine.build)
+cli.add_command(cli_bundle.bundle)
+cli.add_command(cli_plugins.plugins)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what is missing, and what to do."""
+    from dataclasses import asdict
+
+    from . import tables as report
+    from .doctor import examine
+
+    findings = examine()
+    emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
+    if any(f.status == "missing" for f in findings):
+        raise EnvironmentError_("something needed is missing", "see the last column above")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: run a command; errors become a message and an exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    if args is None:  # a process of its own: being asked to end must clean up like Ctrl-C
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except ExportError as error:
+        if debug:
+            traceback.print_exc()
+        click.secho(f"error: {error.message}", fg="red", err=True)
+        if error.hint:
+            click.echo(f"  → {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left under the final name", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        click.secho(f"error: unexpected {type(error).__name__}: {error}", fg="red", err=True)
+        click.echo("  → this is a bug in xlstm-export; please report it with the output of --debug", err=True)
+        sys.exit(ExportError.exit_code)
+
+
+def _terminated(number: int, frame: object) -> None:
+    sys.exit(128 + number)  # through every `finally`
+
+
+def _spec_json(spec: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ..bench import roofline
+    from ..targets import TARGETS
+
+    floors = {name: roofline.floor(spec, target).milliseconds for name, target in TARGETS.items()}
+    return {**asdict(spec), "state_elements": spec.state_elements, "fp16_step_floor_ms": floors}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The command that runs the whole flow from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import spinner
+
+
+@click.command()
+@click.argument("pipeline", type=click.Path(path_type=Path))
+@click.option("--from", "first", help="do this stage and all after it again")
+@click.option("--until", "last", help="stop after this stage")
+@click.option("--resume", is_flag=True, help="go on in the run folder: what has not changed is not repeated")
+@click.option("--force", is_flag=True, help="begin anew in an existing run folder")
+@click.option("--dry-run", is_flag=True, help="say what would be done")
+@click.option("--set", "changes", multiple=True, help="another value: stages.quantize.precision=fp16")
+def run(pipeline: Path, changes: tuple[str, ...], **options: Any) -> None:
+    """Run PIPELINE, a YAML file: export, calibrate, sensitivity, quantize, verify, bench, bundle, report.
+
+    The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
+    weights), out, data, threads, stages. Behind `sensitivity`, `quantize` goes by the recipe it finds.
+    """
+    from ..pipeline.runner import run_pipeline
+    from ..pipeline.schema import read_pipeline
+
+    read = read_pipeline(pipeline, changes)
+    with spinner() as stage:
+        stages = run_pipeline(read, progress=stage, **options)
+    for done in stages:
+        click.echo(f"{done.name:11} {done.state:10} {done.folder}")

@@ -1,0 +1,175 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..bench import roofline
+from ..graph.info import BlockInfo, GraphInfo
+from ..specs import IoSpec, ModelSpec
+from ..targets import TARGETS
+from .doctor import Finding
+from .tables_bench import format_bytes, show_bench
+from .tables_precision import show_precision, show_variants
+
+if TYPE_CHECKING:
+    from ..checks import Report
+    from ..pipeline.deploy import Deployment
+    from ..verify.bisect.search import Bisection
+
+EQUAL = ("equal to PyTorch", "NOT equal to PyTorch")
+MARK = {True: "[green]pass[/]", False: "[bold red]FAIL[/]"}
+
+
+def show_model(console: Console, spec: ModelSpec) -> None:
+    """Blocks, parameters, state, and the decode floor per target."""
+    console.print(
+        f"[bold]{spec.name}[/]: {spec.parameters:,} parameters ({spec.parameters_read:,} read per step), "
+        f"context length {spec.context_length or '—'}, vocabulary {spec.vocab_size or '—'}"
+    )
+    table = Table("block", "cell", "heads", "head dim", "state per stream", "path")
+    for block in spec.blocks:
+        size = sum(s.elements for s in block.states) * roofline.STATE_BYTES
+        kinds = ", ".join(f"{s.kind} {'×'.join(map(str, s.shape))}" for s in block.states)
+        state = f"{format_bytes(size)}: {kinds}"
+        table.add_row(str(block.index), block.cell, str(block.heads), str(block.head_dim), state, block.path)
+    console.print(table)
+    console.print(f"state per stream: {format_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
+    floors = Table("target", "FP16 floor", "tok/s", "INT8 floor", "tok/s", title="decode roofline, batch 1")
+    for target in TARGETS.values():
+        cells = []
+        for weight_bytes in (2.0, 1.0):
+            bound = roofline.floor(spec, target, weight_bytes)
+            if bound.fits:
+                cells += [f"{bound.milliseconds:.3g} ms", f"{bound.tokens_per_second:,.0f}"]
+            else:
+                cells += ["does not fit", "—"]
+        floors.add_row(target.name, *cells)
+    console.print(floors)
+
+
+def show_io(console: Console, io: IoSpec) -> None:
+    """Inputs, outputs and states of an exported graph."""
+    table = Table("tensor", "dtype", "shape")
+    for spec in (*io.inputs, *io.outputs):
+        table.add_row(spec.name, spec.dtype, str(list(spec.shape)))
+    for state in io.states:
+        table.add_row(f"{state.past} → {state.present}", state.dtype, str(["B", *state.shape]))
+    console.print(table)
+
+
+def show_verify(console: Console, report: Report) -> None:
+    """Every check with its error; the verdict last. Fits a terminal of 80 columns."""
+    if report.precision:
+        show_precision(console, report)
+    table = Table(
+        "check", "rel. L2", "1-cos", "ratio-1", "max |error| at", "", box=None, padding=(0, 1, 0, 0)
+    )
+    for check in report.checks:
+        d = check.detail
+        cosine = f"{1 - d['cosine']:.0e}" if "cosine" in d else ""
+        ratio = f"{d['norm_ratio'] - 1:.0e}" if "norm_ratio" in d else ""
+        where = f"{d['max_abs']:.0e} ({','.join(map(str, d['at']))})" if "at" in d else ""
+        table.add_row(check.name, f"{check.value:.1e}", cosine, ratio, where, MARK[check.passed])
+    console.print(table)
+    for check in report.checks:
+        if not check.passed:
+            console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
+    if report.bisect:
+        console.print(escape(report.bisect["sentence"]), highlight=False)
+    if report.metric:
+        m = report.metric
+        against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"
+        expected = m.get("pytorch_float64", m.get("fp32"))
+        console.print(
+            f"{m['name']} on {m['positions']:,} held-out positions: "
+            f"{against} {expected:.6f}, exported {m['exported']:.6f}"
+        )
+    for name, far in report.as_it_comes.items():
+        console.print(
+            f"{name}: PyTorch as it comes (FP32) is {far['from_float64']:.1e} from float64 and "
+            f"{far['from_export']:.1e} from the export"
+        )
+    failed = sum(not check.passed for check in report.checks)
+    good, bad = ("within its limits", "NOT within its limits") if report.precision else EQUAL
+    verdict = good if report.passed else f"{bad}: {failed} check(s) failed"
+    console.print(f"{MARK[report.passed]} {len(report.checks)} checks on {report.inputs}: {verdict}")
+
+
+def show_bisection(console: Console, found: Bisection) -> None:
+    """Error of each block by itself; the place last."""
+    table = Table("block", "path", "error", "worst", box=None, padding=(0, 1, 0, 0))
+    for block in found.blocks:
+        table.add_row(str(block.block), escape(block.path), f"{block.error:.1e}", escape(block.tensor))
+    console.print(table)
+    console.print(escape(found.sentence()), highlight=False)
+
+
+def show_deploy(console: Console, result: Deployment) -> None:
+    """Verification and bench of each precision, what was written where, and all of them side by side."""
+    for variant in result.variants:
+        if len(result.variants) > 1:
+            console.rule(variant.precision)
+        show_verify(console, variant.verification)
+        if variant.benchmark is not None:
+            show_bench(console, variant.benchmark)
+    if len(result.variants) > 1:
+        console.rule("side by side")
+        show_variants(console, result)
+    speedup = result.benchmark.step.speedup() if result.benchmark else None
+    speed = "" if speedup is None else f"; decode {speedup:.1f}× PyTorch eager"
+    good, bad = ("within its limits", "NOT within its limits") if result.verification.precision else EQUAL
+    verdict = good if result.passed else f"{bad}, so it was not timed"
+    console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
+    for path in result.written:
+        console.print(f"  {path}", highlight=False)
+
+
+def show_doctor(console: Console, findings: list[Finding]) -> None:
+    """What was found and what to do."""
+    colors = {"ok": "green", "missing": "bold red", "optional": "yellow"}
+    table = Table("", "status", "found", "do")
+    for f in findings:
+        table.add_row(f.name, f"[{colors[f.status]}]{f.status}[/]", escape(f.detail), escape(f.action))
+    console.print(table)
+
+
+def show_graph(console: Console, info: GraphInfo) -> None:
+    """Nodes per block, operators per kind of block, weights, and the passes that fired."""
+    before = f" ({info.nodes_before} before the passes)" if info.nodes_before is not None else ""
+    opsets = ", ".join(f"{domain} {version}" for domain, version in info.opsets.items())
+    console.print(f"{info.nodes} nodes{before}; {opsets}", highlight=False)
+    weights = ", ".join(f"{size:,} bytes {dtype}" for dtype, size in info.weight_bytes.items())
+    console.print(f"weights: {weights or 'none'}", highlight=False)
+    if info.blocks:
+        table = Table("block", "kind", "nodes", "operators")
+        for names, block in _runs(info.blocks):
+            table.add_row(names, block.kind, str(block.nodes), _listed(block.operators))
+        console.print(table)
+    else:
+        console.print(f"operators: {_listed(info.operators)}", highlight=False)
+    fired = {name: count for name, count in info.passes.items() if count}
+    if fired:
+        console.print(
+            "passes: " + ", ".join(f"{name} {count}×" for name, count in fired.items()), highlight=False
+        )
+
+
+def _runs(blocks: tuple[BlockInfo, ...]) -> list[tuple[str, BlockInfo]]:
+    """Equal blocks in a row as one line: a large model has dozens."""
+    runs: list[list[BlockInfo]] = []
+    for block in blocks:
+        last = runs[-1][-1] if runs else None
+        if last and (last.kind, last.operators) == (block.kind, block.operators):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return [(r[0].name if len(r) == 1 else f"{r[0].name}–{r[-1].name}", r[0]) for r in runs]
+
+
+def _listed(operators: dict[str, int]) -> str:
+    return " ".join(name if count == 1 else f"{name}×{count}" for name, count in operators.items())

@@ -1,0 +1,97 @@
+"""Numbers that say how far two results are apart, and states compared as what they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .specs import StateSpec
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidate against reference, both taken as float64.
+
+    Attributes:
+        relative_l2: ‖a − b‖ / ‖b‖.
+        cosine: of the two flattened tensors; blind to scale.
+        norm_ratio: ‖a‖ / ‖b‖; what cosine cannot see.
+        max_abs: largest absolute error, `at` its index.
+    """
+
+    relative_l2: float
+    cosine: float
+    norm_ratio: float
+    max_abs: float
+    at: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "at": list(self.at)}
+
+
+def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
+    """Compare two tensors of one shape; a non-finite candidate is infinitely far away."""
+    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    if not np.isfinite(a).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
+        return Difference(math.inf, 0.0, math.inf, math.inf, at)
+    error = np.abs(a - b)
+    at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))
+    norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if norm_b == 0.0:
+        same = norm_a == 0.0
+        return Difference(
+            0.0 if same else math.inf, float(same), 1.0 if same else math.inf, float(error.max()), at
+        )
+    cosine = float(np.dot(a.ravel(), b.ravel()) / (norm_a * norm_b)) if norm_a else 0.0
+    return Difference(float(np.linalg.norm(a - b)) / norm_b, cosine, norm_a / norm_b, float(error.max()), at)
+
+
+def gauge_free(
+    state: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], states: tuple[StateSpec, ...]
+) -> dict[str, np.ndarray]:
+    """`state` expressed with the stabilizers m of `reference`.
+
+    (C, n, m) and (C·eᵃ, n·eᵃ, m − a) are the same mLSTM state, likewise (c, n, m) of an sLSTM: only
+    C·eᵐ and n·eᵐ mean something. Both states then have the same m, so that raw tensors compare.
+
+    Args:
+        state, reference: past name → (B, ...), of the same model.
+        states: the model's states.
+
+    Returns:
+        past name → float64 array without the m tensors, in the gauge of `reference`.
+    """
+    shifts = {
+        s.block: np.asarray(state[s.past], np.float64) - np.asarray(reference[s.past], np.float64)
+        for s in states
+        if s.kind == "m"
+    }
+    result = {}
+    for spec in states:
+        if spec.kind == "m":
+            continue
+        value = np.asarray(state[spec.past], dtype=np.float64)
+        if spec.kind in ("C", "n", "c") and spec.block in shifts:
+            shift = shifts[spec.block]
+            shift = shift.reshape(shift.shape + (1,) * (value.ndim - shift.ndim))
+            with np.errstate(over="ignore", invalid="ignore"):
+                # A zero stays zero in every gauge, also where exp of the shift is out of range.
+                zero = (value == 0.0) & np.isfinite(shift)
+                value = np.where(zero, 0.0, value * np.exp(shift))
+        result[spec.past] = value
+    return result
+
+
+def compare_states(
+    candidate: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], states: tuple[StateSpec, ...]
+) -> dict[str, Difference]:
+    """Gauge-free difference per state tensor, by past name."""
+    ours = gauge_free(candidate, reference, states)
+    return {name: difference(ours[name], reference[name]) for name in ours}

@@ -1,0 +1,1 @@
+"""ONNX graphs on disk and in memory: reading, cutting, weights, element types."""

@@ -1,0 +1,106 @@
+"""Questions that several passes ask about values, and the one way they name and make new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from . import lazy
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that computes `value`, if it is one of these standard operators."""
+    node = value.producer() if value is not None else None
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in op_types:
+        return None
+    return node
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads `value`, and reads it once."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether `value` is stored in the model and is no input or output of it."""
+    return (
+        value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and not value.is_graph_input()
+        and not value.is_graph_output()
+    )
+
+
+def small_array(value: ir.Value | None) -> np.ndarray | None:
+    """The values of a small constant; None for anything else, large weights included."""
+    if value is None or not lazy.is_small(value):
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The value of a constant of one element."""
+    array = small_array(value)
+    return float(array.ravel()[0]) if array is not None and array.size == 1 else None
+
+
+def integers(value: ir.Value | None) -> list[int] | None:
+    """The values of a small integer constant."""
+    array = small_array(value)
+    return [int(x) for x in array.ravel()] if array is not None and array.dtype.kind == "i" else None
+
+
+def size(value: ir.Value | None, index: int) -> int | None:
+    """The length of one dimension, where it is a number."""
+    if value is None or value.shape is None or not -len(value.shape) <= index < len(value.shape):
+        return None
+    dim = value.shape[index]
+    return dim if isinstance(dim, int) else None
+
+
+def same_dim(a: Any, b: Any) -> bool:
+    """Whether two dimensions are known to be equal; one without a name is not known to equal any other."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a.value is not None and a.value == b.value
+
+
+def same_shape(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two values are known to have equal shapes."""
+    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
+        return False
+    return all(same_dim(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def constant(array: Sequence[int] | np.ndarray) -> ir.Node:
+    """A Constant node; integers become INT64."""
+    tensor = ir.tensor(np.asarray(array))
+    node = ir.node("Constant", [], {"value": tensor})
+    node.outputs[0].shape, node.outputs[0].type = tensor.shape, ir.TensorType(tensor.dtype)
+    return node
+
+
+def typed(value: ir.Value, like: ir.Value, shape: Sequence[Any] | None) -> ir.Value:
+    """`value` with the element type of `like` and `shape`, which later passes ask for."""
+    value.type = like.type
+    value.shape = None if shape is None else ir.Shape(shape)
+    return value
+
+
+def fresh_name(graph: ir.Graph, name: str) -> str:
+    """`name`, or `name.2`, `name.3`, ... where an initializer has it already."""
+    candidate, number = name, 2
+    while candidate in graph.initializers:
+        candidate, number = f"{name}.{number}", number + 1
+    return candidate
+
+
+def count_nodes(graph: ir.Graph) -> int:
+    """Nodes that compute something; constants come and go."""
+    return sum(node.op_type != "Constant" for node in graph)

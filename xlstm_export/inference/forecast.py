@@ -1,0 +1,257 @@
+"""Forecasts from a CSV file: a row per position in, what the model makes of the last row out."""
+
+from __future__ import annotations
+
+import csv
+import io as text_io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..atomic import readable_os_errors, write_text
+from ..errors import EnvironmentError_, InputError, UsageError
+from ..inputs import per_position
+from ..sessions.protocol import Session
+from ..specs import IoSpec
+
+HISTORY = 168  # rows before the forecast that the plot shows
+
+
+@dataclass(frozen=True)
+class Series:
+    """The rows of a CSV file.
+
+    Attributes:
+        columns: names of the columns the model reads, in its order.
+        values: (rows, columns) float64.
+        labels: what the column in front of them says of each row, a time for one; empty where there is none.
+    """
+
+    columns: tuple[str, ...]
+    values: np.ndarray
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the model says after the last row.
+
+    Attributes:
+        series: what it has read.
+        values: (ahead, outputs): a row per position ahead, a column per quantile or variable.
+        every: (rows, ahead, outputs), the forecast after each row; None where the model gives only the last.
+    """
+
+    series: Series
+    values: np.ndarray
+    every: np.ndarray | None
+
+
+def read_series(
+    path: Path, count: int, columns: Sequence[str] | None = None, *, gaps: bool = False
+) -> Series:
+    """Read a CSV file with a header.
+
+    Args:
+        path: the file; a first column that holds no numbers labels the rows.
+        count: how many columns the model reads.
+        columns: their names in the model's order; by default all but the label, which must be `count`.
+        gaps: an empty cell is a missing value, NaN.
+
+    Raises:
+        InputError: the file cannot be read, a column is missing, a cell is no number (with row and column).
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}", "give a CSV file with a header") from error
+    if len(lines) < 2:
+        raise InputError(f"{path} holds no rows below its header", "give at least one")
+    header = [name.strip() for name in lines[0][1]]
+    rows = [row for _, row in lines[1:]]
+    labelled = _number(rows[0][0]) is None and header[0] not in (columns or ())
+    chosen = list(columns) if columns else header[labelled:]
+    unknown = [name for name in chosen if name not in header]
+    if unknown:
+        raise InputError(f"{path} has no column {unknown[0]}", f"it has {', '.join(header)}")
+    if len(chosen) != count:
+        raise InputError(
+            f"{path}: {len(chosen)} columns ({', '.join(chosen)}), the model reads {count}",
+            "name them in the model's order with --columns",
+        )
+    places = [header.index(name) for name in chosen]
+    values = np.empty((len(rows), count))
+    for number, (line, row) in enumerate(lines[1:]):
+        if len(row) != len(header):
+            raise InputError(f"{path}, line {line}: {len(row)} cells, the header has {len(header)}")
+        for place, name in enumerate(chosen):
+            cell = row[places[place]].strip()
+            value = math.nan if gaps and not cell else _number(cell)
+            if value is None:
+                raise InputError(
+                    f"{path}, line {line}, column {name}: {row[places[place]]!r} is no number",
+                    "fill gaps before forecasting",
+                )
+            values[number, place] = value
+    return Series(tuple(chosen), values, tuple(row[0] for row in rows) if labelled else ())
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a forecaster reads a series.
+
+    Attributes:
+        columns: it reads at once.
+        patch: rows that are one position of the model, 0 where a row is one. Such a model (TiRex) reads one
+            column, takes gaps, and gives quantiles of the patch that follows.
+        context: rows of a call of such a model, 0 where it takes any number.
+    """
+
+    columns: int
+    patch: int = 0
+    context: int = 0
+
+
+def layout(io: IoSpec, context_length: int | None = None) -> Layout:
+    """What a run folder's model reads.
+
+    Args:
+        io: of the run folder.
+        context_length: positions it was trained with.
+
+    Raises:
+        UsageError: the model is no forecaster: several inputs, or no real numbers.
+    """
+    spec, shape = io.inputs[0], io.outputs[0].shape
+    real = len(io.inputs) == 1 and spec.dtype.startswith("float") and per_position(spec)
+    size = spec.shape[2] if len(spec.shape) == 3 else 1
+    if not real or len(spec.shape) > 3 or not isinstance(size, int):
+        found = ", ".join(f"{x.name} {x.dtype} {list(x.shape)}" for x in io.inputs)
+        raise UsageError(
+            f"the model reads {found}",
+            "`forecast` needs one input of real numbers (B, S, F) or (B, S); of TiRex the stateless form",
+        )
+    if len(shape) == 4 and shape[1] == "S" and shape[3] == size and not io.states:
+        return Layout(1, size, size * (context_length or 0))
+    return Layout(size)
+
+
+def forecast(session: Session, io: IoSpec, series: Series, form: Layout) -> Forecast:
+    """Read all rows, and say what comes next.
+
+    Args:
+        session: of one stream; its state moves on.
+        io: of the run folder.
+        series: of `read_series`.
+        form: of `layout`.
+    """
+    spec, output = io.inputs[0], io.outputs[0]
+    values = series.values.astype(spec.dtype)
+    if form.patch:
+        last = session.prefill({spec.name: _patches(values[:, 0], form)})[output.name][0, -1]  # (Q, P)
+        return Forecast(series, last.T, None)
+    x = values[None]  # (1, S, F)
+    found = session.prefill({spec.name: x if len(spec.shape) == 3 else x[..., 0]})[output.name][0]
+    if not per_position(output):
+        last = found[-1] if output.shape[1:2] == (1,) else found
+        return Forecast(series, _two_axes(last), None)
+    every = np.stack([_two_axes(row) for row in found])
+    return Forecast(series, every[-1], every)
+
+
+def _patches(values: np.ndarray, form: Layout) -> np.ndarray:
+    """(1, S, P): the end of a series, missing values in front up to the context, as TiRex is trained."""
+    rows = form.context or -(-len(values) // form.patch) * form.patch
+    values = values[-rows:]
+    padded = np.concatenate([np.full(rows - len(values), np.nan, values.dtype), values])
+    return padded.reshape(1, -1, form.patch)
+
+
+def _two_axes(values: np.ndarray) -> np.ndarray:
+    """(ahead, outputs) of whatever the model gives."""
+    return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
+
+
+def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
+    """Write positions ahead, one per row; or with `every` the forecast after each row of the input.
+
+    Raises:
+        UsageError: `every` of a model that gives one forecast per call.
+        EnvironmentError_: the file cannot be written.
+    """
+    stream = text_io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    outputs = made.values.shape[1]
+    if not every:
+        writer.writerow(
+            ["ahead", *(["forecast"] if outputs == 1 else [f"forecast_{i}" for i in range(outputs)])]
+        )
+        for ahead, values in enumerate(made.values, 1):
+            writer.writerow([ahead, *(f"{value:.6g}" for value in values)])
+    else:
+        if made.every is None:
+            raise UsageError("the model gives one forecast per call", "leave --every away")
+        steps = range(1, made.values.shape[0] + 1)
+        names = [f"ahead_{a}" if outputs == 1 else f"ahead_{a}_{i}" for a in steps for i in range(outputs)]
+        writer.writerow(["row", *names])
+        labels = made.series.labels or tuple(str(number + 1) for number in range(len(made.every)))
+        for label, values in zip(labels, made.every, strict=True):
+            writer.writerow([label, *(f"{value:.6g}" for value in values.ravel())])
+    write_text(path, stream.getvalue())
+
+
+def plot(made: Forecast, path: Path, target: str | None = None) -> None:
+    """Draw the end of a column and the forecast behind it; one file gives the same bytes each time.
+
+    Args:
+        made: of `forecast`.
+        path: .svg or .png.
+        target: the column that is forecast; by default the first.
+
+    Raises:
+        UsageError: no such column, or another ending.
+        EnvironmentError_: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise EnvironmentError_(
+            f"matplotlib cannot be imported: {error}", "pip install matplotlib"
+        ) from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "xlstm_export"
+    from matplotlib.figure import Figure
+
+    metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}.get(path.suffix)
+    if metadata is None:
+        raise UsageError(f"{path}: no such kind of picture", "endings are .svg, .png")
+    columns = made.series.columns
+    if target is not None and target not in columns:
+        raise UsageError(f"no column {target}", f"there are {', '.join(columns)}")
+    name = target or columns[0]
+    past = made.series.values[-HISTORY:, columns.index(name)]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(np.arange(1 - len(past), 1), past, color="#57606a", label=name)
+    ahead = np.arange(0, made.values.shape[0] + 1)
+    for column in range(made.values.shape[1]):
+        values = np.concatenate([past[-1:], made.values[:, column]])
+        axes.plot(ahead, values, color="#0b62c4", label="forecast" if not column else None)
+    axes.axvline(0, color="#d0d7de", zorder=0)
+    axes.set(xlabel="positions from the last row", ylabel=name)
+    axes.legend(frameon=False)
+    with readable_os_errors(path):
+        figure.savefig(path, metadata=metadata)

@@ -1,0 +1,133 @@
+"""Text from an exported language model, token by token as it is made."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import EnvironmentError_, InputError, UsageError
+from ..sessions.protocol import Session
+from ..sessions.streams import BYTES, continue_tokens
+from ..specs import IoSpec
+
+TOKENIZER = "tokenizer.json"
+
+
+class Codec(Protocol):
+    """Text to tokens, and tokens to text as they come."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def feed(self, token: int) -> str: ...
+
+
+class Bytes:
+    """UTF-8, a token per byte; a character is told when its last byte is there."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+
+class Tokenizer:
+    """A tokenizer.json that came with the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise EnvironmentError_(
+                f"tokenizers cannot be imported: {error}", "pip install tokenizers"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package's own errors derive from nothing else
+            raise InputError(f"{path} cannot be read: {error}", "export the checkpoint again") from error
+        self._tokens: list[int] = []
+        self._told = ""
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def feed(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith("\ufffd"):  # a character whose rest comes with the next token
+            return ""
+        new, self._told = text[len(self._told) :], text
+        return str(new)
+
+
+class Numbers:
+    """Token numbers separated by spaces, where nobody knows what they mean."""
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [int(part) for part in text.split()]
+        except ValueError as error:
+            raise UsageError(
+                f"the run folder has no {TOKENIZER}, so the prompt must be token numbers",
+                "such as '12 7 301'",
+            ) from error
+
+    def feed(self, token: int) -> str:
+        return f"{token} "
+
+
+def codec_for(folder: Path, io: IoSpec) -> Codec:
+    """How text of this model is written.
+
+    Raises:
+        UsageError: it is no language model.
+    """
+    logits = io.outputs[0].shape[-1] if io.outputs else None
+    if [x.dtype for x in io.inputs] != ["int64"] or io.inputs[0].shape != ("B", "S"):
+        raise UsageError(f"{folder} holds no language model", "its inputs are no tokens; try `forecast`")
+    if (folder / TOKENIZER).is_file():
+        return Tokenizer(folder / TOKENIZER)
+    return Bytes() if logits == BYTES else Numbers()
+
+
+def generate(
+    session: Session,
+    io: IoSpec,
+    codec: Codec,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue `prompt`: pieces of text as the tokens are drawn.
+
+    Args:
+        session: of one stream, fresh or resumed; its state moves on.
+        io: of the run folder.
+        codec: of `codec_for`.
+        prompt: at least one token; read in one prefill.
+        tokens: how many to write.
+        temperature: of the draw; 0 takes the likeliest.
+        top_k: draw among so many of the likeliest only.
+        seed: equal seeds write equal texts.
+
+    Raises:
+        UsageError: nothing to continue, or a token that the model does not know.
+    """
+    given = codec.encode(prompt)
+    size = io.outputs[0].shape[-1]
+    if isinstance(size, int) and not all(0 <= token < size for token in given):
+        raise UsageError(f"the prompt holds a token beyond the vocabulary of {size}", "give other tokens")
+    names = (io.inputs[0].name, io.outputs[0].name)
+    drawn = continue_tokens(
+        session, names, given, count=tokens, temperature=temperature, seed=seed, top_k=top_k
+    )
+    for token in drawn:
+        if piece := codec.feed(token):
+            yield piece

@@ -1,0 +1,43 @@
+"""A session of one stream over a run folder or a bundle, on any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..sessions.protocol import Session
+
+BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
+
+
+def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: int = 0) -> Session:
+    """Open what is in `folder`.
+
+    Args:
+        folder: run folder; for TensorRT a bundle whose engine is built.
+        backend: one of `BACKENDS`.
+        load: gives the `Loaded` model, for PyTorch.
+        threads: of ONNX Runtime.
+
+    Raises:
+        UsageError: no such backend.
+        InputError, EnvironmentError_: it cannot be opened.
+    """
+    if backend == "onnxruntime":
+        from ..sessions.ort import OrtSession
+
+        return OrtSession(folder, 1, threads, rounding=False)
+    if backend == "pytorch":
+        from ..sessions.pytorch import TorchSession
+
+        return TorchSession(load(), 1, "float32")
+    if backend == "tensorrt":
+        from ..board.build import find_engine
+        from ..runfolder import read_io
+        from ..sessions.tensorrt import TensorRtSession
+
+        engine, plugin = find_engine(folder)
+        return TensorRtSession(engine, read_io(folder), plugin=plugin)
+    raise UsageError(f"no backend {backend}", f"there are {', '.join(BACKENDS)}")

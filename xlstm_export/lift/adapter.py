@@ -1,0 +1,264 @@
+"""What an adapter for a cell is made of: the registry, the base class, and the scope that carries states.
+
+A replaced cell reads its past state from, and writes its present state to, the scope that `run_lifted`
+opens around one forward pass. A cell that is called several times in one pass has a state per call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BuildError, UsageError
+
+AdapterFunction = Callable[[nn.Module], nn.Module]
+ADAPTERS: dict[str, AdapterFunction] = {}
+
+
+def register(class_path: str) -> Callable[[AdapterFunction], AdapterFunction]:
+    """Decorator: build the replacement of every module whose class is `package.module.Class`.
+
+    Raises:
+        UsageError: `class_path` is not of that form.
+    """
+    if not isinstance(class_path, str) or "." not in class_path.strip("."):
+        raise UsageError(
+            f"register takes the path of a class, not {class_path!r}", '@register("package.module.Class")'
+        )
+
+    def store(function: AdapterFunction) -> AdapterFunction:
+        ADAPTERS[class_path] = function
+        return function
+
+    return store
+
+
+def refuse(class_path: str, reason: str, hint: str) -> None:
+    """Stop at every module of that class: it looks like a known cell and computes something else."""
+
+    @register(class_path)
+    def _(cell: nn.Module) -> nn.Module:
+        raise BuildError(f"{class_path} is not supported: {reason}", hint)
+
+
+def adapter_name(adapter: AdapterFunction) -> str:
+    """Where an adapter is defined, as package.module.function."""
+    name = getattr(adapter, "__qualname__", type(adapter).__qualname__)
+    return f"{getattr(adapter, '__module__', None) or '?'}.{name}"
+
+
+class RecurrentCell(nn.Module):
+    """Base of the modules that replace a cell with state.
+
+    Subclasses set the class attribute `cell` and pass `state_shapes`: state kind → shape without the batch
+    dimension. In `forward` they read every state with `past` and hand out its successor with `keep`. `heads`
+    and `head_dim` describe the cell in listings.
+
+    Raises:
+        BuildError: a state kind or shape cannot be used.
+    """
+
+    cell = ""
+
+    def __init__(self, heads: int, head_dim: int, state_shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.state_shapes = _checked(state_shapes, type(self))
+        self.blocks: tuple[int, ...] = ()  # block of each call in one forward pass; set by `lift`
+        self.path = ""
+        self.adapter = ""  # name of the function that built this cell; set by `lift`
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scope = _scope()
+        # By path, not by identity: torch.export runs copies of a module that stands in two places.
+        call = scope.calls[self.path] = scope.calls.get(self.path, 0) + 1
+        result = super().__call__(*args, **kwargs)
+        lost = [kind for kind in self.state_shapes if (self.path, call, kind) not in scope.kept]
+        if lost:
+            raise BuildError(
+                f"{self.told} never keeps state {lost[0]!r}, which it declared",
+                f"call self.keep({lost[0]!r}, value) in forward: what is not handed out is lost",
+            )
+        return result
+
+    @property
+    def told(self) -> str:
+        """Which cell, and whose adapter: the beginning of an error message."""
+        return f"{self.path or '<root>'}: adapter {self.adapter or type(self).__qualname__}"
+
+    def past(self, kind: str) -> Tensor:
+        """The incoming state (B, ...) of this call."""
+        if kind not in self.state_shapes:
+            raise BuildError(
+                f"{self.told} reads state {kind!r}, which it did not declare",
+                f"it declared {', '.join(self.state_shapes) or 'none'}",
+            )
+        return _scope().past_of(self, kind)
+
+    def keep(self, kind: str, value: Tensor) -> None:
+        """Hand out the new state (B, ...) of this call.
+
+        Raises:
+            BuildError: it was not declared, or not of this shape.
+        """
+        shape = self.state_shapes.get(kind)
+        if shape is None or tuple(value.shape[1:]) != shape:
+            declared = ", ".join(f"{k} (B, {', '.join(map(str, s))})" for k, s in self.state_shapes.items())
+            found = ", ".join(map(str, value.shape[1:]))
+            raise BuildError(
+                f"{self.told} keeps state {kind!r} of shape (B, {found})",
+                f"it declared {declared or 'no state'}",
+            )
+        scope = _scope()
+        scope.kept.add((self.path, scope.calls[self.path], kind))
+        scope.keep(self, kind, value)
+
+
+# States of the operators. They mean something together only: C·exp(m) and n·exp(m), or c·exp(m), and are
+# compared as such, so none of the names is free for a state of another kind.
+_STABILIZED = ({"C", "n", "m"}, {"c", "n", "m"})
+
+
+def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
+    """State shapes as declared, or an error that says what is wrong with them."""
+    if not owner.cell.isidentifier():  # type: ignore[attr-defined]
+        raise BuildError(
+            f"{owner.__qualname__} has no name for listings", 'set the class attribute, e.g. cell = "average"'
+        )
+    if not isinstance(shapes, Mapping):
+        raise BuildError(
+            f"state shapes are {type(shapes).__name__}, not a dict", 'e.g. {"last": (width,)}: kind → shape'
+        )
+    for kind, shape in shapes.items():
+        if not isinstance(kind, str) or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9]*", kind):
+            raise BuildError(
+                f"state kind {kind!r} cannot be part of a tensor's name", "use letters and digits, e.g. last"
+            )
+        if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n > 0 for n in shape):
+            raise BuildError(
+                f"state {kind!r} has shape {shape!r}",
+                "give positive integers, without the batch dimension, e.g. (width,)",
+            )
+    reserved = set(shapes) & {"C", "c", "n", "m"}
+    if reserved and not any(group <= set(shapes) for group in _STABILIZED):
+        raise BuildError(
+            f"state kind(s) {', '.join(sorted(reserved))} belong to the operators: C, n, m of the mLSTM and "
+            "y, c, n, m of the sLSTM",
+            "choose another name for a state of your own, e.g. last or memory",
+        )
+    return {kind: tuple(shape) for kind, shape in shapes.items()}
+
+
+def run_lifted(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    past: Mapping[str, Tensor],
+    present: dict[str, Tensor] | None = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """One forward pass: the module's own result, and the present states by graph output name.
+
+    States are put into `present` as soon as they are known, where the caller gives one.
+    """
+    scope = _Scope(past, {} if present is None else present)
+    return _run(module, args, scope), scope.present
+
+
+def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
+    """One forward pass from zero states: its result, and how often the cell of each path was called."""
+    scope = _CountingScope({}, batch=args[0].shape[0], like=args[0])
+    return _run(module, args, scope), scope.calls
+
+
+def run_alone(cell: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Tensor) -> Any:
+    """One call of a replacement by itself from zero states, its own states checked in full.
+
+    Args:
+        cell: what an adapter returned.
+        args, kwargs: of the call.
+        like: an input of the model; its batch and device are those of the states.
+    """
+    return _run(cell, args, _CheckingScope({}, batch=like.shape[0], like=like), kwargs)
+
+
+def _run(
+    module: nn.Module, args: tuple[Any, ...], scope: _Scope, kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    token = _SCOPE.set(scope)
+    try:
+        return module(*args, **(kwargs or {}))
+    finally:
+        _SCOPE.reset(token)
+
+
+@dataclass
+class _Scope:
+    given: Mapping[str, Tensor]
+    present: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    kept: set[tuple[str, int, str]] = field(default_factory=set)
+
+    def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
+        return self.given[f"past_{self._block(cell)}_{kind}"]
+
+    def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
+        self.present[f"present_{self._block(cell)}_{kind}"] = value
+
+    def _block(self, cell: RecurrentCell) -> int:
+        call = self.calls[cell.path]
+        if call > len(cell.blocks):
+            raise BuildError(
+                f"{cell.path} is called {call} times in one forward pass, {len(cell.blocks)} times before",
+                "forward must call every cell equally often, whatever its input",
+            )
+        return cell.blocks[call - 1]
+
+
+@dataclass
+class _CountingScope(_Scope):
+    """Before states have names: every past is zero."""
+
+    batch: int = 1
+    like: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
+        parameter = next(cell.parameters(), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        return torch.zeros((self.batch, *cell.state_shapes[kind]), dtype=dtype, device=self.like.device)
+
+    def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
+        pass
+
+
+class _CheckingScope(_CountingScope):
+    """A new state must be of the type and batch of the old one: they are one tensor to a runtime."""
+
+    def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
+        past = self.past_of(cell, kind)
+        if (value.dtype, value.shape[0]) != (past.dtype, self.batch):
+            raise BuildError(
+                f"{cell.told} keeps state {kind!r} as {_described(value)}, of past {_described(past)}",
+                "a state keeps its type and batch from call to call",
+            )
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+_SCOPE: ContextVar[_Scope] = ContextVar("lifted state")
+
+
+def _scope() -> _Scope:
+    try:
+        return _SCOPE.get()
+    except LookupError:
+        raise BuildError(
+            "a lifted cell was called outside run_lifted", "call the module through run_lifted"
+        ) from None

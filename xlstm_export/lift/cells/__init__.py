@@ -1,0 +1,1 @@
+"""The adapters of the published cells; importing a module registers its cells."""

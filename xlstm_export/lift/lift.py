@@ -1,0 +1,286 @@
+"""Known recurrent cells → modules that call the two operators, with their state lifted out.
+
+`lift` returns a copy of the user's module in which every known cell is replaced. Everything between
+the cells stays the user's own code, and the user's module is untouched.
+
+Add a cell: write a module that subclasses `RecurrentCell` (or a plain nn.Module when it has no state),
+and register a function that builds it from the original::
+
+    @register("mypackage.cells.MyCell")
+    def _(cell: nn.Module) -> nn.Module:
+        return MyLiftedCell(cell)
+
+`families/*_cells.py` do this for the published families; docs/adapters.md has an example of your own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BuildError, ExportError
+from ..specs import BlockSpec, StateSpec
+from . import lookalikes
+from .adapter import ADAPTERS, AdapterFunction, RecurrentCell, adapter_name, count_calls, register, run_lifted
+from .adapter_check import check_adapters, is_built_in
+from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
+from .cells import large as large_cells  # noqa: F401 - they register their cells
+from .cells import norms as norm_cells  # noqa: F401 - they register their cells
+from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
+
+__all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """A module with its state outside.
+
+    Attributes:
+        module: the copy; call it through `run_lifted`.
+        blocks: its recurrent layers in the order of the module tree.
+        replaced: path → (the original cell, the adapter that replaced it), to build a replacement again.
+        outputs: what forward returns on the example inputs, unless there were none.
+    """
+
+    module: nn.Module
+    blocks: tuple[BlockSpec, ...]
+    replaced: Mapping[str, tuple[nn.Module, AdapterFunction]]
+    outputs: Any = None
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return tuple(state for block in self.blocks for state in block.states)
+
+    def fresh_state(self, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """All-zero past states, by graph input name."""
+        return {s.past: torch.zeros((batch, *s.shape), dtype=dtype) for s in self.states}
+
+
+def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
+    """Replace every known cell of `module` on a copy that shares its parameters.
+
+    Args:
+        module: the user's module.
+        example: inputs of its forward, which is run once to count how often each cell is called; without
+            them, every cell is taken to be called once.
+
+    Raises:
+        BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
+            module does not work, forward never reaches a cell, or there is no xLSTM cell at all.
+    """
+    inputs = tuple(example)
+    replacements: dict[int, nn.Module] = {}
+    replaced: dict[str, tuple[nn.Module, AdapterFunction]] = {}
+    recurrent: list[tuple[str, RecurrentCell]] = []
+    for path, child in module.named_modules():
+        if any(path.startswith(f"{parent}.") or parent == "" for parent in replaced):
+            continue  # inside a replaced cell
+        adapter = _adapter_of(child)
+        if adapter is None:
+            continue
+        replacements[id(child)] = replacement = _adapt(path, child, adapter)
+        replaced[path] = (child, adapter)
+        for inner, cell in replacement.named_modules():
+            if isinstance(cell, RecurrentCell):
+                cell.path, cell.adapter = ".".join(filter(None, (path, inner))), adapter_name(adapter)
+                recurrent.append((cell.path, cell))
+    _refuse_unknown(module, set(replaced))
+    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
+    # (shared ones stay shared) and copies no weight.
+    lifted = copy_sharing_tensors(module, replacements).eval()
+    if inputs:
+        check_adapters(module, lifted, replaced, inputs)
+    # A cell may be of any kind of its own; but a convolution alone is no recurrent model.
+    if all(cell.cell == "conv" for _, cell in recurrent):
+        _refuse_look_alikes(module, inputs)
+        raise BuildError(
+            f"{type(module).__name__} holds no xLSTM cell that is known here",
+            "known cells: " + ", ".join(sorted(ADAPTERS)),
+        )
+    if not inputs:
+        return Lifted(lifted, _number(recurrent, {}), replaced)
+    outputs, calls = _try(lifted, inputs)
+    missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
+    if missing:
+        raise BuildError(
+            f"forward never reaches the cell(s) {', '.join(missing)}",
+            "export a module whose forward uses every cell it holds",
+        )
+    return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+
+
+def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
+    """The replacement of a cell; whatever its adapter does wrong is told with the path."""
+    where = path or "<root>"
+    try:
+        replacement: Any = adapter(cell)
+    except ExportError as error:
+        whose = "" if is_built_in(adapter) else f"adapter {adapter_name(adapter)}: "
+        raise BuildError(f"{where}: {whose}{error.message}", error.hint) from None
+    except Exception as error:
+        raise BuildError(
+            f"{where}: adapter {adapter_name(adapter)} raised {type(error).__name__}: {error}",
+            f"call it by itself on a {type(cell).__qualname__}; --debug shows where it stopped",
+        ) from error
+    if not isinstance(replacement, nn.Module):
+        raise BuildError(
+            f"{where}: adapter {adapter_name(adapter)} returned {type(replacement).__name__}",
+            "return the module that takes the cell's place, a RecurrentCell if it has a state",
+        )
+    return replacement
+
+
+def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
+    """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
+    if isinstance(result, Tensor):
+        return {single: result}
+    if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
+        return {f"{single}_{index}": r for index, r in enumerate(result)}
+    if isinstance(result, dict) and result and all(isinstance(r, Tensor) for r in result.values()):
+        return {str(key): r for key, r in result.items()}
+    raise BuildError(
+        f"forward returns {type(result).__name__}, which has no names for its tensors",
+        "return a tensor, a tuple of tensors, or a dict of tensors",
+    )
+
+
+def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
+    paths = {id(child): path for path, child in module.named_modules()}
+    try:
+        with torch.no_grad(), lookalikes.watch() as seen:
+            result = count_calls(module, inputs)
+    except BuildError:
+        raise
+    except Exception as error:
+        seen.refuse(paths)  # says more than how its kernel failed
+        raise BuildError(
+            f"forward fails on the example inputs: {type(error).__name__}: {error}",
+            "the example inputs must have the shapes forward expects",
+        ) from error
+    seen.refuse(paths)
+    return result
+
+
+def _refuse_look_alikes(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Name a recurrence that is called as a function, in a module without a known cell."""
+    with torch.no_grad(), lookalikes.watch() as seen, contextlib.suppress(Exception):
+        module(*inputs)
+    seen.refuse({id(child): path for path, child in module.named_modules()})
+
+
+def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy whose submodules may be replaced; parameters and buffers are the original's.
+
+    Raises:
+        BuildError: something in the module cannot be copied.
+    """
+    known: dict[int, Any] = dict(memo or {})
+    known.update({id(t): t for t in (*module.parameters(), *module.buffers())})
+    try:
+        return copy.deepcopy(module, known)
+    except (TypeError, RuntimeError) as error:
+        raise BuildError(
+            f"{type(module).__name__} cannot be copied: {error}",
+            "keep locks, files and non-leaf tensors out of the module's attributes",
+        ) from error
+
+
+def block_stacks(lifted: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+    """The outermost lists of modules every one of which holds a recurrent cell: path → list."""
+    found: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
+    for path, child in lifted.named_modules():
+        if any(path.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) and all(map(_recurs, child)):
+            found.append((path, child))
+    return found
+
+
+def _recurs(module: nn.Module) -> bool:
+    return any(isinstance(part, RecurrentCell) and part.cell != "conv" for part in module.modules())
+
+
+def _adapter_of(module: nn.Module) -> AdapterFunction | None:
+    for cls in type(module).__mro__:
+        adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        # A subclass with a forward of its own computes something we do not know.
+        if adapter is not None and type(module).forward is cls.forward:  # type: ignore[attr-defined]
+            return adapter
+    return None
+
+
+# Names of classes that carry a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
+# not those that only mention one, such as xLSTMHead. What slips through does not stream, which is noticed.
+_LOOKS_RECURRENT = re.compile(
+    r"(lstm|gru|rnn|sru|lru|recurrent|rwkv|mamba|ssm|^s4d?|^s5|hgrn|retnet|retention|delta_?net|time_?mix|cell)"
+    r"_?(cell|layer|block|mixer|unit)?_?v?\d*$",
+    re.IGNORECASE,
+)
+
+
+def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
+    """Stop at a module that looks recurrent, is not known, and does not merely contain known ones.
+
+    What derives from a known cell and was not replaced has a forward of its own: known to be recurrent.
+    """
+    for path, child in module.named_modules():
+        inside = any(parent == "" or path == parent or path.startswith(f"{parent}.") for parent in covered)
+        contains = any(parent == path or parent.startswith(f"{path}.") or path == "" for parent in covered)
+        derived = any(f"{cls.__module__}.{cls.__qualname__}" in ADAPTERS for cls in type(child).__mro__)
+        if inside or (contains and not derived):
+            continue
+        name = type(child).__name__
+        if derived or isinstance(child, (nn.RNNBase, nn.RNNCellBase)) or _LOOKS_RECURRENT.search(name):
+            path = path or "<root>"
+            where = f"{type(child).__module__}.{type(child).__qualname__}"
+            raise BuildError(
+                f"{path}: recurrent cell {where} is not known; exported as it is, its state would be lost",
+                f'register an adapter for it: @xlstm_export.cells.register("{where}")',
+            )
+
+
+def _number(recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> tuple[BlockSpec, ...]:
+    """Cells with the same parent module form one block; blocks count in the order of the module tree.
+
+    Every call in a forward pass carries a state of its own, so what is called twice forms two blocks.
+    """
+    groups: dict[str, list[tuple[str, RecurrentCell]]] = {}
+    for path, cell in recurrent:
+        groups.setdefault(path.rpartition(".")[0], []).append((path, cell))
+    blocks: list[BlockSpec] = []
+    for members in groups.values():
+        # Two cells of one kind under one parent cannot share a block: their states would collide.
+        for bundle in _split_by_kind(members):
+            for call in range(max(calls.get(path, 1) for path, _ in bundle)):
+                index = len(blocks)
+                called = [(path, cell) for path, cell in bundle if calls.get(path, 1) > call]
+                states = []
+                for _, cell in called:
+                    cell.blocks = (*cell.blocks, index)
+                    states += [StateSpec(index, kind, shape) for kind, shape in cell.state_shapes.items()]
+                path, main = next(((p, c) for p, c in called if c.cell != "conv"), called[0])
+                path = path if call == 0 else f"{path} (call {call + 1})"
+                blocks.append(BlockSpec(index, path, main.cell, main.heads, main.head_dim, tuple(states)))
+    return tuple(blocks)
+
+
+def _split_by_kind(
+    members: list[tuple[str, RecurrentCell]],
+) -> Iterator[list[tuple[str, RecurrentCell]]]:
+    kinds: set[str] = set()
+    bundle: list[tuple[str, RecurrentCell]] = []
+    for path, cell in members:
+        if kinds & set(cell.state_shapes):
+            yield bundle
+            kinds, bundle = set(), []
+        kinds |= set(cell.state_shapes)
+        bundle.append((path, cell))
+    if bundle:
+        yield bundle

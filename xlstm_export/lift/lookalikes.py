@@ -1,0 +1,88 @@
+"""Recurrences called as functions, out of libraries that are known for them.
+
+A module is recognized by its class; a function leaves no trace in a module. So the example run is watched:
+which functions run is all that is recorded, nothing of the user's or the library's is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from ..errors import BuildError
+
+# Package or module → what is known of its functions.
+LIBRARIES = {
+    "flashrnn": "FlashRNN keeps the normalizer of its sLSTM at 1 or more, which is another function than the "
+    "operator's, and its other cells have no operator",
+    "mlstm_kernels": "its kernels are known through the layers of xlstm and transformers only, and those "
+    "called siging have a sigmoid input gate, which is another function than the operator's",
+    "xlstm.blocks.mlstm.backends": "the cells of xlstm are known, not the functions they are made of",
+    "xlstm.blocks.slstm.src": "the cells of xlstm are known, not the functions they are made of",
+    "fla.ops": "it has no operator here",
+    "mamba_ssm.ops": "it has no operator here",
+}
+_PACKAGES = {name.partition(".")[0] for name in LIBRARIES}
+HINT = (
+    "make an nn.Module of the part that calls it and register an adapter for that (docs/adapters.md), or use "
+    "a cell that is known"
+)
+
+
+@dataclass
+class Seen:
+    """The first function of `LIBRARIES` that ran, and the module that called it."""
+
+    function: str = ""
+    library: str = ""
+    caller: nn.Module | None = field(default=None, repr=False)
+
+    def refuse(self, paths: Mapping[int, str]) -> None:
+        """Raise BuildError if there was one; `paths` names modules by their id."""
+        if not self.function:
+            return
+        path = paths.get(id(self.caller), "") or "<root>"
+        raise BuildError(
+            f"{path}: forward calls {self.function}, a recurrence that is not known here: "
+            f"{LIBRARIES[self.library]}",
+            HINT,
+        )
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Seen]:
+    """See which functions of `LIBRARIES` the block calls, on this thread."""
+    seen = Seen()
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        name = frame.f_globals.get("__name__") or ""
+        if event != "call" or seen.function or name.partition(".")[0] not in _PACKAGES:
+            return
+        library = next((x for x in LIBRARIES if name == x or name.startswith(f"{x}.")), None)
+        if library is None or frame.f_code.co_name == "<module>":  # an import inside forward
+            return
+        seen.library, seen.function = library, f"{name}.{frame.f_code.co_name}"
+        seen.caller = _caller(frame)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+
+
+def _caller(frame: FrameType | None) -> nn.Module | None:
+    """The innermost module around a call."""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner
+        frame = frame.f_back
+    return None

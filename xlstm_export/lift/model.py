@@ -1,0 +1,68 @@
+"""A loaded model as its lifted form sees it: blocks, states, parameter counts, and its first blocks alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import UsageError
+from ..load.loaded import Loaded
+from ..specs import ModelSpec
+from .lift import Lifted, block_stacks, copy_sharing_tensors, lift
+
+
+def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
+    """The module with its state outside; without `values` on the meta device where that is possible."""
+    if values or loaded.weights is None:
+        return lift(loaded.module, loaded.inputs.values())
+    return lift(loaded.skeleton, [x.to("meta") for x in loaded.inputs.values()])
+
+
+def spec_of(loaded: Loaded) -> ModelSpec:
+    """Blocks, heads, dims, states and parameter counts."""
+    tables = {id(m.weight): m.weight for m in loaded.skeleton.modules() if isinstance(m, nn.Embedding)}
+    # A table tied to an output head is read in full at every step, so it counts.
+    heads = {id(m.weight) for m in loaded.skeleton.modules() if isinstance(m, nn.Linear)}
+    unread = sum(w.numel() for key, w in tables.items() if key not in heads)
+    total = sum(p.numel() for p in loaded.skeleton.parameters())
+    return ModelSpec(
+        name=loaded.name,
+        parameters=total,
+        parameters_read=total - unread,
+        blocks=lift_model(loaded, values=False).blocks,
+        context_length=loaded.context_length,
+        vocab_size=loaded.vocab_size,
+        config=loaded.config,
+    )
+
+
+def truncated(loaded: Loaded, num_blocks: int) -> Loaded:
+    """The model with only the first blocks of its stack, head and embedding as they are.
+
+    Raises:
+        UsageError: it has no stack of blocks, or no more than that many.
+    """
+    stacks = block_stacks(lift_model(loaded, values=False).module)
+    if len(stacks) != 1:
+        raise UsageError(
+            f"{loaded.name} has {len(stacks)} stacks of blocks, so it cannot be cut after some of them",
+            "only a model with one nn.ModuleList of blocks can",
+        )
+    path = stacks[0][0]
+    module = copy_sharing_tensors(loaded.skeleton)
+    stack: Any = module.get_submodule(path)
+    if not 1 <= num_blocks <= len(stack):
+        raise UsageError(f"--num-blocks {num_blocks}: the model has {len(stack)} blocks")
+    del stack[num_blocks:]
+    weights = loaded.weights
+    if weights is not None:
+        gone = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+        weights = {
+            name: weight
+            for name, weight in weights.items()
+            if not ((found := gone.match(name)) and int(found[1]) >= num_blocks)
+        }
+    return replace(loaded, skeleton=module, weights=weights)

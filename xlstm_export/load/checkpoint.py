@@ -1,0 +1,72 @@
+"""A path → a model that can be lifted and traced: which family a checkpoint belongs to, and its loader.
+
+Two doors: `load_checkpoint` for the published families (see `families/`), `load_module` for a user's own
+nn.Module from a factory. Nothing is ever unpickled that could run code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError, UsageError
+from .families import blocks, huggingface, large, tirex
+from .families.own import load_module
+from .find import find_config, read_config
+from .loaded import Loaded
+
+__all__ = ["Loaded", "load", "load_checkpoint", "load_module"]
+
+
+def load(
+    checkpoint: str | None,
+    module: str | None = None,
+    weights: str | None = None,
+    *,
+    stateless: bool | None = None,
+) -> Loaded:
+    """Either door, as the command line offers them.
+
+    Args:
+        checkpoint: path of a checkpoint of a published family, or
+        module: factory of a user's own module, as package.module:function, and
+        weights: file with its weights.
+        stateless: the form that will be exported; None for the one upstream uses.
+
+    Raises:
+        UsageError: both or neither of `checkpoint` and `module` are given.
+    """
+    if (checkpoint is None) == (module is None):
+        raise UsageError(
+            "give either a checkpoint path or --module",
+            "e.g. `xlstm-export export examples/austen_lm -o out`",
+        )
+    if checkpoint is not None:
+        if weights is not None:
+            raise UsageError("--weights belongs to --module", "a checkpoint path already names its weights")
+        return load_checkpoint(Path(checkpoint), stateless=stateless)
+    assert module is not None
+    return load_module(module, Path(weights) if weights else None)
+
+
+def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
+    """Load a checkpoint of a published family from a directory or a weight file with its config.
+
+    Args:
+        path: the directory or file.
+        stateless: the form that will be exported, where a family has a module for each.
+
+    Raises:
+        InputError: something is missing or truncated, or config and weights do not fit.
+        EnvironmentError_: the package that defines the family is not installed.
+        BuildError: the model has a variant that cannot be exported.
+    """
+    if not path.exists():
+        raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
+    if tirex.matches(path):
+        return tirex.load(path, streaming=stateless is False)
+    if huggingface.matches(path):
+        return huggingface.load(path)
+    config = find_config(path)
+    if config is not None and large.matches(read_config(config)):
+        return large.load(path)
+    return blocks.load(path)

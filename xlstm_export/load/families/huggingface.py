@@ -1,0 +1,139 @@
+"""Hugging Face checkpoints: `config.json` with model_type xlstm, safetensors (one file or shards), tokenizer.
+
+`transformers` runs them through the `xlstm` package where that is installed, through its own copy otherwise;
+both are lifted. Base models and causal language models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import EnvironmentError_, InputError
+from ..find import find_weights, read_config
+from ..loaded import Loaded, check_fit
+from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
+
+CONFIG = "config.json"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json"),
+)
+# Fields of early configs that `transformers` does not read; each describes what the architecture does anyway,
+# or how it was trained.
+HARMLESS = frozenset(
+    [
+        *("add_embedding_dropout", "add_forward_backend_padding", "add_post_blocks_norm", "add_post_norm"),
+        *("add_qk_norm", "cell_norm_eps", "force_bos_token_insert", "forward_backend_name", "head_dim"),
+        *("igate_bias_init_range", "mlstm_round_up_to_multiple_of", "dtype", "torch_dtype"),
+        *("transformers_version", "architectures", "model_type", "_name_or_path", "auto_map"),
+    ]
+)
+# Some of them change the function where they are set.
+MUST_BE_OFF = frozenset(["add_qk_norm", "add_post_norm"])
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a folder with a config.json that names a model_type."""
+    try:
+        return "model_type" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
+def load(path: Path) -> Loaded:
+    """Load an `xLSTMForCausalLM` or `xLSTMModel` directory.
+
+    Raises:
+        InputError: another model type, fields this `transformers` does not know, shards missing or damaged,
+            config and weights do not fit.
+        EnvironmentError_: `transformers` is not installed or too old.
+    """
+    try:
+        from transformers import xLSTMConfig
+        from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM, xLSTMModel
+    except ImportError as error:
+        raise EnvironmentError_(
+            f"transformers with xLSTM cannot be imported: {error}", "pip install -U transformers"
+        ) from error
+    config_path = path / CONFIG
+    config = read_config(config_path)
+    if config.get("model_type") != "xlstm":
+        raise InputError(
+            f"{config_path}: model_type is {config.get('model_type')!r}, not 'xlstm'",
+            "only xLSTM checkpoints can be exported",
+        )
+    weights, files = find_weights(path)
+    _check_fields(config, xLSTMConfig, config_path)
+    check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
+    causal = not any(name.startswith("blocks.") for name in weights)
+    settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": weight_mode(weights), "use_cache": False}
+    # True: a Hugging Face model never hands states out unless it is given a cache.
+    settings["return_last_states"] = True
+    for ours, older in (("hidden_size", "embedding_dim"), ("num_hidden_layers", "num_blocks")):
+        if older in config:  # configs of the first releases have the older name only
+            settings.setdefault(ours, config[older])
+    try:
+        model_config = xLSTMConfig(**settings)
+        with torch.device("meta"):
+            module = (xLSTMForCausalLM if causal else xLSTMModel)(model_config)
+    except Exception as error:  # its validation has exception types of its own
+        raise InputError(
+            f"{config_path}: transformers refuses this configuration: {error}",
+            "compare it with the config the model was published with",
+        ) from error
+    finish = _leave
+    if causal and model_config.tie_word_embeddings and (TABLE in weights) != (HEAD in weights):
+        # Stored once, under either name. Where both are stored they are two, whatever the config says.
+        finish = _tie
+        _tie(module)
+        shared = weights.get(TABLE) or weights[HEAD]
+        weights = {**weights, TABLE: shared, HEAD: shared}
+    check_fit(module, weights, files[0], HINT)
+    return Loaded(
+        skeleton=module.eval(),
+        inputs={"tokens": torch.zeros(2, 48, dtype=torch.int64)},
+        output="logits" if causal else "last_hidden_state",
+        name=type(module).__name__,
+        origin={"checkpoint": str(path)},
+        files=(config_path, *files),
+        config=config,
+        vocab_size=model_config.vocab_size,
+        weights=weights,
+        finish=finish,
+        exact=full_precision_norms,
+        companions=tuple(path / name for name in TOKENIZER if (path / name).is_file()),
+    )
+
+
+def _check_fields(config: dict[str, Any], config_class: type, where: Path) -> None:
+    known = {f.name for f in dataclasses.fields(config_class)} | HARMLESS
+    unknown = sorted(name for name, value in config.items() if name not in known and value)
+    if unknown:
+        raise InputError(
+            f"{where}: transformers does not know the field(s) {', '.join(unknown)}, which may change what "
+            "the model computes",
+            "pip install -U transformers, or remove the fields if they mean nothing",
+        )
+    changed = sorted(name for name in MUST_BE_OFF if config.get(name))
+    if changed:
+        raise InputError(
+            f"{where}: {', '.join(changed)} is set, which transformers does not compute",
+            "the checkpoint belongs to other code than transformers' xLSTM",
+        )
+
+
+TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+
+
+def _tie(module: nn.Module) -> None:
+    module.lm_head.weight = module.backbone.embeddings.weight  # type: ignore[union-attr, assignment]
+
+
+def _leave(module: nn.Module) -> None:
+    """Nothing to tie."""

@@ -1,0 +1,100 @@
+"""Checkpoints of `xlstm.xlstm_large`: `config.yaml`, and weights in one file or in numbered shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import EnvironmentError_, InputError
+from ..find import find_weights, need_config, read_config
+from ..loaded import CONFIG_ERRORS, Loaded, check_fit
+from ..weights import Weights
+
+# How upstream computes, not what: kernels that run everywhere, states and sums in FP32.
+NATIVE = {
+    "chunkwise_kernel": "chunkwise--native_autograd",
+    "sequence_kernel": "native_sequence__native",
+    "step_kernel": "native",
+    "mode": "inference",
+    "autocast_kernel_dtype": "float32",
+    "inference_state_dtype": "float32",
+    "return_last_states": False,
+}
+HINT = "check num_blocks, embedding_dim, num_heads, the factors and vocab_size in the config"
+
+
+def matches(config: dict[str, Any]) -> bool:
+    """Whether a config is one of `xLSTMLargeConfig`."""
+    return "num_heads" in config and not {"mlstm_block", "slstm_block"} & set(config)
+
+
+def load(path: Path) -> Loaded:
+    """Load an `xLSTMLarge`; either weight mode, whatever the config says: the tensors tell.
+
+    Raises:
+        InputError: something is missing or damaged, or config and weights do not fit.
+        EnvironmentError_: the `xlstm` package is not installed.
+    """
+    try:
+        from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+    except ImportError as error:
+        raise EnvironmentError_(
+            f"the `xlstm` package cannot be imported: {error}", "pip install xlstm"
+        ) from error
+    weights, files = find_weights(path)
+    config_path = need_config(path)
+    config = read_config(config_path)
+    known = {f.name for f in dataclasses.fields(xLSTMLargeConfig)}
+    unknown = sorted(set(map(str, config)) - known)
+    if unknown:
+        raise InputError(
+            f"{config_path}: unknown key(s) {', '.join(unknown)}", f"valid keys: {', '.join(sorted(known))}"
+        )
+    check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
+    try:
+        model_config = xLSTMLargeConfig(**{**config, **NATIVE, "weight_mode": weight_mode(weights)})
+        # On the meta device nothing is allocated; the weights are read where they are needed.
+        with torch.device("meta"):
+            module = xLSTMLarge(model_config)
+    except CONFIG_ERRORS as error:
+        raise InputError(
+            f"{config_path}: the xlstm package refuses this configuration: {error or type(error).__name__}",
+            "compare it with the config the model was trained with",
+        ) from error
+    check_fit(module, weights, files[0], HINT)
+    return Loaded(
+        skeleton=module.eval(),
+        inputs={"tokens": torch.zeros(2, 48, dtype=torch.int64)},
+        output="logits",
+        name="xLSTMLarge",
+        origin={"checkpoint": str(path)},
+        files=(config_path, *files),
+        config=config,
+        vocab_size=model_config.vocab_size,
+        weights=weights,
+        exact=full_precision_norms,
+    )
+
+
+def weight_mode(weights: Weights) -> str:
+    """ "fused" where q, k, v and the output gate are stored as one matrix, else "single"."""
+    return "fused" if any(".qkv_opreact." in name for name in weights) else "single"
+
+
+def check_kernel(kernel: str, where: Path) -> None:
+    """Refuse kernels of another function before they are replaced by one that runs everywhere."""
+    if "siging" in kernel:
+        raise InputError(
+            f"{where}: {kernel} has a sigmoid input gate, which is another function",
+            "only the exponential input gate of arXiv 2405.04517 has an operator",
+        )
+
+
+def full_precision_norms(module: torch.nn.Module) -> None:
+    """Upstream's norms reduce in FP32 even in a float64 model; a reference must not."""
+    for part in module.modules():
+        if hasattr(part, "force_float32_reductions"):
+            part.force_float32_reductions = False  # type: ignore[assignment]

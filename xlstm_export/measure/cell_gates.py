@@ -1,0 +1,340 @@
+"""What the gates of a model do along a stream: how its stabilizers range, and how long it remembers.
+
+The stabilizer m of an mLSTM is no danger in itself, exp(−m) is: it is a bound in the normalizer, and leaves
+the range of FP16 once m < −11.09. The forget gates say how long a memory is: where the mean of
+−logsigmoid(f) is r, what was written is halved every ln 2 / r positions. An error in f adds up over exactly
+that time, so a candidate that remembers shorter than its reference has lost something that no single output
+shows.
+
+Gates are taken from the graph itself, at the inputs of its recurrence operators; stabilizers and
+normalizers are then computed from them in float64, by the recurrence as it is written in `ops.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..checks import Check
+from ..graph.files import load_graph
+from ..inputs import Arrays, cut, per_position
+from ..ops.reference import LOG_ZERO
+from ..runfolder import MODEL
+from ..sessions.cpu.observed_graph import ObservedGraph
+from ..specs import OP_DOMAIN
+
+PIECE = 256
+# Where exp(−m) leaves the normal numbers of a type: above its largest, or below its smallest (denormals are
+# often flushed to zero).
+RANGES = {
+    "fp16": (-math.log(65504.0), -math.log(2.0**-14)),
+    "bf16": (-math.log(3.3895313892515355e38), -math.log(2.0**-126)),
+}
+
+
+@dataclass(frozen=True)
+class HeadGates:
+    """One head along the stream.
+
+    Attributes:
+        m_min, m_max: of the stabilizer, over positions and, in an sLSTM, units.
+        fp16_share, bf16_share: of positions at which exp(−m) leaves the range of that type; None in an sLSTM,
+            which does not compute it.
+        smallest_normalizer: what the smallest denominator was: max(|qᵀn|, exp(−m)) or n.
+        half_life: positions after which the forget gates have halved a memory, by the mean of their logarithm
+            (the median over an sLSTM's units); infinite where they never close.
+    """
+
+    m_min: float
+    m_max: float
+    fp16_share: float | None
+    bf16_share: float | None
+    smallest_normalizer: float
+    half_life: float
+
+
+@dataclass(frozen=True)
+class BlockGates:
+    """The heads of one recurrent layer; `cell` is "mlstm" or "slstm"."""
+
+    block: int
+    cell: str
+    heads: tuple[HeadGates, ...]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What `audit` found over `positions` positions of each stream."""
+
+    positions: int
+    blocks: tuple[BlockGates, ...]
+
+    def to_json(self, reference: Gates | None = None) -> dict[str, Any]:
+        """For the report, the reference's half-lives beside the candidate's own."""
+        blocks = []
+        for number, block in enumerate(self.blocks):
+            heads: list[dict[str, Any]] = []
+            for head, values in enumerate(block.heads):
+                other = reference.blocks[number].heads[head].half_life if reference else None
+                heads.append({"head": head, **asdict(values), "reference_half_life": other})
+            blocks.append({"block": block.block, "cell": block.cell, "heads": heads})
+        return {"positions": self.positions, "blocks": blocks}
+
+
+def audit(
+    folder: Path,
+    inputs: Mapping[str, np.ndarray],
+    *,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Gates:
+    """Stream inputs through an export and look at its gates.
+
+    Args:
+        folder: run folder of any precision.
+        inputs: by graph input name, each (B, S, ...).
+        threads: of ONNX Runtime.
+        progress: called with the name of each stage.
+
+    Raises:
+        InputError: the folder cannot be read.
+        BuildError: the runtime stopped.
+    """
+    cells = _cells(load_graph(folder / MODEL))
+    graph = ObservedGraph(folder, [name for cell in cells for name in cell.names], threads)
+    io = graph.io
+    length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+    graph.reset(next(iter(inputs.values())).shape[0])
+    # Nothing is carried on by a graph without states, so its sequence cannot come in pieces.
+    piece = PIECE if io.states else length
+    for start in range(0, length, piece):
+        progress(f"gates, position {start:,} of {length:,}")
+        values = graph.run(cut(inputs, io, start, min(start + piece, length)))
+        for cell in cells:
+            cell.read(values)
+    return Gates(length, tuple(cell.result() for cell in cells))
+
+
+def memory_checks(found: Gates, reference: Gates, limit: float) -> list[Check]:
+    """Per block: by what factor the half-life of a head is another than the reference's, as |ln ratio|.
+
+    Args:
+        found: of the candidate.
+        reference: of FP32, on the same inputs.
+        limit: of the precision.
+    """
+    checks = []
+    for ours, theirs in zip(found.blocks, reference.blocks, strict=True):
+        pairs = [(a.half_life, b.half_life) for a, b in zip(ours.heads, theirs.heads, strict=True)]
+        changes = [_log_ratio(a, b) for a, b in pairs]
+        worst = max(range(len(changes)), key=lambda head: _worse(changes[head]))
+        detail = {
+            "head": worst,
+            "half_life": pairs[worst][0],
+            "reference_half_life": pairs[worst][1],
+            "block": ours.block,
+        }
+        checks.append(Check(f"memory length: block {ours.block}", changes[worst], limit, detail))
+    return checks
+
+
+def _log_ratio(a: float, b: float) -> float:
+    if a == b:
+        return 0.0  # also where both never forget
+    return abs(math.log(a / b)) if 0 < a < math.inf and 0 < b < math.inf else math.inf
+
+
+def _worse(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+# --- The recurrences as the audit needs them: gates, m and normalizer, without the memory itself -----
+
+
+@dataclass
+class _Cell:
+    """A recurrence operator of the graph, and what has been seen of it."""
+
+    block: int
+    values: dict[str, str]  # operand → name of the value in the graph
+    constants: Arrays
+    scale: float = 1.0
+    forget_max: float = math.inf
+    state: Arrays = field(default_factory=dict)
+    seen: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.values.values())
+
+    def operands(self, values: Mapping[str, np.ndarray]) -> Arrays:
+        found = {operand: values[name].astype(np.float64) for operand, name in self.values.items()}
+        return {**self.constants, **found}
+
+    def read(self, values: Mapping[str, np.ndarray]) -> None:
+        raise NotImplementedError
+
+    def result(self) -> BlockGates:
+        raise NotImplementedError
+
+    def joined(self, name: str) -> np.ndarray:
+        return np.concatenate([piece[name] for piece in self.seen])
+
+
+class _Mlstm(_Cell):
+    def read(self, values: Mapping[str, np.ndarray]) -> None:
+        x = self.operands(values)
+        q, k = x["q"] * self.scale, x["k"]  # (B, S, H, Dk)
+        i, lf = x["i"], log_sigmoid(x["f"])  # (B, S, H)
+        batch, length, heads, dim = k.shape
+        m = self.state.get("m", np.zeros((batch, heads)))
+        n = self.state.get("n", np.zeros((batch, heads, dim)))
+        stabilizers, normalizers = [], []
+        for t in range(length):
+            m_new = np.maximum(lf[:, t] + m, i[:, t])
+            n = np.exp(lf[:, t] + m - m_new)[..., None] * n + np.exp(i[:, t] - m_new)[..., None] * k[:, t]
+            m = m_new
+            stabilizers.append(m)
+            with np.errstate(over="ignore"):
+                normalizers.append(np.maximum(np.abs((q[:, t] * n).sum(-1)), np.exp(-m)))
+        self.state = {"m": m, "n": n}
+        self.seen.append(
+            # (B·S, H)
+            {
+                "m": np.stack(stabilizers, 1).reshape(-1, heads),
+                "normalizer": np.stack(normalizers, 1).reshape(-1, heads),
+                "decay": -lf.reshape(-1, heads),
+            }
+        )
+
+    def result(self) -> BlockGates:
+        m, normalizer, decay = (self.joined(name) for name in ("m", "normalizer", "decay"))
+        shares = {name: ((m < lowest) | (m > highest)).mean(0) for name, (lowest, highest) in RANGES.items()}
+        heads = tuple(
+            HeadGates(
+                float(m[:, h].min()),
+                float(m[:, h].max()),
+                float(shares["fp16"][h]),
+                float(shares["bf16"][h]),
+                float(normalizer[:, h].min()),
+                half_life(float(decay[:, h].mean())),
+            )
+            for h in range(m.shape[1])
+        )
+        return BlockGates(self.block, "mlstm", heads)
+
+
+class _Slstm(_Cell):
+    def read(self, values: Mapping[str, np.ndarray]) -> None:
+        x = self.operands(values)
+        y = x["y"]  # (B, S, H, D)
+        batch, length, heads, dim = y.shape
+        zeros = np.zeros((batch, heads, dim))
+        previous = np.concatenate([self.state.get("y", zeros)[:, None], y[:, :-1]], 1)
+        recurrent = np.einsum("bshd,hdge->bsghe", previous, x["R"])
+        raw = x["x"] + recurrent + x["bias"]  # (B, S, 4, H, D)
+        i, lf = raw[:, :, 0], log_sigmoid(np.minimum(raw[:, :, 1], self.forget_max))
+        m, n = self.state.get("m", zeros), self.state.get("n", zeros)
+        stabilizers, normalizers = [], []
+        for t in range(length):
+            m_new = np.maximum(lf[:, t] + np.where(n == 0, LOG_ZERO, m), i[:, t])
+            n = np.exp(lf[:, t] + m - m_new) * n + np.exp(i[:, t] - m_new)
+            m = m_new
+            stabilizers.append(m)
+            normalizers.append(n)
+        self.state = {"y": y[:, -1], "m": m, "n": n}
+        self.seen.append(
+            # extremes (1, H): a unit more or less does not matter to them; decay (1, H, D) is a mean
+            {
+                "m_min": np.min(stabilizers, axis=(0, 1, 3))[None],
+                "m_max": np.max(stabilizers, axis=(0, 1, 3))[None],
+                "normalizer": np.min(normalizers, axis=(0, 1, 3))[None],
+                "decay": -lf.sum((0, 1))[None],
+                "count": np.array([batch * length]),
+            }
+        )
+
+    def result(self) -> BlockGates:
+        decay = self.joined("decay").sum(0) / self.joined("count").sum()  # (H, D)
+        low, high = self.joined("m_min").min(0), self.joined("m_max").max(0)
+        normalizer = self.joined("normalizer").min(0)
+        heads = tuple(
+            HeadGates(
+                float(low[h]),
+                float(high[h]),
+                None,
+                None,
+                float(normalizer[h]),
+                half_life(float(np.median(decay[h]))),
+            )
+            for h in range(decay.shape[0])
+        )
+        return BlockGates(self.block, "slstm", heads)
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    """ln σ(x), exact at both ends."""
+    return np.minimum(x, 0.0) - np.log1p(np.exp(-np.abs(x)))
+
+
+def half_life(decay: float) -> float:
+    """Positions until exp(−decay · positions) is a half."""
+    return math.log(2.0) / decay if decay > 0 else math.inf
+
+
+def _cells(model: ir.Model) -> list[_Cell]:
+    """The recurrence operators of a graph, in its order."""
+    cells: list[_Cell] = []
+    for node in model.graph:
+        if node.domain != OP_DOMAIN:
+            continue
+        mlstm = node.op_type == "XlstmMlstm"
+        inputs = {"q": 0, "k": 1, "i": 3, "f": 4} if mlstm else {"x": 0, "R": 1, "bias": 2}
+        named: dict[str, ir.Value] = {}
+        for operand, index in inputs.items():
+            value = node.inputs[index]
+            assert value is not None, "no operand is optional"
+            named[operand] = value
+        if not mlstm:
+            named["y"] = node.outputs[0]
+        values, constants = {}, {}
+        for operand, value in named.items():
+            if value.const_value is not None:
+                constants[operand] = _array(value.const_value)
+            else:
+                values[operand] = value.name or ""
+        state = node.inputs[7 if mlstm else 6]
+        block = _block(state, len(cells))
+        if mlstm:
+            cells.append(_Mlstm(block, values, constants, scale=_attribute(node, "scale", 1.0)))
+        else:
+            limit = _attribute(node, "forget_max", math.inf)
+            cells.append(_Slstm(block, values, constants, forget_max=limit))
+    return cells
+
+
+def _array(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A stored weight in float64; read here, because onnx-ir reads no file that has a second (hard) link."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy(), np.float64)
+    shape = [int(dim) for dim in tensor.shape]
+    count = int(np.prod(shape))
+    values = np.fromfile(tensor.path, tensor.dtype.numpy(), count, offset=tensor.offset or 0)
+    return values.reshape(shape).astype(np.float64)
+
+
+def _block(past: ir.Value | None, number: int) -> int:
+    """The block whose state an operator carries; without states they are counted."""
+    match = re.fullmatch(r"past_(\d+)_m", (past.name if past is not None else None) or "")
+    return int(match[1]) if match else number
+
+
+def _attribute(node: ir.Node, name: str, default: float) -> float:
+    return node.attributes[name].as_float() if name in node.attributes else default

@@ -1,0 +1,264 @@
+"""Evaluation data: held-out inputs, their targets, and the metric they are scored by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, UsageError
+from ..inputs import Arrays, per_position
+from ..sessions import Session
+from ..specs import IoSpec, TensorSpec
+from .metrics import METRICS, Metric, Target
+
+PIECE = 2048  # positions per call while a metric streams through the data
+PICTURE = "text file for a byte-level language model; .npz with the model's inputs (N, S, ...) and `target`"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences like those a model is used on.
+
+    Attributes:
+        inputs: model inputs by name, each (N, S, ...).
+    """
+
+    inputs: Arrays
+
+    @property
+    def rows(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[1])
+
+    def sample(self, count: int, length: int, rng: np.random.Generator) -> Arrays:
+        """Stretches of `length` positions from random places, (count, length, ...)."""
+        starts = rng.integers(0, self.length - length, size=count)
+        rows = rng.integers(0, self.rows, size=count)
+        return {
+            name: np.stack([x[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
+            for name, x in self.inputs.items()
+        }
+
+    def streams(self, count: int) -> Arrays:
+        """Long streams (count, S, ...): different rows, or one row begun at different places."""
+        chosen = [row % self.rows for row in range(count)]
+        shifts = [self.length * (row // self.rows) // count for row in range(count)]
+        return {
+            name: np.stack([np.roll(x[row], -shift, 0) for row, shift in zip(chosen, shifts, strict=True)])
+            for name, x in self.inputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class EvalData(Sequences):
+    """Held-out data of a task.
+
+    Attributes:
+        metric: name of the task metric, `score` computes it from the outputs (N, S, ...).
+        output: what `score` reads.
+        classes: whether that holds logits.
+        higher_is_better: of the metric.
+        whole: the output is one of a whole sequence, which must not come in pieces.
+    """
+
+    metric: str
+    score: Callable[[Arrays], float]
+    output: str = ""
+    classes: bool = False
+    higher_is_better: bool = False
+    whole: bool = False
+
+    def loss(self, outputs: Arrays) -> float:
+        """The metric as something that is better when it is lower: its inverse where it is not."""
+        score = self.score(outputs)
+        if not self.higher_is_better:
+            return score
+        return 1.0 / score if score else np.inf
+
+    def run(self, session: Session, piece: int = PIECE) -> Arrays:
+        """Outputs of a session of `rows` streams on the data, from a fresh start."""
+        return stream(session, self.inputs, self.length if self.whole else piece)
+
+
+def load(
+    path: Path,
+    io: IoSpec,
+    *,
+    vocab_size: int | None = None,
+    limit: int = 16384,
+    metric: str | None = None,
+) -> EvalData:
+    """Read evaluation data for a model.
+
+    Args:
+        path: a text file (byte-level language models) or an .npz file with the inputs by name and `target`:
+            classes (N, S) as integers, -1 where unknown, or real values (N, S, ...), NaN where unknown;
+            without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the
+            levels of the output's last axis.
+        io: the model's inputs and outputs.
+        vocab_size: of a language model.
+        limit: at most this many positions per row are used.
+        metric: one of `METRICS`; by default by what the targets are.
+
+    Raises:
+        InputError: the file cannot be read or does not fit the model.
+        UsageError: no such metric, or not for such targets.
+    """
+    if metric is not None and metric not in METRICS:
+        raise UsageError(f"no metric {metric}", f"there are {', '.join(METRICS)}")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", f"give a {PICTURE}")
+    if path.suffix == ".npz":
+        return _load_npz(path, io, limit, metric, vocab_size)
+    if [spec.dtype for spec in io.inputs] != ["int64"] or vocab_size != 256:
+        raise UsageError(
+            f"{path} is read as text, but the model is no byte-level language model",
+            f"give a {PICTURE}",
+        )
+    return _byte_text(path, io, limit, metric)
+
+
+def _byte_text(path: Path, io: IoSpec, limit: int, metric: str | None) -> EvalData:
+    tokens = np.frombuffer(path.read_bytes()[: limit + 1], dtype=np.uint8).astype(np.int64)
+    if len(tokens) < 2:
+        raise InputError(f"{path} is empty", "a metric needs at least two bytes of text")
+    target = Target(tokens[None, 1:])
+    inputs = {io.inputs[0].name: tokens[None, :-1]}
+    return _scored(inputs, target, _chosen(metric or "bits-per-byte", target), _output(io), str(path))
+
+
+def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size: int | None) -> EvalData:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: Arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+        raise InputError(f"{path} is not a readable .npz file: {error}", f"give a {PICTURE}") from error
+    inputs = {spec.name: _input(path, spec, io, arrays, limit) for spec in io.inputs}
+    output = _output(io)
+    target = _target(path, arrays, output, limit)
+    name = metric or _default_metric(target, output, vocab_size, "mase_scale" in arrays)
+    return _scored(inputs, target, _chosen(name, target), output, str(path))
+
+
+def _input(
+    path: Path, spec: TensorSpec, io: IoSpec, arrays: Mapping[str, np.ndarray], limit: int
+) -> np.ndarray:
+    if spec.name not in arrays:
+        raise InputError(f"{path} lacks input {spec.name}", f"it holds {', '.join(sorted(arrays))}")
+    array = arrays[spec.name]
+    if array.ndim != len(spec.shape) or array.shape[2:] != spec.shape[2:] or 0 in array.shape[:2]:
+        expected = ", ".join(map(str, ("N", "S", *spec.shape[2:])))
+        raise InputError(f"{path}: {spec.name} has shape {array.shape}, expected ({expected})")
+    first = arrays[io.inputs[0].name]
+    if array.shape[:2] != first.shape[:2]:
+        other = f"{io.inputs[0].name} has shape {first.shape}"
+        raise InputError(f"{path}: {spec.name} has shape {array.shape}, but {other}")
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{path}: {spec.name} holds {array.dtype}, not numbers")
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: {spec.name} holds NaN or Inf", "fill the gaps before evaluating")
+    return np.ascontiguousarray(array[:, :limit].astype(spec.dtype))
+
+
+def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, limit: int) -> Target:
+    if "target" not in arrays:
+        raise InputError(f"{path} lacks `target`", f"it holds {', '.join(sorted(arrays))}")
+    values, scale = arrays["target"], arrays.get("mase_scale", np.float64(1.0))
+    positions = per_position(output)
+    if values.ndim < 1 + positions or values.dtype.kind not in "biuf":
+        axes = "(N, S, ...)" if positions else "(N, ...)"
+        raise InputError(f"{path}: target is {values.dtype} of shape {values.shape}, expected {axes}")
+    if scale.ndim or scale.dtype.kind not in "biuf" or not 0 < scale < np.inf:
+        raise InputError(f"{path}: mase_scale is {scale}, expected one positive number")
+    values = values[:, :limit] if positions else values
+    # Integers beside an output of the same shape are measured values; beside one more axis they are classes.
+    classes = values.dtype.kind in "iu" and values.ndim == len(output.shape) - 1
+    quantiles = arrays.get("quantiles")
+    if quantiles is not None and not _are_levels(quantiles, output):
+        raise InputError(
+            f"{path}: quantiles is {quantiles.dtype} of shape {quantiles.shape}",
+            f"levels between 0 and 1, one for each of the last axis of {output.name} {list(output.shape)}",
+        )
+    target = Target(values.astype(np.int64 if classes else np.float64), float(scale), quantiles)
+    if not target.known.any():
+        raise InputError(f"{path}: target holds no known value", "NaN marks positions that do not count")
+    size = output.shape[-1]
+    if classes and isinstance(size, int) and not (values.min() >= -1 and values.max() < size):
+        raise InputError(
+            f"{path}: target holds classes {values.min()} … {values.max()}", f"{output.name} has {size}"
+        )
+    return target
+
+
+def _are_levels(quantiles: np.ndarray, output: TensorSpec) -> bool:
+    if quantiles.ndim != 1 or quantiles.dtype.kind != "f" or quantiles.shape != output.shape[-1:]:
+        return False
+    return bool(((quantiles > 0) & (quantiles < 1)).all())
+
+
+def _default_metric(target: Target, output: TensorSpec, vocab_size: int | None, scaled: bool) -> str:
+    if target.of_classes:
+        return "perplexity" if output.shape[-1] == vocab_size else "accuracy"
+    if target.quantiles is not None:
+        return "quantile-loss"
+    return "mase" if scaled else "mae"
+
+
+def _chosen(name: str, target: Target) -> Metric:
+    metric = METRICS[name]
+    if metric.classes != target.of_classes:
+        fitting = ", ".join(key for key, other in METRICS.items() if other.classes == target.of_classes)
+        kind = "classes" if target.of_classes else "real values"
+        raise UsageError(f"--metric {name}: the targets are {kind}", f"for these there are {fitting}")
+    if name == "quantile-loss" and target.quantiles is None:
+        raise UsageError(
+            f"--metric {name}: the data hold no `quantiles`", "give the levels of the output's last axis"
+        )
+    return metric
+
+
+def _scored(inputs: Arrays, target: Target, metric: Metric, output: TensorSpec, source: str) -> EvalData:
+    """With a score that never broadcasts: an output of another shape than the target's is refused."""
+    more = metric.classes or metric.name == "quantile loss"  # the output has one more axis
+
+    def score(outputs: Arrays) -> float:
+        found = outputs[output.name]
+        if (found.shape[:-1] if more else found.shape) != target.values.shape:
+            raise InputError(
+                f"{source}: target has shape {target.values.shape}, the model gives {found.shape}"
+            )
+        return metric.score(found, target)
+
+    return EvalData(
+        inputs,
+        metric.name,
+        score,
+        output.name,
+        metric.classes,
+        metric.higher_is_better,
+        whole=not per_position(output) and output.shape[1:2] != (1,),
+    )
+
+
+def _output(io: IoSpec) -> TensorSpec:
+    return io.outputs[0]
+
+
+def stream(session: Session, inputs: Arrays, piece: int = PIECE) -> Arrays:
+    """Run a session over long inputs from a fresh start, in pieces; outputs joined along the sequence."""
+    session.reset()
+    length = next(iter(inputs.values())).shape[1]
+    parts: list[Arrays] = []
+    for start in range(0, length, piece):
+        parts.append(
+            session.prefill({k: np.ascontiguousarray(v[:, start : start + piece]) for k, v in inputs.items()})
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

@@ -1,0 +1,1 @@
+"""The two recurrence operators: PyTorch reference and ONNX function bodies."""

@@ -1,0 +1,124 @@
+"""The two recurrence operators as ONNX function bodies of standard operators (opset 18).
+
+With these bodies a file runs in ONNX Runtime and imports in TensorRT where no plugin exists. What a
+body may use is limited by TensorRT 10.3's parser: Scan but no If on the sequence length, no CumSum
+(it becomes a loop), no ReduceLogSumExp (it overflows), no Trilu. A sum over the positions of a chunk
+is therefore a product with a constant triangle.
+
+Each operator has two bodies. The sequence body takes any S and is what an exported file carries. The
+step body takes S = 1 only, has no Scan and no shape arithmetic; a session that decodes may put it in
+the place of the other. Both are written in the ONNX text format and compute what `ops.py` says, in
+FP32. Casts from and to other element types are left out where everything is FP32 anyway.
+
+The texts are in `mlstm.py` and `slstm.py`. Touch a body together with `ops.py`; tests compare each with the
+FP64 recurrence.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Literal
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
+
+from ..specs import OP_DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from . import mlstm_body as mlstm
+from . import slstm_body as slstm
+
+OPSET = 18
+
+Form = Literal["sequence", "step"]
+
+
+@cache
+def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.FunctionProto:
+    """FunctionProto of `XlstmMlstm`; see `ops.mlstm` for shapes.
+
+    Args:
+        form: which body.
+        cast: whether q, k, v or the state may be of another type than FP32.
+    """
+    body = mlstm.STEP if form == "step" else mlstm.sequence()
+    attributes: dict[str, float | str] = {"eps": 1e-6, "scale": 1.0}
+    return _function("XlstmMlstm", attributes, "q, k, v, i, f, C0, n0, m0", "h, C, n, m", body, cast)
+
+
+@cache
+def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool = False) -> onnx.FunctionProto:
+    """FunctionProto of `XlstmSlstm`; see `ops.slstm` for shapes.
+
+    Args:
+        form: which body.
+        clamp: whether any call sets `forget_max`; without it the body saves an operator per position.
+        cast: whether x, R or the state may be of another type than FP32.
+    """
+    body = slstm.STEP if form == "step" else slstm.SEQUENCE
+    # The bodies hold the negated forget pre-activation, so its maximum becomes a minimum.
+    operator = "Max(minus_f, minus_forget_max)" if clamp else "Identity(minus_f)"
+    body = body.replace("CLAMP(minus_f)", operator)
+    if clamp:
+        body = (
+            "forget_max = Constant <value_float: float = @forget_max> ()\n"
+            "minus_forget_max = Neg(forget_max)\n" + body
+        )
+    attributes: dict[str, float | str] = {"forget_max": float("inf")}
+    return _function(
+        "XlstmSlstm", attributes, "x, R, bias, y0, c0, n0, m0", "y, y_n, c_n, n_n, m_n", body, cast
+    )
+
+
+def attach(model: ir.Model, *, cast: bool = False) -> None:
+    """Give each recurrence operator of a graph its sequence body, at the opset of the graph.
+
+    Args:
+        model: changed in place.
+        cast: whether q, k, v, R or C may be of another type than FP32.
+    """
+    nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
+    kinds = {node.op_type for node in nodes}
+    clamp = any("forget_max" in node.attributes for node in nodes)
+    bodies = []
+    if "XlstmMlstm" in kinds:
+        bodies.append(mlstm_function(cast=cast))
+    if "XlstmSlstm" in kinds:
+        bodies.append(slstm_function(clamp=clamp, cast=cast))
+    for proto in bodies:
+        function = ir.serde.deserialize_function(proto)
+        # Nothing a body uses has changed its meaning since OPSET, only the types it may have.
+        function.opset_imports[""] = model.opset_imports.get("") or OPSET
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[OP_DOMAIN] = 1
+
+
+def _function(
+    name: str, attributes: dict[str, float | str], inputs: str, outputs: str, body: str, cast: bool
+) -> onnx.FunctionProto:
+    if not cast:
+        body = re.sub(r"Cast <to = 1> \((\w+)\)", r"Identity(\1)", body)
+        body = re.sub(r"CastLike\((\w+), \w+\)", r"Identity(\1)", body)
+    function = onnx.parser.parse_function(
+        f'<domain: "{OP_DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
+    )
+    function = _finish_body(function)
+    # Attached here and not in the text, which cannot express an infinite default.
+    attributes |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
+    for key, value in sorted(attributes.items()):
+        function.attribute_proto.append(onnx.helper.make_attribute(key, value))
+    return function
+
+
+def _finish_body(proto: onnx.FunctionProto) -> onnx.FunctionProto:
+    # No Scan body may name one value as two of its outputs: ONNX Runtime 1.32 then mixes up the others.
+    function = ir.serde.deserialize_function(proto)
+    # TensorRT's parser before 10.8 reads a value of the graph instead, where one has a parameter's name; and
+    # many a model has an input x.
+    for value in function.inputs:
+        value.name = f"{function.name}_{value.name}"
+    model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10, functions=[function])
+    IdentityEliminationPass()(model)
+    return ir.serde.serialize_function(function)

@@ -1,0 +1,239 @@
+"""The two recurrence operators: readable PyTorch reference and ONNX symbol.
+
+Every other implementation (ONNX function body, CUDA kernel, CPU custom op) computes what stands here
+and is tested against the same FP64 recurrence. Equations: xLSTM, arXiv 2405.04517, section 2.2
+(sLSTM) and 2.3 (mLSTM), in the stabilized form of appendix A. Gate inputs are pre-activations
+(un-squashed), an all-zero state is a fresh start, and a sequence may have any length S ≥ 1.
+
+Dimension names: B batch, S sequence, H heads, D head size, Dk/Dv key and value head size, L chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
+
+# Stands for "no contribution" in log space. Finite, so that a difference of two is a number.
+LOG_ZERO = -1e30
+
+MlstmState = tuple[Tensor, Tensor, Tensor]  # C (B,H,Dk,Dv), n (B,H,Dk), m (B,H)
+SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]  # y, c, n, m, each (B,H,D)
+
+
+# --- mLSTM ------------------------------------------------------------------------------------------
+
+
+def mlstm(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+) -> tuple[Tensor, MlstmState]:
+    """mLSTM over a sequence; the form is chosen from S, the ONNX symbol is emitted while exporting.
+
+    Args:
+        q, k: queries and keys (B, S, H, Dk).
+        v: values (B, S, H, Dv).
+        i, f: input and forget gate pre-activations (B, S, H).
+        state: C (B, H, Dk, Dv), n (B, H, Dk), m (B, H).
+        scale: multiplies q; Dk^-0.5 in the paper.
+        eps: added to the normalizer.
+
+    Returns:
+        h (B, S, H, Dv) and the state after the last position.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _mlstm_symbol(q, k, v, i, f, state, scale, eps)
+    if q.shape[1] == 1:
+        return mlstm_step(q, k, v, i, f, state, scale=scale, eps=eps)
+    return mlstm_chunkwise(q, k, v, i, f, state, scale=scale, eps=eps)
+
+
+def mlstm_step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+) -> tuple[Tensor, MlstmState]:
+    """One position (S = 1) of `mlstm`, exactly as the recurrence is written."""
+    C, n, m = state
+    q, k, v, i, f = (x[:, 0] for x in (q, k, v, i, f))
+    lf = F.logsigmoid(f)  # (B, H)
+    m_new = torch.maximum(lf + m, i)
+    # lf + (m - m') rather than (lf + m) - m': where m' = lf + m was rounded, the rounding error comes
+    # back in the difference and the decay compensates it, so that it does not add up over the stream.
+    forget = torch.exp(lf + (m - m_new))[..., None]  # (B, H, 1)
+    kI = torch.exp(i - m_new)[..., None] * k  # (B, H, Dk)
+    C_new = forget[..., None] * C + kI[..., None] * v[..., None, :]
+    n_new = forget * n + kI
+    q = scale * q
+    numerator = (q[..., None, :] @ C_new)[..., 0, :]  # (B, H, Dv)
+    normalizer = torch.maximum((q * n_new).sum(-1).abs(), torch.exp(-m_new)) + eps
+    return (numerator / normalizer[..., None])[:, None], (C_new, n_new, m_new)
+
+
+def mlstm_sequence(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+) -> tuple[Tensor, MlstmState]:
+    """`mlstm` as S single steps: slow, and the form everything else is judged by."""
+    outputs = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t, i_t, f_t = (x[:, t : t + 1] for x in (q, k, v, i, f))
+        h, state = mlstm_step(q_t, k_t, v_t, i_t, f_t, state, scale=scale, eps=eps)
+        outputs.append(h)
+    return torch.cat(outputs, dim=1), state
+
+
+def mlstm_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    scale: float,
+    eps: float,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, MlstmState]:
+    """`mlstm` with a parallel form inside chunks of `chunk` positions and a recurrence between them.
+
+    Linear in S. Stabilizers, and therefore the raw states, are those of the recurrence.
+    """
+    outputs = []
+    for start in range(0, q.shape[1], chunk):
+        q_c, k_c, v_c, i_c, f_c = (x[:, start : start + chunk].transpose(1, 2) for x in (q, k, v, i, f))
+        h, state = _mlstm_chunk(q_c, k_c, v_c, i_c, f_c, state, scale=scale, eps=eps)
+        outputs.append(h.transpose(1, 2))
+    return torch.cat(outputs, dim=1), state
+
+
+def _mlstm_chunk(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+) -> tuple[Tensor, MlstmState]:
+    """One chunk, heads first: q, k (B, H, L, Dk), v (B, H, L, Dv), i, f (B, H, L).
+
+    The incoming state is column 0 of the decay matrix, position j is column j + 1: what is left of it
+    at position t is exp(sum of lf over j+1..t). The sums are taken over their own terms, never as a
+    difference of two cumulative sums, which would cancel for strong gates.
+    """
+    C, n, m = state
+    L = q.shape[2]
+    ones = torch.ones(L, L, dtype=q.dtype, device=q.device)
+    triangle = ones.tril()  # (L, L): row t sums positions <= t
+    strict = torch.cat([ones[:, :1], ones.tril(-1)], dim=1)  # (L, L+1): lf of l decays columns j < l
+    allowed = torch.cat([ones[:, :1], triangle], dim=1) > 0  # (L, L+1)
+
+    lf = F.logsigmoid(f)
+    decay = triangle @ (lf[..., None] * strict)  # (B, H, L, L+1)
+    decay = decay.masked_fill(~allowed, LOG_ZERO)
+    weight = torch.cat([m[..., None], i], dim=-1)[..., None, :]  # (B, H, 1, L+1)
+    m_new = (decay + weight).amax(dim=-1, keepdim=True)  # (B, H, L, 1)
+    W = torch.exp(decay + (weight - m_new))  # (B, H, L, L+1)
+    carried, W = W[..., :1], W[..., 1:]
+
+    q = scale * q
+    E = (q @ k.transpose(-1, -2)) * W  # (B, H, L, L)
+    numerator = E @ v + carried * (q @ C)  # (B, H, L, Dv)
+    qn = E.sum(-1, keepdim=True) + carried * (q @ n[..., None])  # (B, H, L, 1)
+    h = numerator / (torch.maximum(qn.abs(), torch.exp(-m_new)) + eps)
+
+    last, kept = W[..., -1, :, None], carried[..., -1, :]  # (B, H, L, 1), (B, H, 1)
+    kW = k * last
+    C_new = kept[..., None] * C + kW.transpose(-1, -2) @ v
+    n_new = kept * n + kW.sum(-2)
+    return h, (C_new, n_new, m_new[..., -1, 0])
+
+
+def _mlstm_symbol(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, scale: float, eps: float
+) -> tuple[Tensor, MlstmState]:
+    C, n, m = state
+    h, C, n, m = torch.onnx.ops.symbolic_multi_out(
+        f"{OP_DOMAIN}::XlstmMlstm",
+        (q, k, v, i, f, C, n, m),
+        attrs={
+            "scale": float(scale),
+            "eps": float(eps),
+            "plugin_version": PLUGIN_VERSION,
+            "plugin_namespace": PLUGIN_NAMESPACE,
+        },
+        dtypes=(v.dtype, C.dtype, n.dtype, m.dtype),
+        shapes=(v.shape, C.shape, n.shape, m.shape),
+        version=OP_VERSION,
+    )
+    return h, (C, n, m)
+
+
+# --- sLSTM ------------------------------------------------------------------------------------------
+
+
+def slstm(
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+) -> tuple[Tensor, SlstmState]:
+    """sLSTM over a sequence; the ONNX symbol is emitted while exporting.
+
+    Args:
+        x: input pre-activations (B, S, 4, H, D) in the order i, f, z, o.
+        R: recurrent weights (H, D, 4, D): from y of this step's past (second axis) to gate and unit.
+        bias: (4, H, D).
+        state: y, c, n, m, each (B, H, D).
+        forget_max: the forget pre-activation is clamped to at most this.
+
+    Returns:
+        y (B, S, H, D) and the state after the last position.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _slstm_symbol(x, R, bias, state, forget_max)
+    return slstm_sequence(x, R, bias, state, forget_max=forget_max)
+
+
+def slstm_step(
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+) -> SlstmState:
+    """One position: x (B, 4, H, D); returns the new y, c, n, m, each (B, H, D)."""
+    y, c, n, m = state
+    recurrent = torch.einsum("bhd,hdge->bghe", y, R)  # (B, 4, H, D)
+    i, f, z, o = (x + recurrent + bias).unbind(1)
+    lf = F.logsigmoid(f.clamp(max=forget_max))
+    # n = 0 marks a fresh unit: its m is no stabilizer yet and must not enter the maximum.
+    m_new = torch.where(n == 0, i, torch.maximum(i, lf + m))
+    input_gate = torch.exp(i - m_new)
+    # Order of the sum: see mlstm_step. Both gates are at most 1 but for rounding, and that bit must not be
+    # cut off: it is what compensates the rounding of m. A fresh unit has nothing to keep.
+    forget_gate = torch.where(n == 0, 0.0, torch.exp(lf + (m - m_new)))
+    c_new = forget_gate * c + input_gate * torch.tanh(z)
+    n_new = forget_gate * n + input_gate
+    return torch.sigmoid(o) * c_new / n_new, c_new, n_new, m_new
+
+
+def slstm_sequence(
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+) -> tuple[Tensor, SlstmState]:
+    """`slstm` as S single steps. Memory mixing (R·y) leaves no parallel form."""
+    outputs = []
+    for x_t in x.unbind(1):
+        state = slstm_step(x_t, R, bias, state, forget_max=forget_max)
+        outputs.append(state[0])
+    return torch.stack(outputs, dim=1), state
+
+
+def _slstm_symbol(
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, forget_max: float
+) -> tuple[Tensor, SlstmState]:
+    attrs: dict[str, Any] = {
+        "plugin_version": PLUGIN_VERSION,
+        "plugin_namespace": PLUGIN_NAMESPACE,
+    }
+    if math.isfinite(forget_max):
+        attrs["forget_max"] = float(forget_max)
+    batch, length, _, heads, dim = x.shape
+    y, *new = torch.onnx.ops.symbolic_multi_out(
+        f"{OP_DOMAIN}::XlstmSlstm",
+        (x, R, bias, *state),
+        attrs=attrs,
+        dtypes=(x.dtype, *(s.dtype for s in state)),
+        shapes=((batch, length, heads, dim), *(s.shape for s in state)),
+        version=OP_VERSION,
+    )
+    return y, (new[0], new[1], new[2], new[3])

@@ -1,0 +1,245 @@
+"""An FP32 run folder + a recipe + calibrated ranges → a run folder of another precision.
+
+The result is a run folder like any other (`model.onnx`, `io.json`, `manifest.json`), by default a subfolder
+of the one it was made from, named after the precision. The same inputs and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from .. import atomic, runfolder
+from ..checks import Check
+from ..errors import GateError, UsageError
+from ..graph import files
+from ..graph.element_types import typed_nodes
+from ..graph.files import load_graph
+from ..graph.sites import find_sites
+from ..graph.stored_types import DTYPES, widen_weights
+from ..ops import bodies as functions
+from ..specs import IoSpec
+from .fences import Fences, require_fences
+from .half import to_half
+from .legality import require_legal
+from .qdq import insert_qdq
+from .recipe import Choice, Recipe
+from .smooth import smooth
+
+if TYPE_CHECKING:
+    from ..calibration.scales import Scales
+
+RECIPE = "recipe.yaml"
+TINY = 1e-30  # instead of a range of zero: an activation that calibration saw only zeros of
+# Checks of a candidate's drift, given the FP32 run folder, the candidate and its recipe.
+Judge = Callable[[Path, Path, Recipe], Sequence[Check]]
+NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply_recipe` did to a graph.
+
+    Attributes:
+        choices: site name → what it became.
+        smoothed: activations whose range moved into weights.
+        half_products: products that compute in half.
+        fences: the proof that nothing that feeds back is below FP32.
+    """
+
+    choices: dict[str, Choice]
+    smoothed: tuple[str, ...]
+    half_products: int
+    fences: Fences
+
+
+def quantize(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    scales: Scales | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    judge: Judge | None = None,
+    command: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Path:
+    """Write a run folder with the precision of `recipe`.
+
+    Args:
+        folder: run folder of an FP32 (or `--dtype bf16|fp16`) export.
+        recipe: what every weight becomes.
+        scales: calibrated ranges; needed where the recipe quantizes activations.
+        out: default: a subfolder of `folder` named after the precision.
+        force: replace an existing one, and write a narrow state that fails the drift gate (recorded).
+        judge: holds a state that is stored in half against the FP32 run folder, see
+            `verify.drift_gate.state_judge`; needed where the recipe asks for such a state.
+        command: recorded in the manifest.
+        progress: called with the name of each stage.
+
+    Returns:
+        The new run folder.
+
+    Raises:
+        UsageError: `folder` is quantized already, or the recipe names sites that do not exist.
+        InputError: the scales do not belong to this graph.
+        BuildError: a fence or a rule of TensorRT is violated.
+        GateError: the state drifts when it is stored in half, and `force` is not set.
+    """
+    if recipe.state_dtype != "fp32" and judge is None:
+        raise UsageError(
+            f"a state in {recipe.state_dtype} must pass the drift gate, which needs data",
+            "give --data",
+        )
+    folder = Path(folder)
+    manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
+    _require_base(folder, manifest)
+    out = folder / recipe.precision if out is None else Path(out)
+    progress("reading the graph")
+    model = load_graph(folder / runfolder.MODEL)
+    if scales is not None:
+        scales.require_graph(manifest["files"][runfolder.MODEL]["sha256"])
+    progress("quantizing")
+    applied = apply_recipe(model, recipe, scales)
+    with atomic.staged(
+        out, marker=runfolder.MANIFEST, force=force, bytes_needed=files.stored_bytes(model)
+    ) as staging:
+        files.save(model, staging, progress)
+        require_legal(staging / runfolder.MODEL)
+        atomic.write_json(staging / runfolder.IO, _with_state_dtype(io, recipe).to_json())
+        recipe.write(staging / RECIPE)
+        if scales is not None:
+            scales.write(staging)
+        for companion in _companions(folder, manifest):
+            shutil.copyfile(companion, staging / companion.name)
+        progress("hashing")
+        entries = _entries(folder, out, manifest, recipe, applied, command)
+        entries["calibration"] = scales.data if scales is not None else None
+        runfolder.write_manifest(staging, entries)
+        if judge is not None and recipe.state_dtype != "fp32":
+            progress("drift of the state")
+            entries["forced"] = _failed(judge(folder, staging, recipe), recipe, force)
+            runfolder.write_manifest(staging, entries)
+    return out
+
+
+def _failed(checks: Sequence[Check], recipe: Recipe, force: bool) -> list[str]:
+    """The checks of the drift gate that fail, in words; without `force` there are none.
+
+    Raises:
+        GateError: some do.
+    """
+    failed = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.1e}" for c in checks if not c.passed]
+    if failed and not force:
+        raise GateError(
+            f"with C stored in {recipe.state_dtype} the state drifts: {failed[0]}",
+            "keep it in FP32, or --force, which the report will say",
+        )
+    return failed
+
+
+def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) -> Applied:
+    """Turn an FP32 graph into one of another precision, in place, and prove its fences."""
+    widen_weights(model)
+    common.ShapeInferencePass()(model)
+    _describe(model)
+    choices = recipe.choices(find_sites(model))
+    integers = [name for name, choice in choices.items() if choice == "int8"]
+    if integers and scales is None:
+        raise UsageError(
+            f"{len(integers)} activations are to be quantized, but there are no ranges for them",
+            "run `xlstm-export calibrate` first, or choose a weight-only precision",
+        )
+    amax = {} if scales is None else scales.all_amax()
+    smoothed: dict[str, Any] = {}
+    if recipe.smooth is not None and integers and scales is not None:
+        smoothed = smooth(model, integers, scales.all_channels(), recipe.smooth)
+        for name, channels in smoothed.items():
+            original = name.removesuffix(".smoothed")
+            # What the method clips of the largest value, it clips of the new largest value.
+            clipped = amax[original] / max(float(scales.channels(original).max()), TINY)
+            amax[name] = float(channels.max()) * min(clipped, 1.0)
+    insert_qdq(model, recipe, amax)
+    half_products = to_half(model, recipe.base) if recipe.base != "fp32" else 0
+    state_dtype = DTYPES[recipe.state_dtype]
+    _store_state(model, state_dtype)
+    _finish(model, cast=recipe.base != "fp32" or recipe.state_dtype != "fp32")
+    fences = require_fences(model, state_dtype)
+    return Applied(choices, tuple(smoothed), half_products, fences)
+
+
+def _require_base(folder: Path, manifest: dict[str, Any]) -> None:
+    precision = manifest.get("options", {}).get("precision")
+    if precision is not None:
+        raise UsageError(f"{folder} is {precision} already", "quantize the FP32 export it was made from")
+
+
+def _describe(model: ir.Model) -> None:
+    """Types of values that shape inference could not name."""
+    for value, dtype in typed_nodes(model)[1].items():
+        if value.type is None:
+            value.type = ir.TensorType(dtype)
+
+
+def _store_state(model: ir.Model, dtype: ir.DataType) -> None:
+    """The matrix memory C goes in and out in `dtype`; the recurrence itself computes in FP32."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        name = value.name or ""
+        if name.startswith(("past_", "present_")) and name.endswith("_C"):
+            value.type = ir.TensorType(dtype)
+
+
+def _finish(model: ir.Model, *, cast: bool) -> None:
+    """Bodies of the right types and opset, nodes in order and named, inner types left out as in an export."""
+    functions.attach(model, cast=cast)
+    for graph_pass in (
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    ):
+        graph_pass(model)
+    files.name_nodes(model)
+
+
+def _with_state_dtype(io: IoSpec, recipe: Recipe) -> IoSpec:
+    dtype = NUMPY[recipe.state_dtype]
+    states = tuple(replace(s, dtype=dtype) if s.kind == "C" else s for s in io.states)
+    return replace(io, states=states)
+
+
+def _companions(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """Tokenizer files and the like that came along with the checkpoint."""
+    own = {runfolder.MODEL, runfolder.MODEL_DATA, runfolder.IO, runfolder.MANIFEST}
+    return [folder / name for name in manifest["files"] if name not in own and "/" not in name]
+
+
+def _entries(
+    folder: Path, out: Path, manifest: dict[str, Any], recipe: Recipe, applied: Applied, command: str
+) -> dict[str, Any]:
+    kinds = list(applied.choices.values())
+    return {
+        "command": command,
+        **{key: manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
+        "context_length": manifest.get("context_length"),
+        "options": {
+            **manifest.get("options", {}),
+            "precision": recipe.precision,
+            "base": recipe.base,
+            "state_dtype": recipe.state_dtype,
+        },
+        "quantized_from": {
+            "folder": os.path.relpath(folder, out),
+            "sha256": manifest["files"][runfolder.MODEL_DATA]["sha256"],
+            "graph_sha256": manifest["files"][runfolder.MODEL]["sha256"],
+        },
+        "max_drop": recipe.max_drop,
+        "sites": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "fences": {"proven": applied.fences.proven, "integer_gates": list(applied.fences.integer_gates)},
+    }

@@ -1,0 +1,240 @@
+"""A recipe says what every weight matrix of a model becomes; `recipe.yaml` is one.
+
+    schema: 1
+    precision: int8        # fp32, bf16, fp16, int8, int8-wo, int4-wo
+    base: fp16             # type of the products that are not quantized
+    smooth: 0.5            # how much of an activation's range moves into the weights; null: none
+    rules:                 # the last rule that matches a site decides
+      - {match: 'lm_head', to: int8-wo}
+
+Sites are named as in `sites.py`. What a site cannot be (an embedding has no activation to quantize) becomes
+what is nearest to it, see `possible`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ..errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from ..graph.sites import Site
+
+Choice = Literal["float", "int8", "int8-wo", "int4-wo"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-wo", "int4-wo")
+BASES = ("fp32", "bf16", "fp16")
+SCHEMA = 1
+MIN_GEMM = 16  # TensorRT has no INT8 kernels for products with fewer rows or columns of weights
+BLOCK = 128  # rows of a weight that share a scale of INT4; TensorRT takes 64 and 128
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sites whose name `match` (a regular expression, anywhere in the name) finds become `to`."""
+
+    match: str
+    to: Choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Precision of a model, site by site.
+
+    Attributes:
+        precision: what the rest is called; decides the choice where no rule does.
+        base: type of products that are not quantized ("fp32", "bf16", "fp16").
+        rules: exceptions; the last that matches decides.
+        smooth: strength α of the migration of activation ranges into weights (SmoothQuant,
+            arXiv 2211.10438, eq. 4); None: no migration.
+        clip: weight scales by least squared error instead of the largest weight.
+        state_dtype: type the matrix memory C is stored in between calls ("fp32", "fp16", "bf16").
+        max_drop: by how much the task metric may get worse, relative; None: the limit of the precision.
+    """
+
+    precision: str
+    base: str = "fp32"
+    rules: tuple[Rule, ...] = ()
+    smooth: float | None = None
+    clip: bool = True
+    state_dtype: str = "fp32"
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("base", self.base, BASES)
+        _one_of("state_dtype", self.state_dtype, BASES)
+        if self.smooth is not None and not 0.0 <= self.smooth <= 1.0:
+            raise UsageError(f"smooth is {self.smooth}", "a number from 0 to 1, or null")
+        for rule in self.rules:
+            _one_of("a rule's `to`", rule.to, CHOICES)
+            try:
+                re.compile(rule.match)
+            except re.error as error:
+                raise UsageError(f"{rule.match!r} is no regular expression: {error}") from None
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether activations may be quantized, so that their ranges must be known."""
+        return self.precision == "int8" or any(rule.to == "int8" for rule in self.rules)
+
+    def choice(self, site: Site) -> Choice:
+        """What a site becomes."""
+        wanted = _DEFAULTS[self.precision](site)
+        for rule in self.rules:
+            if re.search(rule.match, site.name):
+                wanted = rule.to
+        return possible(site, wanted)
+
+    def choices(self, sites: Sequence[Site]) -> dict[str, Choice]:
+        """Site name → what it becomes.
+
+        Raises:
+            UsageError: a rule matches no site, which is a slip of the pen more often than not.
+        """
+        for rule in self.rules:
+            if not any(re.search(rule.match, site.name) for site in sites):
+                names = ", ".join(dict.fromkeys(site.name for site in sites))
+                raise UsageError(f"no weight matches {rule.match!r}", f"the model has {names}")
+        return {site.name: self.choice(site) for site in sites}
+
+    def with_rules(self, exclude: Sequence[str] = (), include: Sequence[str] = ()) -> Recipe:
+        """More rules: `exclude` keeps what matches in the base type, `include` quantizes it."""
+        quantized: Choice = self.precision if self.precision in CHOICES else "int8"  # type: ignore[assignment]
+        more = [Rule(match, "float") for match in exclude] + [Rule(match, quantized) for match in include]
+        return replace(self, rules=(*self.rules, *more))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `recipe.yaml` holds."""
+        return {"schema": SCHEMA, **asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+
+    def write(self, path: Path, note: str = "") -> None:
+        """Write `recipe.yaml`, with `note` as comment lines at the top."""
+        import yaml
+
+        comment = "".join(f"# {line}\n" for line in note.splitlines())
+        path.write_text(comment + yaml.safe_dump(self.to_json(), sort_keys=False), encoding="utf-8")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        InputError: the file cannot be read, or holds what no recipe has.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise InputError(f"{path} is no recipe of schema {SCHEMA}", "see the docstring of recipe.py")
+    known = set(Recipe.__dataclass_fields__)
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise InputError(f"{path}: unknown {', '.join(unknown)}", f"a recipe has {', '.join(sorted(known))}")
+    try:
+        rules = tuple(Rule(**rule) for rule in data.pop("rules", None) or ())
+        return Recipe(rules=rules, **data)
+    except (TypeError, UsageError) as error:
+        raise InputError(f"{path} is no recipe: {error}") from error
+
+
+def preset(precision: str, base: str | None = None) -> Recipe:
+    """The recipe that a bare `--precision` stands for."""
+    _one_of("precision", precision, PRECISIONS)
+    if precision in BASES:
+        if base not in (None, precision):
+            raise UsageError(f"--base {base} contradicts --precision {precision}")
+        return Recipe(precision, base=precision)
+    return Recipe(precision, base=base or "fp16", smooth=0.5 if precision == "int8" else None)
+
+
+def naive(base: str = "fp32") -> Recipe:
+    """INT8 wherever it is possible, ranges from the largest value: what a general tool would do."""
+    return Recipe("int8", base=base, rules=(Rule("", "int8"),), clip=False)
+
+
+def possible(site: Site, wanted: Choice) -> Choice:
+    """The nearest thing to `wanted` that a site can be."""
+    if wanted == "int8" and not (site.is_gemm and min(site.shape) >= MIN_GEMM):
+        wanted = "int8-wo"  # no activation, or no kernel
+    if wanted == "int4-wo" and not (site.is_gemm and site.op_type == "MatMul" and _int4_block(site)):
+        wanted = "int8-wo"
+    return wanted
+
+
+def block_size(site: Site) -> int:
+    """Rows that share an INT4 scale."""
+    return _int4_block(site)
+
+
+def _int4_block(site: Site) -> int:
+    rows, columns = site.shape[0], site.shape[-1]
+    if columns % 2:
+        return 0
+    return next((size for size in (BLOCK, BLOCK // 2) if rows % size == 0), 0)
+
+
+def _float(site: Site) -> Choice:
+    return "float"
+
+
+def _w8a8(site: Site) -> Choice:
+    if site.role in ("gate", "recurrent"):
+        return "float"
+    return "int8"
+
+
+def _weights(wanted: Choice) -> Any:
+    def choose(site: Site) -> Choice:
+        return "float" if site.role in ("gate", "recurrent") else wanted
+
+    return choose
+
+
+# What a site becomes without rules. Gates and the recurrent weights of an sLSTM feed back at every position;
+# only evidence (`sensitivity`) makes them integers.
+_DEFAULTS = {
+    "fp32": _float,
+    "bf16": _float,
+    "fp16": _float,
+    "int8": _w8a8,
+    "int8-wo": _weights("int8-wo"),
+    "int4-wo": _weights("int4-wo"),
+}
+
+
+def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise UsageError(f"{what} {value!r} is unknown", f"one of {', '.join(valid)}")
+
+
+def choose_recipe(
+    precision: str | None,
+    recipe: Path | None,
+    *,
+    base: str | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    smooth: float | None = None,
+    state_dtype: str | None = None,
+) -> Recipe:
+    """The recipe that options describe.
+
+    Raises:
+        UsageError: neither a precision nor a recipe, or both.
+    """
+    if (precision is None) == (recipe is None):
+        raise UsageError("give --precision or --recipe", "a recipe says the precision itself")
+    chosen = read_recipe(recipe) if recipe is not None else preset(precision or "", base)
+    changes: dict[str, Any] = {"smooth": smooth, "state_dtype": state_dtype}
+    if recipe is not None:
+        changes["base"] = base
+    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
+    return chosen.with_rules(exclude, include)

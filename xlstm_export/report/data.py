@@ -1,0 +1,110 @@
+"""What a run folder holds, read for its report: damaged files are errors, missing ones are None."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import runfolder
+from ..bench.result import RESULT, SCHEMA
+from ..errors import InputError
+
+VERIFIED = "verify/report.json"
+SCALES = "scales.json"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of a run, as plain data.
+
+    Attributes:
+        folder: where they are.
+        manifest, io: of every run.
+        verification: of `verify`; `current` says whether it is of the files as they are now.
+        bench: of `bench`; None also where an older version wrote it, then `old_bench`.
+        scales, recipe: of `calibrate` and `quantize`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    io: dict[str, Any]
+    verification: dict[str, Any] | None
+    current: bool
+    bench: dict[str, Any] | None
+    old_bench: bool
+    scales: dict[str, Any] | None
+    recipe: str | None
+
+    @property
+    def precision(self) -> str:
+        return str(self.manifest.get("options", {}).get("precision") or "fp32")
+
+    @property
+    def passed(self) -> bool | None:
+        """The verdict; None where these very files were never verified."""
+        if self.verification is None or not self.current:
+            return None
+        return bool(self.verification.get("passed"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in one piece."""
+        return {
+            "schema": 1,
+            "passed": self.passed,
+            "precision": self.precision,
+            "manifest": self.manifest,
+            "io": self.io,
+            "verification": self.verification,
+            "verified_files_are_current": self.current,
+            "bench": self.bench,
+            "scales": self.scales,
+            "recipe": self.recipe,
+        }
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        InputError: it is none, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
+    verification = _json(folder / VERIFIED)
+    bench = _json(folder / RESULT)
+    old = bench is not None and bench.get("schema") != SCHEMA
+    # A range of the FP32 export serves the precisions made from it.
+    scales = _json(folder / SCALES)
+    recipe = folder / RECIPE
+    current = verification is not None and verification.get("files") == runfolder.hashes(folder)
+    return RunData(
+        folder,
+        manifest,
+        io.to_json(),
+        verification,
+        current,
+        None if old else bench,
+        old,
+        scales,
+        recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    )
+
+
+def number(value: Any) -> float | None:
+    """A number of a JSON file; None for what is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "run the stage that writes it again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no object", "run the stage that writes it again")
+    return data

@@ -1,0 +1,257 @@
+"""Sections of what was measured: drift, gates, calibration, latency."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..measure.drift_result import FREE, TEACHER
+from .data import RunData, number
+from .document import Bar, BarPlot, Line, LinePlot, Section, Table, bytes_of, missing, text_of
+
+CONTESTANTS = {
+    "exported": "exported",
+    "function_bodies": "exported, function bodies",
+    "pytorch_eager": "PyTorch eager",
+    "torch_compile": "torch.compile",
+}
+LARGEST = 12  # bars that are shown of many
+
+
+def drift(run: RunData) -> Section:
+    """Errors along one stream."""
+    told = ((run.verification or {}).get("precision") or {}).get("drift")
+    if not told:
+        why = "An FP32 export is held to the same limit at any length, so no drift is measured."
+        return Section("Drift", (why,)) if run.precision == "fp32" else missing(run.folder, "Drift", "verify")
+    plots = tuple(
+        LinePlot(
+            f"Drift, {mode}",
+            _drift_words(told, mode),
+            "positions of one stream",
+            "relative L2 error",
+            tuple(drift_lines(told, mode)),
+        )
+        for mode in (TEACHER, FREE)
+        if any(row["mode"] == mode for row in told["rows"])
+    )
+    rows = tuple(
+        (
+            row["mode"],
+            "output" if row["block"] is None else f"block {row['block']}",
+            row["tensor"],
+            row["horizon"],
+            number(row["error"]),
+            number(row["state_forced"]),
+        )
+        for row in told["rows"]
+    )
+    columns = ("mode", "where", "tensor", "horizon", "error", "state-forced")
+    free = told.get("free_running")
+    text = f"{told['batch']} streams, errors over windows of {told['window']} positions."
+    note = () if isinstance(free, dict) or free is None else (f"Free-running: {free}.",)
+    return Section("Drift", (text, *note), plots, (Table("Errors along the stream", columns, rows),))
+
+
+def drift_lines(told: dict[str, Any], mode: str) -> list[Line]:
+    """Outputs with their state-forced error, and of each block the state that is worst at the end."""
+    series: dict[tuple[Any, str], list[dict[str, Any]]] = {}
+    for row in told["rows"]:
+        if row["mode"] == mode:
+            series.setdefault((row["block"], row["tensor"]), []).append(row)
+    worst: dict[Any, tuple[Any, str]] = {}
+    for block, tensor in series:
+        if block is not None:
+            last = number(series[block, tensor][-1]["error"]) or 0.0
+            known = worst.get(block)
+            if known is None or last > (number(series[known][-1]["error"]) or 0.0):
+                worst[block] = (block, tensor)
+    lines = []
+    for key in [k for k in series if k[0] is None] + [worst[block] for block in sorted(worst)]:
+        rows = series[key]
+        name = key[1] if key[0] is None else f"block {key[0]} {key[1]}"
+        lines.append(_line(name, rows, "error"))
+        if key[0] is None:
+            lines.append(_line(f"{name}, state-forced", rows, "state_forced", dashed=True))
+    return lines
+
+
+def _line(name: str, rows: list[dict[str, Any]], key: str, dashed: bool = False) -> Line:
+    values = [number(row[key]) for row in rows]
+    ys = tuple(math.nan if v is None else v for v in values)
+    return Line(name, tuple(float(row["horizon"]) for row in rows), ys, dashed)
+
+
+def _drift_words(told: dict[str, Any], mode: str) -> str:
+    outputs = [row for row in told["rows"] if row["mode"] == mode and row["block"] is None]
+    if not outputs:
+        return "Errors of the states over the positions of one stream."
+    first, last = outputs[0], outputs[-1]
+    return (
+        f"Error of {last['tensor']} against FP32: {text_of(number(first['error']))} at position "
+        f"{first['horizon']}, {text_of(number(last['error']))} at {last['horizon']:,}; of each block the "
+        "state that is worst there."
+    )
+
+
+def gates(run: RunData) -> Section:
+    """Stabilizers and memory lengths."""
+    told = (run.verification or {}).get("gates")
+    if not told or not told["blocks"]:
+        return missing(run.folder, "Gates", "verify")
+    rows, groups = [], []
+    for block in told["blocks"]:
+        for head in block["heads"]:
+            half, reference = number(head["half_life"]), number(head["reference_half_life"])
+            rows.append(
+                (
+                    int(block["block"]),
+                    block["cell"],
+                    int(head["head"]),
+                    *(number(head[key]) for key in ("m_min", "m_max", "fp16_share", "bf16_share")),
+                    number(head["smallest_normalizer"]),
+                    math.inf if half is None else half,
+                    reference,
+                )
+            )
+            if half is not None:
+                label = f"block {block['block']} head {head['head']}"
+                groups.append((label, (Bar("half-life", half, reference),)))
+    longest = sorted(groups, key=lambda group: -group[1][0].value)[: 2 * LARGEST]
+    columns = (
+        *("block", "cell", "head", "smallest m", "largest m", "exp(−m) beyond FP16", "beyond BF16"),
+        *("smallest normalizer", "half-life", "half-life, FP32"),
+    )
+    compared = any(row[-1] is not None for row in rows)
+    plot = BarPlot(
+        "Memory length by head" + (", longest first" if len(groups) > 1 else ""),
+        f"Positions after which the forget gates have halved a memory; the longest is "
+        f"{text_of(longest[0][1][0].value)}."
+        if longest
+        else "No head forgets.",
+        "positions",
+        tuple(longest),
+        "FP32" if compared else "",
+    )
+    text = (
+        f"One stream of {told['positions']:,} positions. exp(−m) bounds the normalizer of an mLSTM: where "
+        "it leaves the range of FP16, FP16 arithmetic there would give infinity or zero, which is why it "
+        "is fenced to FP32.",
+    )
+    return Section("Gates", text, (plot,), (Table("Stabilizers and memory, by head", columns, tuple(rows)),))
+
+
+def calibration(run: RunData) -> Section:
+    """Ranges by position, those first that grow most."""
+    if run.scales is None:
+        return Section("Calibration", ("No ranges were taken: no activation is quantized.",))
+    data = run.scales["data"]
+    borders = run.scales["borders"]
+    length = int(data["positions"]) // max(1, int(data["samples"]))
+    names = tuple(f"from {border:,}" for border in borders)
+
+    def growth(entry: dict[str, Any]) -> float:
+        seen = [v for v in entry["by_position"] if v]
+        return seen[-1] / seen[0] if seen else 0.0
+
+    ordered = sorted(run.scales["tensors"].items(), key=lambda item: -growth(item[1]))
+    rows = tuple(
+        (name, number(entry["amax"]), growth(entry), *(number(v) for v in entry["by_position"]))
+        for name, entry in ordered
+    )
+    lines = tuple(
+        Line(
+            name,
+            tuple(float(border) for border in (*borders[1:], max(length, borders[-1] + 1))),
+            tuple(math.nan if v is None else float(v) for v in entry["by_position"]),
+        )
+        for name, entry in ordered[:6]
+    )
+    text = (
+        f"{data['name']}: {data['samples']} sequences, {data['positions']:,} positions, method "
+        f"{run.scales['method']}" + (", made up." if data.get("random") else "."),
+    )
+    plot = LinePlot(
+        "Ranges by position, the tensors that grow most",
+        "Largest magnitude of an activation in each stretch of positions, states carried.",
+        "positions up to which (log)",
+        "largest magnitude",
+        lines,
+    )
+    columns = ("activation", "range", "last ÷ first", *names)
+    table = Table("Largest magnitude by position", columns, rows)
+    return Section("Calibration", text, (plot,), (table,))
+
+
+def latency(run: RunData) -> Section:
+    """Times of the grid against the roof."""
+    if run.old_bench:
+        return Section("Latency", ("Measured by an older version; run `xlstm-export bench` again.",))
+    if run.bench is None:
+        return missing(run.folder, "Latency", "bench")
+    rows, groups = [], []
+    for cell in run.bench["grid"]:
+        label = cell_name(cell)
+        floor = 1e3 * cell["moved_bytes"] / (cell["bandwidth_gbs"] * 1e9)
+        ours = cell["contestants"]["exported"]["p50_ms"]
+        bars = []
+        for name, timing in cell["contestants"].items():
+            shown = CONTESTANTS.get(name, name)
+            bars.append(Bar(shown, timing["p50_ms"], floor if name == "exported" else None))
+            rows.append(
+                (
+                    label,
+                    shown,
+                    *(number(timing[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "p99.9_ms")),
+                    number(timing["tokens_per_second"]),
+                    timing["p50_ms"] / ours,
+                    number(cell["roof_share"]) if name == "exported" else None,
+                )
+            )
+        groups.append((label, tuple(bars)))
+    first = run.bench["grid"][0]
+    text = [
+        f"{run.bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
+        f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios travel, "
+        "milliseconds do not."
+    ]
+    rate, memory = run.bench.get("rate"), run.bench.get("memory") or {}
+    if rate:
+        text.append(
+            f"At {rate['hz']:g} Hz: p50 {rate['p50_ms']:.3g} ms, p99.9 {rate['p99.9_ms']:.3g} ms, jitter "
+            f"{rate['jitter_ms']:.3g} ms, {rate['late']} of {rate['calls']} late."
+        )
+    if memory.get("rss_bytes"):
+        text.append(f"Memory of the process: {bytes_of(memory['rss_bytes'])}.")
+    text += [
+        f"{CONTESTANTS.get(name, name)} left out: {why}"
+        for name, why in (run.bench.get("skipped") or {}).items()
+    ]
+    columns = (
+        "call",
+        "what",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "p99.9 ms",
+        "tokens/s",
+        "× exported",
+        "of the roof",
+    )
+    plots = tuple(
+        BarPlot(
+            f"{label}: median",
+            f"Exported {text_of(bars[0].value)} ms; the mark is the time the memory bandwidth allows.",
+            "ms",
+            ((label, bars),) if len(bars) == 1 else tuple((bar.name, (bar,)) for bar in bars),
+            "bandwidth floor",
+        )
+        for label, bars in groups[:3]
+    )
+    return Section("Latency", tuple(text), plots, (Table("All calls", columns, tuple(rows)),))
+
+
+def cell_name(cell: dict[str, Any]) -> str:
+    """A cell of the bench's grid in words."""
+    length = f" of {cell['length']}" if cell["mode"] != "decode" else ""
+    return f"{cell['mode']}{length}, batch {cell['batch']}"

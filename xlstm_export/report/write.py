@@ -1,0 +1,73 @@
+"""Write the report of a run folder, or of two."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..atomic import write_text
+from ..errors import InputError
+from .compare import comparison
+from .data import RunData, read_run
+from .document import Document
+from .markdown import markdown
+from .page import page
+from .sections import document
+
+NAME = "report"
+
+
+def _made(run: RunData, other: RunData | None) -> tuple[Document, str, str]:
+    """The document, as HTML and Markdown; what files say that no stage writes is an error of theirs."""
+    try:
+        made = comparison(run, other) if other is not None else document(run)
+        return made, page(made), markdown(made)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        where = f"{run.folder}" if other is None else f"{run.folder} or {other.folder}"
+        raise InputError(
+            f"a file in {where} says what no stage writes: {error!r}", "run verify, bench and calibrate again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and the verdict it begins with."""
+
+    paths: tuple[Path, ...]
+    verdict: str
+    passed: bool | None
+
+
+def write_report(
+    folder: Path,
+    *,
+    compare: Path | None = None,
+    html: Path | None = None,
+    md: Path | None = None,
+    json_path: Path | None = None,
+) -> Written:
+    """Write a run's report as HTML, Markdown and JSON. The same files give the same bytes.
+
+    Args:
+        folder: run folder.
+        compare: another one to hold against it; the names are then `comparison.…`.
+        html, md, json_path: where to; by default `report.…` in the run folder.
+
+    Raises:
+        InputError: a file of the run is damaged, or there is no run.
+        EnvironmentError_: a file cannot be written.
+    """
+    run = read_run(folder)
+    other = read_run(compare) if compare is not None else None
+    made, as_html, as_markdown = _made(run, other)
+    name = "comparison" if other is not None else NAME
+    data = {"a": run.to_json(), "b": other.to_json()} if other is not None else run.to_json()
+    contents = {
+        html or folder / f"{name}.html": as_html,
+        md or folder / f"{name}.md": as_markdown,
+        json_path or folder / f"{name}.json": json.dumps(data, indent=1) + "\n",
+    }
+    for path, content in contents.items():
+        write_text(path, content)
+    return Written(tuple(contents), made.verdict, made.passed)

@@ -1,0 +1,64 @@
+"""An exported graph → the same function for one position of a fixed number of streams.
+
+At S = 1 a recurrence needs no Scan, and with B and S known every shape is a constant: nothing is left but
+arithmetic. A small model's step is bound by the number of operators, so this is where its time goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from ...ops import bodies as functions
+from ...specs import OP_DOMAIN
+from .fused import drop_bodies
+from .merge_static_views import merge_static_views
+
+
+def decode_graph(path: Path, batch: int) -> bytes:
+    """Serialized ONNX of the graph at `path` for S = 1 and B = `batch`; weights stay in their file.
+
+    Args:
+        path: model.onnx of a run folder.
+        batch: number of streams.
+    """
+    model = ir.load(path)
+    fix_one_position(model, batch)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> None:
+    """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place.
+
+    Args:
+        model: an exported graph, or what `precision/lower.py` makes of one.
+        batch: number of streams.
+        fused: leave the recurrence operators to kernels, see `fused.py`; else their step bodies are inlined.
+    """
+    _use_step_bodies(model)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        sizes = {"B": batch, "S": 1}
+        assert value.shape is not None
+        value.shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d), d) for d in value.shape])
+    if not fused:
+        common.InlinePass()(model)
+    common.ShapeInferencePass()(model)  # through the bodies, where they are not inlined
+    if fused:
+        drop_bodies(model)
+    merge_static_views(model)
+
+
+def _use_step_bodies(model: ir.Model) -> None:
+    calls = [node for node in model.graph if node.domain == OP_DOMAIN]
+    clamp = any("forget_max" in node.attributes for node in calls)
+    bodies = {
+        "XlstmMlstm": functions.mlstm_function("step"),
+        "XlstmSlstm": functions.slstm_function("step", clamp=clamp),
+    }
+    for identifier, function in list(model.functions.items()):
+        if function.domain == OP_DOMAIN and function.name in bodies:
+            body = ir.serde.deserialize_function(bodies[function.name])
+            body.opset_imports[""] = model.opset_imports[""]  # inlining wants them equal
+            model.functions[identifier] = body

@@ -1,0 +1,55 @@
+"""The recurrence operators as one kernel each in ONNX Runtime's CPU provider, where the library is built.
+
+A function body is some thirty operators, each of which ONNX Runtime runs over all threads, and the step body
+moves the matrix memory four times. The kernels (`plugins/mlstm/cpu*`, `plugins/slstm/cpu*`) read and write it
+once, in place. They take FP32 only, which is what every graph is lowered to here (`precision/lower.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...specs import OP_DOMAIN
+
+# Inputs of each operator that hold the incoming state, and the outputs that hold it afterwards.
+_STATES = {"XlstmMlstm": ((5, 6, 7), (1, 2, 3)), "XlstmSlstm": ((3, 4, 5, 6), (1, 2, 3, 4))}
+
+
+def library() -> Path | None:
+    """The library for this machine and these sources, if it is built."""
+    from ...plugins import locate
+
+    return locate.find("ort-cpu")
+
+
+def drop_bodies(model: ir.Model) -> None:
+    """Take the function bodies off a graph: ONNX Runtime would inline them and never look for a kernel."""
+    for identifier, function in list(model.functions.items()):
+        if function.domain == OP_DOMAIN:
+            del model.functions[identifier]
+
+
+def states_in_place(model: ir.Model, pairs: Mapping[str, str]) -> frozenset[str]:
+    """Names of the graph inputs that hold a state only one recurrence operator reads, and carries on.
+
+    Their buffer may serve as the output's too: the kernels read every element before they write it.
+
+    Args:
+        model: graph whose recurrences run as kernels.
+        pairs: past name → present name of every state.
+    """
+    names = set()
+    for node in model.graph:
+        if node.domain != OP_DOMAIN:
+            continue
+        for past, present in zip(*_STATES[node.op_type], strict=True):
+            source, result = node.inputs[past], node.outputs[present]
+            if source is None or source not in model.graph.inputs or not result.is_graph_output():
+                continue
+            alone = len(source.uses()) == 1 and not result.uses() and not source.is_graph_output()
+            if alone and pairs.get(source.name or "") == result.name:
+                names.add(source.name or "")
+    return frozenset(names)

@@ -1,0 +1,137 @@
+"""A user's own data on a bundle's model: arrays from a file, or text that a language model continues."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, UsageError
+from ..inputs import Arrays, per_position
+from ..specs import IoSpec
+from .protocol import Session
+
+BYTES = 256
+
+
+def read_inputs(path: Path, io: IoSpec) -> Arrays:
+    """Inputs of one stream from a file.
+
+    Args:
+        path: .npz with each input by name, (S, ...) or (1, S, ...); or .csv with one row of numbers per
+            position for a model with one input, a first line without numbers being its header.
+        io: the model's inputs.
+
+    Raises:
+        InputError: the file cannot be read or does not fit the model.
+    """
+    names = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in io.inputs)
+    try:
+        if path.suffix == ".csv":
+            arrays = {io.inputs[0].name: _read_csv(path)}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        raise InputError(f"{path} cannot be read: {error}", f"the model takes {names}") from error
+    result = {}
+    for spec in io.inputs:
+        if spec.name not in arrays:
+            raise InputError(f"{path} lacks {spec.name}", f"the model takes {names}")
+        array = arrays[spec.name]
+        rank = len(spec.shape)
+        if array.ndim == rank - 1:
+            array = array[None]
+        numbers = array.dtype.kind in "biuf"
+        if array.ndim != rank or not numbers or array.shape[0] != 1 or 0 in array.shape:
+            found = f"{array.dtype} {array.shape}"
+            raise InputError(f"{path}: {spec.name} is {found}", f"the model takes {names}")
+        result[spec.name] = np.ascontiguousarray(array.astype(spec.dtype))
+    return result
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    try:
+        [float(cell) for cell in first.split(",")]
+        header = 0
+    except ValueError:
+        header = 1
+    return np.loadtxt(path, delimiter=",", skiprows=header, ndmin=2)
+
+
+def continue_text(
+    session: Session, text: str, *, count: int, vocab_size: int | None, temperature: float, seed: int
+) -> Iterator[str]:
+    """Text that a byte-level language model writes after `text`, piece by piece.
+
+    Args:
+        count: tokens.
+        temperature: of sampling; 0 takes the likeliest token.
+        seed: equal seeds write equal texts.
+
+    Raises:
+        UsageError: the model is no byte-level language model, or there is nothing to continue.
+    """
+    io = session.io
+    tokens = [x for x in io.inputs if x.dtype == "int64" and per_position(x)]
+    if len(io.inputs) != 1 or not tokens or vocab_size != BYTES:
+        raise UsageError("the model is no byte-level language model", "give its inputs with --data")
+    given = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+    if not given.size:
+        raise UsageError("there is no text to continue", "give at least one character")
+    # A character of several bytes is told when its last one is there.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    names = (tokens[0].name, io.outputs[0].name)
+    for token in continue_tokens(
+        session, names, given.tolist(), count=count, temperature=temperature, seed=seed
+    ):
+        if piece := decoder.decode(bytes([token])):
+            yield piece
+
+
+def continue_tokens(
+    session: Session,
+    names: tuple[str, str],
+    given: Sequence[int],
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    top_k: int | None = None,
+) -> Iterator[int]:
+    """Tokens that a language model writes after `given`: one prefill, then steps.
+
+    Args:
+        session: of one stream; its state moves on.
+        names: of the input with the tokens and the output with the logits.
+        given: the prompt.
+        count, temperature, seed: see `continue_text`.
+        top_k: draw among so many of the likeliest only.
+
+    Raises:
+        UsageError: there is nothing to continue.
+    """
+    if not given:
+        raise UsageError("there is no text to continue", "give at least one token")
+    name, output = names
+    rng = np.random.default_rng(seed)
+    logits = session.prefill({name: np.array([given], np.int64)})[output]
+    for _ in range(count):
+        token = choose(logits.reshape(-1, logits.shape[-1])[-1], temperature, rng, top_k)
+        yield token
+        logits = session.step({name: np.array([[token]])})[output]
+
+
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator, top_k: int | None = None) -> int:
+    """A token drawn from softmax(logits / temperature), or the likeliest one where that is 0."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    if top_k is not None and top_k < len(scaled):
+        scaled[np.argpartition(scaled, -top_k)[:-top_k]] = -np.inf
+    weights = np.exp(scaled - scaled.max())
+    return int(rng.choice(len(weights), p=weights / weights.sum()))

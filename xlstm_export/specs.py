@@ -1,0 +1,146 @@
+"""Plain descriptions of models, states and targets. Data only: nothing here imports a heavy library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OP_DOMAIN = "xlstm"
+OP_VERSION = 1
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = "xlstm"
+
+# Longest chunk of the chunkwise mLSTM form, in tokens. 64 balances the quadratic part inside a chunk
+# (∝ L) against reading and writing the matrix memory once per chunk (∝ 1/L) on CPUs and GPUs alike.
+CHUNK = 64
+
+STATE_KINDS = ("C", "n", "m", "y", "c", "conv")
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One recurrent state tensor that becomes a graph input and a graph output.
+
+    Attributes:
+        block: index of the recurrent layer, counted in the order of the module tree.
+        kind: one of `STATE_KINDS`.
+        shape: dimensions after the batch dimension.
+        dtype: NumPy name of the element type.
+    """
+
+    block: int
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def past(self) -> str:
+        return f"past_{self.block}_{self.kind}"
+
+    @property
+    def present(self) -> str:
+        return f"present_{self.block}_{self.kind}"
+
+    @property
+    def elements(self) -> int:
+        """Elements per stream (batch row)."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One recurrent layer: where it sits in the user's module and what it holds."""
+
+    index: int
+    path: str
+    cell: str  # "mlstm", "slstm" or "conv"
+    heads: int
+    head_dim: int
+    states: tuple[StateSpec, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What `inspect` prints and the roofline is computed from."""
+
+    name: str
+    parameters: int
+    # Parameters a decode step reads: all but embedding tables, of which one row is read.
+    parameters_read: int
+    blocks: tuple[BlockSpec, ...]
+    context_length: int | None = None
+    vocab_size: int | None = None
+    config: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return tuple(state for block in self.blocks for state in block.states)
+
+    @property
+    def state_elements(self) -> int:
+        """State elements per stream."""
+        return sum(state.elements for state in self.states)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. Symbolic dimensions are the strings "B" (batch) and "S" (sequence)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class IoSpec:
+    """What `io.json` holds: everything a caller must know to run an exported graph.
+
+    Attributes:
+        inputs, outputs: the model's own tensors, states not included.
+        states: past → present pairs, carried from call to call; all-zero is a fresh start.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        def tensor(spec: TensorSpec) -> dict[str, Any]:
+            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+        return {
+            "schema": 1,
+            "inputs": [tensor(spec) for spec in self.inputs],
+            "outputs": [tensor(spec) for spec in self.outputs],
+            "states": [
+                {
+                    "past": s.past,
+                    "present": s.present,
+                    "block": s.block,
+                    "kind": s.kind,
+                    "dtype": s.dtype,
+                    "shape": ["B", *s.shape],
+                }
+                for s in self.states
+            ],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> IoSpec:
+        def tensor(entry: dict[str, Any]) -> TensorSpec:
+            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+        def state(entry: dict[str, Any]) -> StateSpec:
+            spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])
+            if (entry["past"], entry["present"]) != (spec.past, spec.present):
+                raise ValueError(f"{entry['past']} is not carried on by {entry['present']}")
+            return spec
+
+        return IoSpec(
+            tuple(tensor(entry) for entry in data["inputs"]),
+            tuple(tensor(entry) for entry in data["outputs"]),
+            tuple(state(entry) for entry in data["states"]),
+        )

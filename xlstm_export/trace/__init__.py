@@ -1,0 +1,1 @@
+"""A lifted module becomes an ONNX graph with its weights beside it."""

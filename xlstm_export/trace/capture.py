@@ -1,0 +1,148 @@
+"""A torch module → an ONNX graph as torch's exporter gives it: named, with free dimensions, not cleaned."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..errors import BuildError
+from ..load.loaded import Dims
+from ..ops import bodies as functions
+
+OPERATOR = type(torch.ops.aten.add.Tensor)
+# Operators without side effects whose translation, composite or not, is that of their parts. What known
+# models use; any other has the whole module traced a second time, which costs no more than time.
+AS_THEY_ARE = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("_assert_scalar.default", "_assert_tensor_metadata.default", "sym_size.int"),
+        *("abs.default", "add.Tensor", "div.Tensor", "mul.Tensor", "sub.Tensor", "sqrt.default"),
+        *("bitwise_not.default", "gt.Scalar", "isnan.default", "where.ScalarOther", "where.ScalarSelf"),
+        *("where.self", "cat.default", "clone.default", "permute.default"),
+        *("reshape.default", "select.int", "slice.Tensor", "split.Tensor", "to.dtype", "transpose.int"),
+        *("view.default", "zeros.default", "mean.dim", "sum.dim_IntList"),
+        *("embedding.default", "layer_norm.default", "linear.default", "matmul.default"),
+        *("dropout.default", "gelu.default", "relu.default", "sigmoid.default", "silu.default"),
+        "tanh.default",
+    )
+)
+
+
+def torch_to_ir(
+    wrapper: nn.Module,
+    example: tuple[Tensor, ...],
+    dims: list[Dims],
+    past: tuple[Tensor, ...],
+    input_names: list[str],
+    output_names: list[str],
+    states: tuple[Any, ...],
+) -> ir.Model:
+    """What torch's exporter makes of a lifted module.
+
+    Args:
+        wrapper: takes inputs and past states, gives outputs and present states, all positional.
+        example, past: what it is traced with.
+        dims: of each input: numbers, or letters for the axes that stay free.
+        input_names, output_names: of the graph, states apart.
+        states: lifted states, in order.
+
+    Raises:
+        BuildError: the module cannot be traced; with what torch said last.
+    """
+    dynamic = torch.export.Dim.DYNAMIC
+    named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
+    shapes = (*named, *({0: dynamic} for _ in past))
+    try:
+        with quiet(), torch.no_grad(), _decomposed_where_needed():
+            program = torch.onnx.export(
+                wrapper,
+                (*example, *past),
+                dynamo=True,
+                optimize=False,
+                opset_version=functions.OPSET,
+                dynamic_shapes=(shapes,),
+                input_names=[*input_names, *(s.past for s in states)],
+                output_names=[*output_names, *(s.present for s in states)],
+                custom_translation_table={torch.ops.aten.to.dtype: _cast},
+                verbose=False,
+            )
+    except BuildError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, BuildError):
+            raise cause from None
+        told = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
+        raise BuildError(
+            f"tracing failed: {type(cause).__name__}: {told[:400]}",
+            "forward must not branch on tensor values; --debug shows where it stopped",
+        ) from error
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _decomposed_where_needed() -> Iterator[None]:
+    """Let torch's exporter trace a module once instead of twice.
+
+    It traces a second time to take composite operators apart and to make in-place ones functional, which
+    is more than half of the time of an export. Where each operator of the first trace is translated as it
+    is, both graphs are the same.
+    """
+    decompose = ExportedProgram.run_decompositions
+
+    def where_needed(program: ExportedProgram, table: Any = None) -> ExportedProgram:
+        return program if all(map(_translated_as_it_is, _targets(program))) else decompose(program, table)
+
+    ExportedProgram.run_decompositions = where_needed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
+
+
+def _cast(x: Any, dtype: int, **told: Any) -> Any:
+    """Translation of `aten.to.dtype`, which torch has only for what it is made of."""
+    from onnxscript import opset18
+
+    return opset18.Cast(x, to=dtype)
+
+
+def _targets(program: ExportedProgram) -> Iterator[Any]:
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from (node.target for node in module.graph.nodes if node.op == "call_function")
+
+
+def _translated_as_it_is(target: Any) -> bool:
+    if not isinstance(target, OPERATOR):  # arithmetic on sizes, one of several results
+        return target.__module__ in ("_operator", "torch")
+    return target.namespace == "onnx_symbolic" or str(target) in AS_THEY_ARE
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's exporter: prints, warnings and logs that do not help a user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,293 @@
+"""A module with lifted state → one ONNX graph that serves prefill and decode.
+
+`export` writes `model.onnx`, its weights as external data, `io.json` and `manifest.json`. The same
+checkpoint and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from .. import atomic, runfolder
+from ..errors import BuildError, UsageError
+from ..graph import stored_types
+from ..graph.files import name_nodes, save, stored_bytes
+from ..lift import lift as cells
+from ..lift import weights
+from ..lift.model import lift_model
+from ..load.loaded import Dims, Loaded
+from ..ops import bodies as functions
+from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
+from . import weights as graph_weights
+from .capture import quiet, torch_to_ir
+from .passes import run_passes
+from .passes.fold_weight_transposes import fold_weight_transposes
+from .passes.last_position import keep_last_position
+from .streaming import check_streams
+
+IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
+
+
+def export(
+    loaded: Loaded,
+    out: Path,
+    *,
+    force: bool = False,
+    stateless: bool | None = None,
+    last_logits: bool = False,
+    dtype: str = "fp32",
+    command: str = "",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Path:
+    """Export into the run folder `out`; the model's weights are never in memory all at once.
+
+    Args:
+        loaded: from `checkpoint.load`.
+        out: created; replaced only with `force`.
+        stateless: leave the state inputs and outputs away; every call starts fresh. By default as
+            `Loaded.streams` says.
+        last_logits: compute the first output for the last position only.
+        dtype: type the matrices are stored in ("fp32", "bf16", "fp16"); arithmetic is FP32.
+        command: recorded in the manifest.
+        progress: called with the name of each stage.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        BuildError: the module cannot be lifted or traced, or does not stream and is not to be stateless.
+        InputError: a weight is damaged or does not fit `dtype`.
+        UsageError, EnvironmentError_: see `runfolder.staged`.
+    """
+    if dtype not in stored_types.DTYPES:
+        raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(stored_types.DTYPES)}")
+    stateless = not loaded.streams if stateless is None else stateless
+    width = stored_types.DTYPES[dtype].itemsize
+    needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
+    with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
+        if not stateless and loaded.weights is None:
+            progress("streaming")
+            check_streams(loaded)
+        progress("tracing")
+        model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
+        atomic.require_space(folder, stored_bytes(model))
+        save(model, folder, progress)
+        atomic.write_json(folder / runfolder.IO, spec.to_json())
+        for companion in loaded.companions:
+            shutil.copyfile(companion, folder / companion.name)
+        progress("hashing")
+        runfolder.write_manifest(
+            folder,
+            {
+                "command": command,
+                "model": loaded.name,
+                "origin": loaded.origin,
+                "checkpoint_sha256": loaded.sha256,
+                "context_length": loaded.context_length,
+                "options": {"stateless": stateless, "last_logits": last_logits, "dtype": dtype},
+            },
+        )
+    return Path(out)
+
+
+def trace(
+    loaded: Loaded, *, stateless: bool | None = None, last_logits: bool = False, dtype: str = "fp32"
+) -> tuple[ir.Model, IoSpec]:
+    """The traced and cleaned graph, function bodies attached, and its description."""
+    stateless = not loaded.streams if stateless is None else stateless
+    loaded = loaded.stored_as(dtype)
+    lifted = lift_model(loaded, values=False)
+    streamed = loaded.weights is not None
+    module = weights.hollow(lifted.module) if streamed else lifted.module
+    wrapper = _Streaming(module, lifted.states, len(loaded.inputs), stateless)
+    example = tuple(loaded.inputs.values())
+    past = () if stateless else tuple(lifted.fresh_state(example[0].shape[0]).values())
+    states = () if stateless else lifted.states
+    output_names = list(cells.named_outputs(lifted.outputs, loaded.output))
+    _check_reserved(output_names, lifted.states)
+    dims = [loaded.input_dims(name) for name in loaded.inputs]
+    model = torch_to_ir(wrapper, example, dims, past, list(loaded.inputs), output_names, states)
+    _rename(model, prefix="module.", dims=dims)
+    if streamed:
+        graph_weights.attach_weights(model, loaded, lifted)
+    else:
+        _make_contiguous(model)
+    folded = fold_weight_transposes(model)  # before constants are folded, or small weights lose their names
+    _simplify(model)
+    nodes_before = sum(node.op_type != "Constant" for node in model.graph)
+    fired = run_passes(model)
+    fired[fold_weight_transposes.__name__] += folded
+    if last_logits:
+        keep_last_position(model, output_names[0])
+    stored_types.narrow_weights(model, dtype)
+    _clean(model)
+    _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
+    functions.attach(model)
+    model.ir_version = IR_VERSION
+    model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
+    model.metadata_props["xlstm_export.passes"] = json.dumps(fired)
+    outputs = [o for o in model.graph.outputs if o.name in output_names]
+    spec = IoSpec(
+        tuple(_tensor_spec(v) for v in model.graph.inputs[: len(loaded.inputs)]),
+        tuple(_tensor_spec(v) for v in outputs),
+        states,
+    )
+    return model, spec
+
+
+class _Streaming(nn.Module):
+    """The lifted module as a function of tensors: (inputs..., past...) → (outputs..., present...)."""
+
+    def __init__(
+        self, module: nn.Module, states: tuple[StateSpec, ...], inputs: int, stateless: bool
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._states = states
+        self._inputs = inputs
+        self._stateless = stateless
+        _mark_boundaries(module)
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, past = tensors[: self._inputs], tensors[self._inputs :]
+        if self._stateless:
+            batch = inputs[0].shape[0]
+            states = {s.past: torch.zeros((batch, *s.shape)) for s in self._states}
+        else:
+            states = {s.past: t for s, t in zip(self._states, past, strict=True)}
+        result, present = cells.run_lifted(self.module, inputs, states)
+        # Clones, so that an input that is handed through becomes an output of its own.
+        outputs = tuple(t.clone() for t in cells.named_outputs(result, "y").values())
+        return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
+
+
+def _mark_boundaries(module: nn.Module) -> None:
+    """Have every block of the residual stack mark its result, so that the graph can be cut behind it."""
+    stack = [block for _, blocks in cells.block_stacks(module) for block in blocks]
+    if any(len(cell.blocks) > 1 for cell in module.modules() if isinstance(cell, cells.RecurrentCell)):
+        return  # a block that is called twice has no place of its own in the graph
+    for index, block in enumerate(stack):
+        block.register_forward_hook(partial(_mark, index))
+
+
+def _mark(index: int, block: nn.Module, inputs: Any, result: Any) -> Any:
+    several = isinstance(result, tuple)
+    x = result[0] if several else result
+    if not isinstance(x, Tensor) or not torch.onnx.is_in_onnx_export():
+        return result
+    marked = torch.onnx.ops.symbolic(
+        f"{OP_DOMAIN}::Boundary", (x,), {"block": index}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return (marked, *result[1:]) if several else marked
+
+
+def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:
+    clash = set(outputs) & {*(s.past for s in states), *(s.present for s in states)}
+    if clash:
+        raise BuildError(f"output name(s) {', '.join(sorted(clash))} are reserved for states")
+
+
+def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
+    """Weights carry the names of the user's module; dimensions are called B and S."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if value.name is not None and value.name.startswith(prefix):
+            del graph.initializers[value.name]
+            value.name = value.name.removeprefix(prefix)
+            graph.register_initializer(value)
+    symbols: dict[str, str] = {}
+    for position, value in enumerate(graph.inputs):
+        assert value.shape is not None
+        letters = dims[position] if position < len(dims) else ("B",)
+        for letter, dim in zip(letters, value.shape, strict=False):
+            if not isinstance(dim, int) and isinstance(letter, str):
+                symbols[str(dim)] = letter
+    values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
+    # States share the batch of the inputs: say so at their outputs too, where tracing lost it.
+    for value in graph.outputs:
+        if value.shape is not None and value.name is not None and value.name.startswith("present_"):
+            value.shape = ir.Shape(["B", *list(value.shape)[1:]])
+
+
+def _renamed(dim: Any, symbols: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    text = str(dim)
+    if text in symbols:
+        return symbols[text]
+    return None  # an expression of symbols; runtimes infer it
+
+
+def _make_contiguous(model: ir.Model) -> None:
+    """Users' parameters and buffers may be strided views; what is written to a file may not."""
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
+
+
+def _simplify(model: ir.Model) -> None:
+    import onnxscript.optimizer
+
+    with quiet():
+        # Limits in elements: fold gate biases and norm weights (1 + w) of any model, never a matrix.
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=1 << 16, output_size_limit=1 << 16)
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop what carries no meaning: metadata with source paths, dead nodes, duplicates, names of nodes."""
+    for graph_pass in (
+        common.ClearMetadataAndDocStringPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateHashedInitializersPass(size_limit=1 << 16),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    ):
+        with quiet():
+            graph_pass(model)
+    name_nodes(model)
+    model.graph.name = "xlstm"
+    model.producer_name = "xlstm-export"
+    model.producer_version = None
+    model.metadata_props.clear()
+
+
+def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states: tuple[Any, ...]) -> None:
+    """A tensor has one name in a graph: an output that is another output too has lost its own."""
+    found = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    if found != [*inputs, *outputs, *(s.present for s in states)]:
+        raise BuildError(
+            f"of the outputs {', '.join(outputs)}, two are one tensor, or one has the name of an input",
+            "return every computed tensor once, under a name of its own",
+        )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    if not all(isinstance(dim, int) or dim in ("B", "S") for dim in shape):
+        raise BuildError(
+            f"{value.name} has a length that is neither fixed nor that of the input",
+            "return one position per input position, or a fixed number of them",
+        )
+    return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)

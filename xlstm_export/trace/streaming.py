@@ -1,0 +1,81 @@
+"""Can a model be streamed? Whatever it remembers must be in the states of its cells.
+
+A bidirectional pass, a mean over the sequence, positions counted from its end or a recurrence that is not
+known as one give other results when a sequence arrives in pieces. Such a model has a stateless export only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..distance import difference
+from ..errors import BuildError, ExportError
+from ..inputs import Arrays, cut, has_positions, per_position
+from ..load.loaded import Loaded
+from ..load.made_up import random_inputs
+from ..sessions import TorchSession
+
+LENGTH, FIRST = 12, 5
+# Relative L2. FP32 rounding through the models at hand is below 1e-6 and what looks ahead changes outputs by
+# more than 1e-2; `verify` judges in float64 what lies between.
+LIMIT = 1e-4
+HINT = (
+    "export with --stateless; or make a cell of what has to be remembered, with a state of its own "
+    "(docs/adapters.md)"
+)
+
+
+def check_streams(loaded: Loaded) -> None:
+    """Run the lifted module over a sequence as a whole, and in two pieces with the state carried on.
+
+    Raises:
+        BuildError: an output differs, forward does not take the pieces, or no input has positions.
+    """
+    session = TorchSession(loaded, 2, "float32")
+    if not has_positions(session.io):
+        raise BuildError(f"no input of {loaded.name} has positions, so there is no stream", HINT)
+    inputs = random_inputs(loaded, session.io, 2, LENGTH, np.random.default_rng(0))
+    length, first = LENGTH, FIRST
+    try:
+        whole = session.prefill(inputs)
+    except ExportError:
+        raise
+    except Exception:  # forward may not take this length; the example's it does
+        inputs = {name: x[:2].numpy() for name, x in loaded.inputs.items()}
+        length = next(inputs[spec.name].shape[1] for spec in session.io.inputs if per_position(spec))
+        first = length // 2
+        session.reset()
+        whole = session.prefill(inputs)
+    session.reset()
+    pieces = [_call(session, inputs, 0, first), _call(session, inputs, first, length)]
+    for name, expected in whole.items():
+        found = _joined([piece[name] for piece in pieces], (first, length - first))
+        if found.shape != expected.shape or not np.isfinite(expected).all():
+            continue  # tracing and verification have better words for it
+        gap = difference(found, expected).relative_l2
+        if gap > LIMIT:
+            raise BuildError(
+                f"output {name} does not stream: in two pieces it is {gap:.1e} off the whole; forward "
+                "looks ahead, or remembers more than the states of its cells",
+                HINT,
+            )
+
+
+def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays:
+    try:
+        return session.prefill(cut(inputs, session.io, start, end))
+    except ExportError:
+        raise
+    except Exception as error:
+        raise BuildError(
+            f"forward fails on a piece of {end - start} positions: {type(error).__name__}: {error}",
+            f"a stream comes in pieces of any length, also of one position; {HINT}",
+        ) from error
+
+
+def _joined(parts: list[np.ndarray], lengths: tuple[int, ...]) -> np.ndarray:
+    """Parts joined along the axis as long as the pieces; what has none is the last call's."""
+    for axis in range(1, parts[0].ndim):
+        if tuple(part.shape[axis] for part in parts) == lengths:
+            return np.concatenate(parts, axis=axis)
+    return parts[-1]

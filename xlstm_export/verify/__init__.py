@@ -1,0 +1,1 @@
+"""Checks of an export against the model it was made from, and their limits."""

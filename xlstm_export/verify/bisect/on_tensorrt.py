@@ -1,0 +1,99 @@
+"""Blocks in TensorRT, inner values marked as outputs. Not run on hardware: tested with stand-ins.
+
+Each call builds an engine for exactly its shapes, so nothing is tuned, and what is compared is what
+TensorRT makes of the graph. Marking a value as an output keeps the builder from fusing across it: an error
+that disappears so is one of a fusion, and the block's own result, which has no marks, still shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...board import build
+from ...errors import BuildError
+from ...inputs import Arrays
+from ...runfolder import MODEL, MODEL_DATA
+from ...sessions.cpu.fused import drop_bodies
+from ...sessions.cuda import Cuda
+from ...sessions.tensorrt import import_tensorrt
+from ...specs import OP_DOMAIN
+from .replay import Runner
+
+WORKSPACE = 512 << 20
+
+
+def tensorrt_runner(plugin: Path | None = None, *, tensorrt: Any = None, cuda: Cuda | None = None) -> Runner:
+    """What `bisect` runs the candidate with.
+
+    Args:
+        plugin: library with the recurrence plugins; None to run their function bodies.
+        tensorrt, cuda: stand-ins for tests.
+
+    Raises:
+        EnvironmentError_: TensorRT or CUDA is not installed.
+    """
+    trt = tensorrt if tensorrt is not None else import_tensorrt()
+    device = cuda or Cuda()
+
+    def run(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int) -> Arrays:
+        names = {value.name for value in model.graph.inputs}
+        given = {name: np.ascontiguousarray(x) for name, x in feed.items() if name in names}
+        recurrences = sum(node.domain == OP_DOMAIN for node in model.graph)
+        if plugin is not None:
+            drop_bodies(model)  # before TensorRT 10.7 a body would win over the plugin
+        with tempfile.TemporaryDirectory(prefix=".bisect.", dir=folder) as name:
+            path = Path(name) / MODEL
+            path.write_bytes(ir.to_proto(model).SerializeToString())
+            if (folder / MODEL_DATA).is_file():
+                os.link(folder / MODEL_DATA, path.with_name(MODEL_DATA))
+            shapes = {name: ((x.shape,) * 3,) * 2 for name, x in given.items()}
+            plan = build.Plan(path, plugin, shapes, recurrences if plugin is not None else 0, WORKSPACE)
+            content = build.serialize(trt, plan, build.logger(trt), say=lambda text: None)
+            outputs = [value.name or "" for value in model.graph.outputs]
+            return _execute(trt, device, content, given, outputs)
+
+    return run
+
+
+def _execute(trt: Any, cuda: Cuda, content: bytes, given: Arrays, outputs: list[str]) -> Arrays:
+    """One call of an engine."""
+    _runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    _engine = _runtime.deserialize_cuda_engine(content)
+    if _engine is None:
+        raise BuildError("TensorRT does not take the engine it built", "see its message above")
+    stream = cuda.stream()
+    context = _engine.create_execution_context()
+    if context is None or not context.set_optimization_profile_async(0, stream):
+        raise BuildError("TensorRT makes no execution context", "free memory")
+    addresses: list[int] = []
+    try:
+        done = []
+        for name, array in given.items():
+            addresses.append(cuda.allocate(array.nbytes))
+            cuda.upload(addresses[-1], array, stream)
+            done.append(context.set_input_shape(name, array.shape))
+            done.append(context.set_tensor_address(name, addresses[-1]))
+        found, places = {}, {}
+        for name in outputs:
+            dtype = np.dtype(trt.nptype(_engine.get_tensor_dtype(name)))
+            found[name] = np.empty(tuple(context.get_tensor_shape(name)), dtype)
+            places[name] = cuda.allocate(found[name].nbytes)
+            addresses.append(places[name])
+            done.append(context.set_tensor_address(name, places[name]))
+        if not all(done) or not context.execute_async_v3(stream):
+            raise BuildError("TensorRT could not run the engine", "see its message above")
+        for name, array in found.items():
+            cuda.download(array, places[name], stream)
+        cuda.synchronize(stream)
+        return found
+    finally:
+        cuda.synchronize(stream)
+        for address in addresses:
+            cuda.free(address)

@@ -1,0 +1,328 @@
+"""Bisection: what is compared with what, and in which order.
+
+1. The candidate against the same thing made again: the checkpoint exported by this version and, for a half or
+   quantized candidate, quantized by the candidate's own recipe and ranges. Both run the same operators, so
+   equal means equal bits, and a single wrong weight, scale, operand or attribute shows.
+2. Where that finds nothing, the fault is in how the candidate is made. A half or quantized one is compared
+   with FP32, block by block, at limits of its precision; an FP32 one with the PyTorch module in float64.
+
+Blocks are replayed from the reference's input to them and the reference's state after some positions, so
+that a block is not blamed for what came into it. Inside the first block that differs all values are
+compared, in the order they are computed, and the first is named.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ... import runfolder
+from ...calibration.scales import Scales
+from ...errors import ExportError, UsageError
+from ...graph import files
+from ...graph.files import load_graph
+from ...inputs import Arrays, cut, has_positions
+from ...lift import lift as cells
+from ...lift.model import lift_model
+from ...load.loaded import Loaded
+from ...load.made_up import random_inputs
+from ...quantize import quantize
+from ...quantize.recipe import read_recipe
+from ...sessions import TorchSession
+from ...trace import export as trace
+from ..limits import LIMITS
+from .replay import Runner, Side, error, pairs, require_same_parts, run_onnxruntime, state_errors
+from .why import explain
+
+WARM = 64  # positions after which states are taken
+LENGTH = 32  # positions that are replayed
+BATCH = 2
+EXACT = 1e-6  # the same operators on the same values
+# Of a block, or a value in it, from FP32 inputs: about four times the largest seen in two trained models.
+NOISE = {"fp16": 3e-3, "bf16": 0.02, "int8": 0.2, "int8-wo": 0.04, "int4-wo": 0.3}
+RAW_STATES = ("_C", "_n", "_m", "_c")  # of lower precision they mean nothing each by itself
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """Relative L2 of a block's result and states, whichever is worse; the last "block" is the head."""
+
+    block: int
+    path: str
+    error: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the candidate leaves the reference.
+
+    Attributes:
+        block, path: the block, and where it is in the module.
+        node, op_type: what computes the value.
+        tensor: its name; `error` (relative L2) exceeds `limit`.
+        why: what is wrong with the node, as far as the graphs tell.
+    """
+
+    block: int
+    path: str
+    node: str
+    op_type: str
+    tensor: str
+    error: float
+    limit: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What was found.
+
+    Attributes:
+        place: None where no block by itself differs.
+        against: what the candidate was compared with.
+        blocks: error of each block by itself, as far as the search went.
+        note: what else is to be known.
+    """
+
+    place: Place | None
+    against: str
+    blocks: tuple[BlockError, ...]
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        place = asdict(self.place) if self.place is not None else {"block": None}
+        blocks = [asdict(block) for block in self.blocks]
+        told = {"against": self.against, "note": self.note, "sentence": self.sentence()}
+        return {**place, **told, "blocks": blocks}
+
+    def sentence(self) -> str:
+        """For people."""
+        if self.place is None:
+            return f"no block by itself differs from {self.against}{'; ' + self.note if self.note else ''}"
+        p = self.place
+        where = f"block {p.block} ({p.path}), {p.op_type} {p.node} gives {p.tensor}"
+        far = f"{p.error:.1e} off, limit {p.limit:.0e}" + (f": {p.why}" if p.why else "")
+        return f"first difference from {self.against}: {where}, {far}"
+
+
+def bisect(
+    folder: Path,
+    loaded: Loaded,
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    run: Runner = run_onnxruntime,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Bisection:
+    """Name the first block, then the first value, where a run folder leaves what it should be.
+
+    Args:
+        folder: run folder of `export` or `quantize`.
+        loaded: the checkpoint it was made from.
+        inputs: each (B, S, ...) with at least `WARM` + `LENGTH` positions; made up by default.
+        seed: of those.
+        threads: of ONNX Runtime.
+        run: what runs the candidate.
+        progress: called with the name of each stage.
+
+    Raises:
+        UsageError: the folder was not made from this model.
+        InputError, BuildError: it cannot be run.
+    """
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=folder.parent) as name:
+        return _Search(folder, loaded, inputs, seed, threads, run, progress, Path(name)).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        folder: Path,
+        loaded: Loaded,
+        inputs: Mapping[str, np.ndarray] | None,
+        seed: int,
+        threads: int,
+        run: Runner,
+        progress: Callable[[str], None],
+        scratch: Path,
+    ) -> None:
+        self.options = runfolder.read_manifest(folder).get("options", {})
+        self.loaded = loaded.stored_as(str(self.options.get("dtype", "fp32")))
+        self.threads, self.progress, self.scratch = threads, progress, scratch
+        self.candidate = Side(folder, threads, run)
+        io = self.candidate.io
+        if [x.name for x in io.inputs] != list(loaded.inputs):
+            raise UsageError(f"{folder} was not made from this model", "give the checkpoint it was made from")
+        length = WARM + LENGTH if has_positions(io) else 1
+        if loaded.context_length and not io.states:
+            length = min(length, loaded.context_length)
+        if inputs is None:
+            inputs = random_inputs(loaded, io, BATCH, length, np.random.default_rng(seed))
+        self.first = WARM if io.states and has_positions(io) else 0
+        self.warm = cut(inputs, io, 0, self.first)
+        self.inputs = cut(inputs, io, self.first, length)
+        self.paths = [
+            f"{path}.{index}"
+            for path, blocks in cells.block_stacks(lift_model(loaded, values=False).module)
+            for index in range(len(blocks))
+        ]
+
+    def run(self) -> Bisection:
+        self.progress("exporting the checkpoint again")
+        options = {
+            key: self.options[key] for key in ("stateless", "last_logits", "dtype") if key in self.options
+        }
+        fresh = Side(trace.export(self.loaded, self.scratch / "fresh", **options), self.threads)
+        require_same_parts(self.candidate, fresh)
+        precision = self.options.get("precision")
+        if precision is None:
+            return self._of_fp32(fresh)
+        self.progress("quantizing it again")
+        try:
+            again = self._quantized_again(fresh.folder)
+        except ExportError as failure:  # the recipe or the ranges themselves are broken
+            return self._search(
+                fresh, "FP32", NOISE[precision], f"it cannot be made again: {failure.message}"
+            )
+        found = self._search(again, "the same made again", EXACT)
+        if found.place is not None:
+            return found
+        return self._search(fresh, "FP32", NOISE[precision], "the file is what recipe and ranges ask for")
+
+    def _of_fp32(self, fresh: Side) -> Bisection:
+        found = self._search(fresh, "the checkpoint exported again", EXACT)
+        if found.place is not None or not self.candidate.blocks or len(self.paths) != self.candidate.blocks:
+            return found
+        self.progress("PyTorch in float64")
+        return self._against_pytorch()
+
+    def _quantized_again(self, fresh: Path) -> Side:
+        source = self.candidate.folder
+        scales = Scales.read(source) if (source / "scales.json").is_file() else None
+        model = load_graph(fresh / runfolder.MODEL)
+        quantize.apply_recipe(model, read_recipe(source / quantize.RECIPE), scales)
+        again = self.scratch / "again"
+        again.mkdir()
+        files.save(model, again)
+        shutil.copyfile(source / runfolder.IO, again / runfolder.IO)
+        return Side(again, self.threads)
+
+    def _search(self, reference: Side, against: str, limit: float, note: str = "") -> Bisection:
+        """The first block beyond the limit, and the first value in it."""
+        exact = limit == EXACT
+        past = self._fresh(reference)
+        if self.first:
+            after = reference.whole({**self.warm, **past})
+            past = {s.past: after[s.present] for s in reference.io.states}
+        whole = reference.whole({**self.inputs, **past})
+        errors: list[BlockError] = []
+        for index in range(reference.blocks + 1 if reference.blocks else 1):
+            self.progress(f"{self._name(index)}, against {against}")
+            feed: Arrays = {**self.inputs, **past}
+            if index:
+                feed[f"hidden_{index - 1}"] = whole[f"hidden_{index - 1}"]
+            # The same cut on both sides: another one may round otherwise, which integers do not forgive.
+            expected = reference.outputs(index, feed) if exact else whole
+            found = self.candidate.outputs(index, self._as_candidate(feed))
+            errors.append(self._block_error(index, found, expected, exact))
+            if errors[-1].error > limit:
+                place = self._first_value(index, feed, reference, limit, errors[-1])
+                return Bisection(place, against, tuple(errors), note)
+        return Bisection(None, against, tuple(errors), note)
+
+    def _block_error(self, index: int, found: Arrays, expected: Arrays, exact: bool = False) -> BlockError:
+        results = {
+            name: error(x, expected[name])
+            for name, x in found.items()
+            if name in expected and (exact or not name.startswith("present_"))
+        }
+        if not exact:
+            results |= state_errors(found, expected, self.candidate.io)
+        tensor = max(results, key=lambda name: results[name])
+        return BlockError(index, self._name(index), results[tensor], tensor)
+
+    def _first_value(
+        self, index: int, feed: Arrays, reference: Side, limit: float, block: BlockError
+    ) -> Place:
+        ours, theirs = self.candidate.part(index), reference.part(index)
+        both = [
+            (a, b)
+            for a, b in pairs(ours, theirs)
+            if limit == EXACT or not (a.startswith("present_") and a.endswith(RAW_STATES))
+        ]
+        found = self.candidate.values(index, self._as_candidate(feed), [a for a, _ in both])
+        expected = reference.values(index, feed, sorted({b for _, b in both}))
+        errors = {a: error(found[a], expected[b]) for a, b in both}
+        beyond = [(a, b) for a, b in both if errors[a] > limit]
+        # Small errors may add up to a large one: then the largest is named.
+        name, base = beyond[0] if beyond else max(both, key=lambda pair: errors[pair[0]])
+        producers = {v.name: node for node in ours.graph for v in node.outputs}
+        originals = {v.name: node for node in theirs.graph for v in node.outputs}
+        node = producers[name]
+        stand_in = name != base and name not in originals
+        why = explain(
+            node,
+            None if stand_in else originals[base],
+            found[name],
+            expected[base],
+            lambda weight: self.candidate.values(index, self._as_candidate(feed), [weight])[weight],
+            0.0 if limit == EXACT else limit,
+        )
+        if not beyond:
+            why = ": ".join(
+                ["no value by itself exceeds the limit, this is the largest", *([why] if why else [])]
+            )
+        return Place(index, block.path, node.name or "", node.op_type, name, errors[name], limit, why)
+
+    def _against_pytorch(self) -> Bisection:
+        """The candidate's blocks from PyTorch's input to them and its states, both float64."""
+        session = TorchSession(self.loaded, BATCH, "float64")
+        if self.first:
+            session.prefill(self.warm)
+        past = {name: x.astype(np.float32) for name, x in session.state().items()}
+        hidden, outputs = session.traced(self.paths, self.inputs)
+        presents = {s.present: session.state()[s.past] for s in session.io.states}
+        expected = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
+        errors: list[BlockError] = []
+        place = None
+        for index in range(self.candidate.blocks + 1):
+            feed: Arrays = {**self.inputs, **past}
+            if index:
+                feed[f"hidden_{index - 1}"] = hidden[index - 1].astype(np.float32)
+            found = self.candidate.outputs(index, feed)
+            errors.append(self._block_error(index, found, expected))
+            if errors[-1].error > LIMITS["state"]:
+                why = "the file is what this version exports: the fault is in how it exports this block"
+                place = Place(
+                    index,
+                    self._name(index),
+                    "",
+                    "block",
+                    errors[-1].tensor,
+                    errors[-1].error,
+                    LIMITS["state"],
+                    why,
+                )
+                break
+        return Bisection(place, "PyTorch in float64", tuple(errors))
+
+    def _fresh(self, side: Side) -> Arrays:
+        return {s.past: np.zeros((BATCH, *s.shape), s.dtype) for s in side.io.states}
+
+    def _as_candidate(self, feed: Arrays) -> Arrays:
+        """States in the type that the candidate stores them in."""
+        types = {s.past: s.dtype for s in self.candidate.io.states}
+        return {name: x.astype(types[name]) if name in types else x for name, x in feed.items()}
+
+    def _name(self, index: int) -> str:
+        if index < len(self.paths):
+            return self.paths[index]
+        return "head" if self.candidate.blocks else "the whole"

@@ -1,0 +1,102 @@
+"""The drift along a stream, held against its limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checks import Check
+from ..measure.drift import measure_drift
+from ..measure.drift_result import GROWTH_FROM, JUDGED_FROM, WHILE_FILLING, Drift, Series, judged_growth
+from ..quantize.recipe import Recipe
+from ..sessions import OrtSession
+from .limits import DriftLimits, drift_limits
+
+
+def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recipe], list[Check]]:
+    """What `quantize` asks of a state that is stored in half: no drift along `stream`.
+
+    Args:
+        stream: inputs by name (B, S, ...).
+    """
+
+    def judge(folder: Path, candidate: Path, recipe: Recipe) -> list[Check]:
+        batch = next(iter(stream.values())).shape[0]
+        drift = measure_drift(OrtSession(folder, batch), OrtSession(candidate, batch), stream)
+        return drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype))
+
+    return judge
+
+
+def drift_checks(drift: Drift, limits: DriftLimits) -> list[Check]:
+    """Level and growth of outputs and of each block's states, in both modes.
+
+    A check of states stands for the block, with its worst tensor in the detail. Where an output fails, its
+    detail names the first block that does. State-forced errors are told, not judged.
+
+    Args:
+        drift: what was measured.
+        limits: of the candidate's precision, from `DRIFT_LIMITS`.
+    """
+    checks: list[Check] = []
+    for mode in dict.fromkeys(s.mode for s in drift.series):
+        series = [s for s in drift.series if s.mode == mode]
+        states = []
+        for block in sorted({s.block for s in series if s.block is not None}):
+            group = [s for s in series if s.block == block]
+            states += _pair(f"{mode}: block {block} states", group, limits.state, limits)
+        first = first_failing_block(states)
+        outputs = []
+        for one in (s for s in series if s.block is None):
+            outputs += _pair(one.name, [one], limits.output, limits)
+            if one.kl:
+                outputs.append(_level(f"{one.name}: KL", one, one.kl, limits.kl))
+        checks += [c if c.passed else replace(c, detail={**c.detail, "first_block": first}) for c in outputs]
+        checks += states
+    return checks
+
+
+def first_failing_block(checks: Sequence[Check]) -> int | None:
+    """The lowest block whose states fail; None where none do."""
+    return min((c.detail["block"] for c in checks if not c.passed and "block" in c.detail), default=None)
+
+
+def _pair(name: str, group: Sequence[Series], level: float, limits: DriftLimits) -> list[Check]:
+    """Level and growth of the worst of some tensors."""
+    worst = max(group, key=lambda s: _largest(s, s.errors)[0])
+    grown = max(group, key=lambda s: judged_growth(s, limits.floor))
+    detail = {"tensor": grown.tensor, "from": grown.horizons[grown.base], "to": grown.horizons[-1]}
+    if grown.block is not None:
+        detail["block"] = grown.block
+    detail["errors"] = [grown.errors[grown.base], grown.errors[-1]]
+    growth = judged_growth(grown, limits.floor)
+    full = grown.horizons[grown.base] >= GROWTH_FROM
+    return [
+        _level(f"{name}: level", worst, worst.errors, level),
+        Check(f"{name}: growth", growth, limits.growth * (1.0 if full else WHILE_FILLING), detail),
+    ]
+
+
+def _level(name: str, series: Series, values: Sequence[float], limit: float) -> Check:
+    value, horizon = _largest(series, values)
+    detail: dict[str, Any] = {"tensor": series.tensor, "horizon": horizon}
+    if series.block is not None:
+        detail["block"] = series.block
+    return Check(name, value, limit, detail)
+
+
+def _largest(series: Series, values: Sequence[float]) -> tuple[float, int]:
+    """The largest value of those that count, and its horizon; infinite where any value is no number."""
+    last = series.horizons[-1]
+    counted = []
+    for value, horizon in zip(values, series.horizons, strict=True):
+        if not math.isfinite(value):
+            return math.inf, horizon
+        if horizon >= min(JUDGED_FROM, last):
+            counted.append((value, horizon))
+    return max(counted, key=lambda pair: pair[0])

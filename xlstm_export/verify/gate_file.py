@@ -1,0 +1,88 @@
+"""A gate file: limits of one's own in place of the built-in ones, by the names of the checks.
+
+    limits:
+      "MASE on held-out data": 0.002      # relative change
+      "teacher-forced: block * states: level": 0.05
+      "memory length: *": 0.1
+
+Names are those of the verification's report; `*`, `?` and `[…]` stand for what they stand for in a shell.
+Where several patterns fit, the last one counts. What was loosened is told in the report, beside the limit
+it replaced.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..checks import Check, Report
+from ..errors import InputError
+
+EXAMPLE = 'limits: {"memory length: *": 0.1}'
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits by pattern, and where they come from."""
+
+    source: str
+    sha256: str
+    limits: Mapping[str, float]
+
+    def apply(self, report: Report) -> Report:
+        """The report judged by these limits.
+
+        Raises:
+            InputError: a pattern fits no check.
+        """
+        names = [check.name for check in report.checks]
+        for pattern in self.limits:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(
+                    f"{self.source}: no check is called {pattern!r}", f"there are {', '.join(names)}"
+                )
+        checks = tuple(self._judged(check) for check in report.checks)
+        told = {"file": self.source, "sha256": self.sha256, "limits": dict(self.limits)}
+        return replace(report, checks=checks, gate=told)
+
+    def _judged(self, check: Check) -> Check:
+        limit = check.limit
+        for pattern, own in self.limits.items():
+            if fnmatch.fnmatchcase(check.name, pattern):
+                limit = own
+        if limit == check.limit:
+            return check
+        return replace(check, limit=limit, detail={**check.detail, "built_in_limit": check.limit})
+
+
+def read_gate(path: Path) -> Gate:
+    """Read a gate file.
+
+    Raises:
+        InputError: it cannot be read, or is not of that form.
+    """
+    import yaml
+
+    try:
+        content = path.read_bytes()
+        data: Any = yaml.safe_load(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}", f"a gate file looks like this: {EXAMPLE}"
+        ) from error
+    if not isinstance(data, dict) or set(data) != {"limits"} or not isinstance(data["limits"], dict):
+        raise InputError(
+            f"{path} has no `limits`, or has more than these", f"a gate file looks like this: {EXAMPLE}"
+        )
+    limits = {}
+    for pattern, limit in data["limits"].items():
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if not isinstance(pattern, str) or not number or not 0 <= limit < math.inf:
+            raise InputError(f"{path}: the limit of {pattern!r} is {limit!r}", "a number, at least 0")
+        limits[pattern] = float(limit)
+    return Gate(str(path), hashlib.sha256(content).hexdigest(), limits)

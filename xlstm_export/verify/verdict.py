@@ -1,0 +1,23 @@
+"""The stored verdict of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import GateError
+from ..runfolder import hashes, read_manifest
+
+
+def require_verified(folder: Path) -> None:
+    """Raise GateError unless `verify` passed on exactly these files."""
+    read_manifest(folder)  # or it is no run folder at all
+    try:
+        report = json.loads((folder / "verify" / "report.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        report = {}
+    if not report.get("passed"):
+        state = "did not pass" if report else "has not run"
+        raise GateError(f"verify {state} on {folder}", "run `xlstm-export verify` first")
+    if report.get("files") != hashes(folder):
+        raise GateError(f"{folder} changed since it was verified", "run `xlstm-export verify` again")

@@ -1,0 +1,226 @@
+"""The ways of calling an export must agree: at once, step by step, in pieces, resumed, beside others, reset.
+
+What they must agree with is the caller's: the float64 reference where an export must equal PyTorch, the
+export's own single call where rounding sets it apart from PyTorch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..checks import Check, output_check
+from ..distance import compare_states, difference
+from ..inputs import Arrays, cut, has_positions
+from ..sessions import OrtSession, load_state, save_state
+from ..sessions.cpu import fused
+from ..specs import CHUNK, IoSpec
+
+BATCH = 3
+RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
+Expected = Callable[[int], tuple[Arrays, Arrays]]
+
+
+class StreamChecks:
+    """Checks of one run folder.
+
+    Args:
+        folder: run folder.
+        io: its description.
+        inputs: (BATCH, S ≥ the longest of RAGGED, ...) by name.
+        make_inputs: other ones of a given length.
+        expected: outputs and state after a given number of positions of `inputs` from a fresh start.
+        limits: "output", "state" and "rows", relative L2.
+        last_only: outputs that hold the last position of a call only.
+        rng: of the cuts of the stream.
+        threads: of ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        io: IoSpec,
+        *,
+        inputs: Arrays,
+        make_inputs: Callable[[int], Arrays],
+        expected: Expected,
+        limits: Mapping[str, float],
+        last_only: set[str],
+        rng: np.random.Generator,
+        threads: int,
+    ) -> None:
+        self.folder, self.io, self.threads = folder, io, threads
+        # The file as it is, function bodies included: what other runtimes see of it.
+        self.candidate = OrtSession(folder, BATCH, threads, fused=False)
+        self.inputs, self._make_inputs, self._expected = inputs, make_inputs, expected
+        self.limits, self.last_only, self.rng = limits, last_only, rng
+        # Without an input that has positions there is one way to call the model.
+        self.lengths = RAGGED if has_positions(io) else (1,)
+
+    def stages(self) -> list[tuple[str, Callable[[], list[Check]]]]:
+        """Name and function of each group of checks; without states there is only one."""
+        if not self.io.states:
+            return [("rows", self.check_rows)]
+        return [
+            ("step", self.check_step),
+            ("chunked", self.check_chunked),
+            ("resumed", self.check_resumed),
+            ("rows", self.check_rows),
+            ("reset", self.check_reset),
+            *([("fused", self.check_fused)] if fused.library() is not None else []),
+        ]
+
+    def check_step(self) -> list[Check]:
+        """The same positions one by one."""
+        length = max(RAGGED)
+        return self._streamed("step", [1] * length, self.candidate, self.candidate.step)
+
+    def check_chunked(self) -> list[Check]:
+        """The same positions in pieces that do not respect chunk borders."""
+        length = max(RAGGED)
+        random_cuts = np.sort(self.rng.choice(np.arange(1, length), size=5, replace=False))
+        pieces = np.diff([0, *random_cuts, length]).tolist()
+        return [
+            *self._streamed("chunked 1+63+1+64+70", _pieces(length), self.candidate, self.candidate.prefill),
+            *self._streamed("chunked at random", pieces, self.candidate, self.candidate.prefill),
+        ]
+
+    def check_fused(self) -> list[Check]:
+        """The same positions through the fused operators, in pieces and one by one."""
+        session = OrtSession(self.folder, BATCH, self.threads)
+        length = max(RAGGED)
+        return [
+            *self._streamed("fused 1+63+1+64+70", _pieces(length), session, session.prefill),
+            *self._streamed("fused step", [1] * length, session, session.step),
+        ]
+
+    def check_resumed(self) -> list[Check]:
+        """State saved to disk in mid-stream, loaded into a new session, stream continued there."""
+        length = max(RAGGED)
+        middle = CHUNK + 5
+        self.candidate.reset()
+        first = self.candidate.prefill(cut(self.inputs, self.io, 0, middle))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.npz"
+            save_state(self.candidate, path)
+            fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
+            load_state(fresh, path)
+        second = fresh.prefill(cut(self.inputs, self.io, middle, length))
+        expected, state = self._expected(length)
+        outputs = self._joined([first, second])
+        return self.compare("resumed", outputs, expected, state, fresh.state(), ends=[middle, length])
+
+    def check_rows(self) -> list[Check]:
+        """A row gives the same results alone, and does not feel what the others compute."""
+        length = min(CHUNK + 1, max(self.lengths))
+        inputs = cut(self.inputs, self.io, 0, length)
+        self.candidate.reset()
+        together = self.candidate.prefill(inputs)
+        state = self.candidate.state()
+        checks = []
+        alone = OrtSession(self.folder, 1, self.threads, fused=False)
+        for row in range(BATCH):
+            alone.reset()
+            single = alone.prefill(
+                {name: np.ascontiguousarray(x[row : row + 1]) for name, x in inputs.items()}
+            )
+            worst = max(difference(together[n][row : row + 1], single[n]).relative_l2 for n in single)
+            checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
+        other = {name: x.copy() for name, x in inputs.items()}
+        for name, x in self._make_inputs(length).items():
+            other[name][1] = x[1][::-1] if x.ndim > 1 else x[1]
+        self.candidate.reset()
+        disturbed = self.candidate.prefill(other)
+        rows = [0, 2]
+        worst = max(difference(disturbed[n][rows], together[n][rows]).relative_l2 for n in together)
+        moved = self.candidate.state()
+        worst = max([worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state)])
+        checks.append(Check("rows beside another row 1", worst, self.limits["rows"]))
+        return checks
+
+    def check_reset(self) -> list[Check]:
+        """Reset leaves nothing behind, also of single rows while the others go on."""
+        inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
+        fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
+        expected = fresh.prefill(inputs)
+        self.candidate.reset()
+        self.candidate.prefill(self.inputs)
+        continued_from = self.candidate.state()
+        self.candidate.reset()
+        again = self.candidate.prefill(inputs)
+        checks = [Check("reset", max(difference(again[n], expected[n]).max_abs for n in expected), 0.0)]
+
+        self.candidate.set_state(continued_from)
+        continued = self.candidate.prefill(inputs)
+        self.candidate.set_state(continued_from)
+        self.candidate.reset(rows=[1])
+        mixed = self.candidate.prefill(inputs)
+        one = max(difference(mixed[n][1], expected[n][1]).relative_l2 for n in expected)
+        rest = max(difference(mixed[n][[0, 2]], continued[n][[0, 2]]).relative_l2 for n in expected)
+        return [
+            *checks,
+            Check("reset of row 1", one, self.limits["rows"]),
+            Check("rows 0, 2 go on", rest, self.limits["rows"]),
+        ]
+
+    def _streamed(
+        self, name: str, pieces: Sequence[int], session: OrtSession, call: Callable[[Arrays], Arrays]
+    ) -> list[Check]:
+        """The shared inputs in pieces from a fresh start, through a session's `step` or `prefill`."""
+        session.reset()
+        parts: list[Arrays] = []
+        start = 0
+        for piece in pieces:
+            inputs = cut(self.inputs, self.io, start, start + piece)
+            result = call(inputs)
+            parts.append({n: x.copy() for n, x in result.items()})
+            start += piece
+        outputs = self._joined(parts)
+        expected, state = self._expected(start)
+        ends = np.cumsum(pieces).tolist()
+        return self.compare(name, outputs, expected, state, session.state(), ends=ends)
+
+    def _joined(self, parts: Sequence[Arrays]) -> Arrays:
+        """Results of consecutive calls as if of one: those of a whole sequence are the last call's."""
+        return {
+            x.name: np.concatenate([p[x.name] for p in parts], x.shape.index("S") if "S" in x.shape else 1)
+            if "S" in x.shape or x.name in self.last_only
+            else parts[-1][x.name]
+            for x in self.io.outputs
+        }
+
+    def compare(
+        self,
+        name: str,
+        outputs: Arrays,
+        expected: Arrays,
+        state: Arrays,
+        found_state: Arrays | None = None,
+        ends: Sequence[int] | None = None,
+    ) -> list[Check]:
+        """Outputs and, where the graph has states, the worst gauge-free state."""
+        checks = []
+        for spec in self.io.outputs:
+            wanted = expected[spec.name]
+            if spec.name in self.last_only:
+                wanted = wanted[:, [end - 1 for end in ends or [wanted.shape[1]]]]
+            checks.append(
+                output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, self.limits["output"])
+            )
+        if self.io.states:
+            found = found_state if found_state is not None else self.candidate.state()
+            differences = compare_states(found, state, self.io.states)
+            worst = max(differences, key=lambda key: differences[key].relative_l2)
+            detail = {"worst": worst, **differences[worst].to_json()}
+            checks.append(
+                Check(f"{name}: states", differences[worst].relative_l2, self.limits["state"], detail)
+            )
+        return checks
+
+
+def _pieces(length: int) -> list[int]:
+    """Lengths around the chunk border, the last ragged."""
+    return [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1]

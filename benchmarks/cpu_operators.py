@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from xlstm_export.bench.environment import environment
 from xlstm_export.bench.timing import in_turns
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 from xlstm_export.ops import bodies as functions
 from xlstm_export.ops import reference as ops
 from xlstm_export.sessions.cpu import fused
@@ -223,7 +223,7 @@ def open_session(
 def library() -> Path:
     path = fused.library()
     if path is None:
-        raise EnvironmentError_("the fused operators are not built", "xlstm-export plugins build")
+        raise SetupError("the fused operators are not built", "xlstm-export plugins build")
     return path
 
 

@@ -263,7 +263,7 @@ def run_child(task: str, source: Path, folder: Path, length: int, threads: int) 
     print(json.dumps({**figures, "peak_bytes": int(peak.split()[1]) * 1024}))
 
 
-def require(report: checks.Report) -> None:
+def require(report: checks.Verdict) -> None:
     """End the process where a verification did not pass."""
     if not report.passed:
         print("\n".join(str(check) for check in report.checks if not check.passed))

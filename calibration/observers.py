@@ -229,7 +229,7 @@ def calibrate(
         UsageError: an unknown method or tensor, or nothing to observe.
         InputError: the folder is no run folder; a tensor becomes NaN or Inf on the data.
         BuildError: the runtime stopped.
-        EnvironmentError_: onnxruntime is missing, or `out` cannot be written.
+        SetupError: onnxruntime is missing, or `out` cannot be written.
     """
     methods.check(method, percentile)
     if batch < 1:

@@ -58,7 +58,7 @@ class Partial:
         """Replace the file by what the first `done` sequences gave; never half written.
 
         Raises:
-            EnvironmentError_: the folder cannot be written, or the disk is full.
+            SetupError: the folder cannot be written, or the disk is full.
         """
         arrays: dict[str, Any] = {"key": np.array(self._key), "done": np.array(done)}
         for index, observer in enumerate(observers.values()):

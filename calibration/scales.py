@@ -135,7 +135,7 @@ class Scales:
         """Write both files, each atomically; scales.json names the hash of the other and comes last.
 
         Raises:
-            EnvironmentError_: the folder cannot be written, or the disk is full.
+            SetupError: the folder cannot be written, or the disk is full.
         """
         path = folder / CHANNELS
         with readable_os_errors(path):

@@ -105,7 +105,7 @@ def load(
     Raises:
         InputError: the data does not exist, does not fit, is too little, or overlaps with `avoid`.
         UsageError: the options or the kind of file make no sense for this model.
-        EnvironmentError_: text needs the package `tokenizers`, which cannot be imported.
+        SetupError: text needs the package `tokenizers`, which cannot be imported.
     """
     _check_options(io, samples, length)
     if avoid is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export.errors import EnvironmentError_, ExportError, InputError, UsageError
+from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
 from xlstm_export.inputs import Arrays, per_position
 from xlstm_export.load.user_code import load_function
 from xlstm_export.specs import IoSpec, TensorSpec
@@ -58,7 +58,7 @@ class Reader:
         Raises:
             InputError: it does not exist, is damaged, or does not fit the model.
             UsageError: this kind of file makes no sense for the model, or a tokenizer is lacking.
-            EnvironmentError_: the package `tokenizers` is needed and cannot be imported.
+            SetupError: the package `tokenizers` is needed and cannot be imported.
         """
         path = Path(source)
         if not path.exists():
@@ -269,9 +269,7 @@ def _tokenizer(path: Path) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise EnvironmentError_(
-            f"tokenizers cannot be imported: {error}", "pip install tokenizers"
-        ) from error
+        raise SetupError(f"tokenizers cannot be imported: {error}", "pip install tokenizers") from error
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception

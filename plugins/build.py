@@ -25,7 +25,7 @@ from xlstm_export.plugins import locate, toolchain
 from xlstm_export.plugins.locate import KINDS, MANIFEST, cache_folder, machine, require_kind, source_hash
 
 from xlstm_export import atomic
-from xlstm_export.errors import BuildError, EnvironmentError_
+from xlstm_export.errors import BuildError, SetupError
 
 Progress = Callable[[int, int], None]
 
@@ -94,7 +94,7 @@ def build(
 
     Raises:
         UsageError: a kind does not exist, a GPU is too old.
-        EnvironmentError_: a tool is missing or does not make what is asked for, the cache cannot be written.
+        SetupError: a tool is missing or does not make what is asked for, the cache cannot be written.
         BuildError: a source does not compile; the message has the compiler's first error.
     """
     for kind in kinds or ():
@@ -130,7 +130,7 @@ def buildable(cuda: Path | None = None) -> list[str]:
     try:
         toolchain.find_cuda(cuda)
         gpu = True
-    except EnvironmentError_:
+    except SetupError:
         if cuda is not None:
             raise
         gpu = False

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 
 ROOT = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def find(kind: str) -> Path | None:
 
     Raises:
         UsageError: there is no such kind.
-        EnvironmentError_: the variable names a file that is not there.
+        SetupError: the variable names a file that is not there.
     """
     require_kind(kind)
     variable = _variable(kind)
@@ -101,7 +101,7 @@ def find(kind: str) -> Path | None:
         if is_off(kind):
             return None
         if not Path(given).is_file():
-            raise EnvironmentError_(f"{variable} names {given}, which is no file", f"unset {variable}")
+            raise SetupError(f"{variable} names {given}, which is no file", f"unset {variable}")
         return Path(given).resolve()
     return next((built.path for built in cached(kind) if built.current), None)
 

@@ -17,7 +17,7 @@ from xlstm_export.plugins.inventory import loading_problem
 from xlstm_export.plugins.locate import KINDS, find, require_kind
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def selftest(kinds: Sequence[str] | None = None, *, seed: int = 0) -> list[Check
 
     Raises:
         UsageError: a kind does not exist.
-        EnvironmentError_: nothing is built, or not what is asked for.
+        SetupError: nothing is built, or not what is asked for.
     """
     for kind in kinds or ():
         require_kind(kind)
@@ -87,11 +87,11 @@ def selftest(kinds: Sequence[str] | None = None, *, seed: int = 0) -> list[Check
     built = {kind: path for kind, path in libraries.items() if path is not None}
     if kinds and len(built) < len(libraries):
         absent = ", ".join(kind for kind in libraries if kind not in built)
-        raise EnvironmentError_(
+        raise SetupError(
             f"not built from the current sources: {absent}", f"xlstm-export plugins build --only {absent}"
         )
     if not built:
-        raise EnvironmentError_("nothing is built from the current sources", "xlstm-export plugins build")
+        raise SetupError("nothing is built from the current sources", "xlstm-export plugins build")
     return [check for kind, path in built.items() for check in _checks(kind, path, seed)]
 
 

@@ -1,6 +1,6 @@
 """What plugins are built with: compilers, CMake, CUDA, TensorRT's headers, and the GPUs to build for.
 
-Each `find_` function returns what it found or raises an EnvironmentError_ that says how to get it.
+Each `find_` function returns what it found or raises an SetupError that says how to get it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.targets import TARGETS
 
 Version = tuple[int, ...]
@@ -79,7 +79,7 @@ def find_compiler() -> Compiler:
     for name in [given] if given else ["g++", "c++", "clang++"]:
         if path := shutil.which(name):
             return Compiler(Path(path), _output([path, "--version"]).split("\n")[0])
-    raise EnvironmentError_(
+    raise SetupError(
         f"CXX is {given}, which is no program" if given else "no C++ compiler found",
         "set CXX to a C++17 compiler" if given else "apt install g++, or set CXX to a C++17 compiler",
     )
@@ -90,17 +90,17 @@ def find_cmake() -> CMake:
     hint = 'apt install cmake ninja-build, or pip install "xlstm-export[build]"'
     path = _which("cmake")
     if path is None:
-        raise EnvironmentError_("CMake is not installed", hint)
+        raise SetupError("CMake is not installed", hint)
     found = re.search(r"version (\d+(?:\.\d+)*)", _output([str(path), "--version"]))
     version = _version(found.group(1)) if found else ()
     if version < CMAKE_MINIMUM:
-        raise EnvironmentError_(
+        raise SetupError(
             f"CMake {_text(version)} at {path} is too old, {_text(CMAKE_MINIMUM)} is needed", hint
         )
     for generator, name in (("Ninja", "ninja"), ("Unix Makefiles", "make")):
         if program := _which(name):
             return CMake(path, version, generator, program)
-    raise EnvironmentError_("neither Ninja nor Make is installed", hint)
+    raise SetupError("neither Ninja nor Make is installed", hint)
 
 
 def find_cuda(given: Path | None = None) -> Cuda:
@@ -110,12 +110,12 @@ def find_cuda(given: Path | None = None) -> Cuda:
         given: the toolkit's folder, or its nvcc.
 
     Raises:
-        EnvironmentError_: there is none, it is too old, or what is given is none.
+        SetupError: there is none, it is too old, or what is given is none.
     """
     if given is not None:
         nvcc = given if given.name == "nvcc" else given / "bin" / "nvcc"
         if not nvcc.is_file():
-            raise EnvironmentError_(f"no CUDA toolkit at {given}", f"{nvcc} is missing")
+            raise SetupError(f"no CUDA toolkit at {given}", f"{nvcc} is missing")
         return _examine_cuda(nvcc)
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [root / "bin" / "nvcc" for root in roots]
@@ -124,7 +124,7 @@ def find_cuda(given: Path | None = None) -> Cuda:
     for nvcc in candidates:
         if nvcc.is_file():
             return _examine_cuda(nvcc)
-    raise EnvironmentError_(
+    raise SetupError(
         "no CUDA compiler (nvcc) found",
         "install the CUDA toolkit (JetPack: apt install nvidia-jetpack) or name it with --cuda",
     )
@@ -134,15 +134,13 @@ def find_tensorrt(given: Path | None = None) -> TensorRT | None:
     """TensorRT's headers: `given`, $XLSTM_TENSORRT_ROOT, the system's; None where there are none.
 
     Raises:
-        EnvironmentError_: what is given has no include/NvInfer.h.
+        SetupError: what is given has no include/NvInfer.h.
     """
     variable = os.environ.get("XLSTM_TENSORRT_ROOT")
     root = given or (Path(variable) if variable else None)
     if root is not None:
         if not (root / "include" / "NvInfer.h").is_file():
-            raise EnvironmentError_(
-                f"no TensorRT headers at {root}", f"{root / 'include' / 'NvInfer.h'} is missing"
-            )
+            raise SetupError(f"no TensorRT headers at {root}", f"{root / 'include' / 'NvInfer.h'} is missing")
         return TensorRT(root.resolve(), _tensorrt_version(root / "include"))
     for folder in map(Path, HEADER_FOLDERS):
         if (folder / "NvInfer.h").is_file():
@@ -193,7 +191,7 @@ def require_new_enough(sms: Iterable[int]) -> None:
 
 
 def require_code_for(sms: Sequence[int], cuda: Cuda) -> None:
-    """Raise EnvironmentError_ where the toolkit makes no code for one of `sms`."""
+    """Raise SetupError where the toolkit makes no code for one of `sms`."""
     for sm in sms:
         if sm in cuda.sms:
             continue
@@ -202,7 +200,7 @@ def require_code_for(sms: Sequence[int], cuda: Cuda) -> None:
             hint = "CUDA 13 calls this GPU (Thor) sm_110: --sm 110"
         elif sm == 110:
             hint = "Thor needs CUDA 13 (JetPack 7)"
-        raise EnvironmentError_(f"CUDA {_text(cuda.version)} makes no code for sm_{sm}", hint)
+        raise SetupError(f"CUDA {_text(cuda.version)} makes no code for sm_{sm}", hint)
 
 
 def default_sms(cuda: Cuda) -> tuple[int, ...]:
@@ -229,10 +227,10 @@ def _examine_cuda(nvcc: Path) -> Cuda:
     said = _output([str(nvcc), "--version"])
     found = re.search(r"release (\d+\.\d+)", said)
     if not found:
-        raise EnvironmentError_(f"{nvcc} does not say its version", f"it said: {said.strip()[:200]}")
+        raise SetupError(f"{nvcc} does not say its version", f"it said: {said.strip()[:200]}")
     version = _version(found.group(1))
     if version < CUDA_MINIMUM:
-        raise EnvironmentError_(
+        raise SetupError(
             f"CUDA {_text(version)} at {nvcc} is too old", f"{_text(CUDA_MINIMUM)} or newer is needed"
         )
     sms = tuple(sorted(map(int, re.findall(r"sm_(\d+)\b", _output([str(nvcc), "--list-gpu-code"])))))
@@ -242,9 +240,7 @@ def _examine_cuda(nvcc: Path) -> Cuda:
         told = re.search(r"^#\$ TOP=(.*)$", _output([str(nvcc), "--dryrun", "x.cu"]), re.MULTILINE)
         root = Path(told.group(1).strip()).resolve() if told else root
     if not (root / "include" / "cuda_runtime.h").is_file():
-        raise EnvironmentError_(
-            f"{nvcc} has no CUDA headers beside it", "name the toolkit's folder with --cuda"
-        )
+        raise SetupError(f"{nvcc} has no CUDA headers beside it", "name the toolkit's folder with --cuda")
     return Cuda(root, root / "bin" / "nvcc", version, sms)
 
 
@@ -271,7 +267,7 @@ def _output(command: list[str], *, may_fail: bool = False) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         if may_fail:
             return ""
-        raise EnvironmentError_(f"{command[0]} cannot be run: {error}", "check the installation") from error
+        raise SetupError(f"{command[0]} cannot be run: {error}", "check the installation") from error
     return done.stdout + done.stderr
 
 

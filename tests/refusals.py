@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from xlstm_export.errors import BuildError, EnvironmentError_, ExportError, GateError, InputError, UsageError
+from xlstm_export.errors import BuildError, ExportError, GateError, InputError, SetupError, UsageError
 
-EXIT_CODES = {GateError: 1, UsageError: 2, EnvironmentError_: 3, InputError: 4, BuildError: 5}
+EXIT_CODES = {GateError: 1, UsageError: 2, SetupError: 3, InputError: 4, BuildError: 5}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from places import ROOT
 from refusals import refused
 
 from xlstm_export import atomic, runfolder, sessions
-from xlstm_export.errors import EnvironmentError_, InputError, UsageError
+from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.load import checkpoint
 from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 from xlstm_export.trace import export as trace
@@ -177,7 +177,7 @@ def test_folder_without_permission(mode: int) -> None:
         if os.geteuid() == 0:
             os.seteuid(NOBODY)
             stack.callback(os.seteuid, 0)
-        with refused(EnvironmentError_, str(closed / "out"), "Permission denied"):
+        with refused(SetupError, str(closed / "out"), "Permission denied"):
             refuse(closed / "out")
 
 
@@ -185,7 +185,7 @@ def test_folder_without_permission(mode: int) -> None:
 def test_output_below_a_file(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("x")
     out = tmp_path / "file" / below
-    with refused(EnvironmentError_, str(out), "cannot be written"):
+    with refused(SetupError, str(out), "cannot be written"):
         refuse(out)
 
 
@@ -195,13 +195,13 @@ def test_name_that_is_too_long(tmp_path: Path, name: str) -> None:
     limit = os.pathconf(tmp_path, "PC_NAME_MAX")
     if len(name) + len(f"..{os.getpid()}.") + 8 <= limit:
         pytest.skip(f"names of {limit} characters are allowed here")
-    with refused(EnvironmentError_, "name too long"):
+    with refused(SetupError, "name too long"):
         refuse(tmp_path / name)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
 def test_file_system_without_folders_of_its_own() -> None:
-    with refused(EnvironmentError_, "/proc/out", "cannot be written"):
+    with refused(SetupError, "/proc/out", "cannot be written"):
         refuse(Path("/proc/out"))
 
 
@@ -227,13 +227,13 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 def test_read_only_file_system(mounted: Callable[[str], Path]) -> None:
     out = mounted("ro,size=1m") / "out"
-    with refused(EnvironmentError_, str(out), "Read-only file system"):
+    with refused(SetupError, str(out), "Read-only file system"):
         refuse(out)
 
 
 def test_disk_that_is_full_is_seen_before_the_first_byte(mounted: Callable[[str], Path]) -> None:
     folder = mounted("size=1m")
-    with refused(EnvironmentError_, str(folder), "1 MB free", "7 MB are needed"):
+    with refused(SetupError, str(folder), "1 MB free", "7 MB are needed"):
         refuse(folder / "out", bytes_needed=7_000_000)
     assert names(folder) == []
 
@@ -254,7 +254,7 @@ def test_disk_that_fills_up(
         space = size[runfolder.MODEL_DATA] + size[runfolder.MODEL] // 2
     folder = mounted(f"size={space}")
     monkeypatch.setattr(runfolder, "require_space", lambda folder, needed: None)
-    with refused(EnvironmentError_, str(folder / "out"), "disk is full"):
+    with refused(SetupError, str(folder / "out"), "disk is full"):
         trace.export(small_loaded, folder / "out")
     assert names(folder) == []
 
@@ -271,14 +271,14 @@ def test_the_very_size_of_the_weights_is_checked_before_the_first_byte(
     whole = trace.export(small_loaded, tmp_path / "whole", dtype=dtype)
     folder = mounted(f"size={(whole / runfolder.MODEL_DATA).stat().st_size - 8192}")
     monkeypatch.setattr(trace, "save", lambda *args: pytest.fail("a byte was written"))
-    with refused(EnvironmentError_, "MB are needed"):
+    with refused(SetupError, "MB are needed"):
         trace.export(small_loaded, folder / "out", dtype=dtype)
     assert names(folder) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_anywhere_in_the_block(tmp_path: Path, code: int) -> None:
-    with refused(EnvironmentError_, "disk is full"):
+    with refused(SetupError, "disk is full"):
         stage(tmp_path / "out", error=OSError(code, os.strerror(code)))
     assert names(tmp_path) == []
 
@@ -519,5 +519,5 @@ def test_io_that_describes_no_graph(
 
 
 def test_state_saved_into_a_folder_that_is_not_there(small_export: Path, tmp_path: Path) -> None:
-    with refused(EnvironmentError_, "nowhere", "cannot be written"):
+    with refused(SetupError, "nowhere", "cannot be written"):
         sessions.save_state(sessions.OrtSession(small_export), tmp_path / "nowhere" / "state.npz")

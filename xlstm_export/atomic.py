@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import EnvironmentError_, UsageError
+from .errors import SetupError, UsageError
 
 NOT_WRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -35,7 +35,7 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
 
     Raises:
         UsageError: `out` exists and `force` is not set.
-        EnvironmentError_: `out` cannot be written, or the disk is full.
+        SetupError: `out` cannot be written, or the disk is full.
     """
     out = Path(os.path.abspath(out))
     with readable_os_errors(out):
@@ -55,10 +55,10 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise EnvironmentError_ where the disk under `folder` has less than `needed` bytes of room."""
+    """Raise SetupError where the disk under `folder` has less than `needed` bytes of room."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise EnvironmentError_(
+        raise SetupError(
             f"{folder} has {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB are needed",
             "free space or choose an output folder on another disk",
         )
@@ -73,9 +73,9 @@ def readable_os_errors(path: Path) -> Iterator[None]:
         # NumPy tells a short write by its text alone: «16384 requested and 2048 written».
         short = error.errno is None and "requested and" in str(error)
         if short or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentError_(f"{path}: the disk is full", "free space and run again") from error
+            raise SetupError(f"{path}: the disk is full", "free space and run again") from error
         if error.errno in NOT_WRITABLE:
-            raise EnvironmentError_(
+            raise SetupError(
                 f"{path} cannot be written: {error.strerror}", "choose another output folder"
             ) from error
         raise
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically.
 
     Raises:
-        EnvironmentError_: it cannot be written.
+        SetupError: it cannot be written.
     """
     with readable_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Verdict:
     """The outcome of `verify`."""
 
     checks: tuple[Check, ...]

@@ -35,7 +35,7 @@ class UsageError(ExportError):
     exit_code = 2
 
 
-class EnvironmentError_(ExportError):
+class SetupError(ExportError):
     """The machine lacks something: a package, disk space, write permission (exit code 3)."""
 
     exit_code = 3

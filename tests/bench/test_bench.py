@@ -36,7 +36,7 @@ def verified(small_export: Path, tmp_path: Path) -> Path:
     shutil.copytree(small_export, folder)
     files = runfolder.hashes(folder)
     check = checks.Check("prefill", 1e-7, 5e-6)
-    atomic.write_json(folder / "verify" / "report.json", checks.Report((check,), {}, files).to_json())
+    atomic.write_json(folder / "verify" / "report.json", checks.Verdict((check,), {}, files).to_json())
     return folder
 
 

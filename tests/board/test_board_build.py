@@ -20,7 +20,7 @@ from xlstm_export.plugins import locate
 
 from xlstm_export.atomic import sha256, write_json
 from xlstm_export.board import build
-from xlstm_export.errors import BuildError, EnvironmentError_, InputError
+from xlstm_export.errors import BuildError, InputError, SetupError
 from xlstm_export.runfolder import IO, MANIFEST, MODEL, read_io
 from xlstm_export.sessions.cuda import Cuda
 
@@ -63,7 +63,7 @@ def test_plugins_have_a_graph_of_their_own(bundle: Path) -> None:
         assert build.plan_build(bundle, version, FREE).model.name == build.STRIPPED
     bodies = build.plan_build(bundle, V103, FREE, function_bodies=True)
     assert (bodies.model.name, bodies.plugin, bodies.recurrences) == (MODEL, None, 0)
-    with refused(EnvironmentError_, "10.2.0 is too old", "10.3"):
+    with refused(SetupError, "10.2.0 is too old", "10.3"):
         build.plan_build(bundle, (10, 2, 0), FREE)
 
 
@@ -124,7 +124,7 @@ def test_an_engine_is_found_where_it_was_built(bundle: Path, built: Path) -> Non
 
 @pytest.mark.parametrize("other", [{"version": "11.4.1"}, {"sm": 110}], ids=["TensorRT", "SM"])
 def test_an_engine_of_another_machine_is_named(bundle: Path, built: Path, other: dict[str, Any]) -> None:
-    with refused(EnvironmentError_, "there is no engine for", "there are sm87-trt10.3.0", "deploy.py build"):
+    with refused(SetupError, "there is no engine for", "there are sm87-trt10.3.0", "deploy.py build"):
         build.find_engine(bundle, **board(**other))
 
 
@@ -149,7 +149,7 @@ def test_an_engine_of_another_bundle_is_named(bundle: Path, built: Path, what: s
 
 def test_a_missing_plugin_is_named(bundle: Path, built: Path) -> None:
     shutil.rmtree(bundle / build.BIN)
-    with refused(EnvironmentError_, "libxlstm_trt.so is gone"):
+    with refused(SetupError, "libxlstm_trt.so is gone"):
         build.find_engine(bundle, **board())
 
 
@@ -189,7 +189,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_works(
         [sys.executable, "-c", script, str(bundle)], env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == -9
-    with refused(EnvironmentError_, "there is no engine"):
+    with refused(SetupError, "there is no engine"):
         build.find_engine(bundle, **board())
     monkeypatch.setattr(build, "serialize", lambda *arguments, **options: b"engine")
     build.build_engine(bundle, **board())

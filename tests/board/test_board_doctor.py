@@ -11,7 +11,7 @@ import pytest
 
 from xlstm_export.board import doctor
 from xlstm_export.board.doctor import Finding
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 from xlstm_export.sessions.cuda import Cuda
 
 
@@ -29,7 +29,7 @@ def board(tmp_path: Path, release: str, revision: str, model: str = "NVIDIA Jets
 def look(root: Path, version: str | None = "10.3.0", **device: Any) -> dict[str, Finding]:
     def tensorrt() -> Any:
         if version is None:
-            raise EnvironmentError_("tensorrt cannot be imported", "sudo apt install nvidia-jetpack")
+            raise SetupError("tensorrt cannot be imported", "sudo apt install nvidia-jetpack")
         return SimpleNamespace(__version__=version)
 
     findings = doctor.examine(root=root, tensorrt=tensorrt, cuda=lambda: Cuda(fake_tensorrt.Cudart(**device)))

@@ -16,7 +16,7 @@ from xlstm_export.calibration.observers import BORDERS, Observer, calibrate
 from xlstm_export.calibration.scales import CHANNELS, SCALES, Scales
 from xlstm_export.calibration.sets import CalibrationSet
 
-from xlstm_export.errors import EnvironmentError_, InputError, UsageError
+from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import observed_tensors
 from xlstm_export.load.checkpoint import Loaded
@@ -245,7 +245,7 @@ def test_nothing_to_do(small_export: Path, data: CalibrationSet, tmp_path: Path)
 
 def test_a_folder_that_cannot_be_written(small_export: Path, data: CalibrationSet, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with refused(EnvironmentError_, "cannot be written"):
+    with refused(SetupError, "cannot be written"):
         calibrate(small_export, data, out=tmp_path / "file" / "out")
 
 

@@ -10,7 +10,7 @@ import pytest
 from refusals import refused
 from xlstm_export.calibration.scales import CHANNELS, SCALES, Scales, TensorScale, bucket_labels, trend
 
-from xlstm_export.errors import EnvironmentError_, InputError
+from xlstm_export.errors import InputError, SetupError
 
 
 def scale(first: float | None, last: float, amax: float = 1.0) -> TensorScale:
@@ -107,7 +107,7 @@ def test_channels_of_another_calibration(scales: Scales, tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_written(scales: Scales, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with refused(EnvironmentError_, "cannot be written"):
+    with refused(SetupError, "cannot be written"):
         scales.write(tmp_path / "file")
 
 

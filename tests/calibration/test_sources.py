@@ -12,7 +12,7 @@ from refusals import refused
 from specs import PLAIN, POLICY, SERIES, TOKENS
 from xlstm_export.calibration.sources import Reader
 
-from xlstm_export.errors import EnvironmentError_, InputError, UsageError
+from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.specs import IoSpec
 
 HEADER = "time,a,b,c\n"
@@ -187,7 +187,7 @@ def test_text_that_cannot_be_read(tmp_path: Path, tokenizer: Path, monkeypatch: 
     with refused(InputError, "tokenizer.json is no tokenizer"):
         read(text, TOKENS, tokenizer=tokenizer)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with refused(EnvironmentError_, "tokenizers cannot be imported", "pip install tokenizers"):
+    with refused(SetupError, "tokenizers cannot be imported", "pip install tokenizers"):
         read(text, TOKENS, tokenizer=tokenizer)
 
 

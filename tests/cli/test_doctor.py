@@ -9,7 +9,7 @@ from xlstm_export.plugins import locate, toolchain
 
 from xlstm_export.cli import doctor
 from xlstm_export.cli import main as cli
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 
 
 def test_this_machine_can_run_the_main_job() -> None:
@@ -88,7 +88,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "12.6 at /opt/cuda" in found("nvcc").detail
 
     def absent() -> None:
-        raise EnvironmentError_("it is not there", "install it")
+        raise SetupError("it is not there", "install it")
 
     for name in ("find_cmake", "find_cuda"):
         monkeypatch.setattr(toolchain, name, absent)

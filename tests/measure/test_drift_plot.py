@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.measure.drift_plot import plot_drift
 from xlstm_export.measure.drift_result import FREE, TEACHER, Drift, Series
 
@@ -55,5 +55,5 @@ def test_without_matplotlib_the_hint_says_what_to_install(
     drift: Drift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with refused(EnvironmentError_, "matplotlib", "pip install matplotlib"):
+    with refused(SetupError, "matplotlib", "pip install matplotlib"):
         plot_drift(drift, tmp_path / "drift.png")

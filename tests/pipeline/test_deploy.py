@@ -10,7 +10,7 @@ from refusals import refused
 from rich.console import Console
 
 from xlstm_export.cli import tables as report
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.pipeline import deploy as pipeline
 from xlstm_export.quantize.recipe import preset
@@ -113,6 +113,6 @@ def test_a_model_that_does_not_fit_the_memory_is_exported_and_not_verified_as_a_
 ) -> None:
     """The machine must not be driven into swapping; the export stays, to be verified by block."""
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
-    with refused(EnvironmentError_, "as a whole takes about", "--per-block"):
+    with refused(SetupError, "as a whole takes about", "--per-block"):
         pipeline.deploy(small_loaded, tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").is_file()

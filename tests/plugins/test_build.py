@@ -17,7 +17,7 @@ import pytest
 from places import ROOT
 from xlstm_export.plugins import build, locate, toolchain
 
-from xlstm_export.errors import BuildError, EnvironmentError_, UsageError
+from xlstm_export.errors import BuildError, SetupError, UsageError
 
 KIND = "ort-cpu"
 
@@ -26,7 +26,7 @@ def have_tools() -> bool:
     try:
         toolchain.find_compiler()
         toolchain.find_cmake()
-    except EnvironmentError_:
+    except SetupError:
         return False
     return True
 
@@ -160,7 +160,7 @@ def test_sources_that_change_while_they_compile(sources: Path, monkeypatch: pyte
 def test_unwritable_cache(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EnvironmentError_, match="cannot be written"):
+    with pytest.raises(SetupError, match="cannot be written"):
         one()
 
 
@@ -205,14 +205,14 @@ def test_unknown_kind(sources: Path) -> None:
 
 def test_without_cuda_only_what_needs_none(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(given: Path | None = None) -> toolchain.Cuda:
-        raise EnvironmentError_("no CUDA compiler (nvcc) found", "install it")
+        raise SetupError("no CUDA compiler (nvcc) found", "install it")
 
     monkeypatch.setattr(toolchain, "find_cuda", absent)
     assert build.buildable() == [KIND]
     assert [library.kind for library in build.build()] == [KIND]
-    with pytest.raises(EnvironmentError_, match="no CUDA compiler"):
+    with pytest.raises(SetupError, match="no CUDA compiler"):
         build.build(["cuda"])
-    with pytest.raises(EnvironmentError_, match="no CUDA compiler"):
+    with pytest.raises(SetupError, match="no CUDA compiler"):
         build.build(cuda=Path("/somewhere"))
 
 

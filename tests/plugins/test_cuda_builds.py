@@ -16,7 +16,7 @@ import cuda126
 import pytest
 from xlstm_export.plugins import locate, toolchain
 
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def sources(op: str) -> tuple[Path, str]:
 def nvcc() -> toolchain.Cuda:
     try:
         return toolchain.find_cuda()
-    except EnvironmentError_ as error:
+    except SetupError as error:
         pytest.skip(error.message)
 
 

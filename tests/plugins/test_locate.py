@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 from xlstm_export.plugins import locate
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 
 KIND = "ort-cpu"
 
@@ -93,7 +93,7 @@ def test_a_library_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.
     put("a")
     own = tmp_path / "own.so"
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", str(own))
-    with pytest.raises(EnvironmentError_, match=r"own\.so, which is no file"):
+    with pytest.raises(SetupError, match=r"own\.so, which is no file"):
         locate.find(KIND)
     own.touch()
     assert locate.find(KIND) == own

@@ -15,7 +15,7 @@ from xlstm_export.plugins.inventory import loading_problem
 from xlstm_export.plugins.locate import ROOT
 from xlstm_export.plugins.native import NativeLibrary
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.ops import reference as ops
 
 # Writes nothing, zeros, or only the outputs; refuses; or fails: nothing of it is the recurrence.
@@ -101,9 +101,9 @@ def test_a_file_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_nothing_to_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path))
-    with pytest.raises(EnvironmentError_, match="nothing is built"):
+    with pytest.raises(SetupError, match="nothing is built"):
         selftest.selftest()
-    with pytest.raises(EnvironmentError_, match="not built from the current sources: cuda") as error:
+    with pytest.raises(SetupError, match="not built from the current sources: cuda") as error:
         selftest.selftest(["cuda"])
     assert "--only cuda" in error.value.hint
     with pytest.raises(UsageError, match="no plugin library is called gpu"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from xlstm_export.plugins import toolchain
 
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 
 GPU_CODE = {
     (12, 6): "sm_50 sm_72 sm_80 sm_86 sm_87 sm_89 sm_90 sm_90a",
@@ -60,7 +60,7 @@ def tensorrt(include: Path, defines: str) -> None:
 
 
 def test_no_compiler() -> None:
-    with pytest.raises(EnvironmentError_, match=r"no C\+\+ compiler") as error:
+    with pytest.raises(SetupError, match=r"no C\+\+ compiler") as error:
         toolchain.find_compiler()
     assert "apt install g++" in error.value.hint
 
@@ -72,25 +72,25 @@ def test_compiler_of_the_environment_wins(empty_machine: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", "own-c++")
     assert toolchain.find_compiler() == toolchain.Compiler(own, "own 1")
     monkeypatch.setenv("CXX", "absent-c++")
-    with pytest.raises(EnvironmentError_, match="CXX is absent-c"):
+    with pytest.raises(SetupError, match="CXX is absent-c"):
         toolchain.find_compiler()
 
 
 def test_no_cmake() -> None:
-    with pytest.raises(EnvironmentError_, match="CMake is not installed") as error:
+    with pytest.raises(SetupError, match="CMake is not installed") as error:
         toolchain.find_cmake()
     assert "xlstm-export[build]" in error.value.hint
 
 
 def test_cmake_too_old(empty_machine: Path) -> None:
     script(empty_machine / "cmake", "echo cmake version 3.16.3")
-    with pytest.raises(EnvironmentError_, match=r"3\.16\.3 .* too old, 3\.22 is needed"):
+    with pytest.raises(SetupError, match=r"3\.16\.3 .* too old, 3\.22 is needed"):
         toolchain.find_cmake()
 
 
 def test_cmake_drives_ninja_or_make(empty_machine: Path) -> None:
     script(empty_machine / "cmake", "echo cmake version 3.22.1")
-    with pytest.raises(EnvironmentError_, match="neither Ninja nor Make"):
+    with pytest.raises(SetupError, match="neither Ninja nor Make"):
         toolchain.find_cmake()
     make = script(empty_machine / "make", "")
     assert toolchain.find_cmake().generator == "Unix Makefiles"
@@ -112,7 +112,7 @@ def test_programs_of_an_environment_that_is_not_active(
 
 
 def test_no_cuda() -> None:
-    with pytest.raises(EnvironmentError_, match="no CUDA compiler") as error:
+    with pytest.raises(SetupError, match="no CUDA compiler") as error:
         toolchain.find_cuda()
     assert "--cuda" in error.value.hint
 
@@ -123,7 +123,7 @@ def test_cuda_by_its_folder_and_by_its_compiler(tmp_path: Path) -> None:
         found = toolchain.find_cuda(given)
         assert (found.root, found.nvcc, found.version) == (tmp_path / "cuda-12.6", nvcc, (12, 6))
         assert found.sms == (50, 72, 80, 86, 87, 89, 90)
-    with pytest.raises(EnvironmentError_, match="no CUDA toolkit at"):
+    with pytest.raises(SetupError, match="no CUDA toolkit at"):
         toolchain.find_cuda(tmp_path)
 
 
@@ -150,9 +150,9 @@ def test_cuda_on_a_board_is_not_on_the_path(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_cuda_too_old_or_silent(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentError_, match=r"CUDA 11\.4 .* too old"):
+    with pytest.raises(SetupError, match=r"CUDA 11\.4 .* too old"):
         toolchain.find_cuda(toolkit(tmp_path / "old", (11, 4)))
-    with pytest.raises(EnvironmentError_, match="does not say its version"):
+    with pytest.raises(SetupError, match="does not say its version"):
         toolchain.find_cuda(script(tmp_path / "silent" / "bin" / "nvcc", ""))
 
 
@@ -195,7 +195,7 @@ def test_code_that_a_toolkit_does_not_make(
     version: tuple[int, int], sm: int, hint: str, tmp_path: Path
 ) -> None:
     cuda = toolchain.find_cuda(toolkit(tmp_path / "cuda", version))
-    with pytest.raises(EnvironmentError_, match=f"no code for sm_{sm}") as error:
+    with pytest.raises(SetupError, match=f"no code for sm_{sm}") as error:
         toolchain.require_code_for((87, sm), cuda)
     assert hint in error.value.hint
     toolchain.require_code_for((80, 87, 90), cuda)
@@ -257,7 +257,7 @@ NEW_DEFINES = (
 
 def test_no_tensorrt_is_fine(tmp_path: Path) -> None:
     assert toolchain.find_tensorrt() is None
-    with pytest.raises(EnvironmentError_, match="no TensorRT headers"):
+    with pytest.raises(SetupError, match="no TensorRT headers"):
         toolchain.find_tensorrt(tmp_path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sensitivity_case as case
 
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 from xlstm_export.sensitivity import runner as sensitivity_runner
 from xlstm_export.sensitivity.runner import Log, _client, _scratch
 
@@ -58,7 +58,7 @@ def test_a_new_start(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentError_, match="cannot be written"):
+    with pytest.raises(SetupError, match="cannot be written"):
         Log(tmp_path / "file" / "log.jsonl", resume=True)
 
 
@@ -88,7 +88,7 @@ def test_scratch_of_the_dead_is_removed_and_nothing_else(tmp_path: Path) -> None
 
 def test_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(EnvironmentError_, match="distributed") as found, _client("tcp://127.0.0.1:1"):
+    with pytest.raises(SetupError, match="distributed") as found, _client("tcp://127.0.0.1:1"):
         pass
     assert "xlstm-export[dask]" in found.value.hint
 
@@ -101,7 +101,7 @@ def test_nobody_answers(address: str) -> None:
     pytest.importorskip("distributed")
     start = time.monotonic()
     with (
-        pytest.raises(EnvironmentError_, match="no Dask scheduler"),
+        pytest.raises(SetupError, match="no Dask scheduler"),
         _client(address.format(port=_free_port())),
     ):
         pass
@@ -113,7 +113,7 @@ def test_nobody_answers(address: str) -> None:
 def test_a_scheduler_without_workers() -> None:
     with (
         case.local_cluster(0) as address,
-        pytest.raises(EnvironmentError_, match="no workers"),
+        pytest.raises(SetupError, match="no workers"),
         _client(address),
     ):
         pass

@@ -342,7 +342,7 @@ def test_an_interrupt_leaves_nothing_behind(
 ) -> None:
     """Ctrl-C of a terminal reaches the whole group; the log goes on where it was."""
     scales.write(tmp_path / "scales")
-    with _started(export, data, tmp_path) as process:
+    with Started(export, data, tmp_path) as process:
         log = tmp_path / "out" / "candidates.jsonl"
         _wait(lambda: log.exists() and log.read_bytes().count(b"\n") > 3)
         children = _children(process.pid)
@@ -355,7 +355,7 @@ def test_an_interrupt_leaves_nothing_behind(
     assert (tmp_path / "out" / "evidence.json").read_bytes() == (coarse / "evidence.json").read_bytes()
 
 
-class _started:
+class Started:
     """The quick variant in a process and group of its own, with two workers."""
 
     def __init__(self, export: Path, data: Path, folder: Path) -> None:

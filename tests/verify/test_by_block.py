@@ -15,7 +15,7 @@ import torch
 from refusals import refused
 
 from xlstm_export import checks, runfolder
-from xlstm_export.errors import EnvironmentError_, UsageError
+from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.lift.model import truncated
 from xlstm_export.load import checkpoint
 from xlstm_export.sessions import OrtSession, TorchSession
@@ -35,7 +35,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[checkpoint.Loaded, 
     return loaded, trace.export(loaded, folder / "out", dtype="bf16")
 
 
-def failed(report: checks.Report) -> list[str]:
+def failed(report: checks.Verdict) -> list[str]:
     return [check.name for check in report.checks if not check.passed]
 
 
@@ -151,9 +151,7 @@ def test_a_model_that_does_not_fit_the_memory(
 ) -> None:
     loaded, out = large
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1000)
-    with refused(
-        EnvironmentError_, "xLSTMForCausalLM as a whole takes about", "--per-block", "--num-blocks N"
-    ):
+    with refused(SetupError, "xLSTMForCausalLM as a whole takes about", "--per-block", "--num-blocks N"):
         verify.verify_any(out, loaded)
 
 

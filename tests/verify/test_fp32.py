@@ -25,7 +25,7 @@ from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load import checkpoint
 from xlstm_export.sessions import OrtSession, StatefulSession
 from xlstm_export.trace import export as trace
-from xlstm_export.verify.fp32 import LIMITS, Check, Report, verify
+from xlstm_export.verify.fp32 import LIMITS, Check, Verdict, verify
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def tampered(folder: Path) -> Callable[[Edit], Path]:
     return partial(tamper_with, folder)
 
 
-def failed(report: Report) -> list[str]:
+def failed(report: Verdict) -> list[str]:
     assert report.passed == all(check.passed for check in report.checks)
     return [check.name for check in report.checks if not check.passed]
 
 
-def stages(report: Report) -> set[str]:
+def stages(report: Verdict) -> set[str]:
     """First words of the names of the checks that failed: prefill, step, chunked, ...
 
     Without "fused", which is checked only where those operators are built; see `test_fused.py`.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_export.checks import Check, Report
+from xlstm_export.checks import Check, Verdict
 from xlstm_export.errors import InputError
 from xlstm_export.verify.gate_file import read_gate
 
-REPORT = Report((Check("step: logits", 1e-4, 1e-5), Check("memory length: block 0", 0.2, 0.1)), {}, {})
+REPORT = Verdict((Check("step: logits", 1e-4, 1e-5), Check("memory length: block 0", 0.2, 0.1)), {}, {})
 
 
 def gate(tmp_path: Path, content: str) -> Path:

@@ -41,7 +41,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def failed(report: checks.Report) -> set[str]:
+def failed(report: checks.Verdict) -> set[str]:
     return {check.name for check in report.checks if not check.passed}
 
 
@@ -90,7 +90,7 @@ def test_a_verified_export_is_the_reference(small_export: Path, small_loaded: Lo
     base = shutil.copytree(small_export, tmp_path / "base")
     folder = quantize.quantize(base, preset("fp16"))
     assert fp32_reference(folder, small_loaded).name == "PyTorch FP32"
-    passed = checks.Report((checks.Check("all", 0.0, 1.0),), {}, runfolder.hashes(base))
+    passed = checks.Verdict((checks.Check("all", 0.0, 1.0),), {}, runfolder.hashes(base))
     atomic.write_json(base / "verify" / "report.json", passed.to_json())
     assert fp32_reference(folder, small_loaded).name == "FP32 export"
     with (base / "model.onnx.data").open("r+b") as file:

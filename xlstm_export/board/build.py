@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import sha256, staged, write_json
-from ..errors import BuildError, EnvironmentError_, InputError
+from ..errors import BuildError, InputError, SetupError
 from ..plugins import build as plugin_builder
 from ..plugins import locate
 from ..runfolder import MANIFEST, MODEL, read_io
@@ -107,11 +107,11 @@ def plan_build(
         plugin: library to use instead of the one that is found.
 
     Raises:
-        EnvironmentError_: TensorRT is too old, or there is no plugin library.
+        SetupError: TensorRT is too old, or there is no plugin library.
         InputError: the bundle's manifest or io.json is damaged.
     """
     if version[:2] < OLDEST:
-        raise EnvironmentError_(
+        raise SetupError(
             f"TensorRT {_dotted(version)} is too old: plugins need {_dotted(OLDEST)}",
             "JetPack 6.1 brings 10.3; or use --backend onnxruntime",
         )
@@ -157,7 +157,7 @@ def find_plugin(bundle: Path) -> Path:
     """The plugin library: what came along for this machine, else compiled here, once, into the user's cache.
 
     Raises:
-        EnvironmentError_: it is not there and no CUDA compiler is.
+        SetupError: it is not there and no CUDA compiler is.
         BuildError: the compiler failed.
     """
     locate.ROOT = bundle / "plugins"
@@ -191,7 +191,7 @@ def build_engine(
         Path of the engine.
 
     Raises:
-        EnvironmentError_: TensorRT, CUDA or the plugin library is missing or does not fit.
+        SetupError: TensorRT, CUDA or the plugin library is missing or does not fit.
         BuildError: TensorRT does not parse or build the graph; the message holds its own.
     """
     trt = tensorrt if tensorrt is not None else import_tensorrt()
@@ -359,7 +359,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
     """The engine for this machine, and the plugin library it was built with.
 
     Raises:
-        EnvironmentError_: there is none, with those for other machines named; or TensorRT or CUDA is missing.
+        SetupError: there is none, with those for other machines named; or TensorRT or CUDA is missing.
         InputError: it is damaged, or was built of another graph or other plugins.
     """
     version = version_of(tensorrt if tensorrt is not None else import_tensorrt())
@@ -367,7 +367,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
     if not (folder / MANIFEST).is_file():
         others = sorted(path.parent.name for path in (bundle / ENGINES).glob(f"*/{ENGINE}"))
         found = f"; there are {', '.join(others)}, which do not run here" if others else ""
-        raise EnvironmentError_(f"there is no engine for {folder.name}{found}", "python3 deploy.py build")
+        raise SetupError(f"there is no engine for {folder.name}{found}", "python3 deploy.py build")
     try:
         about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         origin, digest, plugin = about["origin"], about["engine_sha256"], about["plugin"]
@@ -380,7 +380,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
     if origin["model"] not in models or origin["plugin"] != manifest["plugin_abi"][KIND]:
         raise InputError(f"{folder.name} was built of another bundle", "python3 deploy.py build")
     if plugin is not None and not Path(plugin).is_file():
-        raise EnvironmentError_(f"the plugin library {plugin} is gone", "python3 deploy.py build")
+        raise SetupError(f"the plugin library {plugin} is gone", "python3 deploy.py build")
     return folder / ENGINE, None if plugin is None else Path(plugin)
 
 

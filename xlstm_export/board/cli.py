@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic import write_json
-from ..errors import EnvironmentError_, ExportError, GateError, UsageError
+from ..errors import ExportError, GateError, SetupError, UsageError
 from ..runfolder import read_io
 from ..sessions import streams, timing
 from ..sessions.protocol import Session, load_state, save_state
@@ -99,7 +99,7 @@ def _doctor(options: Any) -> None:
             action = f" → {finding.action}" if finding.action else ""
             print(f"{finding.status:9} {finding.name}: {finding.detail}{action}")
     if any(finding.status == "missing" for finding in findings):
-        raise EnvironmentError_("this machine cannot run the bundle as it is", "see the lines marked missing")
+        raise SetupError("this machine cannot run the bundle as it is", "see the lines marked missing")
 
 
 def _build(options: Any) -> None:
@@ -202,7 +202,7 @@ def _backend(options: Any) -> str:
     if options.backend is None:
         options.backend = next((name for name in BACKENDS if find_spec(name) is not None), None)
     if options.backend is None:
-        raise EnvironmentError_(
+        raise SetupError(
             "neither tensorrt nor onnxruntime is installed",
             "TensorRT comes with JetPack; else: pip install onnxruntime",
         )

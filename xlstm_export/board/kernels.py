@@ -27,7 +27,7 @@ def build(bundle: Path, progress: Callable[[int, int], None] = lambda done, tota
     """Compile the library for this machine into the user's cache; what is there already is not built again.
 
     Raises:
-        EnvironmentError_: CMake or a C++ compiler is missing.
+        SetupError: CMake or a C++ compiler is missing.
         BuildError: the compiler failed.
     """
     locate.ROOT = bundle / "plugins"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-from ..errors import EnvironmentError_
+from ..errors import SetupError
 from ..plugins import inventory, locate, toolchain
 
 # distribution → (module, what it is for, how to get it, needed for the main job)
@@ -89,7 +89,7 @@ def _compiler() -> Finding:
     purpose = "fused recurrences on the CPU"
     try:
         compiler, cmake = toolchain.find_compiler(), toolchain.find_cmake()
-    except EnvironmentError_ as error:
+    except SetupError as error:
         return Finding("c++ compiler", "optional", f"{error.message} — {purpose}", error.hint)
     version = ".".join(map(str, cmake.version))
     return Finding("c++ compiler", "ok", f"{compiler.version}, CMake {version} — {purpose}")
@@ -99,7 +99,7 @@ def _cuda_compiler() -> Finding:
     purpose = "fused recurrences on a GPU"
     try:
         cuda = toolchain.find_cuda()
-    except EnvironmentError_ as error:
+    except SetupError as error:
         return Finding("nvcc", "optional", f"{error.message} — {purpose}", error.hint)
     return Finding("nvcc", "ok", f"{'.'.join(map(str, cuda.version))} at {cuda.root} — {purpose}")
 
@@ -109,7 +109,7 @@ def _recurrences() -> Finding:
     name = "recurrences"
     try:
         library = locate.find("ort-cpu")
-    except EnvironmentError_ as error:
+    except SetupError as error:
         return Finding(name, "missing", error.message, error.hint)
     if library is None:
         command = "xlstm-export plugins build --only ort-cpu"

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import EnvironmentError_, ExportError
+from ..errors import ExportError, SetupError
 from ..lift.model import spec_of
 from ..quantize.recipe import BASES, PRECISIONS
 from ..targets import TARGETS
@@ -172,7 +172,7 @@ def doctor(as_json: bool) -> None:
     findings = examine()
     emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
     if any(f.status == "missing" for f in findings):
-        raise EnvironmentError_("something needed is missing", "see the last column above")
+        raise SetupError("something needed is missing", "see the last column above")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from .tables_bench import format_bytes, show_bench
 from .tables_precision import show_precision, show_variants
 
 if TYPE_CHECKING:
-    from ..checks import Report
+    from ..checks import Verdict
     from ..pipeline.deploy import Deployment
     from ..verify.bisect.search import Bisection
 
@@ -62,7 +62,7 @@ def show_io(console: Console, io: IoSpec) -> None:
     console.print(table)
 
 
-def show_verify(console: Console, report: Report) -> None:
+def show_verify(console: Console, report: Verdict) -> None:
     """Every check with its error; the verdict last. Fits a terminal of 80 columns."""
     if report.precision:
         show_precision(console, report)

@@ -13,7 +13,7 @@ from ..verify.precision import drift_at
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
-    from ..checks import Report
+    from ..checks import Verdict
     from ..pipeline.deploy import Deployment, Variant
     from ..sensitivity import Sensitivity
     from ..sensitivity.search import Candidate
@@ -44,7 +44,7 @@ def show_scales(console: Console, scales: Scales) -> None:
     console.print(table)
 
 
-def show_precision(console: Console, report: Report) -> None:
+def show_precision(console: Console, report: Verdict) -> None:
     """What a half or quantized export is, and its drift along one stream."""
     about = report.precision
     sites = ", ".join(f"{count} {kind}" for kind, count in about["sites"].items())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..atomic import readable_os_errors, write_text
-from ..errors import EnvironmentError_, InputError, UsageError
+from ..errors import InputError, SetupError, UsageError
 from ..inputs import per_position
 from ..sessions.protocol import Session
 from ..specs import IoSpec
@@ -190,7 +190,7 @@ def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
 
     Raises:
         UsageError: `every` of a model that gives one forecast per call.
-        EnvironmentError_: the file cannot be written.
+        SetupError: the file cannot be written.
     """
     stream = text_io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -223,14 +223,12 @@ def plot(made: Forecast, path: Path, target: str | None = None) -> None:
 
     Raises:
         UsageError: no such column, or another ending.
-        EnvironmentError_: matplotlib is not installed.
+        SetupError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise EnvironmentError_(
-            f"matplotlib cannot be imported: {error}", "pip install matplotlib"
-        ) from error
+        raise SetupError(f"matplotlib cannot be imported: {error}", "pip install matplotlib") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "xlstm_export"
     from matplotlib.figure import Figure

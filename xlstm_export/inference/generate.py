@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import EnvironmentError_, InputError, UsageError
+from ..errors import InputError, SetupError, UsageError
 from ..sessions.protocol import Session
 from ..sessions.streams import BYTES, continue_tokens
 from ..specs import IoSpec
@@ -42,9 +42,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise EnvironmentError_(
-                f"tokenizers cannot be imported: {error}", "pip install tokenizers"
-            ) from error
+            raise SetupError(f"tokenizers cannot be imported: {error}", "pip install tokenizers") from error
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package's own errors derive from nothing else

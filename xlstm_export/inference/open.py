@@ -23,7 +23,7 @@ def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: i
 
     Raises:
         UsageError: no such backend.
-        InputError, EnvironmentError_: it cannot be opened.
+        InputError, SetupError: it cannot be opened.
     """
     if backend == "onnxruntime":
         from ..sessions.ort import OrtSession

@@ -57,7 +57,7 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
 
     Raises:
         InputError: something is missing or truncated, or config and weights do not fit.
-        EnvironmentError_: the package that defines the family is not installed.
+        SetupError: the package that defines the family is not installed.
         BuildError: the model has a variant that cannot be exported.
     """
     if not path.exists():

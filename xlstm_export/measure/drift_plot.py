@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic import readable_os_errors
-from ..errors import EnvironmentError_, UsageError
+from ..errors import SetupError, UsageError
 from .drift_result import FREE, TEACHER, Drift
 
 # Format → metadata that would otherwise hold a date or a version.
@@ -32,7 +32,7 @@ def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
 
     Raises:
         UsageError: another ending, or nothing to draw.
-        EnvironmentError_: matplotlib is not installed, the file cannot be written.
+        SetupError: matplotlib is not installed, the file cannot be written.
     """
     named = {"": drifts} if isinstance(drifts, Drift) else drifts
     kind = path.suffix.removeprefix(".").lower()
@@ -42,9 +42,7 @@ def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EnvironmentError_(
-            f"matplotlib cannot be imported: {error}", "pip install matplotlib"
-        ) from error
+        raise SetupError(f"matplotlib cannot be imported: {error}", "pip install matplotlib") from error
     # A salt of our own makes the identifiers in an SVG the same each time.
     with matplotlib.rc_context({"svg.hashsalt": "drift", "font.family": "DejaVu Sans"}):
         figure = _picture(Figure(figsize=(10, 5), layout="constrained"), named)

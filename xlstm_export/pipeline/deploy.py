@@ -9,7 +9,7 @@ from typing import Any
 
 from ..bench.bench import bench
 from ..bench.result import BenchReport
-from ..checks import Report
+from ..checks import Verdict
 from ..errors import UsageError
 from ..load.loaded import Loaded
 from ..quantize.quantize import quantize
@@ -34,7 +34,7 @@ class Variant:
 
     precision: str
     folder: Path
-    verification: Report
+    verification: Verdict
     benchmark: BenchReport | None
 
     @property
@@ -60,7 +60,7 @@ class Deployment:
         return self.variants[-1].folder
 
     @property
-    def verification(self) -> Report:
+    def verification(self) -> Verdict:
         return self.variants[-1].verification
 
     @property

@@ -20,7 +20,7 @@ from ..runfolder import read_io
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
     from ..calibration.sets import CalibrationSet
-    from ..checks import Report
+    from ..checks import Verdict
     from ..sensitivity import Sensitivity
 
 Progress = Callable[[str], None]
@@ -65,7 +65,7 @@ def verify(
     calib: str | None = None,
     progress: Progress = lambda stage: None,
     **options: Any,
-) -> Report:
+) -> Verdict:
     """`verify_blocks.verify_any`, and where that fails the place where the candidate leaves its reference.
 
     Args:

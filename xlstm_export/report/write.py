@@ -56,7 +56,7 @@ def write_report(
 
     Raises:
         InputError: a file of the run is damaged, or there is no run.
-        EnvironmentError_: a file cannot be written.
+        SetupError: a file cannot be written.
     """
     run = read_run(folder)
     other = read_run(compare) if compare is not None else None

@@ -112,7 +112,7 @@ def measure(setup: Setup, recipe: Recipe) -> Measured:
 
     Raises:
         InputError: the export or the ranges are unusable.
-        EnvironmentError_: there is no room for the candidate.
+        SetupError: there is no room for the candidate.
     """
     try:
         return _measure(setup, recipe)

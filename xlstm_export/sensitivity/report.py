@@ -117,7 +117,7 @@ def write_evidence(result: Sensitivity, out: Path) -> None:
     """Write all files, each atomically; the picture only where matplotlib is installed.
 
     Raises:
-        EnvironmentError_: the folder cannot be written, or the disk is full.
+        SetupError: the folder cannot be written, or the disk is full.
     """
     write_json(out / EVIDENCE, result.to_json())
     _replace(out / TABLE, _table(result).encode())

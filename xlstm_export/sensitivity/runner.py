@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from ..atomic import alive, readable_os_errors
-from ..errors import EnvironmentError_
+from ..errors import SetupError
 from ..graph.sites import Site
 from ..quantize.recipe import Recipe
 from ..runfolder import MANIFEST, versions
@@ -256,7 +256,7 @@ def _readable_worker_errors() -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # that a generator ended early is meant
             yield
     except BrokenProcessPool as error:
-        raise EnvironmentError_(
+        raise SetupError(
             "a process that measured a candidate was killed", "often for memory: run fewer at a time (--jobs)"
         ) from error
 
@@ -269,18 +269,18 @@ def _client(address: str) -> Iterator[Any]:
     """A connection to a running scheduler, with a worker at least.
 
     Raises:
-        EnvironmentError_: `distributed` is not installed, nobody answers, or there are no workers.
+        SetupError: `distributed` is not installed, nobody answers, or there are no workers.
     """
     try:
         import distributed
     except ImportError as error:
-        raise EnvironmentError_(
+        raise SetupError(
             f"distributed cannot be imported: {error}", 'pip install "xlstm-export[dask]"'
         ) from error
     try:
         client = distributed.Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
     except (OSError, ValueError) as error:  # a timeout is an OSError
-        raise EnvironmentError_(
+        raise SetupError(
             f"no Dask scheduler answers at {address}: {error}", "start one with `dask scheduler`"
         ) from error
     try:
@@ -294,7 +294,7 @@ def _wait_for_worker(client: Any, address: str) -> None:
     try:
         client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
     except TimeoutError as error:
-        raise EnvironmentError_(
+        raise SetupError(
             f"the Dask scheduler at {address} has no workers", f"start some with `dask worker {address}`"
         ) from error
 
@@ -304,13 +304,13 @@ def _check_cluster(client: Any, setup: Setup) -> None:
     try:
         answers = client.run(_look, setup.folder)
     except Exception as error:  # whatever importing on another machine may raise
-        raise EnvironmentError_(
+        raise SetupError(
             f"a Dask worker cannot import xlstm_export: {error}", "install the same version on every worker"
         ) from error
     here = _look(setup.folder)[1]
     for worker, (visible, there) in sorted(answers.items()):
         if not visible:
-            raise EnvironmentError_(
+            raise SetupError(
                 f"Dask worker {worker} does not see {setup.folder}",
                 "put the run folder on a disk that all workers mount under the same path",
             )
@@ -318,7 +318,7 @@ def _check_cluster(client: Any, setup: Setup) -> None:
             f"{name} {there[name]} instead of {here[name]}" for name in SAME if there[name] != here[name]
         ]
         if other:
-            raise EnvironmentError_(
+            raise SetupError(
                 f"Dask worker {worker} has {', '.join(other)}", "install the same versions on every worker"
             )
 

@@ -133,7 +133,7 @@ def sensitivity(
     Raises:
         UsageError: options out of range, `folder` is quantized already.
         InputError: export, data or ranges are unusable.
-        EnvironmentError_: no scheduler, no disk space, a worker was killed.
+        SetupError: no scheduler, no disk space, a worker was killed.
         GateError: the base type alone drops the metric by more than `max_drop`; the evidence is written.
         BuildError: a graph with nothing but the base type cannot be built.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, EnvironmentError_
+from ..errors import BuildError, SetupError
 
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
@@ -25,7 +25,7 @@ def load() -> Any:
     """The CUDA runtime library.
 
     Raises:
-        EnvironmentError_: there is none.
+        SetupError: there is none.
     """
     for name in (*LIBRARIES, ctypes.util.find_library("cudart")):
         if name:
@@ -33,7 +33,7 @@ def load() -> Any:
                 return ctypes.CDLL(name)
             except OSError:
                 continue
-    raise EnvironmentError_(
+    raise SetupError(
         f"no CUDA runtime was found ({', '.join(LIBRARIES)})", "on a Jetson: sudo apt install nvidia-jetpack"
     )
 

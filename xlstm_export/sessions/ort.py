@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, EnvironmentError_, InputError
+from ..errors import BuildError, InputError, SetupError
 from ..inputs import Arrays, cut, per_position
 from ..runfolder import IO, MODEL, read_io, read_manifest
 from ..specs import TensorSpec
@@ -54,9 +54,7 @@ class OrtSession(StatefulSession):
         try:
             import onnxruntime
         except ImportError as error:
-            raise EnvironmentError_(
-                f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
-            ) from error
+            raise SetupError(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime") from error
         self._ort = onnxruntime
         self._folder = Path(folder)
         self._threads = threads

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, EnvironmentError_, InputError
+from ..errors import BuildError, InputError, SetupError
 from ..inputs import Arrays, cut, per_position
 from ..specs import IoSpec, TensorSpec
 from .cuda import Cuda
@@ -226,12 +226,12 @@ def import_tensorrt() -> Any:
     """The board's TensorRT.
 
     Raises:
-        EnvironmentError_: it is not installed.
+        SetupError: it is not installed.
     """
     try:
         import tensorrt
     except ImportError as error:
-        raise EnvironmentError_(
+        raise SetupError(
             f"tensorrt cannot be imported: {error}",
             "on a Jetson: sudo apt install nvidia-jetpack; virtual environments need --system-site-packages",
         ) from error

@@ -68,7 +68,7 @@ def export(
     Raises:
         BuildError: the module cannot be lifted or traced, or does not stream and is not to be stateless.
         InputError: a weight is damaged or does not fit `dtype`.
-        UsageError, EnvironmentError_: see `runfolder.staged`.
+        UsageError, SetupError: see `runfolder.staged`.
     """
     if dtype not in stored_types.DTYPES:
         raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(stored_types.DTYPES)}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import Check, Report, output_check
+from ..checks import Check, Verdict, output_check
 from ..distance import Difference, compare_states, difference
 from ..errors import UsageError
 from ..inputs import Arrays, per_position
@@ -52,7 +52,7 @@ def verify_per_block(
     seed: int = 0,
     threads: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Report:
+) -> Verdict:
     """Compare every block of an export with the model's, with one block's weights in memory at a time.
 
     Each block is checked alone (both sides start from the reference's input to it), in one call and in
@@ -78,7 +78,7 @@ def verify_per_block(
             f"{loaded.name} was built in memory by a factory", "verify it as a whole, without --per-block"
         )
     run = _PerBlock(folder, loaded, seed, threads, progress)
-    report = Report(
+    report = Verdict(
         tuple(run.checks()), {}, hashes(folder), f"made-up inputs, {BATCH} rows of {LENGTH} positions"
     )
     return finish(report, folder / "verify" / "per_block.json", gate)

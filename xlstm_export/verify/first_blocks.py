@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..atomic import write_json
-from ..checks import Report
-from ..errors import EnvironmentError_
+from ..checks import Verdict
+from ..errors import SetupError
 from ..graph import cut as graph_cut
 from ..graph import files
 from ..lift.model import truncated
@@ -23,7 +23,7 @@ from ..specs import IoSpec
 from .fp32 import verify
 
 
-def verify_first_blocks(folder: Path, loaded: Loaded, num_blocks: int, **options: Any) -> Report:
+def verify_first_blocks(folder: Path, loaded: Loaded, num_blocks: int, **options: Any) -> Verdict:
     """`verify` on the first blocks of an export, head included; nothing is exported again.
 
     Args:
@@ -54,7 +54,7 @@ def _truncated(folder: Path, num_blocks: int) -> Iterator[Path]:
         try:
             os.link(folder / MODEL_DATA, part / MODEL_DATA)  # a runtime accepts no symbolic link
         except OSError as error:
-            raise EnvironmentError_(
+            raise SetupError(
                 f"{folder} is on a file system without hard links: {error.strerror}",
                 "copy the run folder to another disk",
             ) from error

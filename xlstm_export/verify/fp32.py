@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Check, Report, output_check
+from ..checks import Check, Verdict, output_check
 from ..distance import difference
 from ..errors import UsageError
 from ..inputs import Arrays, cut, has_positions
@@ -39,7 +39,7 @@ def verify(
     seed: int = 0,
     threads: int = 0,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Report:
+) -> Verdict:
     """Compare an export with the module it was made from and write `verify/report.json`.
 
     Args:
@@ -75,7 +75,7 @@ def verify(
         more, measured = run.check_metric(run.data)
         checks += more
     return finish(
-        Report(tuple(checks), measured, hashes(folder), run.source.name, as_it_comes, gates=found.to_json()),
+        Verdict(tuple(checks), measured, hashes(folder), run.source.name, as_it_comes, gates=found.to_json()),
         folder / "verify" / "report.json",
         gate,
     )

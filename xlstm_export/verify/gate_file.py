@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checks import Check, Report
+from ..checks import Check, Verdict
 from ..errors import InputError
 
 EXAMPLE = 'limits: {"memory length: *": 0.1}'
@@ -34,7 +34,7 @@ class Gate:
     sha256: str
     limits: Mapping[str, float]
 
-    def apply(self, report: Report) -> Report:
+    def apply(self, report: Verdict) -> Verdict:
         """The report judged by these limits.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..atomic import write_json
-from ..checks import Check, Report
+from ..checks import Check, Verdict
 from ..errors import UsageError
 from ..inputs import Arrays, per_position
 from ..load.loaded import Loaded
@@ -141,7 +141,7 @@ def audited(
     return gates, [Check("heads whose stabilizer is no number", float(broken), 0.0)] if heads else []
 
 
-def finish(report: Report, path: Path, gate: Gate | None) -> Report:
+def finish(report: Verdict, path: Path, gate: Gate | None) -> Verdict:
     """Judge by the gate file, if there is one, and write the report."""
     if gate is not None:
         report = gate.apply(report)

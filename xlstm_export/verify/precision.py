@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from .. import runfolder
-from ..checks import Check, Report
-from ..errors import EnvironmentError_, GateError, InputError, UsageError
+from ..checks import Check, Verdict
+from ..errors import GateError, InputError, SetupError, UsageError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
 from ..inputs import Arrays, per_position
@@ -54,7 +54,7 @@ def verify_precision(
     horizon: int | None = None,
     free_horizon: int | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-) -> Report:
+) -> Verdict:
     """Verify a run folder of `quantize`; writes `verify/report.json` and `verify/drift.csv`.
 
     Args:
@@ -81,9 +81,7 @@ def verify_precision(
         horizon = horizon or HORIZONS[-1]
         drift = run.measure(horizon, free_horizon or horizon, progress)
         drift.write_csv(folder / "verify" / "drift.csv")
-        with contextlib.suppress(
-            EnvironmentError_
-        ):  # no matplotlib, no picture: the figures are in the table
+        with contextlib.suppress(SetupError):  # no matplotlib, no picture: the figures are in the table
             plot_drift({run.precision: drift}, folder / "verify" / "drift.svg")
         checks += drift_checks(drift, run.drift_limits)
     else:
@@ -96,7 +94,7 @@ def verify_precision(
         more, measured = run.check_metric(run.data)
         checks += more
     return finish(
-        Report(
+        Verdict(
             tuple(checks),
             measured,
             runfolder.hashes(folder),
@@ -267,7 +265,7 @@ def _steps(horizon: int) -> tuple[int, ...]:
     return (*(h for h in HORIZONS if h < horizon), horizon)
 
 
-def drift_at(report: Report, horizon: int) -> float | None:
+def drift_at(report: Verdict, horizon: int) -> float | None:
     """The teacher-forced error of the first output at a horizon; None where it was not measured."""
     drift = (report.precision or {}).get("drift")
     for row in drift["rows"] if drift else ():

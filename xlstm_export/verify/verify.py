@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..checks import Report
-from ..errors import EnvironmentError_, UsageError
+from ..checks import Verdict
+from ..errors import SetupError, UsageError
 from ..inputs import Arrays
 from ..load.loaded import Loaded
 from ..runfolder import read_manifest
@@ -31,13 +31,13 @@ def verify_any(
     horizon: int | None = None,
     free_horizon: int | None = None,
     **options: Any,
-) -> Report:
+) -> Verdict:
     """The verification that was asked for: of the whole, of the first blocks, or block by block; that of
     `verify_precision` for a half or quantized run folder.
 
     Raises:
         UsageError: the options exclude each other.
-        EnvironmentError_: the whole was asked for and does not fit the memory.
+        SetupError: the whole was asked for and does not fit the memory.
     """
     options["gate"] = None if gate is None else read_gate(gate)
     on_data: dict[str, Any] = {"data": data, "calibration": calibration, "metric": metric}
@@ -72,7 +72,7 @@ def _require_memory(loaded: Loaded) -> None:
         return
     # What the system caches of files is free for the asking, but how much of it is not known everywhere.
     if needed > max(available, total * 0.8):
-        raise EnvironmentError_(
+        raise SetupError(
             f"verifying {loaded.name} as a whole takes about {needed / 1e9:.0f} GB of memory, "
             f"this machine has {total / 1e9:.0f} GB",
             "use --per-block (one block at a time) or --num-blocks N (the first N blocks)",

@@ -22,7 +22,7 @@ from test_tensorrt_build import pytestmark as needs_builder
 from torch import Tensor, nn
 
 from xlstm_export.distance import compare_states, difference
-from xlstm_export.errors import BuildError, EnvironmentError_, InputError
+from xlstm_export.errors import BuildError, InputError, SetupError
 from xlstm_export.lift import lift as cells
 from xlstm_export.lift.cells import tirex as tirex_cells
 from xlstm_export.lift.model import lift_model, spec_of, truncated
@@ -503,7 +503,7 @@ def test_folder_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_package_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tirex", None)
-    with refused(EnvironmentError_, "tirex-ts", "pip install tirex-ts"):
+    with refused(SetupError, "tirex-ts", "pip install tirex-ts"):
         tirex.load(folder)
 
 

@@ -18,7 +18,7 @@ from xlstm_export.plugins.build import build
 
 from xlstm_export import runfolder
 from xlstm_export.distance import compare_states, difference
-from xlstm_export.errors import EnvironmentError_
+from xlstm_export.errors import SetupError
 from xlstm_export.inputs import Arrays, cut
 from xlstm_export.load import checkpoint
 from xlstm_export.sessions import OrtSession, load_state, save_state
@@ -243,7 +243,7 @@ def test_a_library_that_is_named_must_be_there(
     small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "none.so"))
-    with pytest.raises(EnvironmentError_, match=r"none\.so"):
+    with pytest.raises(SetupError, match=r"none\.so"):
         OrtSession(small_export)
 
 

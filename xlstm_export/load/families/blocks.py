@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BuildError, EnvironmentError_, InputError
+from ...errors import BuildError, InputError, SetupError
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
 from ..weights import Weights
@@ -22,7 +22,7 @@ def load(path: Path) -> Loaded:
 
     Raises:
         InputError: something is missing, truncated, not finite, or config and weights do not fit.
-        EnvironmentError_: the `xlstm` package is not installed.
+        SetupError: the `xlstm` package is not installed.
         BuildError: the model has a variant that cannot be exported.
     """
     weights, files = find_weights(path)
@@ -66,9 +66,7 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
     try:
         import xlstm
     except ImportError as error:
-        raise EnvironmentError_(
-            f"the `xlstm` package cannot be imported: {error}", "pip install xlstm"
-        ) from error
+        raise SetupError(f"the `xlstm` package cannot be imported: {error}", "pip install xlstm") from error
     is_lm = "vocab_size" in config
     config_class = xlstm.xLSTMLMModelConfig if is_lm else xlstm.xLSTMBlockStackConfig
     model_class = xlstm.xLSTMLMModel if is_lm else xlstm.xLSTMBlockStack

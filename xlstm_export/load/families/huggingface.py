@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import EnvironmentError_, InputError
+from ...errors import InputError, SetupError
 from ..find import find_weights, read_config
 from ..loaded import Loaded, check_fit
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
@@ -52,13 +52,13 @@ def load(path: Path) -> Loaded:
     Raises:
         InputError: another model type, fields this `transformers` does not know, shards missing or damaged,
             config and weights do not fit.
-        EnvironmentError_: `transformers` is not installed or too old.
+        SetupError: `transformers` is not installed or too old.
     """
     try:
         from transformers import xLSTMConfig
         from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM, xLSTMModel
     except ImportError as error:
-        raise EnvironmentError_(
+        raise SetupError(
             f"transformers with xLSTM cannot be imported: {error}", "pip install -U transformers"
         ) from error
     config_path = path / CONFIG

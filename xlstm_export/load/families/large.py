@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...errors import EnvironmentError_, InputError
+from ...errors import InputError, SetupError
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit
 from ..weights import Weights
@@ -36,14 +36,12 @@ def load(path: Path) -> Loaded:
 
     Raises:
         InputError: something is missing or damaged, or config and weights do not fit.
-        EnvironmentError_: the `xlstm` package is not installed.
+        SetupError: the `xlstm` package is not installed.
     """
     try:
         from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
     except ImportError as error:
-        raise EnvironmentError_(
-            f"the `xlstm` package cannot be imported: {error}", "pip install xlstm"
-        ) from error
+        raise SetupError(f"the `xlstm` package cannot be imported: {error}", "pip install xlstm") from error
     weights, files = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)

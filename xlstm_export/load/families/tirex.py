@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import EnvironmentError_, InputError
+from ...errors import InputError, SetupError
 from ..find import find_config
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..weights import Weights, from_tensors, load_torch_file
@@ -59,7 +59,7 @@ def load(path: Path, *, streaming: bool = False) -> Loaded:
 
     Raises:
         InputError: the file is missing or damaged, holds code, or its parts do not fit each other.
-        EnvironmentError_: the `tirex-ts` package is not installed.
+        SetupError: the `tirex-ts` package is not installed.
     """
     file = _checkpoint_file(path)
     if file is None:
@@ -287,7 +287,7 @@ def _build(hyper_parameters: dict[str, Any], file: Path) -> nn.Module:
     try:
         from tirex import TiRexZero  # type: ignore[import-untyped]
     except ImportError as error:
-        raise EnvironmentError_(
+        raise SetupError(
             f"the `tirex-ts` package cannot be imported: {error}", "pip install tirex-ts"
         ) from error
     missing = [name for name in ("model_config", "train_ctx_len") if name not in hyper_parameters]

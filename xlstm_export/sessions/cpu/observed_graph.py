@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import BuildError, EnvironmentError_, InputError, UsageError
+from ...errors import BuildError, InputError, SetupError, UsageError
 from ...graph.element_types import typed_nodes
 from ...graph.files import load_graph
 from ...inputs import Arrays
@@ -33,7 +33,7 @@ class ObservedGraph:
     Raises:
         UsageError: there is no such value, or it is no float tensor.
         InputError: the folder or the graph cannot be read.
-        EnvironmentError_: onnxruntime is not installed.
+        SetupError: onnxruntime is not installed.
     """
 
     def __init__(
@@ -125,14 +125,12 @@ def open_graph(model: ir.Model, folder: Path, threads: int) -> Any:
 
     Raises:
         InputError: the runtime does not take it.
-        EnvironmentError_: onnxruntime is not installed.
+        SetupError: onnxruntime is not installed.
     """
     try:
         options = session_options(threads)
     except ImportError as error:
-        raise EnvironmentError_(
-            f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"
-        ) from error
+        raise SetupError(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime") from error
     # As prefill does it: weights are read from the mapped file, not packed into a copy.
     try:
         if lower.needs_lowering(model):

@@ -37,7 +37,7 @@ def tensorrt_runner(plugin: Path | None = None, *, tensorrt: Any = None, cuda: C
         tensorrt, cuda: stand-ins for tests.
 
     Raises:
-        EnvironmentError_: TensorRT or CUDA is not installed.
+        SetupError: TensorRT or CUDA is not installed.
     """
     trt = tensorrt if tensorrt is not None else import_tensorrt()
     device = cuda or Cuda()

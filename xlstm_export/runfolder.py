@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,117 @@ from .specs import IoSpec
 
 SCHEMA = 1
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
+VERDICT = "verify/report.json"
 MAPPINGS = ("options", "origin", "quantized_from")  # entries of a manifest that are looked into
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run folder was made with; `precision` is None for what `export` writes.
+
+    Attributes:
+        stateless: every call starts fresh.
+        last_logits: the first output has the last position only.
+        dtype: type that `export` stored the weights in.
+        precision, base: of the recipe of `quantize`.
+        state_dtype: type that the matrix memory C is stored in.
+    """
+
+    stateless: bool = False
+    last_logits: bool = False
+    dtype: str = "fp32"
+    precision: str | None = None
+    base: str | None = None
+    state_dtype: str = "fp32"
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> RunOptions:
+        def text(name: str) -> str | None:
+            return None if data.get(name) is None else str(data[name])
+
+        return RunOptions(
+            stateless=bool(data.get("stateless")),
+            last_logits=bool(data.get("last_logits")),
+            dtype=text("dtype") or "fp32",
+            precision=text("precision"),
+            base=text("base"),
+            state_dtype=text("state_dtype") or "fp32",
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A finished run folder: opened once, read once, passed on.
+
+    Attributes:
+        path: the folder.
+        manifest: `manifest.json`, plain data.
+        io: inputs, outputs and states.
+        options: what it was made with.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    io: IoSpec
+    options: RunOptions
+
+    @staticmethod
+    def open(folder: Path | str) -> RunFolder:
+        """Read the manifest and io.json.
+
+        Raises:
+            InputError: it is no run folder, or one of the two is damaged.
+        """
+        path = Path(folder)
+        manifest = read_manifest(path)
+        return RunFolder(path, manifest, read_io(path), RunOptions.from_json(manifest.get("options", {})))
+
+    @staticmethod
+    def of(run: RunFolder | Path | str) -> RunFolder:
+        """The run itself, or the one in a folder."""
+        return run if isinstance(run, RunFolder) else RunFolder.open(run)
+
+    @property
+    def model(self) -> Path:
+        """The graph."""
+        return self.path / MODEL
+
+    @property
+    def weights(self) -> Path:
+        """The file of the weights."""
+        return self.path / MODEL_DATA
+
+    @property
+    def precision(self) -> str:
+        """What reports call it: that of the recipe, or "fp32"."""
+        return self.options.precision or "fp32"
+
+    @property
+    def files(self) -> Mapping[str, Any]:
+        """Name → hash and size, as they were when the folder was made."""
+        files: Mapping[str, Any] = self.manifest["files"]
+        return files
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Where the model came from: checkpoint, or module and weights."""
+        origin: Mapping[str, str] = self.manifest.get("origin", {})
+        return origin
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model was trained for, where that is known."""
+        length = self.manifest.get("context_length")
+        return length if isinstance(length, int) else None
+
+    @property
+    def verdict(self) -> Path:
+        """Where `verify` writes."""
+        return self.path / VERDICT
+
+    def hashes(self) -> dict[str, Any]:
+        """`files` as they are now; see `hashes`."""
+        return hashes(self.path)
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

@@ -1,0 +1,271 @@
+"""The options of every stage, each written once, and what all stages carry.
+
+The command line, the schema of pipeline files and the keywords of the Python API are made from these classes.
+A newcomer adds an option here, as one field, and reads it where the stage needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from .errors import UsageError
+
+Progress = Callable[[str], None]  # called with the name of each step
+Count = Callable[[int, int], None]  # called with what is done and how much there is
+Kind = Literal["flag", "int", "number", "text", "file", "path", "texts", "ints"]
+T = TypeVar("T")
+O = TypeVar("O", bound="Options")  # noqa: E741
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-wo", "int4-wo")
+BASES = ("fp32", "bf16", "fp16")
+STORED = ("fp32", "bf16", "fp16")
+SEARCHED = ("int8", "int8-wo", "int4-wo")
+COMPILE_AT = ("none", "first", "all")
+FILES: tuple[Kind, ...] = ("file", "path")
+
+
+def _silent(stage: str) -> None:
+    """No progress is shown."""
+
+
+def _uncounted(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage carries.
+
+    Attributes:
+        threads: CPU threads of ONNX Runtime and PyTorch; 0 for all cores.
+        seed: of inputs that are made up or drawn.
+        command: recorded in manifests: the command that makes the same files again.
+        progress: called with the name of each step.
+        count: called with what is done and how much there is, in loops of known length.
+    """
+
+    threads: int = 0
+    seed: int = 0
+    command: str = ""
+    progress: Progress = _silent
+    count: Count = _uncounted
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an option besides its name, type and default.
+
+    Attributes:
+        help: one line, for people.
+        kind: what a value must be, see `Kind`.
+        choices: the values there are; empty where any is possible.
+        least: the smallest number; `above` says that it is excluded.
+        off: name of the flag that switches it off, for a flag that is on by default or has no default.
+        only: "cli" for what a pipeline file says elsewhere.
+    """
+
+    help: str
+    kind: Kind
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: bool = False
+    off: str | None = None
+    only: Literal["cli"] | None = None
+
+
+def option(
+    default: T,
+    help: str,
+    kind: Kind,
+    *,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    above: bool = False,
+    off: str | None = None,
+    only: Literal["cli"] | None = None,
+) -> T:
+    """A field of an options class; see `About`."""
+    about = About(help, kind, tuple(choices), least, above, off, only)
+    return field(default=default, metadata={"about": about})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the options of a stage. Values are checked when it is made.
+
+    Raises:
+        UsageError: a value is none of the choices, or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        for name, about in self.table().items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if about.kind in FILES and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+            if about.kind in ("texts", "ints"):
+                object.__setattr__(self, name, tuple(value))
+            if about.choices and value not in about.choices:
+                raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(about.choices)}")
+            numbers = value if about.kind == "ints" else (value,)
+            if about.least is not None and any(
+                not (x > about.least if about.above else x >= about.least) for x in numbers
+            ):
+                bound = "above" if about.above else "at least"
+                raise UsageError(f"{name} is {value!r}", f"{bound} {about.least:g}")
+
+    @classmethod
+    def table(cls) -> dict[str, About]:
+        """Name → what is known of it, in the order of definition."""
+        return {f.name: f.metadata["about"] for f in fields(cls)}
+
+    @classmethod
+    def made_of(cls: type[O], values: Mapping[str, object]) -> O:
+        """Options from plain values, such as a pipeline file holds.
+
+        Raises:
+            UsageError: a name is unknown, or a value is wrong.
+        """
+        unknown = [name for name in values if name not in cls.table()]
+        if unknown:
+            raise UsageError(f"no option {unknown[0]}", f"there are {', '.join(cls.table())}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Of `export`."""
+
+    stateless: bool | None = option(
+        None,
+        "every call starts fresh, or states are carried; default: as upstream uses the model",
+        "flag",
+        off="streaming",
+    )
+    last_logits: bool = option(False, "compute the output for the last position only", "flag")
+    dtype: str = option(
+        "fp32",
+        "type the weights are stored in; arithmetic stays FP32",
+        "text",
+        choices=("fp32", "bf16", "fp16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(Options):
+    """Of `calibrate`."""
+
+    data: str | None = option(
+        None,
+        "calibration data: .npz, folder of .npz, .npy, text, .csv, or package.module:generator",
+        "path",
+    )
+    random_data: bool = option(False, "made-up data, which every report will say", "flag")
+    avoid: Path | None = option(None, "held-out data, which must not overlap", "path", only="cli")
+    tokenizer: Path | None = option(None, "tokenizer.json for text", "file")
+    samples: int | None = option(None, "sequences to use; by default up to 32", "int")
+    length: int | None = option(None, "positions per sequence", "int")
+    method: str = option("max", "max, percentile, entropy or mse", "text")
+    percentile: float = option(99.99, "for the method of this name", "number")
+    resume: bool = option(True, "go on where an interrupted run stopped", "flag", off="restart", only="cli")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.data, Path):  # text, because it may name a generator
+            object.__setattr__(self, "data", str(self.data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityOptions(Options):
+    """Of `sensitivity`."""
+
+    data: Path | None = option(None, "data with the task's targets, not held-out", "file")
+    precision: str = option("int8", "what weights become", "text", choices=SEARCHED)
+    base: str = option("fp16", "type of the rest", "text", choices=BASES)
+    max_drop: float = option(0.005, "of the task metric, relative to FP32", "number")
+    horizon: int = option(4096, "positions after which drift is measured", "int")
+    jobs: int = option(-1, "candidates at once; -1: one per core", "int")
+    dask: str | None = option(
+        None, "scheduler of a Dask cluster to measure candidates on, tcp://host:port", "text", only="cli"
+    )
+    resume: bool = option(True, "keep the candidates measured before", "flag", off="restart", only="cli")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Options):
+    """Of `quantize`."""
+
+    precision: str | None = option(None, "what a recipe would say", "text", choices=PRECISIONS)
+    recipe: Path | None = option(None, "recipe.yaml, instead of --precision", "file")
+    base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
+    exclude: tuple[str, ...] = option((), "regular expression: weights to keep in the base type", "texts")
+    include: tuple[str, ...] = option((), "regular expression: weights to quantize all the same", "texts")
+    smooth: float | None = option(None, "strength of the migration of ranges into weights, 0 to 1", "number")
+    state_dtype: str | None = option(None, "type the matrix memory C is stored in", "text", choices=BASES)
+    data: Path | None = option(None, "for --state-dtype: what the drift is measured on", "path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """Of `verify`."""
+
+    data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
+    calib: str | None = option(
+        None, "calibration data, to take sequences from where there is no --data", "text", only="cli"
+    )
+    metric: str | None = option(
+        None, "bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss", "text"
+    )
+    gate: Path | None = option(None, "YAML file with limits of your own", "file")
+    num_blocks: int | None = option(None, "only the first blocks, all checks", "int")
+    per_block: bool = option(False, "every block by itself: for models larger than the memory", "flag")
+    bisect: bool = option(True, "on failure, name the first value that is wrong", "flag", off="no-bisect")
+    horizon: int | None = option(None, "positions of the drift; default 16000", "int")
+    free_horizon: int | None = option(None, "of free-running drift; default: the same", "int")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Options):
+    """Of `bench`."""
+
+    batch: tuple[int, ...] = option((1,), "streams: 1,4", "ints", least=1)
+    length: tuple[int, ...] = option((512,), "of prefills: 128,512", "ints", least=1)
+    steps: int = option(200, "decode calls per contestant", "int", least=1)
+    hz: float | None = option(None, "also decode at this fixed rate", "number", least=0, above=True)
+    compile_at: str = option(
+        "first", "torch.compile at none, the first or all of the batches", "text", choices=COMPILE_AT
+    )
+    compile_limit: float = option(240.0, "seconds that torch.compile may take in all", "number", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions(Options):
+    """Of `bundle`."""
+
+    target: str | None = option(None, "the board it is meant for", "text")
+    data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
+    calib: str | None = option(
+        None, "calibration data, to record streams of where there is no --data", "text", only="cli"
+    )
+    horizon: int = option(2048, "positions of the recorded stream", "int")
+    license: str | None = option(None, "of the weights, as an SPDX identifier", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions(Options):
+    """Of `deploy`, which runs all stages."""
+
+    precision: str = option("fp32", "int8 also makes fp16", "text", choices=PRECISIONS)
+    base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
+    recipe: Path | None = option(None, "recipe.yaml of `sensitivity`", "file")
+    calib: str | None = option(None, "calibration data, as for `calibrate --data`", "text")
+    random_data: bool = option(False, "calibrate on made-up data, which every report will say", "flag")
+    data: Path | None = option(None, "held-out data for the task metric", "path")
+    target: str | None = option(None, "board to make a bundle for", "text")
+    license: str | None = option(None, "of the weights, reported in the bundle", "text")
+    horizon: int | None = option(None, "positions of the drift; default 16000", "int")
+    free_horizon: int | None = option(None, "of free-running drift; default: the same", "int")

@@ -149,7 +149,7 @@ def values(name: str, shape: tuple[int, ...], noise: Any, generator: Any) -> Any
 def command(*arguments: str) -> dict[str, Any]:
     """Run the command line in a process of its own; seconds and peak memory."""
     code = (
-        "import sys; from xlstm_export.cli import main\n"
+        "import sys; from xlstm_export.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0], file=sys.stderr)"
     )

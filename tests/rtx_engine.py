@@ -1,6 +1,6 @@
 """`board/build.py` on NVIDIA's own parser and builder (tensorrt-rtx), without a GPU; run in a subprocess.
 
-    python tests/board/rtx_engine.py RUN_FOLDER [MAX_LENGTH]
+    python tests/rtx_engine.py RUN_FOLDER [MAX_LENGTH]
 
 Prints one line of JSON: bytes of the plan, lines of the log, phases that were told, or the error.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -94,6 +96,24 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             if "://" not in target:
                 assert (ROOT / document.parent / target).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_imports_of_python_blocks_exist(document: Path) -> None:
+    """What a block imports from the package is there, and so is what it takes from an imported module."""
+    for text in blocks(document, "python"):
+        tree = ast.parse(text)
+        modules = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "xlstm_export":
+                package = importlib.import_module(node.module or "")
+                for name in node.names:
+                    assert hasattr(package, name.name), f"{document}: {node.module} has no {name.name}"
+                    modules[name.asname or name.name] = getattr(package, name.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = modules.get(node.value.id)
+                assert owner is None or hasattr(owner, node.attr), f"{document}: no {ast.unparse(node)}"
 
 
 def run_commands(script: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ from places import ROOT
 pytestmark = pytest.mark.slow
 
 IMPORTS = """
-import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.cli
+import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.cli.main
 import sys
 heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
@@ -99,8 +99,8 @@ def test_bare_checkout(checkout: Path) -> None:
         checkout / "xlstm_export" / "__init__.py",
         checkout / "calibration" / "__init__.py",
         checkout / "plugins" / "__init__.py",
-        checkout / "xlstm_export" / "passes" / "__init__.py",
-        checkout / "xlstm_export" / "families" / "__init__.py",
+        checkout / "xlstm_export" / "trace" / "__init__.py",
+        checkout / "xlstm_export" / "load" / "__init__.py",
     ]
 
 
@@ -115,8 +115,8 @@ def test_wheel(installed: Path, tmp_path: Path) -> None:
         package / "__init__.py",
         package / "calibration" / "__init__.py",
         package / "plugins" / "__init__.py",
-        package / "passes" / "__init__.py",
-        package / "families" / "__init__.py",
+        package / "trace" / "__init__.py",
+        package / "load" / "__init__.py",
     ]
 
 
@@ -153,7 +153,7 @@ def test_content_of_the_wheel(wheel: Path, checkout: Path) -> None:
     assert modules == expected
     assert "xlstm_export/py.typed" in files
     assert any(name.endswith("/LICENSE") for name in files)
-    assert dict(entry_points["console_scripts"]) == {"xlstm-export": "xlstm_export.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"xlstm-export": "xlstm_export.cli.main:main"}
 
 
 def test_command_of_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -209,8 +209,8 @@ def test_editable_install(checkout: Path, tmp_path: Path) -> None:
         source / "xlstm_export" / "__init__.py",
         source / "calibration" / "__init__.py",
         source / "plugins" / "__init__.py",
-        source / "xlstm_export" / "passes" / "__init__.py",
-        source / "xlstm_export" / "families" / "__init__.py",
+        source / "xlstm_export" / "trace" / "__init__.py",
+        source / "xlstm_export" / "load" / "__init__.py",
     ]
     done = subprocess.run(
         [str(venv / "bin" / "xlstm-export"), "--help"],

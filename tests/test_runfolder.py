@@ -253,7 +253,7 @@ def test_disk_that_fills_up(
     else:
         space = size[runfolder.MODEL_DATA] + size[runfolder.MODEL] // 2
     folder = mounted(f"size={space}")
-    monkeypatch.setattr(runfolder, "require_space", lambda folder, needed: None)
+    monkeypatch.setattr(atomic, "require_space", lambda folder, needed: None)
     with refused(SetupError, str(folder / "out"), "disk is full"):
         trace.export(small_loaded, folder / "out")
     assert names(folder) == []
@@ -288,7 +288,9 @@ def test_full_disk_anywhere_in_the_block(tmp_path: Path, code: int) -> None:
 EXPORT = """
 import signal, sys, time
 from pathlib import Path
-from xlstm_export import checkpoint, runfolder, trace
+from xlstm_export import runfolder
+from xlstm_export.load import checkpoint
+from xlstm_export.trace import export as trace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are born deaf to Ctrl-C
 source, out, stop = sys.argv[1:]
@@ -346,7 +348,7 @@ def test_interrupted_export(small_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_terminated_command(small_checkpoint: Path, tmp_path: Path) -> None:
     """SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C."""
-    command = [sys.executable, "-c", "from xlstm_export.cli import main; main()", "export"]
+    command = [sys.executable, "-c", "from xlstm_export.cli.main import main; main()", "export"]
     process = subprocess.Popen(
         [*command, str(small_checkpoint), "-o", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.DEVNULL
     )

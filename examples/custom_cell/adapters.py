@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xlstm_export.lift.lift import RecurrentCell, register
+from xlstm_export.lift.adapter import RecurrentCell, register
 from xlstm_export.ops import reference as ops
 
 from .model import SensorModel

@@ -260,7 +260,7 @@ class MyRetentionCell(nn.Module):
         (nn.LSTM(3, 3), "torch.nn.modules.rnn.LSTM"),
         (nn.GRU(3, 3), "torch.nn.modules.rnn.GRU"),
         (nn.GRUCell(3, 3), "torch.nn.modules.rnn.GRUCell"),
-        (MyRetentionCell(), "test_cells.MyRetentionCell"),
+        (MyRetentionCell(), "test_lift.MyRetentionCell"),
     ],
 )
 def test_unknown_recurrent_cell_is_refused(other: nn.Module, name: str) -> None:
@@ -268,7 +268,7 @@ def test_unknown_recurrent_cell_is_refused(other: nn.Module, name: str) -> None:
         cells.lift(Around(other))
     assert caught.value.message.startswith("deep.inside:")
     assert name in caught.value.message
-    assert f'@xlstm_export.cells.register("{name}")' in caught.value.hint
+    assert f'@xlstm_export.lift.adapter.register("{name}")' in caught.value.hint
 
 
 def test_unknown_recurrent_root_is_named() -> None:
@@ -421,8 +421,8 @@ def test_registered_adapter_is_used(registry: dict[str, Callable[..., nn.Module]
     model = randomized(Mixed(MovingAverageGru()))
     with pytest.raises(BuildError, match="MovingAverageGru"):
         cells.lift(model)
-    cells.register("test_cells.MovingAverageGru")(LiftedAverage)
-    assert "test_cells.MovingAverageGru" in registry
+    cells.register("test_lift.MovingAverageGru")(LiftedAverage)
+    assert "test_lift.MovingAverageGru" in registry
     lifted = cells.lift(model)
     assert [b.cell for b in lifted.blocks] == ["mlstm", "average"]
     assert "past_1_y" in lifted.fresh_state(1)
@@ -443,7 +443,7 @@ def test_registered_adapter_wins_over_the_base_class(
         def forward(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
             return 2 * super().forward(q, k, v, **kwargs)
 
-    cells.register("test_cells.Louder")(LiftedLouder)
+    cells.register("test_lift.Louder")(LiftedLouder)
     model = randomized(Around(cell=mlstm_cell(Louder)))
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(lifted_run(model, x)[0], model(x), rtol=1e-10, atol=1e-10)

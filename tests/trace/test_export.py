@@ -319,7 +319,8 @@ def test_same_checkpoint_gives_the_same_bytes(
     """In a process of its own, where hashes and thus the order of sets differ."""
     script = (
         "from pathlib import Path; import sys\n"
-        "from xlstm_export import checkpoint, trace\n"
+        "from xlstm_export.load import checkpoint\n"
+        "from xlstm_export.trace import export as trace\n"
         "trace.export(checkpoint.load_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "4711", "PYTHONPATH": str(ROOT)}

@@ -1,6 +1,6 @@
 """Memory of a process that runs an export and nothing else: PyTorch beside it would be most of the figure.
 
-    python -m xlstm_export.bench_memory RUN BATCH LENGTH THREADS
+    python -m xlstm_export.bench.memory RUN BATCH LENGTH THREADS
 
 prints `rss_bytes` and `peak_rss_bytes` as JSON.
 """

@@ -12,7 +12,6 @@ import click
 
 from .. import __version__
 from ..errors import ExportError, SetupError
-from ..lift.model import spec_of
 from ..quantize.recipe import BASES, PRECISIONS
 from ..targets import TARGETS
 from . import bench as cli_bench
@@ -22,7 +21,6 @@ from . import inference as cli_artifact
 from . import plugins as cli_plugins
 from . import precision as cli_precision
 from . import run as cli_flow
-from . import tables
 from . import verify as cli_verify
 from .common import (
     checkpoint_argument,
@@ -61,12 +59,14 @@ def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_
 
     if checkpoint is not None and checkpoint.endswith(".onnx"):
         info = graph_info.graph_info(Path(checkpoint))
-        emit(info.to_json(), as_json, lambda console: tables.show_graph(console, info))
+        emit(info.to_json(), as_json, lambda console: report.show_graph(console, info))
         return
     if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
         io = runfolder.read_io(Path(checkpoint))
         emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
         return
+    from ..lift.model import spec_of
+
     spec = spec_of(load(checkpoint, module, weights))
     emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
 

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench import roofline
-from ..graph.info import BlockInfo, GraphInfo
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
@@ -18,6 +17,7 @@ from .tables_precision import show_precision, show_variants
 
 if TYPE_CHECKING:
     from ..checks import Verdict
+    from ..graph.info import BlockInfo, GraphInfo
     from ..pipeline.deploy import Deployment
     from ..verify.bisect.search import Bisection
 

@@ -242,7 +242,7 @@ def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
             where = f"{type(child).__module__}.{type(child).__qualname__}"
             raise BuildError(
                 f"{path}: recurrent cell {where} is not known; exported as it is, its state would be lost",
-                f'register an adapter for it: @xlstm_export.cells.register("{where}")',
+                f'register an adapter for it: @xlstm_export.lift.adapter.register("{where}")',
             )
 
 

@@ -1,6 +1,6 @@
 """A graph as ONNX Runtime's CPU provider is given it, and its form on disk for machines without onnx.
 
-What the provider runs is derived from the exported file (`xlstm_export/cpu_graphs.py`): integers get kernels
+What the provider runs is derived from the exported file (`xlstm_export/sessions/cpu`): integers get kernels
 that are exact here, one position gets a graph of its own. That takes onnx-ir, which a board does not have. A
 bundle therefore carries the derived graphs: `cpu/<name>.onnx`, their weights in `cpu/weights.bin` or in
 `model.onnx.data` where they are the same, and `cpu/graphs.json`, which says how to open each.

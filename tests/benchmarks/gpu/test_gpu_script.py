@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: stages are isolated, what failed is not timed, and the README's table."""
+"""benchmarks/gpu/gpu.py: stages are isolated, what failed is not timed, and the README's table."""
 
 from __future__ import annotations
 

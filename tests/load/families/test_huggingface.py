@@ -89,7 +89,9 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 from pathlib import Path
-from xlstm_export import checkpoint, trace, verify
+from xlstm_export.load import checkpoint
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
 import transformers.models.xlstm.modeling_xlstm as modeling
 assert not modeling.external_xlstm
 loaded = checkpoint.load_checkpoint(Path(sys.argv[1]))

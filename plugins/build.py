@@ -1,4 +1,4 @@
-"""Building the libraries of `locate.KINDS` from the sources in this folder, into the cache.
+"""Building the libraries of `locate.KINDS` from a folder of sources, into the cache.
 
 A build's key is what could change its bytes: the sources, the compilers, the GPUs, the toolkits, the flags of
 the environment. What is there under its key is not built again. CMake works in a temporary folder; a library
@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export.plugins import locate, toolchain
-from xlstm_export.plugins.locate import KINDS, MANIFEST, cache_folder, machine, require_kind, source_hash
+from xlstm_export.plugins import toolchain
+from xlstm_export.plugins.locate import KINDS, MANIFEST, OWN, Sources, cache_folder, machine, require_kind
 
 from xlstm_export import atomic
 from xlstm_export.errors import BuildError, SetupError
@@ -82,6 +82,7 @@ def build(
     cuda: Path | None = None,
     tensorrt: Path | None = None,
     progress: Progress | None = None,
+    sources: Sources = OWN,
 ) -> list[Library]:
     """Build libraries, or find them built already.
 
@@ -90,7 +91,8 @@ def build(
         sms: GPUs to make code for, as integers; default: those of this machine, else all targets.
         cuda: the CUDA toolkit, as for `toolchain.find_cuda`.
         tensorrt: TensorRT's folder, as for `toolchain.find_tensorrt`.
-        progress: is told the steps done and their number.
+        progress: called with the steps done and their number.
+        sources: what is compiled; default: this package's own.
 
     Raises:
         UsageError: a kind does not exist, a GPU is too old.
@@ -99,31 +101,31 @@ def build(
     """
     for kind in kinds or ():
         require_kind(kind)
-    wanted = buildable(cuda) if kinds is None else list(dict.fromkeys(kinds))
+    wanted = buildable(cuda, sources) if kinds is None else list(dict.fromkeys(kinds))
     tools = find_tools(wanted, sms, cuda, tensorrt)
-    manifests = {kind: _manifest(kind, tools) for kind in wanted}
+    manifests = {kind: _manifest(kind, tools, sources) for kind in wanted}
     folders = {kind: cache_folder() / f"{kind}-{_key(manifest)}" for kind, manifest in manifests.items()}
     with _one_at_a_time():
         missing = [kind for kind in wanted if not (folders[kind] / KINDS[kind].library).is_file()]
         if missing:
             with tempfile.TemporaryDirectory(prefix="xlstm-plugins-") as temporary:
-                _compile(missing, tools, Path(temporary), progress)
+                _compile(missing, tools, sources, Path(temporary), progress)
                 for kind in missing:
-                    if source_hash(kind) != manifests[kind]["sources"]:
+                    if sources.hash(kind) != manifests[kind]["sources"]:
                         raise BuildError(f"the sources of {kind} changed while they compiled", "run again")
                     _install(Path(temporary) / KINDS[kind].library, manifests[kind], folders[kind])
     libraries = []
     for kind in wanted:
         path = folders[kind] / KINDS[kind].library
-        os.utime(path)  # what was asked for last is what `locate.find` prefers
+        os.utime(path)  # what was asked for last is what `Sources.find` prefers
         notes = toolchain.warnings(tools.sms, tools.cuda) if tools.cuda and KINDS[kind].cuda else []
         gpus = tools.sms if KINDS[kind].cuda else ()
         libraries.append(Library(kind, path, kind in missing, gpus, tuple(notes)))
     return libraries
 
 
-def buildable(cuda: Path | None = None) -> list[str]:
-    """The kinds that this machine has tools and this installation has sources for.
+def buildable(cuda: Path | None = None, sources: Sources = OWN) -> list[str]:
+    """The kinds that this machine has tools for, and that `sources` has files for.
 
     Without nvcc that is what needs a C++ compiler only; a toolkit that is named must be one.
     """
@@ -134,7 +136,7 @@ def buildable(cuda: Path | None = None) -> list[str]:
         if cuda is not None:
             raise
         gpu = False
-    return [kind for kind, about in KINDS.items() if (gpu or not about.cuda) and _has_sources(kind)]
+    return [kind for kind, about in KINDS.items() if (gpu or not about.cuda) and sources.has(kind)]
 
 
 def find_tools(
@@ -152,19 +154,14 @@ def find_tools(
     return Tools(compiler, cmake, toolkit, headers, chosen)
 
 
-def _has_sources(kind: str) -> bool:
-    """Whether every pattern finds something; a kind may be left out of an installation."""
-    return all(any(locate.ROOT.glob(pattern)) for pattern in KINDS[kind].sources)
-
-
-def _manifest(kind: str, tools: Tools) -> dict[str, Any]:
+def _manifest(kind: str, tools: Tools, sources: Sources) -> dict[str, Any]:
     """Everything that could change the library's bytes; the same build gives the same manifest."""
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": kind,
         "library": KINDS[kind].library,
         "machine": machine(),
-        "sources": source_hash(kind),
+        "sources": sources.hash(kind),
         "compiler": tools.compiler.version,
         "flags": {name: os.environ[name] for name in FLAG_VARIABLES if os.environ.get(name)},
     }
@@ -181,11 +178,13 @@ def _key(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _compile(kinds: Sequence[str], tools: Tools, folder: Path, progress: Progress | None) -> None:
+def _compile(
+    kinds: Sequence[str], tools: Tools, sources: Sources, folder: Path, progress: Progress | None
+) -> None:
     """Leave the libraries of `kinds` in `folder`."""
     log = folder / "build.log"
     configure = [
-        *(str(tools.cmake.path), "-S", str(locate.ROOT), "-B", str(folder), "-G", tools.cmake.generator),
+        *(str(tools.cmake.path), "-S", str(sources.root), "-B", str(folder), "-G", tools.cmake.generator),
         f"-DCMAKE_MAKE_PROGRAM={tools.cmake.program}",
         f"-DCMAKE_CXX_COMPILER={tools.compiler.path}",
         "-DCMAKE_BUILD_TYPE=Release",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xlstm_export.plugins.locate import KINDS, Built, cached
+from xlstm_export.plugins.locate import KINDS, OWN, Built, Sources
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Entry:
         }
 
 
-def inventory() -> list[Entry]:
-    """Every library in the cache, kind by kind, the newest first."""
-    return [Entry(built, loading_problem(built.path)) for kind in KINDS for built in cached(kind)]
+def inventory(sources: Sources = OWN) -> list[Entry]:
+    """Every library in the cache, kind by kind, the newest first; `sources` decide which are current."""
+    return [Entry(built, loading_problem(built.path)) for kind in KINDS for built in sources.cached(kind)]
 
 
 def loading_problem(path: Path) -> str:

@@ -19,7 +19,6 @@ from typing import Any
 
 from xlstm_export.errors import SetupError, UsageError
 
-ROOT = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
 
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
@@ -86,24 +85,88 @@ class Built:
     current: bool
 
 
-def find(kind: str) -> Path | None:
-    """The newest built library of a kind that fits the current sources and this machine.
+@dataclass(frozen=True)
+class Sources:
+    """A folder of sources, such as this package's or a bundle's, and what was built from it.
 
-    `XLSTM_EXPORT_<KIND>_LIBRARY` (ort-cpu: XLSTM_EXPORT_ORT_CPU_LIBRARY) names another one; "off" means none.
+    Several can be used in one process: whether a built library fits depends on the folder that asks.
 
-    Raises:
-        UsageError: there is no such kind.
-        SetupError: the variable names a file that is not there.
+    Attributes:
+        root: the folder with CMakeLists.txt; includes are written from here on.
     """
-    require_kind(kind)
-    variable = _variable(kind)
-    if given := os.environ.get(variable):
-        if is_off(kind):
-            return None
-        if not Path(given).is_file():
-            raise SetupError(f"{variable} names {given}, which is no file", f"unset {variable}")
-        return Path(given).resolve()
-    return next((built.path for built in cached(kind) if built.current), None)
+
+    root: Path
+
+    def find(self, kind: str) -> Path | None:
+        """The newest built library of a kind that fits these sources and this machine.
+
+        `XLSTM_EXPORT_<KIND>_LIBRARY` (ort-cpu: XLSTM_EXPORT_ORT_CPU_LIBRARY) names another one; "off"
+        means none.
+
+        Raises:
+            UsageError: there is no such kind.
+            SetupError: the variable names a file that is not there.
+        """
+        require_kind(kind)
+        variable = _variable(kind)
+        if given := os.environ.get(variable):
+            if is_off(kind):
+                return None
+            if not Path(given).is_file():
+                raise SetupError(f"{variable} names {given}, which is no file", f"unset {variable}")
+            return Path(given).resolve()
+        return next((built.path for built in self.cached(kind) if built.current), None)
+
+    def cached(self, kind: str) -> Iterator[Built]:
+        """Every library of a kind in the cache, the newest first."""
+        name = KINDS[kind].library
+        folders = [folder for folder in cache_folder().glob(f"{kind}-*") if (folder / name).is_file()]
+        if not folders:
+            return
+        sources = self.hash(kind)
+        for folder in sorted(folders, key=lambda folder: (folder / name).stat().st_mtime_ns, reverse=True):
+            try:
+                manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+                current = (manifest["sources"], manifest["machine"]) == (sources, machine())
+            except (OSError, ValueError, KeyError, TypeError):  # damaged, or being removed
+                continue
+            yield Built(kind, folder / name, manifest, current)
+
+    def has(self, kind: str) -> bool:
+        """Whether every pattern of a kind finds something; a kind may be left out of an installation."""
+        return all(any(self.root.glob(pattern)) for pattern in KINDS[kind].sources)
+
+    def compiled_files(self, kind: str) -> list[Path]:
+        """The files that a compiler is given for a kind."""
+        return sorted({path for pattern in KINDS[kind].sources for path in self.root.glob(pattern)})
+
+    def files(self, kind: str) -> dict[Path, bytes]:
+        """All that a kind is made of, and its content: what is compiled, and what that includes."""
+        return self.closure([self.root / "CMakeLists.txt", *self.compiled_files(kind)])
+
+    def closure(self, paths: Iterable[Path]) -> dict[Path, bytes]:
+        """Files with all they include from here, and their contents; what does not exist is left out."""
+        contents: dict[Path, bytes] = {}
+        waiting = list(paths)
+        while waiting:
+            path = waiting.pop()
+            if path in contents or not path.is_file():
+                continue
+            contents[path] = path.read_bytes()
+            waiting += [self.root / name.decode() for name in _INCLUDE.findall(contents[path])]
+        return contents
+
+    def hash(self, kind: str) -> str:
+        """SHA-256 over names and contents of what a kind is made of, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for path, content in sorted(self.files(kind).items()):
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+
+OWN = Sources(Path(__file__).resolve().parent)
+"""The sources that belong to this package."""
 
 
 def is_off(kind: str) -> bool:
@@ -115,22 +178,6 @@ def _variable(kind: str) -> str:
     return f"XLSTM_EXPORT_{kind.upper().replace('-', '_')}_LIBRARY"
 
 
-def cached(kind: str) -> Iterator[Built]:
-    """Every library of a kind in the cache, the newest first."""
-    name = KINDS[kind].library
-    folders = [folder for folder in cache_folder().glob(f"{kind}-*") if (folder / name).is_file()]
-    if not folders:
-        return
-    sources = source_hash(kind)
-    for folder in sorted(folders, key=lambda folder: (folder / name).stat().st_mtime_ns, reverse=True):
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            current = (manifest["sources"], manifest["machine"]) == (sources, machine())
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or being removed
-            continue
-        yield Built(kind, folder / name, manifest, current)
-
-
 def cache_folder() -> Path:
     """Where built libraries are kept; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export."""
     given = os.environ.get("XLSTM_EXPORT_CACHE")
@@ -140,39 +187,6 @@ def cache_folder() -> Path:
 def machine() -> str:
     """The kind of machine that libraries built here run on, such as linux-aarch64."""
     return f"{platform.system().lower()}-{platform.machine()}"
-
-
-def compiled_files(kind: str) -> list[Path]:
-    """The files that a compiler is given for a kind."""
-    return sorted({path for pattern in KINDS[kind].sources for path in ROOT.glob(pattern)})
-
-
-def source_files(kind: str) -> dict[Path, bytes]:
-    """All that a kind is made of, and its content: what is compiled, and what that includes."""
-    return closure([ROOT / "CMakeLists.txt", *compiled_files(kind)])
-
-
-def closure(paths: Iterable[Path]) -> dict[Path, bytes]:
-    """Files with all they include from here, and their contents; what does not exist is left out."""
-    contents: dict[Path, bytes] = {}
-    waiting = list(paths)
-    while waiting:
-        path = waiting.pop()
-        if path in contents or not path.is_file():
-            continue
-        contents[path] = path.read_bytes()
-        # Includes are written from plugins/ on, see CMakeLists.txt.
-        waiting += [ROOT / name.decode() for name in _INCLUDE.findall(contents[path])]
-    return contents
-
-
-def source_hash(kind: str) -> str:
-    """SHA-256 over names and contents of what a kind is made of."""
-    digest = hashlib.sha256()
-    for path, content in sorted(source_files(kind).items()):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def require_kind(kind: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlstm_export.plugins.inventory import loading_problem
-from xlstm_export.plugins.locate import KINDS, find, require_kind
+from xlstm_export.plugins.locate import KINDS, OWN, Sources, require_kind
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
 from xlstm_export.errors import SetupError
@@ -71,11 +71,13 @@ class Check:
         return {**asdict(self), "error": finite}
 
 
-def selftest(kinds: Sequence[str] | None = None, *, seed: int = 0) -> list[Check]:
+def selftest(kinds: Sequence[str] | None = None, *, seed: int = 0, sources: Sources = OWN) -> list[Check]:
     """Test the libraries that are built from the current sources.
 
     Args:
         kinds: of `locate.KINDS`; None for all that are built.
+        seed: of the random calls.
+        sources: what a library must be built from to be tested.
 
     Raises:
         UsageError: a kind does not exist.
@@ -83,7 +85,7 @@ def selftest(kinds: Sequence[str] | None = None, *, seed: int = 0) -> list[Check
     """
     for kind in kinds or ():
         require_kind(kind)
-    libraries = {kind: find(kind) for kind in kinds or KINDS}
+    libraries = {kind: sources.find(kind) for kind in kinds or KINDS}
     built = {kind: path for kind, path in libraries.items() if path is not None}
     if kinds and len(built) < len(libraries):
         absent = ", ".join(kind for kind in libraries if kind not in built)

@@ -51,7 +51,6 @@ def bundle(small_export: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(locate, "ROOT", locate.ROOT)  # builds set it; it is put back
 
 
 # --- The plan ---------------------------------------------------------------------------------------

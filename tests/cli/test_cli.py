@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import large_models
@@ -19,7 +20,8 @@ import torch
 import yaml
 from places import ROOT
 from safetensors.torch import load_file, save_file
-from xlstm_export.plugins import locate
+from xlstm_export.plugins import build, inventory, selftest
+from xlstm_export.plugins.locate import Sources
 
 from xlstm_export.cli import main as cli
 
@@ -266,7 +268,8 @@ def test_plugins_are_built_listed_and_tested(
         "cmake_minimum_required(VERSION 3.22)\nproject(mini CXX)\n"
         "add_library(xlstm_ort_cpu SHARED mlstm/cpu.cpp)\n"
     )
-    monkeypatch.setattr(locate, "ROOT", sources)
+    for module, name in ((build, "build"), (inventory, "inventory"), (selftest, "selftest")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), sources=Sources(sources)))
     (sources / "mlstm" / "cpu.cpp").write_text("int x = nonsense;\n")
     assert run("plugins", "build", "--only", "ort-cpu") == 5
     error = capsys.readouterr().err

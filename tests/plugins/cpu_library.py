@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from xlstm_export.plugins.locate import ROOT, cache_folder, source_files
+from xlstm_export.plugins.locate import OWN, cache_folder
 from xlstm_export.plugins.native import NativeLibrary
 
 # Instruction set → lanes, the compiler's options, what the processor must have.
@@ -51,11 +51,11 @@ def path(variant: str, *extra: str) -> Path:
     own = [_TESTS / "cpu_variant.cc"]  # the kernels' files set their lanes themselves
     if is_emulated(variant):
         own.append(_TESTS / "cpu_process.cc")
-    parts = [*own, *(ROOT / op / f"cpu_{variant}.cpp" for op in ("mlstm", "slstm"))]
-    command = [compiler, *FLAGS, *options, *extra, f"-DXLSTM_VARIANT={variant}", f"-I{ROOT}"]
+    parts = [*own, *(OWN.root / op / f"cpu_{variant}.cpp" for op in ("mlstm", "slstm"))]
+    command = [compiler, *FLAGS, *options, *extra, f"-DXLSTM_VARIANT={variant}", f"-I{OWN.root}"]
     link = ["-static"] if is_emulated(variant) else ["-shared"]
     digest = hashlib.sha256(" ".join([*command[1:], *link, platform.machine()]).encode())
-    for source in (*source_files("ort-cpu").values(), *(part.read_bytes() for part in own)):
+    for source in (*OWN.files("ort-cpu").values(), *(part.read_bytes() for part in own)):
         digest.update(source)
     out = cache_folder().parent / "tests" / f"cpu-{variant}-{digest.hexdigest()[:24]}.so"
     if not out.is_file():

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from xlstm_export.plugins.locate import ROOT, cache_folder
+from xlstm_export.plugins.locate import OWN, cache_folder
 from xlstm_export.plugins.native import NativeLibrary
 
 OPS = ("mlstm", "slstm")
@@ -26,7 +26,7 @@ OPS = ("mlstm", "slstm")
 # and so the order and the shared memory of its launches.
 FLAGS = (
     *("-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    f"-I{ROOT}",
+    f"-I{OWN.root}",
 )
 # Optimized for this machine, above all so that fmaf is an instruction.
 PLAIN = ("-O2", "-march=native")
@@ -71,7 +71,7 @@ def run_sanitized(script: Path, *arguments: str, timeout: float = 600) -> subpro
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join(
-            (str(ROOT.parent), *(str(Path(__file__).parents[up]) for up in (0, 1)))
+            (str(OWN.root.parent), *(str(Path(__file__).parents[up]) for up in (0, 1)))
         ),
     }
     return subprocess.run(
@@ -96,13 +96,13 @@ def link(sources: Iterable[tuple[Path, Sequence[Path]]], *, sanitize: bool = Fal
 
 
 def _kernels(op: str) -> tuple[Path, list[Path]]:
-    folder = ROOT / op
+    folder = OWN.root / op
     return folder / "launch.cu", headers() + sorted({*folder.glob("*.cuh"), *folder.glob("*.h*")})
 
 
 def headers() -> list[Path]:
     """What every kernel may include."""
-    return sorted(path for name in ("common", "host") for path in (ROOT / name).glob("*.*h"))
+    return sorted(path for name in ("common", "host") for path in (OWN.root / name).glob("*.*h"))
 
 
 def _compile(source: Path, files: Sequence[Path], flags: Sequence[str]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from xlstm_export.plugins import locate
+from xlstm_export.plugins.locate import Sources
 
 CMAKE = """
 cmake_minimum_required(VERSION 3.22)
@@ -30,8 +30,7 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def use(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
-    """Make it the plugins folder, with a cache of its own beside it; returns it."""
-    monkeypatch.setattr(locate, "ROOT", make(folder / "plugins"))
+def with_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Sources:
+    """The project below `folder`, and a cache of its own beside it."""
     monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(folder / "cache"))
-    return locate.ROOT
+    return Sources(make(folder / "plugins"))

@@ -29,10 +29,10 @@ ABI_OF_CUDA_12 = 7
 
 def sources(op: str) -> tuple[Path, str]:
     """launch.cu of an operator, and a hash of all that it includes."""
-    path = locate.ROOT / op / "launch.cu"
+    path = locate.OWN.root / op / "launch.cu"
     digest = hashlib.sha256()
-    for file, content in sorted(locate.closure([path]).items()):
-        digest.update(f"{file.relative_to(locate.ROOT)}\0{len(content)}\0".encode() + content)
+    for file, content in sorted(locate.OWN.closure([path]).items()):
+        digest.update(f"{file.relative_to(locate.OWN.root)}\0{len(content)}\0".encode() + content)
     return path, digest.hexdigest()
 
 
@@ -51,7 +51,7 @@ def compiled(op: str, sm: int, *flags: str) -> bytes:
     path, key = sources(op)
     options = [
         *("-std=c++17", "-O3", "-Xcompiler=-fPIC,-Wall,-Wextra", "-Werror=all-warnings"),
-        *(f"-gencode=arch=compute_{sm},code=sm_{sm}", f"-I{locate.ROOT}", *flags),
+        *(f"-gencode=arch=compute_{sm},code=sm_{sm}", f"-I{locate.OWN.root}", *flags),
     ]
     name = hashlib.sha256(repr((key, cuda.version, options)).encode()).hexdigest()[:24]
 
@@ -70,7 +70,7 @@ def machine(elf: bytes) -> int:
 
 def kernels(op: str) -> set[str]:
     """Names of an operator's kernels, as its sources declare them."""
-    text = "".join(path.read_text() for path in (locate.ROOT / op).glob("*.cu*"))
+    text = "".join(path.read_text() for path in (locate.OWN.root / op).glob("*.cu*"))
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?"
     declared = rf"__global__\s+{bounds}void\s+{bounds}(\w+)"
     names = set(re.findall(declared, text))
@@ -104,7 +104,7 @@ def test_tool_chain_of_jetpack_6(op: str) -> None:
     path, key = sources(op)
 
     def make(out: Path) -> None:
-        out.write_bytes(cuda126.compile_for(87, path, locate.ROOT))
+        out.write_bytes(cuda126.compile_for(87, path, locate.OWN.root))
 
     code = cuda126.cached(f"{op}-cuda126-{key[:24]}.cubin", make)
     assert machine(code) == CUDA

@@ -13,104 +13,117 @@ import mini_project
 import pytest
 from places import ROOT
 from xlstm_export.plugins import locate
+from xlstm_export.plugins.locate import OWN, Sources
 
 from xlstm_export.errors import SetupError, UsageError
 
 KIND = "ort-cpu"
 
 
-@pytest.fixture(autouse=True)
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
     monkeypatch.delenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", raising=False)
-    return mini_project.use(monkeypatch, tmp_path)
+    return mini_project.with_cache(monkeypatch, tmp_path)
 
 
-def put(key: str, *, age: int = 0, kind: str = KIND, **manifest: str) -> Path:
+def put(folder: Sources, key: str, *, age: int = 0, kind: str = KIND, **manifest: str) -> Path:
     """A library in the cache as `build` leaves it, `age` seconds old."""
-    folder = locate.cache_folder() / f"{kind}-{key}"
-    folder.mkdir(parents=True)
-    entries = {"kind": kind, "sources": locate.source_hash(kind), "machine": locate.machine(), **manifest}
-    (folder / locate.MANIFEST).write_text(json.dumps(entries))
-    library = folder / locate.KINDS[kind].library
+    place = locate.cache_folder() / f"{kind}-{key}"
+    place.mkdir(parents=True)
+    entries = {"kind": kind, "sources": folder.hash(kind), "machine": locate.machine(), **manifest}
+    (place / locate.MANIFEST).write_text(json.dumps(entries))
+    library = place / locate.KINDS[kind].library
     library.touch()
     os.utime(library, (10**9 - age, 10**9 - age))
     return library
 
 
-def test_nothing_is_built() -> None:
-    assert locate.find(KIND) is None
+def test_nothing_is_built(sources: Sources) -> None:
+    assert sources.find(KIND) is None
 
 
-def test_the_newest_counts() -> None:
-    put("a", age=5)
-    newest = put("b")
-    put("c", age=9)
-    assert locate.find(KIND) == newest
+def test_the_newest_counts(sources: Sources) -> None:
+    put(sources, "a", age=5)
+    newest = put(sources, "b")
+    put(sources, "c", age=9)
+    assert sources.find(KIND) == newest
 
 
-def test_other_sources_and_machines_do_not_count() -> None:
-    put("a", sources="of yesterday")
-    put("b", machine="linux-riscv64")
-    assert locate.find(KIND) is None
-    fitting = put("c", age=100)
-    assert locate.find(KIND) == fitting
-    assert [built.current for built in locate.cached(KIND)] == [False, False, True]
+def test_other_sources_and_machines_do_not_count(sources: Sources) -> None:
+    put(sources, "a", sources="of yesterday")
+    put(sources, "b", machine="linux-riscv64")
+    assert sources.find(KIND) is None
+    fitting = put(sources, "c", age=100)
+    assert sources.find(KIND) == fitting
+    assert [built.current for built in sources.cached(KIND)] == [False, False, True]
 
 
 @pytest.mark.parametrize("changed", ["mlstm/cpu.cpp", "common/answer.h", "CMakeLists.txt"])
-def test_a_changed_source_makes_it_stale(changed: str, sources: Path) -> None:
-    built = put("a")
-    text = (sources / changed).read_text()
-    (sources / changed).write_text(text + "\n")
-    assert locate.find(KIND) is None
-    (sources / changed).write_text(text)
-    assert locate.find(KIND) == built
+def test_a_changed_source_makes_it_stale(changed: str, sources: Sources) -> None:
+    built = put(sources, "a")
+    text = (sources.root / changed).read_text()
+    (sources.root / changed).write_text(text + "\n")
+    assert sources.find(KIND) is None
+    (sources.root / changed).write_text(text)
+    assert sources.find(KIND) == built
 
 
-def test_a_file_more_makes_it_stale_and_an_unrelated_one_does_not(sources: Path) -> None:
-    built = put("a")
-    (sources / "README.md").write_text("words")
-    (sources / "mlstm" / "launch.cu").write_text("kernel")
-    assert locate.find(KIND) == built
-    (sources / "slstm" / "cpu_neon.cpp").write_text("")
-    assert locate.find(KIND) is None
+def test_a_file_more_makes_it_stale_and_an_unrelated_one_does_not(sources: Sources) -> None:
+    built = put(sources, "a")
+    (sources.root / "README.md").write_text("words")
+    (sources.root / "mlstm" / "launch.cu").write_text("kernel")
+    assert sources.find(KIND) == built
+    (sources.root / "slstm" / "cpu_neon.cpp").write_text("")
+    assert sources.find(KIND) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_damaged_manifests_are_passed_over(text: str) -> None:
-    (put("a").parent / locate.MANIFEST).write_text(text)
-    fitting = put("b", age=7)
-    assert locate.find(KIND) == fitting
+def test_damaged_manifests_are_passed_over(text: str, sources: Sources) -> None:
+    (put(sources, "a").parent / locate.MANIFEST).write_text(text)
+    fitting = put(sources, "b", age=7)
+    assert sources.find(KIND) == fitting
 
 
-def test_a_kind_is_not_mistaken_for_another_that_begins_like_it() -> None:
-    put("a", kind="tensorrt-register")
-    assert locate.find("tensorrt") is None
-    assert locate.find("tensorrt-register") is not None
+def test_a_kind_is_not_mistaken_for_another_that_begins_like_it(sources: Sources) -> None:
+    put(sources, "a", kind="tensorrt-register")
+    assert sources.find("tensorrt") is None
+    assert sources.find("tensorrt-register") is not None
 
 
-def test_a_library_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put("a")
+def test_a_library_named_by_the_environment(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(sources, "a")
     own = tmp_path / "own.so"
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", str(own))
     with pytest.raises(SetupError, match=r"own\.so, which is no file"):
-        locate.find(KIND)
+        sources.find(KIND)
     own.touch()
-    assert locate.find(KIND) == own
+    assert sources.find(KIND) == own
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", "off")
-    assert locate.find(KIND) is None
+    assert sources.find(KIND) is None
 
 
-def test_unknown_kind() -> None:
+def test_folders_of_sources_do_not_mix(sources: Sources, tmp_path: Path) -> None:
+    """Each folder finds what was built from it, in whatever order they ask, in one process."""
+    other = Sources(mini_project.make(tmp_path / "other" / "plugins"))
+    (other.root / "common" / "answer.h").write_text("#define ANSWER 43\n")
+    first, second = put(sources, "a"), put(other, "b", age=5)
+    for _ in range(2):
+        assert sources.find(KIND) == first
+        assert other.find(KIND) == second
+
+
+def test_unknown_kind(sources: Sources) -> None:
     with pytest.raises(UsageError) as error:
-        locate.find("ort_cpu")
+        sources.find("ort_cpu")
     assert "ort-cpu" in error.value.hint
 
 
 def test_looking_starts_no_process_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; before = set(sys.modules)\n"
-        "from xlstm_export.plugins import locate; locate.find('ort-cpu')\n"
+        "from xlstm_export.plugins import locate; locate.OWN.find('ort-cpu')\n"
         "print({'torch', 'numpy', 'onnx', 'onnxruntime', 'subprocess', 'rich'} & set(sys.modules) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -121,26 +134,23 @@ def test_looking_starts_no_process_and_imports_nothing_heavy() -> None:
     ("kind", "command"),
     [("ort-cpu", "g++"), ("cuda", "nvcc"), ("tensorrt", "g++"), ("ort-cuda", "g++")],
 )
-def test_every_included_file_is_part_of_the_key(
-    kind: str, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_included_file_is_part_of_the_key(kind: str, command: str) -> None:
     """The compiler's own list of what a library is made of."""
     if shutil.which(command) is None:
         pytest.skip(f"no {command}")
-    monkeypatch.setattr(locate, "ROOT", ROOT / "plugins")
     wanted = (".cu",) if command == "nvcc" else (".cpp", ".cc")
-    compiled = [path for path in locate.compiled_files(kind) if path.suffix in wanted]
+    compiled = [path for path in OWN.compiled_files(kind) if path.suffix in wanted]
     assert compiled
     listed = set()
     for path in compiled:  # -MG: CUDA's own headers need not be there
         flags = ["-MM"] if command == "nvcc" else ["-MM", "-MG"]
         done = subprocess.run(
-            [command, "-std=c++17", *flags, "-I", str(locate.ROOT), str(path)],
+            [command, "-std=c++17", *flags, "-I", str(OWN.root), str(path)],
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stderr
         listed |= {Path(word) for word in done.stdout.replace("\\\n", " ").split()[1:]}
-    ours = {path.resolve() for path in listed if path.resolve().is_relative_to(locate.ROOT)}
-    assert ours <= set(locate.source_files(kind))
+    ours = {path.resolve() for path in listed if path.resolve().is_relative_to(OWN.root)}
+    assert ours <= set(OWN.files(kind))
     assert set(compiled) <= ours

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from xlstm_export.plugins import native
-from xlstm_export.plugins.locate import ROOT
+from xlstm_export.plugins.locate import OWN
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -47,7 +47,7 @@ def compiled(folder: Path, source: str, *flags: str) -> Path:
         "g++",
         "-std=c++17",
         "-I",
-        str(ROOT),
+        str(OWN.root),
         *flags,
         str(folder / "source.cpp"),
         "-o",

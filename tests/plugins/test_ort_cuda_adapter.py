@@ -28,14 +28,14 @@ UNIT = {"f32": 2**-24, "f16": 2**-11, "bf16": 2**-8}
 MLSTM = (("q", "k", "v", "i", "f", "C", "n", "m"), ("h", "C_n", "n_n", "m_n"))
 SLSTM = (("x", "R", "bias", "y", "c", "n", "m"), ("ys", "y_n", "c_n", "n_n", "m_n"))
 needs_slstm = pytest.mark.skipif(
-    not (locate.ROOT / "slstm" / "launch.cu").exists(), reason="there are no sLSTM kernels in this tree"
+    not (locate.OWN.root / "slstm" / "launch.cu").exists(), reason="there are no sLSTM kernels in this tree"
 )
 ATTRIBUTES = {"scale": 0.3, "eps": 1e-6}
 
 
 def adapter(name: str) -> Path:
     """The adapter linked with emulated kernels: `ort_on_cpu` for the CPU provider, `cuda` as it is."""
-    folder = locate.ROOT / "adapters" / "onnxruntime"
+    folder = locate.OWN.root / "adapters" / "onnxruntime"
     source = folder / "cuda.cc" if name == "cuda" else Path(__file__).with_name("ort_on_cpu.cc")
     included = [folder / "cuda.cc", folder / "ort_api.h", *emulated.headers()]
     return emulated.link([*map(emulated._kernels, emulated.OPS), (source, included)])

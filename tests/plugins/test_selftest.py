@@ -12,7 +12,7 @@ import pytest
 import torch
 from xlstm_export.plugins import cases, selftest
 from xlstm_export.plugins.inventory import loading_problem
-from xlstm_export.plugins.locate import ROOT
+from xlstm_export.plugins.locate import OWN
 from xlstm_export.plugins.native import NativeLibrary
 
 from xlstm_export.errors import SetupError, UsageError
@@ -59,7 +59,7 @@ def library(folder: Path, *, write: str = "", refusal: str = "nullptr", status: 
         "-shared",
         "-fPIC",
         "-I",
-        str(ROOT),
+        str(OWN.root),
         str(folder / "wrong.cpp"),
         "-o",
         str(folder / "wrong.so"),

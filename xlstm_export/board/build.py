@@ -160,14 +160,14 @@ def find_plugin(bundle: Path) -> Path:
         SetupError: it is not there and no CUDA compiler is.
         BuildError: the compiler failed.
     """
-    locate.ROOT = bundle / "plugins"
-    found = locate.find(KIND)
+    sources = locate.Sources(bundle / "plugins")
+    found = sources.find(KIND)
     shipped = bundle / BIN / locate.machine() / locate.KINDS[KIND].library
     if found is not None:
         return found
     if shipped.is_file():
         return shipped
-    (library,) = plugin_builder.build([KIND])
+    (library,) = plugin_builder.build([KIND], sources=sources)
     return library.path
 
 

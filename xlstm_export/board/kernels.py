@@ -15,9 +15,9 @@ BIN = "plugins/bin"
 
 def find(bundle: Path) -> Path | None:
     """The library to use: what the environment names, what was compiled here, what came along; or None."""
-    locate.ROOT = bundle / "plugins"
+    sources = locate.Sources(bundle / "plugins")
     # `off` is for the library that came along too.
-    if (found := locate.find(KIND)) is not None or locate.is_off(KIND):
+    if (found := sources.find(KIND)) is not None or locate.is_off(KIND):
         return found
     shipped = bundle / BIN / locate.machine() / locate.KINDS[KIND].library
     return shipped if shipped.is_file() and _loads(shipped) else None
@@ -30,8 +30,8 @@ def build(bundle: Path, progress: Callable[[int, int], None] = lambda done, tota
         SetupError: CMake or a C++ compiler is missing.
         BuildError: the compiler failed.
     """
-    locate.ROOT = bundle / "plugins"
-    (library,) = builder.build([KIND], progress=progress)
+    sources = locate.Sources(bundle / "plugins")
+    (library,) = builder.build([KIND], progress=progress, sources=sources)
     return library.path
 
 

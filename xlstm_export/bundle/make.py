@@ -138,7 +138,7 @@ def _about(
         "recurrences": _recurrences(folder),
         "origin": manifest.get("origin", {}),
         "options": options,
-        "plugin_abi": {kind: locate.source_hash(kind) for kind in ("tensorrt", kernels.KIND)},
+        "plugin_abi": {kind: locate.OWN.hash(kind) for kind in ("tensorrt", kernels.KIND)},
         "command": command,
     }
 
@@ -170,12 +170,12 @@ def _write_stripped(folder: Path, made: Path) -> None:
 def _copy_plugins(made: Path) -> None:
     """Sources, and the libraries that are built of exactly these for machines like this one."""
     for pattern in SOURCES:
-        for path in sorted(locate.ROOT.glob(pattern)):
-            target = made / "plugins" / path.relative_to(locate.ROOT)
+        for path in sorted(locate.OWN.root.glob(pattern)):
+            target = made / "plugins" / path.relative_to(locate.OWN.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     for kind, about in locate.KINDS.items():
-        library = locate.find(kind)
+        library = locate.OWN.find(kind)
         if library is not None:
             target = made / kernels.BIN / locate.machine() / about.library
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def write_deploy(path: Path) -> None:
     files = {"__main__.py": _MAIN.encode()}
     for root, prefix, patterns in (
         (package, "xlstm_export", MODULES),
-        (locate.ROOT, "xlstm_export/plugins", PLUGIN_MODULES),
+        (locate.OWN.root, "xlstm_export/plugins", PLUGIN_MODULES),
     ):
         for pattern in patterns:
             for source in sorted(root.glob(pattern)):

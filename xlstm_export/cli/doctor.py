@@ -108,7 +108,7 @@ def _recurrences() -> Finding:
     """What computes the recurrences when ONNX Runtime opens a graph on the CPU."""
     name = "recurrences"
     try:
-        library = locate.find("ort-cpu")
+        library = locate.OWN.find("ort-cpu")
     except SetupError as error:
         return Finding(name, "missing", error.message, error.hint)
     if library is None:

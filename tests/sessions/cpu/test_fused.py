@@ -257,8 +257,8 @@ def idle_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert compiler is not None
     plugins = ROOT / "tests" / "plugins"
     path = tmp_path_factory.mktemp("idle") / "idle.so"
-    sources = [locate.ROOT / "adapters" / "onnxruntime" / "cpu.cpp", plugins / "fake_kernels.cc"]
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{locate.ROOT}", f"-I{plugins}"]
+    sources = [locate.OWN.root / "adapters" / "onnxruntime" / "cpu.cpp", plugins / "fake_kernels.cc"]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{locate.OWN.root}", f"-I{plugins}"]
     subprocess.run([compiler, *options, *map(str, sources), "-o", str(path)], check=True)
     return path
 

@@ -22,7 +22,7 @@ def library() -> Path | None:
     """The library for this machine and these sources, if it is built."""
     from ...plugins import locate
 
-    return locate.find("ort-cpu")
+    return locate.OWN.find("ort-cpu")
 
 
 def drop_bodies(model: ir.Model) -> None:

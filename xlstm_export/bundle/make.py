@@ -44,7 +44,7 @@ SOURCES = ("**/CMakeLists.txt", "**/*.h", "**/*.hpp", "**/*.cuh", "**/*.cu", "**
 _MAIN = """import sys
 from pathlib import Path
 
-from ..board.cli import main
+from xlstm_export.board.cli import main
 
 sys.exit(main(Path(__file__).resolve().parent.parent))
 """

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..errors import BuildError
 from ..inputs import Arrays
-from ..lift.model import lift_model
 from ..specs import IoSpec, StateSpec, TensorSpec
 from .protocol import StatefulSession
 
@@ -28,6 +27,8 @@ class TorchSession(StatefulSession):
 
     def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
         import torch
+
+        from ..lift.model import lift_model
 
         lifted = lift_model(loaded)
         self._torch = torch

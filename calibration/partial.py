@@ -7,15 +7,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from xlstm_export.calibration.histogram import Observer
 
 from xlstm_export.atomic import readable_os_errors
 from xlstm_export.errors import InputError
-
-if TYPE_CHECKING:
-    from xlstm_export.calibration.observers import Observer
 
 NAME = ".calibration.partial.npz"
 

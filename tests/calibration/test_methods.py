@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from refusals import refused
 from xlstm_export.calibration import methods
+from xlstm_export.calibration.histogram import Observer
 from xlstm_export.calibration.methods import Distribution
-from xlstm_export.calibration.observers import Observer
 
 from xlstm_export.errors import UsageError
 

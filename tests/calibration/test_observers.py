@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 from refusals import refused
 from xlstm_export.calibration import observers, partial
-from xlstm_export.calibration.observers import BORDERS, Observer, calibrate
+from xlstm_export.calibration.histogram import BINS, Observer
+from xlstm_export.calibration.observers import BORDERS, calibrate
 from xlstm_export.calibration.scales import CHANNELS, SCALES, Scales
 from xlstm_export.calibration.sets import CalibrationSet
 
@@ -52,7 +53,7 @@ def test_an_observer_is_what_numpy_says_of_all_values() -> None:
     assert np.array_equal(observer.channels, every.max(axis=0))
     for bucket in range(3):
         mine = np.concatenate([np.abs(values).ravel() for values, at in parts if at == bucket])
-        counts, _ = np.histogram(mine[mine > 0].astype(np.float64), bins=observers.BINS, range=(0, end))
+        counts, _ = np.histogram(mine[mine > 0].astype(np.float64), bins=BINS, range=(0, end))
         assert np.array_equal(observer.bins[bucket], counts)
         assert observer.counts[bucket] == mine.size
         assert observer.peaks[bucket] == mine.max()

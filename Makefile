@@ -35,6 +35,7 @@ lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/imports.py
 
 # The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
 bench: kernels

@@ -55,12 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/<gpu>.json")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--skip", nargs="*", default=[], choices=LIMITS, help="stages to leave out")
-    parser.add_argument(
-        "--emulated",
-        type=Path,
-        metavar="LIB",
-        help="a library of emulated kernels: everything runs on this CPU, small; its times mean nothing",
-    )
+    emulated = "a library of emulated kernels: everything runs on this CPU, small; its times mean nothing"
+    parser.add_argument("--emulated", type=Path, metavar="LIB", help=emulated)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)

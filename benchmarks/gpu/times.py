@@ -24,6 +24,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.checks import UNIT, group, workspace_tensor
 from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.reference import Tensors
+from benchmarks.gpu.work import count_flops, moved_bytes
 from xlstm_export.ops import reference as ops
 
 ROUNDS = 9  # samples of each contestant, one per turn
@@ -32,7 +33,6 @@ GRAPH_LAUNCHES = 32  # of a call with fewer than `SHORT_FLOPS`, at least
 SHORT_FLOPS = 3e8
 SETS = 64  # at most
 SLOW_SECONDS, SLOW_ROUNDS = 0.1, 3  # what takes longer is sampled less often
-FLOP_CHUNK = 64  # FLOPs of a chunkwise form are counted for chunks of this length
 
 Record = dict[str, Any]
 Emit = Callable[[Record], None]
@@ -145,7 +145,7 @@ def time_workload(
     library: NativeLibrary, device: Device, workload: Workload, ceilings: Record, *, small: bool = False
 ) -> Record:
     """Verify the kernel on this very shape, then time it in turns with PyTorch eager."""
-    needed = 12 * operand_bytes(workload.case)  # FP32 copies for eager, what it makes of them
+    needed = 12 * moved_bytes(workload.case)  # FP32 copies for eager, what it makes of them
     if needed > device.free_bytes():
         return {"skipped": f"needs about {needed / 1e9:.1f} GB"}
     sets = operand_sets(workload.case, device)
@@ -250,38 +250,6 @@ def copy_ceiling(device: Device, small: bool = False) -> float:
     return 2 * count / statistics.median(timing)
 
 
-def moved_bytes(case: Case) -> int:
-    """The fewest bytes of a call: inputs read once, outputs written once."""
-    io, second = (_SIZE[name] for name in (case.io, case.second))
-    s = case.shape
-    if case.op == "slstm":
-        B, S, H, D = (s[name] for name in ("B", "S", "H", "D"))
-        scales = 4 * 4 * H * D if case.second == "int8" else 0
-        return (
-            5 * B * S * H * D * io + 4 * H * D * D * second + scales + 4 * 4 * H * D + 2 * 4 * 4 * B * H * D
-        )
-    B, S, H, Dk, Dv = (s[name] for name in ("B", "S", "H", "Dk", "Dv"))
-    sequence = B * S * H * (2 * (Dk + Dv) * io + 2 * 4)
-    return sequence + 2 * B * H * (Dk * Dv * second + 4 * Dk + 4)
-
-
-def count_flops(case: Case) -> int:
-    """FLOPs of a call in the form it takes: the step's products, chunks of `FLOP_CHUNK`, or R·y."""
-    s = case.shape
-    if case.op == "slstm":
-        return 8 * s["B"] * s["S"] * s["H"] * s["D"] ** 2
-    positions = s["B"] * s["S"] * s["H"]
-    if s["S"] == 1:
-        return positions * 5 * s["Dk"] * s["Dv"]  # decay, outer product, sum; product with q
-    inside = min(FLOP_CHUNK, s["S"]) * (s["Dk"] + s["Dv"])  # the causal half
-    return positions * (4 * s["Dk"] * s["Dv"] + inside)
-
-
-def operand_bytes(case: Case) -> int:
-    """Bytes of all operands of a call."""
-    return moved_bytes(case)
-
-
 # --- Contestants --------------------------------------------------------------------------------------
 
 
@@ -289,7 +257,7 @@ def operand_sets(case: Case, device: Device) -> list[Tensors]:
     """Operands and outputs, so many of them that a step's do not stay in the cache."""
     count = 1
     if case.shape["S"] == 1:
-        count = min(SETS, 1 + math.ceil(2 * device.l2_bytes / operand_bytes(case)))
+        count = min(SETS, 1 + math.ceil(2 * device.l2_bytes / moved_bytes(case)))
     first = on_device(case, device)
     # Copies need no new random numbers: all that matters is that they lie elsewhere.
     return [first, *({name: x.clone() for name, x in first.items()} for _ in range(count - 1))]
@@ -405,7 +373,6 @@ def rows(records: list[Record]) -> Iterator[tuple[str, ...]]:
         )
 
 
-_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SLSTM_PAIRS = (("y0", "y_n"), ("c0", "c_n"), ("n0", "n_n"), ("m0", "m_n"))
 
 

@@ -1,0 +1,79 @@
+"""The shape of the code: how many modules lie flat, how long things are, what the board's part may import."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from xlstm_export.bundle.make import MODULES, PLUGIN_MODULES
+
+FOLDERS = ("xlstm_export", "calibration", "plugins", "benchmarks")
+FLAT = 12  # modules that lie in xlstm_export/ itself
+MODULE_LINES = 400
+
+
+def modules() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_flat_modules() -> None:
+    flat = sorted(path.name for path in (ROOT / "xlstm_export").glob("*.py"))
+    assert len(flat) <= FLAT, flat
+
+
+def test_length_of_modules() -> None:
+    lines = {name(path): len(path.read_text().splitlines()) for path in modules()}
+    assert {module: count for module, count in lines.items() if count > MODULE_LINES} == {}
+
+
+def full_name(path: Path) -> str:
+    """The name a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inside = parts if parts[0] == "xlstm_export" else ("xlstm_export", *parts)
+    return ".".join(inside).removesuffix(".__init__")
+
+
+def travelling() -> dict[str, Path]:
+    """Full name → file of each module that is packed into deploy.py, which does not use `__main__`."""
+    patterns = [f"xlstm_export/{pattern}" for pattern in MODULES]
+    patterns += [f"plugins/{pattern}" for pattern in PLUGIN_MODULES]
+    files = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    return {full_name(path): path for path in files if path.name != "__main__.py"}
+
+
+def imported(body: list[ast.stmt], package: str) -> Iterator[str]:
+    """What is imported as soon as these statements run; the bodies of functions do not."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ClassDef | ast.With | ast.Try):
+            yield from imported(node.body, package)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "TYPE_CHECKING":
+            yield from imported([*node.body, *node.orelse], package)
+
+
+@pytest.mark.parametrize("module", sorted(travelling()))
+def test_what_travels_imports_little(module: str) -> None:
+    """A board has Python and NumPy: nothing else is imported before a function asks for it."""
+    path = travelling()[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    everything = {full_name(path) for folder in FOLDERS[:3] for path in (ROOT / folder).rglob("*.py")}
+    for found in imported(ast.parse(path.read_text()).body, package):
+        if found.split(".")[0] == "xlstm_export":
+            source = found if found in everything else found.rpartition(".")[0]  # or a name inside a module
+            assert source in travelling(), f"{found} stays behind"
+        else:
+            assert found.split(".")[0] in {*sys.stdlib_module_names, "numpy"}, found

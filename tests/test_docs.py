@@ -147,7 +147,7 @@ def reader(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_readme_runs(reader: Path) -> None:
     """Its commands for an own model, one after the other; then what is done on a board, and the Python."""
-    _, own, board, _ = blocks(Path("README.md"), "sh")
+    _, own, board = blocks(Path("README.md"), "sh")
     deploys = [" ".join(words) for words in commands(own) if words[0] == "xlstm-export"]
     # What the next command does too, and ends with a bundle, is not done twice: it takes minutes.
     quick = [line for line in deploys if "--precision" not in line or "--target" in line]

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from xlstm_export.plugins.native import NativeLibrary, mlstm_call, slstm_call
 
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import reference
+from benchmarks.gpu import cases, reference
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.reference import Tensors
@@ -46,7 +45,7 @@ def run_checks(
     A record: kernel, case, io, second, passed, ratios (result → error over the yardstick's), problems.
     After an error that the device does not recover from, one last record says what was not run.
     """
-    remaining = list(gpu_cases.cases(kernel, small=small))
+    remaining = list(cases.cases(kernel, small=small))
     while remaining:
         case = remaining.pop(0)
         record: Record = {"kernel": kernel, "case": case.name, "io": case.io, "second": case.second}
@@ -70,7 +69,7 @@ def check(library: NativeLibrary, device: Device, case: Case) -> Record:
         NativeError: the library refuses the call or fails in it.
     """
     inputs = {
-        name: _shifted(tensor, case.offset) for name, tensor in gpu_cases.operands(case, device.name).items()
+        name: _shifted(tensor, case.offset) for name, tensor in cases.operands(case, device.name).items()
     }
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     problems: list[str] = []
@@ -130,7 +129,7 @@ def judge(case: Case, inputs: Tensors, results: Tensors) -> dict[str, tuple[floa
     # other checks have the GPU.
     if math.prod(size for name, size in case.shape.items() if name != "S") <= 1 << 15:
         inputs, results = ({name: x.cpu() for name, x in tensors.items()} for tensors in (inputs, results))
-    length, options = case.shape["S"], gpu_cases.options(case)
+    length, options = case.shape["S"], cases.options(case)
     if case.op == "mlstm":
         exact, bounds = reference.mlstm(inputs, **options)
 
@@ -237,7 +236,7 @@ def _run_once(
         if case.op == "mlstm"
         else (slstm_call, library.slstm_workspace, library.slstm)
     )
-    options = gpu_cases.options(case)
+    options = cases.options(case)
     if workspace is None:
         workspace = workspace_tensor(size(make(tensors, **options)), device)
     run_op(tensors, **options, workspace=workspace, context=device.stream())
@@ -269,7 +268,7 @@ def workspace_tensor(size: int, device: Device) -> torch.Tensor:
 def _single(case: Case, inputs: Tensors) -> Tensors:
     """The PyTorch form in FP32."""
     x = {name: tensor.float() for name, tensor in inputs.items()}
-    options = gpu_cases.options(case)
+    options = cases.options(case)
     if case.op == "mlstm":
         form = ops.mlstm_sequence if case.kernel == "mlstm_step" else ops.mlstm_chunkwise
         operands = (x[name] for name in "qkvif")

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+if __name__ == "__main__":  # a bare checkout is enough; this folder's own names are no top-level modules
+    sys.path[0] = str(ROOT)
 
 BUDGET = 470.0  # seconds in all
 LIMITS = {  # seconds per stage; what a stage leaves is there for the others
@@ -268,7 +269,7 @@ def run_stage(name: str, folder: Path, seconds: float, *, emulated: bool) -> Non
 
 def stage_build(folder: Path) -> Record:
     """Compile for the GPU that `environment` found."""
-    from benchmarks.gpu import build as gpu_build
+    from benchmarks.gpu import build
     from benchmarks.gpu.device import nvcc
 
     compiler = nvcc()
@@ -276,23 +277,23 @@ def stage_build(folder: Path) -> Record:
         return {"error": "nvcc was not found: set CUDA_HOME", "environment_error": True}
     sm = read_records(folder / "environment.jsonl")[0]["sm"]
     try:
-        return gpu_build.build(compiler, sm, folder / "build")
-    except gpu_build.BuildError as error:
+        return build.build(compiler, sm, folder / "build")
+    except build.BuildError as error:
         return {"error": str(error)}
 
 
 def stage_sanitize(folder: Path, seconds: float) -> Record:
     """The sanitizer's tools on the standalone driver."""
-    from benchmarks.gpu import build as gpu_build
+    from benchmarks.gpu import build
     from benchmarks.gpu.device import nvcc
 
-    return gpu_build.sanitize(Path(read_records(folder / "build.jsonl")[0]["program"]), nvcc(), seconds)
+    return build.sanitize(Path(read_records(folder / "build.jsonl")[0]["program"]), nvcc(), seconds)
 
 
 def _checks() -> Any:
-    from benchmarks.gpu import checks as gpu_checks
+    from benchmarks.gpu import checks
 
-    return gpu_checks
+    return checks
 
 
 # --- What is printed --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from xlstm_export.plugins.native import NativeLibrary
 
-from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import cases
 from benchmarks.gpu.checks import UNIT
 from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.reference import Tensors
@@ -90,7 +90,7 @@ def time_peer(
 
 def compiled(device: Device, workload: Workload, x: Tensors) -> dict[str, tuple[Call, int]]:
     """torch.compile of `ops.mlstm_step`, called from Python and in a graph."""
-    options = gpu_cases.options(workload.case)
+    options = cases.options(workload.case)
     step = torch.compile(ops.mlstm_step, dynamic=False)
     operands = [x[name].float() for name in "qkvif"]
     state = tuple(x[name].float() for name in ("C0", "n0", "m0"))
@@ -106,7 +106,7 @@ def mlstm_kernels(device: Device, workload: Workload, x: Tensors) -> dict[str, t
     """The package's Triton kernels; their results are compared with the PyTorch form first."""
     from mlstm_kernels.torch import get_mlstm_kernel, get_mlstm_step_kernel
 
-    options = gpu_cases.options(workload.case)
+    options = cases.options(workload.case)
     if workload.positions == 1:
         step = get_mlstm_step_kernel("triton")
         q, k, v = (x[name][:, 0].contiguous() for name in "qkv")
@@ -187,7 +187,7 @@ PEERS: dict[str, tuple[tuple[str, ...], Contestants]] = {
 
 def _agrees(h: torch.Tensor, workload: Workload, x: Tensors) -> None:
     """Raise if a peer's output, its first 4,096 positions, is far from the PyTorch form."""
-    options = gpu_cases.options(workload.case)
+    options = cases.options(workload.case)
     length = min(h.shape[1], 4096)  # the first positions: they depend on no later one
     state = tuple(x[name][:1, :1].double() for name in ("C0", "n0", "m0"))
     exact, _ = ops.mlstm_chunkwise(*(x[name][:1, :length, :1].double() for name in "qkvif"), state, **options)

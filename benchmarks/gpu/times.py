@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from xlstm_export.plugins.native import NativeLibrary, mlstm_call, slstm_call
 
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import reference
+from benchmarks.gpu import cases, reference
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.checks import UNIT, group, workspace_tensor
 from benchmarks.gpu.device import Call, Device
@@ -225,7 +224,7 @@ def measure_ceilings(device: Device, small: bool = False) -> Record:
     """Copy bandwidth (bytes read plus bytes written) and matrix products on random numbers."""
     size = 64 if small else 8192 if device.processors >= 64 else 4096
     rates: dict[str, float] = {}
-    for io in gpu_cases.IO:
+    for io in cases.IO:
         n = size // 2 if io == "float32" else size  # no TF32: see `Gpu`
         try:
             a, b = (torch.randn(n, n, device=device.name).to(getattr(torch, io)) for _ in range(2))
@@ -266,7 +265,7 @@ def operand_sets(case: Case, device: Device) -> list[Tensors]:
 def on_device(case: Case, device: Device) -> Tensors:
     """The case's inputs on the device, drawn there: tens of millions of numbers."""
     if math.prod(case.shape.values()) < 1 << 22:
-        return gpu_cases.operands(case, device.name)
+        return cases.operands(case, device.name)
     s, io = case.shape, getattr(torch, case.io)
     generator = torch.Generator(device.name).manual_seed(1)
 
@@ -274,7 +273,7 @@ def on_device(case: Case, device: Device) -> Tensors:
         return torch.randn(shape, generator=generator, device=device.name, dtype=dtype)
 
     if case.op == "slstm":
-        small = gpu_cases.operands(case, "cpu")
+        small = cases.operands(case, "cpu")
         return {name: tensor.to(device.name) for name, tensor in small.items()}
     B, S, H, Dk, Dv = (s[name] for name in ("B", "S", "H", "Dk", "Dv"))
     return {
@@ -291,7 +290,7 @@ def on_device(case: Case, device: Device) -> Tensors:
 
 def launches(library: NativeLibrary, device: Device, case: Case, sets: list[Tensors]) -> list[Call]:
     """Per set of operands: a call of the kernel on it. Outputs are in `set["h"]`, `set["y"]`, and so on."""
-    options = gpu_cases.options(case)
+    options = cases.options(case)
     mlstm = case.op == "mlstm"
     pairs = {"C0": "C", "n0": "n", "m0": "m"} if mlstm else dict(_SLSTM_PAIRS)
     for x in sets:
@@ -314,7 +313,7 @@ def launches(library: NativeLibrary, device: Device, case: Case, sets: list[Tens
 def eager(case: Case, x: Tensors) -> Call:
     """The PyTorch form in FP32, of `xlstm_export.ops`, on copies of the operands."""
     x = {name: tensor.float() for name, tensor in x.items()}
-    options = gpu_cases.options(case)
+    options = cases.options(case)
     if case.op == "mlstm":
         state = (x["C0"], x["n0"], x["m0"])
         return lambda: ops.mlstm(*(x[name] for name in "qkvif"), state, **options)
@@ -334,7 +333,7 @@ def verified(device: Device, case: Case, x: Tensors, launch: Call) -> float:
     device.synchronize()
     H = case.shape["H"]
     heads = sorted({0, H - 1})
-    options = gpu_cases.options(case)
+    options = cases.options(case)
     if case.op == "mlstm":
         part = {name: x[name][:1, :, heads].double() for name in "qkvif"}
         state = tuple((before[name])[:1, heads].double() for name in ("C0", "n0", "m0"))

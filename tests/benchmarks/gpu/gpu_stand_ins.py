@@ -7,10 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import checks as gpu_checks
-from benchmarks.gpu import device as gpu_device
-from benchmarks.gpu import times as gpu_times
+from benchmarks.gpu import cases, checks, device, times
 from xlstm_export.ops import reference as ops
 
 MLSTM_PAIRS = (("C0", "C"), ("n0", "n"), ("m0", "m"))
@@ -51,22 +48,22 @@ class TorchLibrary:
         self.fault(tensors)
 
 
-def case(kernel: str = "mlstm_chunkwise", kind: str = "plain", **options: Any) -> gpu_cases.Case:
+def case(kernel: str = "mlstm_chunkwise", kind: str = "plain", **options: Any) -> cases.Case:
     shapes = {
         "mlstm_step": {"B": 2, "S": 1, "H": 2, "Dk": 16, "Dv": 24},
         "mlstm_chunkwise": {"B": 1, "S": 70, "H": 2, "Dk": 16, "Dv": 24},
         "slstm": {"B": 2, "S": 9, "H": 2, "D": 16},
     }
-    kinds = gpu_cases.SLSTM_KINDS if kernel == "slstm" else gpu_cases.MLSTM_KINDS
+    kinds = cases.SLSTM_KINDS if kernel == "slstm" else cases.MLSTM_KINDS
     types = {"io": "float32", "second": "float32"} | options
-    return gpu_cases.Case(kernel, kind, shapes[kernel], traits=kinds[kind], **types)
+    return cases.Case(kernel, kind, shapes[kernel], traits=kinds[kind], **types)
 
 
-def check(library: Any, checked: gpu_cases.Case) -> dict[str, Any]:
-    return gpu_checks.check(library, gpu_device.Host(), checked)
+def check(library: Any, checked: cases.Case) -> dict[str, Any]:
+    return checks.check(library, device.Host(), checked)
 
 
 def run_times(library: Any, passed: Callable[[str], bool] = lambda group: True) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    gpu_times.run_times(library, gpu_device.Host(), passed, records.append, small=True)
+    times.run_times(library, device.Host(), passed, records.append, small=True)
     return records

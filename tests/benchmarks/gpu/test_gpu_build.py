@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import build as gpu_build
+from benchmarks.gpu import build
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -22,7 +22,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 
 
 def test_resources_of_kernels() -> None:
-    step, scan = gpu_build.resources(PTXAS)
+    step, scan = build.resources(PTXAS)
     assert step == {
         "name": "_Z4stepPf", "registers": 128, "spill_bytes": 52, "stack_bytes": 16, "shared_bytes": 8192
     }  # fmt: skip
@@ -36,17 +36,17 @@ def test_the_sanitizer_is_run_if_found(tmp_path: Path, monkeypatch: pytest.Monke
     sanitizer.write_text('#!/bin/sh\ntest "$2" != racecheck || { echo RACE REPORTED; exit 86; }\n')
     for file in (program, sanitizer):
         file.chmod(0o755)
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: str(sanitizer))
-    result = gpu_build.sanitize(program, None, 20.0)
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(sanitizer))
+    result = build.sanitize(program, None, 20.0)
     assert {tool: verdict["passed"] for tool, verdict in result.items()} == {
         "plain": True, "memcheck": True, "racecheck": False, "synccheck": True, "initcheck": True
     }  # fmt: skip
     assert "RACE REPORTED" in result["racecheck"]["note"]
 
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(gpu_build, "_sanitizer", lambda nvcc: None)
-    result = gpu_build.sanitize(program, None, 20.0)
+    monkeypatch.setattr(build, "_sanitizer", lambda nvcc: None)
+    result = build.sanitize(program, None, 20.0)
     assert result["plain"]["passed"]
     assert result["memcheck"]["note"] == "compute-sanitizer not found"
 
@@ -55,6 +55,6 @@ def test_a_sanitizer_that_hangs_is_stopped(tmp_path: Path) -> None:
     program = tmp_path / "driver"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o755)
-    result = gpu_build.sanitize(program, None, 1.2)
+    result = build.sanitize(program, None, 1.2)
     assert result["plain"]["passed"] is None
     assert "not finished" in result["plain"]["note"]

@@ -12,54 +12,51 @@ import pytest
 import torch
 from gpu_stand_ins import TorchLibrary, case, check
 
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import checks as gpu_checks
-from benchmarks.gpu import device as gpu_device
-from benchmarks.gpu import reference as gpu_reference
+from benchmarks.gpu import cases, checks, device, reference
 
 
-@pytest.mark.parametrize("kind", gpu_cases.MLSTM_KINDS)
+@pytest.mark.parametrize("kind", cases.MLSTM_KINDS)
 def test_mlstm_reference_is_the_recurrence(kind: str) -> None:
-    x = gpu_cases.operands(case(kind=kind), "cpu")
-    results, bounds = gpu_reference.mlstm(x, scale=0.25, eps=1e-6)
+    x = cases.operands(case(kind=kind), "cpu")
+    results, bounds = reference.mlstm(x, scale=0.25, eps=1e-6)
     arrays = [tensor.numpy() for tensor in x.values()]
     expected = oracle.mlstm(*arrays, scale=0.25, eps=1e-6)
-    for name, theirs in zip(gpu_reference.MLSTM_RESULTS, expected, strict=True):
+    for name, theirs in zip(reference.MLSTM_RESULTS, expected, strict=True):
         np.testing.assert_allclose(results[name].numpy(), theirs, rtol=1e-9, atol=1e-300, err_msg=name)
     for name, theirs in zip("hCn", oracle.mlstm_scale(*arrays, scale=0.25, eps=1e-6), strict=True):
         np.testing.assert_allclose(bounds[name].numpy(), theirs, rtol=1e-9, atol=1e-300, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", gpu_cases.SLSTM_KINDS)
+@pytest.mark.parametrize("kind", cases.SLSTM_KINDS)
 def test_slstm_reference_is_the_recurrence(kind: str) -> None:
     checked = case("slstm", kind)
-    x = gpu_cases.operands(checked, "cpu")
-    options = gpu_cases.options(checked)
-    results = gpu_reference.slstm(x, **options)
+    x = cases.operands(checked, "cpu")
+    options = cases.options(checked)
+    results = reference.slstm(x, **options)
     names = ("x", "R", "bias", "y0", "c0", "n0", "m0")
     expected = oracle.slstm(*(x[name].numpy() for name in names), **options)
-    for name, theirs in zip(gpu_reference.SLSTM_RESULTS, expected, strict=True):
+    for name, theirs in zip(reference.SLSTM_RESULTS, expected, strict=True):
         np.testing.assert_allclose(results[name].numpy(), theirs, rtol=1e-9, atol=1e-300, err_msg=name)
 
 
 def test_integer_weights_are_scaled_per_gate_and_unit() -> None:
-    x = gpu_cases.operands(case("slstm", second="int8"), "cpu")
+    x = cases.operands(case("slstm", second="int8"), "cpu")
     dense = {name: tensor for name, tensor in x.items() if name != "R_scale"}
     dense["R"] = x["R"].double() * x["R_scale"].double()[:, None]
-    a, b = (gpu_reference.slstm(operands, forget_max=math.inf)["y"] for operands in (x, dense))
+    a, b = (reference.slstm(operands, forget_max=math.inf)["y"] for operands in (x, dense))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 # --- Checks see what is wrong ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", gpu_cases.KERNELS)
+@pytest.mark.parametrize("kernel", cases.KERNELS)
 def test_right_kernels_pass_every_small_case(kernel: str) -> None:
     records: list[dict[str, Any]] = []
-    gpu_checks.run_checks(TorchLibrary(), gpu_device.Host(), kernel, records.append, small=True)
+    checks.run_checks(TorchLibrary(), device.Host(), kernel, records.append, small=True)
     assert [record for record in records if not record["passed"]] == []
-    assert len(records) == len(list(gpu_cases.cases(kernel, small=True)))
-    for entry in gpu_checks.summary(records).values():
+    assert len(records) == len(list(cases.cases(kernel, small=True)))
+    for entry in checks.summary(records).values():
         assert entry["passed"] == entry["cases"]
         assert max(ratio for ratio, _ in entry["worst"].values()) <= 2
 
@@ -112,7 +109,7 @@ def test_another_gauge_of_the_state_passes() -> None:
 
 @pytest.mark.parametrize("io", ["float16", "bfloat16"])
 def test_half_precision_allows_one_rounding_and_not_three(io: str) -> None:
-    unit = gpu_checks.UNIT[io]
+    unit = checks.UNIT[io]
 
     def off(by: float) -> Callable[[dict[str, Any]], None]:
         return lambda x: x["y"].copy_(torch.where(x["y"] > 0.5, x["y"] * (1 + 4 * by), x["y"]))
@@ -122,16 +119,16 @@ def test_half_precision_allows_one_rounding_and_not_three(io: str) -> None:
 
 
 def test_operands_repeat_by_name() -> None:
-    a, b = (gpu_cases.operands(case(), "cpu") for _ in range(2))
+    a, b = (cases.operands(case(), "cpu") for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["q"], gpu_cases.operands(case(in_place=True), "cpu")["q"])
+    assert not torch.equal(a["q"], cases.operands(case(in_place=True), "cpu")["q"])
 
 
 def test_cases_stay_in_the_contract() -> None:
-    for kernel in gpu_cases.KERNELS:
-        names = [checked.name for checked in gpu_cases.cases(kernel)]
+    for kernel in cases.KERNELS:
+        names = [checked.name for checked in cases.cases(kernel)]
         assert len(names) == len(set(names)) > 80
-        for checked in gpu_cases.cases(kernel):
+        for checked in cases.cases(kernel):
             sizes = [checked.shape[name] for name in ("Dk", "Dv", "D") if name in checked.shape]
             assert all(16 <= size <= 512 for size in sizes)
             assert (
@@ -139,7 +136,7 @@ def test_cases_stay_in_the_contract() -> None:
             )
 
 
-class LostDevice(gpu_device.Host):
+class LostDevice(device.Host):
     """A device that fails for good at the third synchronization."""
 
     left = 3
@@ -152,7 +149,7 @@ class LostDevice(gpu_device.Host):
 
 def test_a_lost_device_ends_a_stage_and_says_so() -> None:
     records: list[dict[str, Any]] = []
-    gpu_checks.run_checks(TorchLibrary(), LostDevice(), "mlstm_step", records.append, small=True)
+    checks.run_checks(TorchLibrary(), LostDevice(), "mlstm_step", records.append, small=True)
     assert "illegal memory access" in records[-2]["problems"][0]
     assert "not run" in records[-1]["problems"][0]
     assert not records[-1]["passed"]
@@ -166,9 +163,9 @@ def test_a_refused_case_fails_and_the_others_run() -> None:
             super().mlstm(tensors, **options)
 
     records: list[dict[str, Any]] = []
-    gpu_checks.run_checks(Refusing(), gpu_device.Host(), "mlstm_step", records.append, small=True)
+    checks.run_checks(Refusing(), device.Host(), "mlstm_step", records.append, small=True)
     failed = [record for record in records if not record["passed"]]
     assert failed
     assert all("Dk24" in record["case"] for record in failed)
     assert "is not supported" in failed[0]["problems"][0]
-    assert len(records) == len(list(gpu_cases.cases("mlstm_step", small=True)))
+    assert len(records) == len(list(cases.cases("mlstm_step", small=True)))

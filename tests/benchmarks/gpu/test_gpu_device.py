@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import device as gpu_device
+from benchmarks.gpu import device
 
 
 class Played:
@@ -79,8 +79,8 @@ class Played:
         real = torch.cuda
         for name in stand_ins:
             assert hasattr(real, name), name
-        monkeypatch.setattr(gpu_device.torch, "cuda", self.module)
-        monkeypatch.setattr(gpu_device.shutil, "which", lambda name: None)
+        monkeypatch.setattr(device.torch, "cuda", self.module)
+        monkeypatch.setattr(device.shutil, "which", lambda name: None)
 
 
 @pytest.fixture
@@ -89,24 +89,24 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 
 def test_gpu_is_described(played: Played) -> None:
-    device = gpu_device.Gpu()
-    said = device.describe()
+    gpu = device.Gpu()
+    said = gpu.describe()
     assert (said["gpu"], said["sm"], said["multiprocessors"]) == ("NVIDIA H200", 90, 132)
-    assert said["l2_bytes"] == device.l2_bytes == 60 << 20
-    assert device.free_bytes() == 1 << 36
-    assert device.stream() == 4096
+    assert said["l2_bytes"] == gpu.l2_bytes == 60 << 20
+    assert gpu.free_bytes() == 1 << 36
+    assert gpu.stream() == 4096
 
 
 def test_gpu_time_is_that_between_events(played: Played) -> None:
-    device = gpu_device.Gpu()
-    seconds = device.seconds(lambda: played.log.append("call"), 3)
+    gpu = device.Gpu()
+    seconds = gpu.seconds(lambda: played.log.append("call"), 3)
     assert seconds == pytest.approx(0.002)
     assert played.log == ["synchronize", "record", "call", "call", "call", "record", "event"]
 
 
 def test_gpu_graph_is_captured_after_a_call_outside(played: Played) -> None:
-    device = gpu_device.Gpu()
-    replay = device.graph(lambda: played.log.append("call"))
+    gpu = device.Gpu()
+    replay = gpu.graph(lambda: played.log.append("call"))
     begin = played.log.index("capture begins")
     assert played.log[begin : begin + 3] == ["capture begins", "call", "capture ends"]
     assert played.log.index("call") < begin
@@ -119,7 +119,7 @@ def test_without_a_gpu_the_stage_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit, match="no CUDA device"):
-        gpu_device.Gpu()
+        device.Gpu()
 
 
 def test_clocks_are_read_where_nvidia_smi_answers(
@@ -128,9 +128,9 @@ def test_clocks_are_read_where_nvidia_smi_answers(
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 1980 MHz, 3201 MHz, 120 W, 700 W, 40'\n")
     smi.chmod(0o755)
-    device = gpu_device.Gpu()
-    assert device.clocks() == {}
-    monkeypatch.setattr(gpu_device.shutil, "which", lambda name: str(smi))
-    assert device.clocks()["clocks.sm"] == "1980 MHz"
+    gpu = device.Gpu()
+    assert gpu.clocks() == {}
+    monkeypatch.setattr(device.shutil, "which", lambda name: str(smi))
+    assert gpu.clocks()["clocks.sm"] == "1980 MHz"
     smi.write_text("#!/bin/sh\nexit 9\n")
-    assert device.clocks() == {}
+    assert gpu.clocks() == {}

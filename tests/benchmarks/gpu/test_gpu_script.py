@@ -17,8 +17,7 @@ import readme
 from gpu_stand_ins import TorchLibrary, run_times
 from places import ROOT
 
-from benchmarks.gpu import build as gpu_build
-from benchmarks.gpu import gpu
+from benchmarks.gpu import build, gpu
 
 
 def session(
@@ -173,7 +172,7 @@ def test_the_sanitizer_s_driver_runs(tmp_path: Path) -> None:
     sources += [
         "-x",
         "c++",
-        str(gpu_build.DRIVER),
+        str(build.DRIVER),
         "-x",
         "none",
         str(library),

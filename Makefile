@@ -65,7 +65,7 @@ install: $(TESTING)
 # What the tool needs; and with what its tests need, NVIDIA's builder for one, which is half as large again.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable ".[build,cpu,models,plots]"
+	$(PIP) --editable ".[build,cpu,models]"
 	touch $@
 
 $(TESTING): pyproject.toml constraints.txt

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 IMPORTS = """
 import xlstm_export, xlstm_export.calibration, xlstm_export.plugins, xlstm_export.cli.main
 import sys
-heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "matplotlib"} & set(sys.modules)
+heavy = {"torch", "onnx", "onnxruntime", "tensorrt", "jinja2"} & set(sys.modules)
 assert not heavy, heavy
 import xlstm_export.trace, xlstm_export.load
 for name in ("", ".calibration", ".plugins", ".trace", ".load"):

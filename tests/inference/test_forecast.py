@@ -64,6 +64,33 @@ def test_the_forecast_is_the_model_s(weather: Path, tmp_path: Path) -> None:
     assert b"<svg" in first
     CliRunner().invoke(cli, [*command, "-o", str(out), "--plot", str(picture)])
     assert picture.read_bytes() == first
+    assert b">forecast<" in first
+    assert b">positions from the last row<" in first
+
+
+def test_a_picture_of_another_kind_is_refused_before_anything_is_read(weather: Path, tmp_path: Path) -> None:
+    command = ["forecast", str(weather), "--input", str(EXAMPLE / "two_weeks.csv"), "--plot", "f.png"]
+    done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "f.csv")])
+    assert isinstance(done.exception, UsageError)
+    assert "f.svg" in str(done.exception.hint)
+    assert not (tmp_path / "f.csv").exists()
+
+
+def test_the_picture_of_quantiles_and_gaps(tmp_path: Path) -> None:
+    """One colour and one name for all outputs; a gap where a value is missing; names stay text."""
+    past = np.array([[1.0], [np.nan], [3.0], [2.0]])
+    made = forecasts.Forecast(
+        forecasts.Series(("<load>",), past, ()), np.array([[2.5, 3.0], [2.0, 3.5]]), None
+    )
+    path = tmp_path / "f.svg"
+    forecasts.plot(made, path)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<polyline") == 2 + 2
+    assert text.count(">forecast</text>") == 1
+    assert "<load>" not in text
+    assert "&lt;load&gt;" in text
+    with pytest.raises(UsageError, match="no column b"):
+        forecasts.plot(made, path, "b")
 
 
 def test_columns_in_the_model_s_order(tmp_path: Path) -> None:

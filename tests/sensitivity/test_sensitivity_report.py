@@ -4,13 +4,14 @@ import csv
 import json
 import math
 import re
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from xlstm_export.quantize.recipe import Recipe, Rule, read_recipe
 from xlstm_export.sensitivity.measure import Measured
+from xlstm_export.sensitivity.plot import draw
 from xlstm_export.sensitivity.report import COLUMNS, Sensitivity, note, write_evidence
 from xlstm_export.sensitivity.search import Candidate, Limits, Unit
 
@@ -45,7 +46,6 @@ def result() -> Sensitivity:
 
 
 def test_files(result: Sensitivity, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     write_evidence(result, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "evidence.csv",
@@ -95,21 +95,20 @@ def test_excluded_the_most_harmful_first(result: Sensitivity) -> None:
 
 
 def test_the_picture_names_every_unit_and_is_repeatable(result: Sensitivity) -> None:
-    pytest.importorskip("matplotlib")
-    from xlstm_export.sensitivity.plot import draw
-
-    first = draw(result)
-    assert first == draw(result)
-    text = first.decode()
-    for words in ("up", "g", "INT8", "left as it is", "% worse than FP32"):
-        assert f">{words}<" in text or words in text
+    text = draw(result)
+    assert text == draw(result)
+    for words in ("up", "g", "INT8", "left as it is", "bits per byte: % worse than FP32", "limit 0.500%"):
+        assert f">{words}<" in text
+    assert text.count("<rect") == 1 + 2 * len(result.units)  # the background; two plots
     assert not re.search(r"20\d\d-\d\d-\d\d", text)
 
 
-def test_no_picture_without_matplotlib(
-    result: Sensitivity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    write_evidence(result, tmp_path)
-    assert not (tmp_path / "evidence.svg").exists()
-    assert (tmp_path / "evidence.json").exists()
+def test_a_unit_that_cannot_be_built_fills_the_axis(result: Sensitivity) -> None:
+    """Its value says why; what improves goes to the left of zero."""
+    failed = Candidate("only g", Recipe("int8"), Measured.failed("no kernel"), math.inf, 0)
+    broken = replace(result, alone={"up": candidate("only up", -0.002, 400), "g": failed})
+    text = draw(broken)
+    assert ">∞ %<" in text
+    assert ">-0.200 %<" in text
+    assert "nan" not in text
+    assert "inf" not in text

@@ -22,7 +22,6 @@ PACKAGES = {
     "xlstm": ("xlstm", "load checkpoints of the xlstm package", "pip install xlstm", True),
     "transformers": ("transformers", "load Hugging Face models", "pip install transformers", False),
     "tirex-ts": ("tirex", "load TiRex forecasters", "pip install tirex-ts", False),
-    "matplotlib": ("matplotlib", "pictures of drift and sensitivity", "pip install matplotlib", False),
     "distributed": ("distributed", "sensitivity search on a Dask cluster", "pip install distributed", False),
     "tokenizers": ("tokenizers", "calibration text of Hugging Face models", "pip install tokenizers", False),
     "tensorrt": ("tensorrt", "build engines", "on a Jetson it comes with JetPack", False),

@@ -60,7 +60,7 @@ def generate(
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="CSV to write")
 @click.option("--columns", help="names of the columns the model reads, in its order: a,b,c")
 @click.option("--every", is_flag=True, help="the forecast after each row, not only the last")
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help=".svg or .png")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="picture to write, .svg")
 @click.option("--target", help="column that is forecast, for the plot; default the first")
 @backend_option
 @threads_option
@@ -78,8 +78,11 @@ def forecast(
     """Forecast what follows the rows of a CSV file with the model in RUN."""
     from ..inference import forecast as forecasts
     from ..inference.open import open_session
+    from ..plot.file import require_svg
     from ..runfolder import read_io, read_manifest
 
+    if picture is not None:
+        require_svg(picture)
     io = read_io(run)
     form = forecasts.layout(io, read_manifest(run).get("context_length"))
     names = columns.split(",") if columns else None

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import readable_os_errors, write_text
-from ..errors import InputError, SetupError, UsageError
+from ..atomic import write_text
+from ..errors import InputError, UsageError
 from ..inputs import per_position
+from ..plot.figures import Line, LinePlot
+from ..plot.file import require_svg, svg_file
 from ..sessions.protocol import Session
 from ..specs import IoSpec
 
 HISTORY = 168  # rows before the forecast that the plot shows
+WIDTH = 860  # px of the plot
+GREY, BLUE = 7, 0  # its colours
 
 
 @dataclass(frozen=True)
@@ -214,42 +218,39 @@ def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
 
 
 def plot(made: Forecast, path: Path, target: str | None = None) -> None:
-    """Draw the end of a column and the forecast behind it; one file gives the same bytes each time.
+    """Draw the end of a column and the forecast behind it. The same forecast gives the same bytes.
 
     Args:
         made: of `forecast`.
-        path: .svg or .png.
+        path: of an .svg file.
         target: the column that is forecast; by default the first.
 
     Raises:
         UsageError: no such column, or another ending.
-        SetupError: matplotlib is not installed.
+        SetupError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SetupError(f"matplotlib cannot be imported: {error}", "pip install matplotlib") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "xlstm_export"
-    from matplotlib.figure import Figure
-
-    metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}.get(path.suffix)
-    if metadata is None:
-        raise UsageError(f"{path}: no such kind of picture", "endings are .svg, .png")
+    require_svg(path)
     columns = made.series.columns
     if target is not None and target not in columns:
         raise UsageError(f"no column {target}", f"there are {', '.join(columns)}")
     name = target or columns[0]
-    past = made.series.values[-HISTORY:, columns.index(name)]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(np.arange(1 - len(past), 1), past, color="#57606a", label=name)
-    ahead = np.arange(0, made.values.shape[0] + 1)
-    for column in range(made.values.shape[1]):
-        values = np.concatenate([past[-1:], made.values[:, column]])
-        axes.plot(ahead, values, color="#0b62c4", label="forecast" if not column else None)
-    axes.axvline(0, color="#d0d7de", zorder=0)
-    axes.set(xlabel="positions from the last row", ylabel=name)
-    axes.legend(frameon=False)
-    with readable_os_errors(path):
-        figure.savefig(path, metadata=metadata)
+    past = [float(value) for value in made.series.values[-HISTORY:, columns.index(name)]]
+    ahead, outputs = made.values.shape
+    read = Line(name, tuple(float(x) for x in range(1 - len(past), 1)), tuple(past), colour=GREY)
+    steps = tuple(float(x) for x in range(ahead + 1))
+    lines = [
+        Line(
+            "" if output else "forecast", steps, (past[-1], *map(float, made.values[:, output])), colour=BLUE
+        )
+        for output in range(outputs)
+    ]
+    figure = LinePlot(
+        f"{name}: the last {len(past)} rows and the forecast",
+        f"{ahead} positions ahead of the last row, {outputs} value{'s' if outputs > 1 else ''} each.",
+        "positions from the last row",
+        name,
+        (read, *lines),
+        log=False,
+        x_mark=0.0,
+    )
+    write_text(path, svg_file("", (figure,), WIDTH))

@@ -3,78 +3,63 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..atomic import readable_os_errors
-from ..errors import SetupError, UsageError
+from ..atomic import write_text
+from ..errors import UsageError
+from ..plot.figures import Line, LinePlot
+from ..plot.file import require_svg, svg_file
 from .drift_result import FREE, TEACHER, Drift
 
-# Format → metadata that would otherwise hold a date or a version.
-FORMATS: dict[str, dict[str, str | None]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None, "Creator": None},
-}
-STYLES = {TEACHER: "-", FREE: "--"}
-DPI = 120
+WIDTH = 560  # px of each of both plots
 
 
 def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
-    """Draw errors of outputs and the worst states; one file gives the same bytes each time.
+    """Draw errors of outputs and the worst states. The same drift gives the same bytes.
 
     Args:
         drifts: one, or several by the name of the candidate.
-        path: of a .png or .svg file.
+        path: of an .svg file.
 
     Raises:
         UsageError: another ending, or nothing to draw.
-        SetupError: matplotlib is not installed, the file cannot be written.
+        SetupError: the file cannot be written.
     """
     named = {"": drifts} if isinstance(drifts, Drift) else drifts
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in FORMATS or not named:
-        raise UsageError(f"{path}, {len(named)} drifts: no picture", f"endings are {', '.join(FORMATS)}")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SetupError(f"matplotlib cannot be imported: {error}", "pip install matplotlib") from error
-    # A salt of our own makes the identifiers in an SVG the same each time.
-    with matplotlib.rc_context({"svg.hashsalt": "drift", "font.family": "DejaVu Sans"}):
-        figure = _picture(Figure(figsize=(10, 5), layout="constrained"), named)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with readable_os_errors(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(temporary, format=kind, dpi=DPI, metadata=FORMATS[kind])
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+    require_svg(path)
+    if not named:
+        raise UsageError(f"{path}: there is no drift to draw")
+    plots = (_plot(named, states=False), _plot(named, states=True))
+    write_text(path, svg_file("", plots, WIDTH))
 
 
-def _picture(figure: Any, named: Mapping[str, Drift]) -> Any:
-    outputs, states = figure.subplots(1, 2)
-    _draw(outputs, named, states=False)
-    _draw(states, named, states=True)
-    for axes, title in ((outputs, "outputs"), (states, "states, worst of all blocks")):
-        axes.set(xscale="log", yscale="log", title=title, xlabel="position", ylabel="relative L2 error")
-        axes.grid(True, which="major", alpha=0.3)
-    figure.legend(*outputs.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    return figure
+def _plot(named: Mapping[str, Drift], *, states: bool) -> LinePlot:
+    lines = [
+        line
+        for colour, (name, drift) in enumerate(named.items())
+        for mode in (TEACHER, FREE)
+        for line in _line(drift, name, mode, colour, states)
+    ]
+    return LinePlot(
+        "States, worst of all blocks" if states else "Outputs",
+        f"Error of the {'states' if states else 'outputs'} against FP32 over the positions of one stream.",
+        "position",
+        "relative L2 error",
+        tuple(lines),
+    )
 
 
-def _draw(axes: Any, named: Mapping[str, Drift], *, states: bool) -> None:
-    for color, (name, drift) in enumerate(named.items()):
-        for mode, style in STYLES.items():
-            series = [s for s in drift.series if s.mode == mode and (s.block is not None) == states]
-            if not series:
-                continue
-            worst = np.array([s.errors for s in series]).max(axis=0)
-            # Neither zero nor infinity has a place on a logarithmic axis.
-            shown = [e if math.isfinite(e) and e > 0 else math.nan for e in worst]
-            label = f"{name}, {mode}" if name else mode
-            axes.plot(series[0].horizons, shown, style, marker="o", color=f"C{color % 10}", label=label)
+def _line(drift: Drift, name: str, mode: str, colour: int, states: bool) -> list[Line]:
+    """The largest error at each horizon; none where the mode was not measured."""
+    series = [s for s in drift.series if s.mode == mode and (s.block is not None) == states]
+    if not series:
+        return []
+    worst = [_largest(errors) for errors in zip(*(s.errors for s in series), strict=True)]
+    label = f"{name}, {mode}" if name else mode
+    xs = tuple(float(horizon) for horizon in series[0].horizons)
+    return [Line(label, xs, tuple(worst), mode == FREE, colour)]
+
+
+def _largest(errors: tuple[float, ...]) -> float:
+    return math.nan if any(map(math.isnan, errors)) else float(max(errors))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from ..measure.drift_result import TEACHER
+from ..plot.figures import Line, LinePlot
 from .data import RunData
-from .document import Document, Line, LinePlot, Section, Table, Value
+from .document import Document, Section, Table, Value
 from .measured import CONTESTANTS, cell_name, drift_lines
 
 MOST = 40  # checks that are listed

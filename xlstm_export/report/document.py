@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..plot.figures import BarPlot, LinePlot, number_text
 
 Value = str | float | int | bool | None
 
@@ -24,59 +25,6 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Value, ...], ...]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a plot; points whose y is no finite number are left out."""
-
-    name: str
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
-class LinePlot:
-    """Lines over a logarithmic x and a logarithmic y.
-
-    Attributes:
-        title: short; `description` says in a sentence what is to be seen, for those who cannot see it.
-        x_label, y_label: units included.
-    """
-
-    title: str
-    description: str
-    x_label: str
-    y_label: str
-    lines: tuple[Line, ...]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar of a group; `mark` is a second value, drawn as a line across."""
-
-    name: str
-    value: float
-    mark: float | None = None
-
-
-@dataclass(frozen=True)
-class BarPlot:
-    """Horizontal bars from zero, in groups.
-
-    Attributes:
-        title, description: as of `LinePlot`.
-        unit: of the values.
-        groups: label → bars.
-        mark: what a bar's mark is.
-    """
-
-    title: str
-    description: str
-    unit: str
-    groups: tuple[tuple[str, tuple[Bar, ...]], ...]
-    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,13 +72,7 @@ def text_of(value: Value) -> str:
         return value
     if isinstance(value, int):
         return f"{value:,}"
-    if not math.isfinite(value):
-        return "∞" if value > 0 else ("−∞" if value < 0 else "no number")
-    if value == 0:
-        return "0"
-    if 1e-2 <= abs(value) < 1e5:
-        return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    return f"{value:.2e}"
+    return number_text(value)
 
 
 def bytes_of(count: float) -> str:

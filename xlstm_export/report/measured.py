@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from ..measure.drift_result import FREE, TEACHER
+from ..plot.figures import Bar, BarPlot, Line, LinePlot
 from .data import RunData, number
-from .document import Bar, BarPlot, Line, LinePlot, Section, Table, bytes_of, missing, text_of
+from .document import Section, Table, bytes_of, missing, text_of
 
 CONTESTANTS = {
     "exported": "exported",

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..atomic import readable_os_errors, write_json
 from ..quantize.recipe import Choice, Recipe
+from .plot import draw
 from .search import Candidate, Limits, Unit
 
 FOLDER = "sensitivity"  # in the run folder
@@ -114,7 +115,7 @@ class Sensitivity:
 
 
 def write_evidence(result: Sensitivity, out: Path) -> None:
-    """Write all files, each atomically; the picture only where matplotlib is installed.
+    """Write all files, each atomically.
 
     Raises:
         SetupError: the folder cannot be written, or the disk is full.
@@ -123,9 +124,7 @@ def write_evidence(result: Sensitivity, out: Path) -> None:
     _replace(out / TABLE, _table(result).encode())
     with readable_os_errors(out / RECIPE), _temporary(out / RECIPE) as temporary:
         result.recipe.write(temporary, note(result))
-    picture = _picture(result)
-    if picture is not None:
-        _replace(out / PICTURE, picture)
+    _replace(out / PICTURE, draw(result).encode())
 
 
 def note(result: Sensitivity) -> str:
@@ -158,16 +157,6 @@ def _table(result: Sensitivity) -> str:
     writer.writeheader()
     writer.writerows(result.rows())
     return text.getvalue()
-
-
-def _picture(result: Sensitivity) -> bytes | None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return None
-    from .plot import draw
-
-    return draw(result)
 
 
 @contextlib.contextmanager

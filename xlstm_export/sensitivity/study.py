@@ -8,7 +8,7 @@ folder of its own, run over a carried stream: the metric of the task, and how fa
 those of the FP32 export after `horizon` positions. First each weight alone, then the search of
 `search.py`. The recipe that is returned was measured as it is.
 
-Evidence goes to a folder: `recipe.yaml`, `evidence.json`, `evidence.csv`, `evidence.svg` (with matplotlib),
+Evidence goes to a folder: `recipe.yaml`, `evidence.json`, `evidence.csv`, `evidence.svg`,
 and `candidates.jsonl`, from which an interrupted search goes on. Same inputs, same files.
 """
 

@@ -7,7 +7,6 @@ the candidate agree with each other, and how far is it from FP32 in the task's m
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from .. import runfolder
 from ..checks import Check, Verdict
-from ..errors import GateError, InputError, SetupError, UsageError
+from ..errors import GateError, InputError, UsageError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
 from ..inputs import Arrays, per_position
@@ -81,8 +80,7 @@ def verify_precision(
         horizon = horizon or HORIZONS[-1]
         drift = run.measure(horizon, free_horizon or horizon, progress)
         drift.write_csv(folder / "verify" / "drift.csv")
-        with contextlib.suppress(SetupError):  # no matplotlib, no picture: the figures are in the table
-            plot_drift({run.precision: drift}, folder / "verify" / "drift.svg")
+        plot_drift({run.precision: drift}, folder / "verify" / "drift.svg")
         checks += drift_checks(drift, run.drift_limits)
     else:
         checks += run.check_level()

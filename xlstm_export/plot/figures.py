@@ -1,0 +1,100 @@
+"""What a plot shows, without a word on how it is drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a plot. It has a gap where y is not finite, or not above zero on a logarithmic axis.
+
+    Attributes:
+        name: in the legend; an empty name is left out of it.
+        colour: of the palette; by default the number of the line.
+    """
+
+    name: str
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    dashed: bool = False
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class LinePlot:
+    """Lines over x.
+
+    Attributes:
+        title: short; `description` says in a sentence what is to be seen, for those who cannot see it.
+        x_label, y_label: units included.
+        log: both axes are logarithmic; otherwise both are linear.
+        x_mark: a vertical line here.
+    """
+
+    title: str
+    description: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    log: bool = True
+    x_mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a group.
+
+    Attributes:
+        name: in the legend.
+        mark: a second value, drawn as a line across the bar.
+        colour: of the palette; by default each name has its own.
+    """
+
+    name: str
+    value: float
+    mark: float | None = None
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class BarPlot:
+    """Horizontal bars from zero, in groups, over a linear axis.
+
+    Attributes:
+        title, description: as of `LinePlot`.
+        unit: of the values, beside each of them; `axis` is the label of the axis, by default the unit.
+        groups: label → bars.
+        mark: what a bar's mark is.
+        limit: a dashed line across all bars, named `limit_name` in the legend.
+    """
+
+    title: str
+    description: str
+    unit: str
+    groups: tuple[tuple[str, tuple[Bar, ...]], ...]
+    mark: str = ""
+    axis: str = ""
+    limit: float | None = None
+    limit_name: str = ""
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend; `kind` is the swatch: "line", "dashed", "mark" or "limit"."""
+
+    name: str
+    kind: str
+    colour: int = 0
+
+
+def number_text(value: float) -> str:
+    """A number as it is printed: three significant digits."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else ("−∞" if value < 0 else "no number")
+    if value == 0:
+        return "0"
+    if 1e-2 <= abs(value) < 1e5:
+        return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.2e}"

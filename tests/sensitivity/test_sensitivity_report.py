@@ -12,7 +12,8 @@ import pytest
 from xlstm_export.quantize.recipe import Recipe, Rule, read_recipe
 from xlstm_export.sensitivity.measure import Measured
 from xlstm_export.sensitivity.plot import draw
-from xlstm_export.sensitivity.report import COLUMNS, Sensitivity, note, write_evidence
+from xlstm_export.sensitivity.report import note, write_evidence
+from xlstm_export.sensitivity.result import COLUMNS, Sensitivity
 from xlstm_export.sensitivity.search import Candidate, Limits, Unit
 
 

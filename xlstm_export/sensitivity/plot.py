@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..plot.figures import Bar, BarPlot
 from ..plot.file import svg_file
-
-if TYPE_CHECKING:
-    from .report import Sensitivity
+from .result import Sensitivity
 
 # Choice of a recipe → its name in the legend, its colour.
 CHOICES = {

@@ -35,7 +35,8 @@ from ..quantize.recipe import CHOICES, Choice, Recipe, Rule, naive, possible
 from ..specs import IoSpec
 from ..verify.limits import DriftLimits
 from .measure import Setup, data_hash
-from .report import FOLDER, Sensitivity, write_evidence
+from .report import FOLDER, write_evidence
+from .result import Sensitivity
 from .rules import recipe_for
 from .runner import SAME, Bench, Workers
 from .search import Candidate, Limits, Plan, Unit, order, search

@@ -12,10 +12,13 @@ import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
+
+from xlstm_export.sessions.cuda import Cuda
 
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(float16)": np.float16}
 
@@ -233,3 +236,12 @@ class Context:
         results = engine.session.run(engine.outputs, feeds)
         for name, result in zip(engine.outputs, results, strict=True):
             memory.view(addresses[name], engine.types[name], result.shape)[...] = result
+
+
+def board(version: str = "10.3.0", sm: int = 87) -> dict[str, Any]:
+    """What a build is given on a board: the TensorRT module and the CUDA runtime."""
+    logger = type("ILogger", (), {"INFO": 3, "ERROR": 1, "__init__": lambda self: None})
+    return {
+        "tensorrt": SimpleNamespace(__version__=version, ILogger=logger),
+        "cuda": Cuda(Cudart(sm=sm)),
+    }

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nvidia_builder import check_builds
 from places import ROOT
-from test_tensorrt_build import check_builds
 
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fake_tensorrt
 import pytest
+from fake_tensorrt import board
 from places import ROOT
 from refusals import refused
 from xlstm_export.plugins import locate
@@ -22,7 +22,6 @@ from xlstm_export.atomic import sha256, write_json
 from xlstm_export.board import build
 from xlstm_export.errors import BuildError, InputError, SetupError
 from xlstm_export.runfolder import IO, MANIFEST, MODEL, read_io
-from xlstm_export.sessions.cuda import Cuda
 
 V103, V1016, V11 = (10, 3, 0), (10, 16, 1), (11, 4, 1)
 FREE = 4 << 30
@@ -99,14 +98,6 @@ def test_the_plan_as_a_command_line(bundle: Path) -> None:
 # --- The build --------------------------------------------------------------------------------------
 
 
-def board(version: str = "10.3.0", sm: int = 87) -> dict[str, Any]:
-    logger = type("ILogger", (), {"INFO": 3, "ERROR": 1, "__init__": lambda self: None})
-    return {
-        "tensorrt": SimpleNamespace(__version__=version, ILogger=logger),
-        "cuda": Cuda(fake_tensorrt.Cudart(sm=sm)),
-    }
-
-
 @pytest.fixture
 def built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(build, "serialize", lambda *arguments, **options: b"engine")
@@ -171,21 +162,19 @@ def test_a_build_that_fails_leaves_the_old_engine_and_its_log(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-import test_board_build as t
+from fake_tensorrt import board
 from xlstm_export.board import build
 build.serialize = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-build.build_engine(Path(sys.argv[1]), **t.board())
+build.build_engine(Path(sys.argv[1]), **board())
 """
 
 
 def test_a_killed_build_leaves_nothing_and_the_next_one_works(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = KILLED.format(tests=str(ROOT / "tests" / "board"), root=str(ROOT / "tests"))
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-c", script, str(bundle)], env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, "-c", KILLED, str(bundle)], env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == -9
     with refused(SetupError, "there is no engine"):

@@ -18,43 +18,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import EPS, HELD, HELD_IN_CHUNKS, HOLDING, MLSTM_CASES, SCALE, SLSTM_CASES, single
 
 from xlstm_export.ops import reference as ops
 from xlstm_export.specs import CHUNK
 
-SCALE, EPS = 0.4, 1e-6
 RAGGED = (1, 63, 64, 65, 199)
 
 # FP64: a few dozen roundings of 1e-16, times exponents of up to 40 in size.
 EXACT = 1e-12
-# FP32: one rounding.
-UNIT = 2**-24
-
-MLSTM_CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "fresh": {"m": None},
-    "gates of ±40": {"gates": 40.0},
-    "gates of ±10000": {"gates": 1e4},
-    "no gates": {"gates": 0.0},
-    "m within ±80": {"m": 80.0},
-    "zeros": {"size": 0.0},
-    "huge": {"size": 1e4},
-}
-SLSTM_CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "fresh": {"m": None},
-    "gates of ±40": {"size": 40.0},
-    "m within ±80": {"m": 80.0},
-    "zeros": {"size": 0.0, "m": None},
-    "huge": {"size": 1e4},
-}
-
 repeatable = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def single(data: oracle.Arrays, names: str) -> float:
-    """What FP32 can achieve: sixteen roundings in a chain, and exponents made of two sums of size a."""
-    return UNIT * (16 + 2 * max(float(np.abs(data[name]).max()) for name in names))
 
 
 def run_mlstm(form: Callable[..., Any], data: oracle.Arrays, dtype: torch.dtype, **options: Any) -> list[Any]:
@@ -143,14 +116,6 @@ def test_mlstm_over_ten_thousand_steps(gates: float) -> None:
         assert max(errors.values()) <= 10_000 * gates * 2**-53, f"{form.__name__}: {errors}"
         errors = oracle.mlstm_errors(run_mlstm(form, data, torch.float32), reference, bounds)
         assert max(errors.values()) <= single(data, "if"), f"{form.__name__}: {errors}"
-
-
-# Forget gates that leave m = 80 a step of about its own rounding error, in the same direction every time:
-# with the decay taken from the rounded m the state would be off by up to 7e-3 after 10⁴ steps, and by up to
-# 4e-4 after 157 chunks. What remains is the rounding of a decay near 1: one unit per step, five per chunk.
-HOLDING = (6.9, 6.5, 5.0)
-HELD = 10_000 * UNIT
-HELD_IN_CHUNKS = 5 * 157 * UNIT
 
 
 @pytest.mark.parametrize("forget", HOLDING)

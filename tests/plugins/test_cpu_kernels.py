@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from test_reference import EPS, MLSTM_CASES, SCALE, SLSTM_CASES, single
+from op_cases import EPS, MLSTM_CASES, SCALE, SLSTM_CASES, single
 
 from xlstm_export.ops import reference as ops
 

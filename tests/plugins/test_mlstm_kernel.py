@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from test_reference import HELD, HELD_IN_CHUNKS, HOLDING, single
+from op_cases import HELD, HELD_IN_CHUNKS, HOLDING, single
 from xlstm_export.plugins.native import MlstmCall, NativeError, NativeLibrary, mlstm_call
 
 SCALE, EPS = 0.3, 1e-6

@@ -14,8 +14,8 @@ import emulated
 import numpy as np
 import oracle
 import pytest
+from op_cases import HELD, HOLDING
 from slstm_cases import IO, WEIGHTS, check, dequantized, operands, run
-from test_reference import HELD, HOLDING
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
 TYPES = list(itertools.product(WEIGHTS, IO))

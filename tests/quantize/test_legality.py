@@ -20,9 +20,9 @@ import onnx
 import pytest
 from illegal_qdq import NOTES
 from legal_graphs import LEGAL, W8A8, Case
+from nvidia_builder import single_node
+from op_bodies import BODIES
 from places import ROOT
-from test_bodies import BODIES
-from test_tensorrt_build import single_node
 
 from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.graph.element_types import typed_nodes

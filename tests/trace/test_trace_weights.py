@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from pathlib import Path
-from typing import Any
 
 import large_models
 import models
@@ -15,6 +12,7 @@ import pytest
 import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from watched import Watched
 
 from xlstm_export import runfolder
 from xlstm_export.errors import InputError, UsageError
@@ -25,32 +23,6 @@ from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
 DTYPES = {"fp32": onnx.TensorProto.FLOAT, "bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT16}
-
-
-class Watched:
-    """A Loaded whose reads are counted, with the bytes of all tensors that are alive at once."""
-
-    def __init__(self, loaded: checkpoint.Loaded) -> None:
-        self.reads: list[str] = []
-        self.alive = self.peak = 0
-        assert loaded.weights is not None
-        weights = {
-            name: dataclasses.replace(weight, load=lambda name=name, weight=weight: self.watch(name, weight))
-            for name, weight in loaded.weights.items()
-        }
-        self.loaded = dataclasses.replace(loaded, weights=weights)
-
-    def watch(self, name: str, weight: Any) -> torch.Tensor:
-        tensor = weight.load().clone()
-        size = tensor.numel() * tensor.element_size()
-        self.reads.append(name)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(tensor, self.free, size)
-        return tensor
-
-    def free(self, size: int) -> None:
-        self.alive -= size
 
 
 @pytest.fixture(scope="module")

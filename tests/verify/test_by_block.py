@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from refusals import refused
+from watched import Watched
 
 from xlstm_export import checks, runfolder
 from xlstm_export.errors import SetupError, UsageError
@@ -68,8 +69,6 @@ def test_other_families_by_block(tmp_path: Path, family: str) -> None:
 
 
 def test_only_one_block_of_weights_is_alive(large: tuple[checkpoint.Loaded, Path]) -> None:
-    from test_trace_weights import Watched
-
     loaded, out = large
     watched = Watched(loaded)
     assert loaded.weights is not None

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import large_models
 import models
+import own_models
 import pytest
-import test_own
 import tirex_models
+from nvidia_builder import check_builds
 from places import ROOT
-from test_tensorrt_build import check_builds
 
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint
@@ -31,7 +31,7 @@ FAMILIES: dict[str, Make] = {
     "TiRex": lambda p, stateless: checkpoint.load_checkpoint(
         tirex_models.make(p / "model"), stateless=stateless
     ),
-    "nn.Module": lambda p, stateless: test_own.loaded(test_own.Classifier()),
+    "nn.Module": lambda p, stateless: own_models.loaded(own_models.Classifier()),
     "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
 }
 

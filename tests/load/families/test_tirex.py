@@ -16,9 +16,8 @@ import onnxruntime
 import pytest
 import tirex_models
 import torch
+from nvidia_builder import check_builds, needs_builder
 from refusals import refused
-from test_tensorrt_build import check_builds
-from test_tensorrt_build import pytestmark as needs_builder
 from torch import Tensor, nn
 
 from xlstm_export.distance import compare_states, difference

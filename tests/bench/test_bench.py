@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from xlstm_export.bench.timing import Timing
 from xlstm_export.cli import tables_bench as bench_report
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import BenchOptions, Context
 from xlstm_export.sessions.cpu import fused
 from xlstm_export.verify import verdict
 
-QUICK: dict[str, Any] = {"threads": 1, "lengths": (8,), "steps": 5, "compile_at": "none"}
+QUICK = BenchOptions(length=(8,), steps=5, compile_at="none")
+ONE_THREAD = Context(threads=1)
 PERCENTILES = {"p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "min_ms", "max_ms", "calls", "tokens_per_second"}
 
 
@@ -81,12 +84,8 @@ def test_every_batch_and_length_in_schema_2(
     result = bench.bench(
         verified,
         small_loaded,
-        threads=1,
-        batches=(1, 3),
-        lengths=(8, 64, 1000),
-        steps=10,
-        hz=2000,
-        compile_at="none",
+        BenchOptions(batch=(1, 3), length=(8, 64, 1000), steps=10, hz=2000, compile_at="none"),
+        ONE_THREAD,
     )
     written = json.loads((verified / "bench" / "bench.json").read_text())
     assert written == json.loads(json.dumps(result.to_json()))
@@ -132,7 +131,7 @@ def test_without_kernels_the_export_is_the_bodies(
     verified: Path, small_loaded: Loaded, no_child: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", "off")
-    report = bench.bench(verified, small_loaded, **QUICK)
+    report = bench.bench(verified, small_loaded, QUICK, ONE_THREAD)
     assert all(set(cell.timings) == {"exported", "pytorch_eager"} for cell in report.grid)
     assert "not built" in report.skipped["function_bodies"]
     assert report.environment["recurrences"] == "function bodies"
@@ -146,7 +145,7 @@ def test_who_cannot_take_part_is_skipped_with_the_reason(
 
     monkeypatch.setattr(bench, "eager_prefill", lambda *anything: Peer(refuses, "forward"))
     monkeypatch.setattr(torch, "compile", lambda f: lambda *anything: refuses())
-    report = bench.bench(verified, small_loaded, batches=(1, 2), **{**QUICK, "compile_at": "first"})
+    report = bench.bench(verified, small_loaded, replace(QUICK, batch=(1, 2), compile_at="first"), ONE_THREAD)
     decode, prefill, *_ = report.grid
     assert "pytorch_eager" in decode.timings
     assert not {"pytorch_eager", "torch_compile"} & set(prefill.timings)
@@ -168,7 +167,7 @@ def test_torch_compile_takes_part(
         return f
 
     monkeypatch.setattr(torch, "compile", compiles)
-    report = bench.bench(verified, small_loaded, **{**QUICK, "compile_at": "first"})
+    report = bench.bench(verified, small_loaded, replace(QUICK, compile_at="first"), ONE_THREAD)
     assert all("torch_compile" in cell.timings for cell in report.grid)
     assert wrapped == [small_loaded.module.step, small_loaded.module]
     figures = report.to_json()["grid"][1]["contestants"]["torch_compile"]
@@ -179,12 +178,14 @@ def test_torch_compile_takes_part(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"batches": ()}, "batch: nothing"),
-        ({"batches": (1, 0)}, "batch: 1, 0"),
-        ({"lengths": (-1,)}, "length: -1"),
-        ({"steps": 0}, "steps: 0"),
-        ({"hz": 0.0}, "hz: 0"),
-        ({"hz": float("nan")}, "hz: nan"),
+        ({"batch": ()}, "batch: nothing"),
+        ({"length": ()}, "length: nothing"),
+        ({"batch": (1, 0)}, "batch is (1, 0)"),
+        ({"length": (-1,)}, "length is (-1,)"),
+        ({"steps": 0}, "steps is 0"),
+        ({"hz": 0.0}, "hz is 0"),
+        ({"hz": float("nan")}, "nan"),
+        ({"hz": float("inf")}, "hz: inf"),
         ({"compile_at": "last"}, "none, first, all"),
     ],
 )
@@ -192,7 +193,7 @@ def test_numbers_out_of_range(
     verified: Path, small_loaded: Loaded, options: dict[str, Any], word: str
 ) -> None:
     with refused(errors.UsageError, word):
-        bench.bench(verified, small_loaded, **options)
+        bench.bench(verified, small_loaded, BenchOptions(**options))
     assert not (verified / "bench").exists()
 
 

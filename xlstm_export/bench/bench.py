@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,129 +22,121 @@ from ..inputs import Arrays, cut, has_positions
 from ..lift.model import spec_of
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
-from ..runfolder import MODEL_DATA, read_io, read_manifest
+from ..options import BenchOptions, Context
+from ..runfolder import RunFolder
 from ..sessions import OrtSession
 from ..sessions.protocol import numpy_type
 from ..sessions.timing import at_rate
-from ..specs import IoSpec, ModelSpec
+from ..specs import IoSpec
 from ..verify.verdict import require_verified
 from .environment import environment
 from .memory import memory
-from .peers import COMPILE_LIMIT, REASON, NotCompiled, Peer, Wrap, compiled, eager_prefill, eager_step
+from .peers import REASON, NotCompiled, Peer, Wrap, compiled, eager_prefill, eager_step
 from .result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, PREFILL, RESULT, BenchReport, Cell
 from .roofline import step_bytes
 from .timing import ROUNDS, Call, bandwidth_probe, in_turns, probe_bytes
 
 READING = "reading"  # the bandwidth probe, no contestant
-COMPILE_AT = ("none", "first", "all")  # batches
 PREFILL_SECONDS = 0.2  # of one contestant's calls in a round; a longer call is a round
 PREFILL_CALLS = 10  # per round at most
 
 
 def bench(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
-    *,
-    threads: int = 0,
-    batches: Sequence[int] = (1,),
-    lengths: Sequence[int] = (512,),
-    steps: int = 200,
-    hz: float | None = None,
-    compile_at: str = "first",
-    compile_limit: float = COMPILE_LIMIT,
-    progress: Callable[[str], None] = lambda stage: None,
+    options: BenchOptions = BenchOptions(),
+    context: Context = Context(),
 ) -> BenchReport:
     """Time a verified export and write `bench/bench.json`.
 
     Args:
-        folder: run folder.
+        run: run folder.
         loaded: the checkpoint it was exported from, which PyTorch runs.
-        threads: of all contestants; all cores by default.
-        batches: streams per call.
-        lengths: positions per prefill, cut to the model's context length. A model whose inputs have no
-            positions has one kind of call, which is then timed twice, as prefill and as step.
-        steps: decode calls per contestant.
-        hz: also decode at this rate, at the first batch, `steps` calls.
-        compile_at: torch.compile at "none", "first" or "all" of the batches.
-        compile_limit: seconds that its compilations may take together.
-        progress: called with the name of each stage.
+        options: `length` is cut to the model's context length. A model whose inputs have no positions has one
+            kind of call, which is then timed twice, as prefill and as step. `hz` is decoded at the first
+            batch, `steps` calls. `compile_limit` is for all compilations together.
+        context: its threads are those of all contestants.
 
     Raises:
         GateError: the export has not passed `verify` since it was made.
         UsageError: a number is out of range.
     """
-    _check(batches, lengths, steps, hz, compile_at)
-    require_verified(folder)
+    _check(options)
+    run = RunFolder.of(run)
+    require_verified(run)
     import torch
 
-    threads = threads or os.cpu_count() or 1
+    threads = context.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     about = environment(threads)  # before anything runs, and others are seen
-    io = read_io(folder)
-    run = _Run(folder, loaded, io, threads, steps, compile_limit, progress)
-    lengths = _cut_lengths(lengths, io, loaded)
+    timed = _Run(run, loaded, options, context, threads)
+    lengths = _cut_lengths(options, run.io, loaded)
     cells: list[Cell] = []
     rate = None
-    for place, batch in enumerate(dict.fromkeys(batches)):
-        run.open(batch, compiling=compile_at == "all" or (compile_at == "first" and place == 0))
-        if compile_at == "none":
-            run.skip(COMPILED, "switched off")
-        elif not run.compiling:
-            run.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
-        cells += [run.decode(), *map(run.prefill, lengths)]
-        if hz is not None and place == 0:
-            rate = run.at_rate(hz)
-    progress("memory")
-    used = memory(folder, batches[0], max(lengths), threads)
-    recurrences = {"recurrences": "fused operators" if run.session.fused else "function bodies"}
+    for place, batch in enumerate(dict.fromkeys(options.batch)):
+        timed.open(batch, first=place == 0)
+        cells += [timed.decode(), *map(timed.prefill, lengths)]
+        if options.hz is not None and place == 0:
+            rate = timed.at_rate(options.hz)
+    context.progress("memory")
+    used = memory(run.path, options.batch[0], max(lengths), threads)
+    recurrences = {"recurrences": "fused operators" if timed.session.fused else "function bodies"}
+    sizes = {"state_bytes_per_stream": _state_bytes(run.io), "weight_bytes": _stored_bytes(run)}
     report = BenchReport(
         environment={**about, **recurrences},
-        model=_model(folder, run.spec),
+        model={"name": timed.spec.name, "parameters": timed.spec.parameters, "precision": run.precision},
         threads=threads,
         grid=tuple(cells),
         rate=rate,
-        memory={**used, "state_bytes_per_stream": _state_bytes(io), "weight_bytes": _stored_bytes(folder)},
-        skipped={name: "; ".join(dict.fromkeys(reasons)) for name, reasons in run.skipped.items()},
+        memory={**used, **sizes},
+        skipped={name: "; ".join(dict.fromkeys(reasons)) for name, reasons in timed.skipped.items()},
     )
-    write_json(folder / RESULT, report.to_json())
+    write_json(run.path / RESULT, report.to_json())
     return report
 
 
-def weight_bytes(folder: Path, loaded: Loaded) -> float:
+def weight_bytes(run: RunFolder | Path, loaded: Loaded) -> float:
     """Bytes per parameter as they are stored, scales included."""
-    if read_manifest(folder).get("options", {}).get("precision") is None:
+    run = RunFolder.of(run)
+    if run.options.precision is None:
         return 4.0  # whatever is stored, an FP32 export reads FP32
-    return _stored_bytes(folder) / spec_of(loaded).parameters
+    return _stored_bytes(run) / spec_of(loaded).parameters
 
 
 @dataclass
 class _Run:
     """What is being timed: the sessions of one batch at a time, and who could not take part so far."""
 
-    folder: Path
+    run: RunFolder
     loaded: Loaded
-    io: IoSpec
+    options: BenchOptions
+    context: Context
     threads: int
-    steps: int
-    compile_seconds: float  # left
-    progress: Callable[[str], None]
     skipped: dict[str, list[str]] = field(default_factory=dict)
     uncompiled: int | None = None  # length of the shortest prefill that did not compile
 
     def __post_init__(self) -> None:
         self.spec = spec_of(self.loaded)
-        self.weight_bytes = weight_bytes(self.folder, self.loaded)
+        self.weight_bytes = weight_bytes(self.run, self.loaded)
+        self.compile_seconds = self.options.compile_limit  # left
+        self.progress = self.context.progress
 
-    def open(self, batch: int, *, compiling: bool) -> None:
-        self.batch, self.compiling = batch, compiling
+    def open(self, batch: int, *, first: bool) -> None:
+        """Sessions of a batch; the one before is gone."""
+        when = self.options.compile_at
+        self.batch, self.compiling = batch, when == "all" or (when == "first" and first)
         # On a CPU half is FP32: rounding every value as a device would is for verification, not for users.
-        self.session = OrtSession(self.folder, batch, self.threads, rounding=False)
+        self.session = OrtSession(self.run.path, batch, self.threads, rounding=False)
         self.bodies = None
         if self.session.fused:
-            self.bodies = OrtSession(self.folder, batch, self.threads, rounding=False, fused=False)
+            self.bodies = OrtSession(self.run.path, batch, self.threads, rounding=False, fused=False)
         else:
             self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
         self.moved = step_bytes(self.spec, self.weight_bytes, batch)
+        if when == "none":
+            self.skip(COMPILED, "switched off")
+        elif not self.compiling:
+            self.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
 
     def skip(self, contestant: str, why: str) -> None:
         self.skipped.setdefault(contestant, []).append(why)
@@ -160,7 +151,7 @@ class _Run:
         def make(wrap: Wrap = lambda f: f) -> Peer:
             return eager_step(self.loaded, one, self.batch, wrap)
 
-        return self._cell(DECODE, 1, sessions, make, max(1, self.steps // ROUNDS))
+        return self._cell(DECODE, 1, sessions, make, max(1, self.options.steps // ROUNDS))
 
     def prefill(self, length: int) -> Cell:
         self.progress(f"prefill of {length}, batch {self.batch}")
@@ -179,14 +170,14 @@ class _Run:
         self.progress(f"decode at {hz:g} Hz, batch {self.batch}")
         one = self._inputs(1)
         self.session.step(one)
-        told = at_rate(lambda number: self.session.step(one), hz, self.steps)
-        latency = {name: told["done_after_due"][name] for name in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")}
-        kept = {"jitter_ms": told["jitter_ms"], "late": told["missed"]}
-        return {"hz": hz, "batch": self.batch, "calls": told["calls"], **latency, **kept}
+        timed = at_rate(lambda number: self.session.step(one), hz, self.options.steps)
+        latency = {name: timed["done_after_due"][name] for name in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")}
+        kept = {"jitter_ms": timed["jitter_ms"], "late": timed["missed"]}
+        return {"hz": hz, "batch": self.batch, "calls": timed["calls"], **latency, **kept}
 
     def _inputs(self, length: int) -> Arrays:
-        inputs = random_inputs(self.loaded, self.io, self.batch, length, np.random.default_rng(0))
-        return cut(inputs, self.io, 0, length)
+        inputs = random_inputs(self.loaded, self.run.io, self.batch, length, np.random.default_rng(0))
+        return cut(inputs, self.run.io, 0, length)
 
     def _cell(
         self,
@@ -254,28 +245,20 @@ def _calls_per_round(contestants: Mapping[str, Call]) -> int:
     return max(1, min(PREFILL_CALLS, int(PREFILL_SECONDS / max(seconds))))
 
 
-def _cut_lengths(lengths: Sequence[int], io: IoSpec, loaded: Loaded) -> list[int]:
+def _cut_lengths(options: BenchOptions, io: IoSpec, loaded: Loaded) -> list[int]:
     if not has_positions(io):
         return [1]
-    longest = loaded.context_length or max(lengths)
-    return list(dict.fromkeys(min(length, longest) for length in lengths))
+    longest = loaded.context_length or max(options.length)
+    return list(dict.fromkeys(min(length, longest) for length in options.length))
 
 
-def _check(
-    batches: Sequence[int], lengths: Sequence[int], steps: int, hz: float | None, compile_at: str
-) -> None:
-    for name, values in (("batch", batches), ("length", lengths), ("steps", [steps])):
-        if not values or min(values) < 1:
-            raise UsageError(f"{name}: {', '.join(map(str, values)) or 'nothing'}", "numbers from 1 on")
-    if hz is not None and not (math.isfinite(hz) and hz > 0):
-        raise UsageError(f"hz: {hz:g}", "calls per second, more than 0")
-    if compile_at not in COMPILE_AT:
-        raise UsageError(f"compile_at: {compile_at!r} is unknown", f"one of {', '.join(COMPILE_AT)}")
-
-
-def _model(folder: Path, spec: ModelSpec) -> dict[str, Any]:
-    precision = read_manifest(folder).get("options", {}).get("precision") or "fp32"
-    return {"name": spec.name, "parameters": spec.parameters, "precision": precision}
+def _check(options: BenchOptions) -> None:
+    """What the options' own ranges leave open."""
+    for name, values in (("batch", options.batch), ("length", options.length)):
+        if not values:
+            raise UsageError(f"{name}: nothing", "numbers from 1 on")
+    if options.hz is not None and not math.isfinite(options.hz):
+        raise UsageError(f"hz: {options.hz:g}", "calls per second, a finite number")
 
 
 def _state_bytes(io: IoSpec) -> int:
@@ -283,5 +266,5 @@ def _state_bytes(io: IoSpec) -> int:
     return sum(state.elements * numpy_type(state.dtype).itemsize for state in io.states)
 
 
-def _stored_bytes(folder: Path) -> int:
-    return (folder / MODEL_DATA).stat().st_size
+def _stored_bytes(run: RunFolder) -> int:
+    return run.weights.stat().st_size

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import GateError, UsageError
+from ..options import BenchOptions, Context
 from .common import checkpoint_argument, emit, load_for, run_options, source_options, spinner
 
 
@@ -26,9 +27,9 @@ def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @checkpoint_argument
 @source_options
-@click.option("--batch", "batches", callback=counts, default="1", show_default=True, help="streams: 1,4")
+@click.option("--batch", "batch", callback=counts, default="1", show_default=True, help="streams: 1,4")
 @click.option(
-    "--length", "lengths", callback=counts, default="512", show_default=True, help="of prefills: 128,512"
+    "--length", "length", callback=counts, default="512", show_default=True, help="of prefills: 128,512"
 )
 @click.option(
     "--steps", type=click.IntRange(1), default=200, show_default=True, help="decode calls per contestant"
@@ -75,7 +76,8 @@ def bench(
     require_verified(run)
     loaded = load_for(run, checkpoint, module, weights)
     with spinner() as stage:
-        result = bench_(run, loaded, progress=stage, **options)
+        threads = options.pop("threads")
+        result = bench_(run, loaded, BenchOptions(**options), Context(threads=threads, progress=stage))
     emit(result.to_json(), as_json, lambda console: show_bench(console, result))
 
 

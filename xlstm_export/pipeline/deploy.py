@@ -12,6 +12,7 @@ from ..bench.result import BenchReport
 from ..checks import Verdict
 from ..errors import UsageError
 from ..load.loaded import Loaded
+from ..options import BenchOptions, Context
 from ..quantize.quantize import quantize
 from ..quantize.recipe import BASES, preset, read_recipe
 from ..report.write import write_report
@@ -205,9 +206,8 @@ class _Stages:
         timing = None
         if report.passed:
             # torch.compile takes minutes; `bench` by itself includes it.
-            timing = bench(
-                folder, self.loaded, threads=self.threads, compile_at="none", progress=say("bench")
-            )
+            context = Context(threads=self.threads, progress=say("bench"))
+            timing = bench(folder, self.loaded, BenchOptions(compile_at="none"), context)
         write_report(folder)
         return Variant(precision, folder, report, timing)
 

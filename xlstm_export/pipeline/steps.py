@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError
+from ..options import BenchOptions
+from ..options import Context as Carried
 from ..sensitivity.report import EVIDENCE, FOLDER, RECIPE
 
 Progress = Callable[[str], None]
@@ -149,10 +151,10 @@ def _verify(context: Context, options: dict[str, Any], folder: Path) -> Path:
 def _bench(context: Context, options: dict[str, Any], folder: Path) -> Path:
     from ..bench.bench import bench
 
-    names = {"batch": "batches", "length": "lengths"}
-    given = {names.get(name, name): value for name, value in options.items()}
+    given = dict(options)
     given["compile_at"] = "first" if given.pop("compile", False) else "none"
-    bench(folder, context.load(), threads=context.threads, progress=context.progress, **given)
+    carried = Carried(threads=context.threads, progress=context.progress)
+    bench(folder, context.load(), BenchOptions.made_of(given), carried)
     return folder
 
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from ..errors import GateError
-from ..runfolder import hashes, read_manifest
+from ..runfolder import RunFolder, hashes
 
 
-def require_verified(folder: Path) -> None:
+def require_verified(run: RunFolder | Path) -> None:
     """Raise GateError unless `verify` passed on exactly these files."""
-    read_manifest(folder)  # or it is no run folder at all
+    folder = RunFolder.of(run).path  # or it is no run folder at all
     try:
         report = json.loads((folder / "verify" / "report.json").read_text())
     except (OSError, ValueError, RecursionError):

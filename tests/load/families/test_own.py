@@ -23,6 +23,7 @@ from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.inputs import cut
 from xlstm_export.lift.model import lift_model, spec_of
 from xlstm_export.load import checkpoint
+from xlstm_export.options import BenchOptions, Context
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
@@ -155,7 +156,9 @@ def test_bench(make: Callable[[], checkpoint.Loaded], tmp_path: Path) -> None:
     folder = trace.export(model, tmp_path / "out")
     assert verify.verify(folder, model).passed
     model.origin["module"] = "package:factory"
-    report = bench.bench(folder, model, threads=1, lengths=(16,), steps=5, compile_at="none")
+    report = bench.bench(
+        folder, model, BenchOptions(length=(16,), steps=5, compile_at="none"), Context(threads=1)
+    )
     assert [cell.length for cell in report.grid] == [1, 16 if model.streams else 1]
     assert report.step.through["pytorch_eager"].startswith("the lifted module")
 

@@ -25,6 +25,7 @@ from xlstm_export.bench.timing import in_turns
 from xlstm_export.errors import SetupError
 from xlstm_export.ops import bodies as functions
 from xlstm_export.ops import reference as ops
+from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
 from xlstm_export.sessions.cpu import fused
 from xlstm_export.specs import OP_DOMAIN
 
@@ -33,7 +34,6 @@ MLSTM_DIM = 384  # of keys and of values
 SLSTM_DIM, SLSTM_LENGTH = 128, 512
 LAYERS = 24  # of 2.4 MB of state each
 EPS = 1e-6
-STATES = {"XlstmMlstm": ("C", "n", "m"), "XlstmSlstm": ("y", "c", "n", "m")}
 Call = Callable[[], Any]
 
 
@@ -69,8 +69,8 @@ def mlstm_step(threads: int) -> dict[str, Any]:
                 held[layer] = list(state)
 
     contestants = {
-        "fused": bound("XlstmMlstm", functions.mlstm_function("step"), operands, states, threads, fused=True),
-        "bodies": bound("XlstmMlstm", functions.mlstm_function("step"), operands, states, threads),
+        "fused": bound(MLSTM, functions.mlstm_function("step"), operands, states, threads, fused=True),
+        "bodies": bound(MLSTM, functions.mlstm_function("step"), operands, states, threads),
         "eager": eager,
         "roof": lambda: memory.mul_(1.0),
     }
@@ -95,8 +95,8 @@ def mlstm_chunkwise(threads: int) -> dict[str, Any]:
 
     body = functions.mlstm_function()
     contestants = {
-        "fused": bound("XlstmMlstm", body, operands, [mlstm_state()], threads, fused=True),
-        "bodies": bound("XlstmMlstm", body, operands, [mlstm_state()], threads),
+        "fused": bound(MLSTM, body, operands, [mlstm_state()], threads, fused=True),
+        "bodies": bound(MLSTM, body, operands, [mlstm_state()], threads),
         "eager": eager,
     }
     return timed(contestants, calls=10, per=length)
@@ -105,7 +105,6 @@ def mlstm_chunkwise(threads: int) -> dict[str, Any]:
 def slstm_scan(threads: int) -> dict[str, Any]:
     """`SLSTM_LENGTH` positions at batch 1; figures are per position."""
     rng = np.random.default_rng(1)
-    shape = (1, HEADS, SLSTM_DIM)
 
     def normal(*size: int) -> np.ndarray:
         return rng.standard_normal(size, dtype=np.float32)
@@ -115,7 +114,7 @@ def slstm_scan(threads: int) -> dict[str, Any]:
         "R": normal(HEADS, SLSTM_DIM, 4, SLSTM_DIM) / (4 * SLSTM_DIM),
         "bias": normal(4, HEADS, SLSTM_DIM),
     }
-    state = {kind: np.zeros(shape, np.float32) for kind in STATES["XlstmSlstm"]}
+    state = filled(SLSTM, 0.0, {"B": 1, "H": HEADS, "D": SLSTM_DIM})
     tensors = [torch.from_numpy(x) for x in operands.values()]
     y, c, n, m = (torch.from_numpy(x) for x in state.values())
 
@@ -125,8 +124,8 @@ def slstm_scan(threads: int) -> dict[str, Any]:
 
     body = functions.slstm_function()
     contestants = {
-        "fused": bound("XlstmSlstm", body, operands, [state], threads, fused=True),
-        "bodies": bound("XlstmSlstm", body, operands, [state], threads),
+        "fused": bound(SLSTM, body, operands, [state], threads, fused=True),
+        "bodies": bound(SLSTM, body, operands, [state], threads),
         "eager": eager,
     }
     return timed(contestants, calls=4, per=SLSTM_LENGTH)
@@ -140,12 +139,17 @@ def mlstm_operands(length: int) -> dict[str, np.ndarray]:
 
 
 def mlstm_state() -> dict[str, np.ndarray]:
-    shapes = {"C": (1, HEADS, MLSTM_DIM, MLSTM_DIM), "n": (1, HEADS, MLSTM_DIM), "m": (1, HEADS)}
-    return {kind: np.ones(shape, np.float32) for kind, shape in shapes.items()}
+    return filled(MLSTM, 1.0, {"B": 1, "H": HEADS, "Dk": MLSTM_DIM, "Dv": MLSTM_DIM})
+
+
+def filled(op: Operator, value: float, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """The states of an operator by kind, all elements equal."""
+    states = [x for x in op.inputs if x.state is not None]
+    return {str(x.state): np.full(x.shape(sizes), value, np.float32) for x in states}
 
 
 def bound(
-    op: str,
+    op: Operator,
     body: onnx.FunctionProto,
     operands: dict[str, np.ndarray],
     states: list[dict[str, np.ndarray]],
@@ -167,7 +171,7 @@ def bound(
 
     for name, x in operands.items():
         binding.bind_ortvalue_input(name, memory(x))
-    outcome = operands["v"] if op == "XlstmMlstm" else operands["x"][:, :, 0]
+    outcome = operands["v"] if op is MLSTM else operands["x"][:, :, 0]
     for layer, state in enumerate(states):
         binding.bind_ortvalue_output(f"out_{layer}", memory(np.empty_like(outcome)))
         for kind, x in state.items():
@@ -183,7 +187,7 @@ def bound(
 
 
 def open_session(
-    op: str,
+    op: Operator,
     body: onnx.FunctionProto,
     operands: dict[str, np.ndarray],
     states: list[dict[str, np.ndarray]],
@@ -192,13 +196,13 @@ def open_session(
     fused: bool,
 ) -> onnxruntime.InferenceSession:
     """A graph with one node of an operator for each state; the nodes share their other operands."""
-    attributes = {"scale": MLSTM_DIM**-0.5, "eps": EPS} if op == "XlstmMlstm" else {}
+    attributes = {"scale": MLSTM_DIM**-0.5, "eps": EPS} if op is MLSTM else {}
     given, results, nodes = dict(operands), [], []
     for layer, state in enumerate(states):
         incoming = {f"{kind}_{layer}": x for kind, x in state.items()}
         outputs = [f"out_{layer}", *(f"{name}_out" for name in incoming)]
         names = [*operands, *incoming]
-        nodes.append(helper.make_node(op, names, outputs, domain=OP_DOMAIN, **attributes))
+        nodes.append(helper.make_node(op.name, names, outputs, domain=OP_DOMAIN, **attributes))
         given |= incoming
         results += [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
     inputs = [

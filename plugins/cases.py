@@ -10,6 +10,7 @@ from xlstm_export.plugins.native import NativeLibrary, mlstm_call, slstm_call
 
 from xlstm_export.distance import difference
 from xlstm_export.ops import reference as ops
+from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,6 @@ class Case:
 
 def mlstm_case(shape: tuple[int, int, int, int, int], io: torch.dtype, state: torch.dtype, seed: int) -> Case:
     """A call of `XlstmMlstm`: shape is (B, S, H, Dk, Dv), `state` the type C is stored in."""
-    import torch
 
     B, S, H, Dk, Dv = shape
     normal = _normal(seed)
@@ -69,15 +69,10 @@ def mlstm_case(shape: tuple[int, int, int, int, int], io: torch.dtype, state: to
         "n0": 1 + normal(B, H, Dk),
         "m0": normal(B, H),
     }
-    results = {
-        "h": torch.empty(B, S, H, Dv, dtype=io),
-        "C": torch.empty(B, H, Dk, Dv, dtype=state),
-        "n": torch.empty(B, H, Dk),
-        "m": torch.empty(B, H),
-    }
+    results = _empty(MLSTM, {"B": B, "S": S, "H": H, "Dk": Dk, "Dv": Dv}, {"io": io, "state": state})
     options = {"scale": Dk**-0.5, "eps": EPS}
-    q, k, v, i, f, *past = (tensor.double() for tensor in tensors.values())
-    h, (C, n, m) = ops.mlstm_sequence(q, k, v, i, f, (past[0], past[1], past[2]), **options)
+    q, k, v, i, f, C0, n0, m0 = (tensors[x.name].double() for x in MLSTM.inputs)
+    h, (C, n, m) = ops.mlstm_sequence(q, k, v, i, f, (C0, n0, m0), **options)
     return Case(
         tensors,
         results,
@@ -113,10 +108,7 @@ def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.
     else:
         tensors["R"] = R.to(weight)
         R = tensors["R"].double()
-    results = {
-        "y": torch.empty(B, S, H, D, dtype=io),
-        **{name: torch.empty(B, H, D) for name in ("y_n", "c_n", "n_n", "m_n")},
-    }
+    results = _empty(SLSTM, {"B": B, "S": S, "H": H, "D": D}, {"io": io})
     y0, c0, n0, m0 = (tensors[name].double() for name in ("y0", "c0", "n0", "m0"))
     ys, (y, c, n, m) = ops.slstm_sequence(
         tensors["x"].double(), R, tensors["bias"].double(), (y0, c0, n0, m0)
@@ -129,6 +121,15 @@ def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.
         lambda library, all_, scratch, stream: library.slstm(all_, workspace=scratch, context=stream),
         lambda library, all_: library.slstm_workspace(slstm_call(all_)),
     )
+
+
+def _empty(operator: Operator, sizes: dict[str, int], types: dict[str, torch.dtype]) -> Tensors:
+    """Memory for the results of an operator; `types` by kind of operand, FP32 where it has none."""
+    import torch
+
+    return {
+        x.name: torch.empty(x.shape(sizes), dtype=types.get(x.kind, torch.float32)) for x in operator.outputs
+    }
 
 
 def _normal(seed: int) -> Callable[..., torch.Tensor]:

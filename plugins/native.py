@@ -11,7 +11,9 @@ import ctypes
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
@@ -133,61 +135,66 @@ _FUNCTIONS = ("check", "workspace", "run")
 
 def mlstm_call(tensors: Tensors, *, scale: float, eps: float) -> MlstmCall:
     """The call of `NativeLibrary.mlstm` as a structure; the tensors must outlive it."""
-    B, S, H, Dk = tensors["q"].shape
-    Dv = tensors["v"].shape[-1]
-    shapes = {
-        **dict.fromkeys("qk", (B, S, H, Dk)),
-        **dict.fromkeys("vh", (B, S, H, Dv)),
-        **dict.fromkeys("if", (B, S, H)),
-        **dict.fromkeys(("C0", "C"), (B, H, Dk, Dv)),
-        **dict.fromkeys(("n0", "n"), (B, H, Dk)),
-        **dict.fromkeys(("m0", "m"), (B, H)),
-    }
-    io, state = _dtype(tensors["q"]), _dtype(tensors["C0"])
-    types = dict.fromkeys(shapes, "float32") | dict.fromkeys("qkvh", io) | dict.fromkeys(("C0", "C"), state)
-    addresses = {name: _checked(name, tensors[name], shapes[name], types[name]) for name in shapes}
+    bound = _bind(MLSTM, tensors)
     return MlstmCall(
-        batch=B,
-        length=S,
-        heads=H,
-        dk=Dk,
-        dv=Dv,
-        io=DTYPES[io],
-        state=DTYPES[state],
+        batch=bound.sizes["B"],
+        length=bound.sizes["S"],
+        heads=bound.sizes["H"],
+        dk=bound.sizes["Dk"],
+        dv=bound.sizes["Dv"],
+        io=bound.types["io"],
+        state=bound.types["state"],
         scale=scale,
         eps=eps,
-        **addresses,
+        **bound.addresses,
     )
 
 
 def slstm_call(tensors: Tensors, *, forget_max: float = math.inf) -> SlstmCall:
     """The call of `NativeLibrary.slstm` as a structure; the tensors must outlive it."""
-    B, S, _, H, D = tensors["x"].shape
-    shapes = {
-        "x": (B, S, 4, H, D),
-        "R": (H, D, 4, D),
-        "bias": (4, H, D),
-        "y": (B, S, H, D),
-        **dict.fromkeys(("y0", "c0", "n0", "m0", "y_n", "c_n", "n_n", "m_n"), (B, H, D)),
-    }
-    io, weight = _dtype(tensors["x"]), _dtype(tensors["R"])
-    if weight == "int8":
-        shapes["R_scale"] = (H, 4, D)
-    types = dict.fromkeys(shapes, "float32") | {"x": io, "y": io, "R": weight}
-    addresses = {name: _checked(name, tensors[name], shapes[name], types[name]) for name in shapes}
+    bound = _bind(SLSTM, tensors)
     return SlstmCall(
-        batch=B,
-        length=S,
-        heads=H,
-        dim=D,
-        io=DTYPES[io],
-        weight=DTYPES[weight],
+        batch=bound.sizes["B"],
+        length=bound.sizes["S"],
+        heads=bound.sizes["H"],
+        dim=bound.sizes["D"],
+        io=bound.types["io"],
+        weight=bound.types["weight"],
         forget_max=forget_max,
-        **addresses,
+        **bound.addresses,
     )
 
 
-def _checked(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> int:
+class _Bound(NamedTuple):
+    """Tensors of a call: sizes by axis, types by kind as `common/call.h` numbers them, addresses by name."""
+
+    sizes: dict[str, int]
+    types: dict[str, int]
+    addresses: dict[str, int]
+
+
+def _bind(operator: Operator, tensors: Tensors) -> _Bound:
+    """Check operands and results: the first tensor with an axis gives its size, the first of a kind its type.
+
+    A scale is an operand only where the weight is int8.
+    """
+    sizes: dict[str, int] = {}
+    types = {"f32": "float32"}
+    addresses = {}
+    for operand in (*operator.inputs, *operator.outputs):
+        if operand.optional and types.get("weight") != "int8":
+            continue
+        tensor = tensors[operand.name]
+        if len(tensor.shape) == len(operand.axes):
+            for axis, size in zip(operand.axes, tensor.shape, strict=True):
+                sizes.setdefault(str(axis), int(size))
+        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis, axis) for axis in operand.axes)
+        dtype = types.setdefault(operand.kind, _dtype(tensor))
+        addresses[operand.name] = _checked(operand.name, tensor, expected, dtype)
+    return _Bound(sizes, {kind: DTYPES[dtype] for kind, dtype in types.items()}, addresses)
+
+
+def _checked(name: str, tensor: Any, shape: tuple[int | str, ...], dtype: str) -> int:
     if tuple(tensor.shape) != shape:
         raise NativeError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if _dtype(tensor) != dtype:

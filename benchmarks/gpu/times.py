@@ -25,6 +25,7 @@ from benchmarks.gpu.device import Call, Device
 from benchmarks.gpu.reference import Tensors
 from benchmarks.gpu.work import count_flops, moved_bytes
 from xlstm_export.ops import reference as ops
+from xlstm_export.ops.operands import MLSTM, SLSTM
 
 ROUNDS = 9  # samples of each contestant, one per turn
 SAMPLE_SECONDS = 5e-3  # a sample repeats short calls for that long
@@ -292,9 +293,10 @@ def launches(library: NativeLibrary, device: Device, case: Case, sets: list[Tens
     """Per set of operands: a call of the kernel on it. Outputs are in `set["h"]`, `set["y"]`, and so on."""
     options = cases.options(case)
     mlstm = case.op == "mlstm"
-    pairs = {"C0": "C", "n0": "n", "m0": "m"} if mlstm else dict(_SLSTM_PAIRS)
+    operator = MLSTM if mlstm else SLSTM
     for x in sets:
-        for past, present in pairs.items():
+        for before, after in operator.states:
+            past, present = operator.inputs[before].name, operator.outputs[after].name
             x[present] = x[past] if case.in_place else torch.full_like(x[past], math.nan)
         like = x["v"] if mlstm else x["x"][:, :, 0].contiguous()
         x["h" if mlstm else "y"] = torch.full_like(like, math.nan)
@@ -370,9 +372,6 @@ def rows(records: list[Record]) -> Iterator[tuple[str, ...]]:
             f"{matmul:.0%}" if matmul is not None else "",
             f"{record['over']['eager']:.1f}x",
         )
-
-
-_SLSTM_PAIRS = (("y0", "y_n"), ("c0", "c_n"), ("n0", "n_n"), ("m0", "m_n"))
 
 
 def _each(calls: list[Call]) -> None:

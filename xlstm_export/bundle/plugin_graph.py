@@ -12,17 +12,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ..graph.values import recurrence
+from ..ops.operands import SLSTM
 from ..sessions.cpu.fused import drop_bodies
-from ..specs import OP_DOMAIN
 
-WEIGHT, SCALE = 1, 7  # inputs of XlstmSlstm
+WEIGHT, SCALE = SLSTM.index("R"), SLSTM.index("R_scale")
 
 
 def for_plugins(model: ir.Model) -> None:
     """Rewrite a graph in place; states, outputs and weights stay what they are."""
     drop_bodies(model)
     for node in list(model.graph):
-        if node.domain == OP_DOMAIN and node.op_type == "XlstmSlstm":
+        if recurrence(node) is SLSTM:
             _integers(model.graph, node)
 
 

@@ -18,11 +18,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import InputError
-from ..specs import OP_DOMAIN
 from .cut import PREFIX
+from .values import recurrence
 
 BEFORE, HEAD = "before", "head"
-KINDS = {"XlstmMlstm": "mlstm", "XlstmSlstm": "slstm"}
 PASSES_KEY, NODES_BEFORE_KEY = "xlstm_export.passes", "xlstm_export.nodes_before"
 
 
@@ -218,7 +217,7 @@ def _stream_start(end: ir.Value) -> ir.Value | None:
 
 
 def _kind(nodes: list[ir.Node]) -> str:
-    kinds = {KINDS[n.op_type] for n in nodes if n.domain == OP_DOMAIN and n.op_type in KINDS}
+    kinds = {operator.cell for node in nodes if (operator := recurrence(node)) is not None}
     return "+".join(sorted(kinds)) or "other"
 
 

@@ -12,14 +12,11 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..specs import OP_DOMAIN
 from .cut import PREFIX
+from .values import recurrence
 
 Role = Literal["embedding", "projection", "gate", "recurrent", "head"]
 
-# input of a recurrence → the pre-activations that its gates are computed from
-GATE_INPUTS = {"XlstmMlstm": (3, 4), "XlstmSlstm": (0, 2)}
-RECURRENT_INPUTS = {"XlstmSlstm": 1}
 _SUFFIX = re.compile(r"(\.weight|_weight|\.table)?(\.T)?$")
 _HIDDEN = re.compile(rf"{PREFIX}(\d+)$")
 
@@ -80,7 +77,7 @@ def find_sites(model: ir.Model) -> tuple[Site, ...]:
         role: Role = "projection"
         if node.op_type == "Gather":
             role = "embedding"
-        elif node.op_type in RECURRENT_INPUTS:
+        elif recurrence(node) is not None:
             role = "recurrent"
         elif node in gates:
             role = "gate"
@@ -117,8 +114,9 @@ def site_name(weight: str) -> str:
 
 def weight_input(node: ir.Node) -> int | None:
     """Which input of a node may be a weight matrix."""
-    if node.domain == OP_DOMAIN:
-        return RECURRENT_INPUTS.get(node.op_type)
+    operator = recurrence(node)
+    if operator is not None:
+        return operator.weight
     if node.domain not in ("", "ai.onnx"):
         return None
     return {"MatMul": 1, "Gemm": 1, "Gather": 0}.get(node.op_type)
@@ -140,13 +138,13 @@ def gate_nodes(model: ir.Model) -> set[ir.Node]:
     todo = [
         node.inputs[index]
         for node in model.graph
-        if node.domain == OP_DOMAIN
-        for index in GATE_INPUTS.get(node.op_type, ())
+        if (operator := recurrence(node)) is not None
+        for index in operator.gates
     ]
     while todo:
         value = todo.pop()
         node = value.producer() if value is not None else None
-        if node is None or node in found or node.domain == OP_DOMAIN:
+        if node is None or node in found or recurrence(node) is not None:
             continue
         found.add(node)
         if not _is_product(node):

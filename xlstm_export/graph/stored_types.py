@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import InputError
+from ..ops.operands import SLSTM
 from . import lazy
 
 DTYPES = {
@@ -50,7 +51,7 @@ def narrow_weights(model: ir.Model, dtype: str) -> int:
 
 
 # operator → inputs that are matrices
-MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Gather": (0,), "XlstmSlstm": (1,)}
+MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Gather": (0,), SLSTM.name: (SLSTM.index("R"),)}
 
 
 def _is_matrix(use: ir.Usage) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..ops.operands import OPERATORS, Operator
+from ..specs import OP_DOMAIN
 from . import lazy
 
 
@@ -17,6 +19,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in op_types:
         return None
     return node
+
+
+def recurrence(node: ir.Node) -> Operator | None:
+    """Which recurrence operator a node is; None for every other node."""
+    return OPERATORS.get(node.op_type) if node.domain == OP_DOMAIN else None
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

@@ -24,11 +24,12 @@ import onnx_ir as ir
 
 from ..checks import Check
 from ..graph.files import load_graph
+from ..graph.values import recurrence
 from ..inputs import Arrays, cut, per_position
+from ..ops.operands import MLSTM
 from ..ops.reference import LOG_ZERO
 from ..runfolder import MODEL
 from ..sessions.cpu.observed_graph import ObservedGraph
-from ..specs import OP_DOMAIN
 
 PIECE = 256
 # Where exp(−m) leaves the normal numbers of a type: above its largest, or below its smallest (denormals are
@@ -293,25 +294,24 @@ def _cells(model: ir.Model) -> list[_Cell]:
     """The recurrence operators of a graph, in its order."""
     cells: list[_Cell] = []
     for node in model.graph:
-        if node.domain != OP_DOMAIN:
+        operator = recurrence(node)
+        if operator is None:
             continue
-        mlstm = node.op_type == "XlstmMlstm"
-        inputs = {"q": 0, "k": 1, "i": 3, "f": 4} if mlstm else {"x": 0, "R": 1, "bias": 2}
+        mlstm = operator is MLSTM
         named: dict[str, ir.Value] = {}
-        for operand, index in inputs.items():
-            value = node.inputs[index]
-            assert value is not None, "no operand is optional"
+        for operand in ("q", "k", "i", "f") if mlstm else ("x", "R", "bias"):
+            value = node.inputs[operator.index(operand)]
+            assert value is not None, "no operand that is read here is optional"
             named[operand] = value
         if not mlstm:
-            named["y"] = node.outputs[0]
+            named["y"] = node.outputs[operator.output("y")]
         values, constants = {}, {}
         for operand, value in named.items():
             if value.const_value is not None:
                 constants[operand] = _array(value.const_value)
             else:
                 values[operand] = value.name or ""
-        state = node.inputs[7 if mlstm else 6]
-        block = _block(state, len(cells))
+        block = _block(node.inputs[operator.index("m0")], len(cells))
         if mlstm:
             cells.append(_Mlstm(block, values, constants, scale=_attribute(node, "scale", 1.0)))
         else:

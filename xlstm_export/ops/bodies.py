@@ -28,6 +28,7 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from ..specs import OP_DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from . import mlstm_body as mlstm
 from . import slstm_body as slstm
+from .operands import MLSTM, SLSTM, Operator
 
 OPSET = 18
 
@@ -43,8 +44,7 @@ def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.Funct
         cast: whether q, k, v or the state may be of another type than FP32.
     """
     body = mlstm.STEP if form == "step" else mlstm.sequence()
-    attributes: dict[str, float | str] = {"eps": 1e-6, "scale": 1.0}
-    return _function("XlstmMlstm", attributes, "q, k, v, i, f, C0, n0, m0", "h, C, n, m", body, cast)
+    return _function(MLSTM, body, cast)
 
 
 @cache
@@ -65,10 +65,7 @@ def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool =
             "forget_max = Constant <value_float: float = @forget_max> ()\n"
             "minus_forget_max = Neg(forget_max)\n" + body
         )
-    attributes: dict[str, float | str] = {"forget_max": float("inf")}
-    return _function(
-        "XlstmSlstm", attributes, "x, R, bias, y0, c0, n0, m0", "y, y_n, c_n, n_n, m_n", body, cast
-    )
+    return _function(SLSTM, body, cast)
 
 
 def attach(model: ir.Model, *, cast: bool = False) -> None:
@@ -82,9 +79,9 @@ def attach(model: ir.Model, *, cast: bool = False) -> None:
     kinds = {node.op_type for node in nodes}
     clamp = any("forget_max" in node.attributes for node in nodes)
     bodies = []
-    if "XlstmMlstm" in kinds:
+    if MLSTM.name in kinds:
         bodies.append(mlstm_function(cast=cast))
-    if "XlstmSlstm" in kinds:
+    if SLSTM.name in kinds:
         bodies.append(slstm_function(clamp=clamp, cast=cast))
     for proto in bodies:
         function = ir.serde.deserialize_function(proto)
@@ -94,18 +91,18 @@ def attach(model: ir.Model, *, cast: bool = False) -> None:
     model.graph.opset_imports[OP_DOMAIN] = 1
 
 
-def _function(
-    name: str, attributes: dict[str, float | str], inputs: str, outputs: str, body: str, cast: bool
-) -> onnx.FunctionProto:
+def _function(operator: Operator, body: str, cast: bool) -> onnx.FunctionProto:
     if not cast:
         body = re.sub(r"Cast <to = 1> \((\w+)\)", r"Identity(\1)", body)
         body = re.sub(r"CastLike\((\w+), \w+\)", r"Identity(\1)", body)
+    inputs, outputs = (", ".join(x.name for x in side) for side in (operator.required, operator.outputs))
     function = onnx.parser.parse_function(
         f'<domain: "{OP_DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-        f"{name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
+        f"{operator.name} ({inputs}) => ({outputs})\n{{\n{body}\n}}"
     )
     function = _finish_body(function)
     # Attached here and not in the text, which cannot express an infinite default.
+    attributes: dict[str, float | str] = dict(operator.attributes)
     attributes |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
     for key, value in sorted(attributes.items()):
         function.attribute_proto.append(onnx.helper.make_attribute(key, value))

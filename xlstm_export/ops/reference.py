@@ -11,13 +11,14 @@ Dimension names: B batch, S sequence, H heads, D head size, Dk/Dv key and value 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from .operands import MLSTM, SLSTM, Operator
 
 # Stands for "no contribution" in log space. Finite, so that a difference of two is a number.
 LOG_ZERO = -1e30
@@ -148,20 +149,9 @@ def _mlstm_chunk(
 def _mlstm_symbol(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, scale: float, eps: float
 ) -> tuple[Tensor, MlstmState]:
-    C, n, m = state
-    h, C, n, m = torch.onnx.ops.symbolic_multi_out(
-        f"{OP_DOMAIN}::XlstmMlstm",
-        (q, k, v, i, f, C, n, m),
-        attrs={
-            "scale": float(scale),
-            "eps": float(eps),
-            "plugin_version": PLUGIN_VERSION,
-            "plugin_namespace": PLUGIN_NAMESPACE,
-        },
-        dtypes=(v.dtype, C.dtype, n.dtype, m.dtype),
-        shapes=(v.shape, C.shape, n.shape, m.shape),
-        version=OP_VERSION,
-    )
+    C0, n0, m0 = state
+    operands = {"q": q, "k": k, "v": v, "i": i, "f": f, "C0": C0, "n0": n0, "m0": m0}
+    h, C, n, m = _symbol(MLSTM, operands, {"scale": float(scale), "eps": float(eps)})
     return h, (C, n, m)
 
 
@@ -221,19 +211,33 @@ def slstm_sequence(
 def _slstm_symbol(
     x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, forget_max: float
 ) -> tuple[Tensor, SlstmState]:
-    attrs: dict[str, Any] = {
-        "plugin_version": PLUGIN_VERSION,
-        "plugin_namespace": PLUGIN_NAMESPACE,
-    }
-    if math.isfinite(forget_max):
-        attrs["forget_max"] = float(forget_max)
-    batch, length, _, heads, dim = x.shape
-    y, *new = torch.onnx.ops.symbolic_multi_out(
-        f"{OP_DOMAIN}::XlstmSlstm",
-        (x, R, bias, *state),
-        attrs=attrs,
-        dtypes=(x.dtype, *(s.dtype for s in state)),
-        shapes=((batch, length, heads, dim), *(s.shape for s in state)),
+    y0, c0, n0, m0 = state
+    operands = {"x": x, "R": R, "bias": bias, "y0": y0, "c0": c0, "n0": n0, "m0": m0}
+    attributes = {"forget_max": float(forget_max)} if math.isfinite(forget_max) else {}
+    ys, y, c, n, m = _symbol(SLSTM, operands, attributes)
+    return ys, (y, c, n, m)
+
+
+# --- ONNX -------------------------------------------------------------------------------------------
+
+
+def _symbol(
+    operator: Operator, operands: Mapping[str, Tensor], attributes: Mapping[str, float]
+) -> Sequence[Tensor]:
+    """The node of an operator in the graph that is being exported."""
+    inputs = [operands[x.name] for x in operator.required]
+    sizes = dict(zip(operator.inputs[0].axes, inputs[0].shape, strict=True))
+    dtypes, shapes = [], []
+    for output in operator.outputs:
+        source = operator.source(output)
+        like = inputs[0] if source is None else operands[source.name]
+        dtypes.append(like.dtype)
+        shapes.append([sizes[axis] for axis in output.axes] if source is None else like.shape)
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{OP_DOMAIN}::{operator.name}",
+        inputs,
+        attrs={**attributes, "plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE},
+        dtypes=dtypes,
+        shapes=shapes,
         version=OP_VERSION,
     )
-    return y, (new[0], new[1], new[2], new[3])

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from ..errors import BuildError
 from ..graph.element_types import TypedNode, typed_nodes
 from ..graph.sites import gate_nodes
-from ..specs import OP_DOMAIN
+from ..graph.values import recurrence
+from ..ops.operands import Operand, Operator
 
 FLOAT = ir.DataType.FLOAT
 BELOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -95,8 +96,9 @@ def _must_be_float(
         return [(f"input {i}", t) for i, t in enumerate(typed.inputs)] + [
             (f"output {i}", t) for i, t in enumerate(typed.outputs)
         ]
-    if node.domain == OP_DOMAIN:
-        return _of_recurrence(typed, state_dtype)
+    operator = recurrence(node)
+    if operator is not None:
+        return _of_recurrence(typed, operator, state_dtype)
     if node in gates or node.op_type in SENSITIVE:
         reads = [] if node.op_type in ("Cast", "DequantizeLinear") else list(enumerate(typed.inputs))
         return [(f"input {i}", t) for i, t in reads] + [
@@ -105,15 +107,19 @@ def _must_be_float(
     return []
 
 
-def _of_recurrence(typed: TypedNode, state_dtype: ir.DataType) -> list[tuple[str, ir.DataType | None]]:
+def _of_recurrence(
+    typed: TypedNode, operator: Operator, state_dtype: ir.DataType
+) -> list[tuple[str, ir.DataType | None]]:
     """All but q, k, v, h and R must be FP32; C may be what the recipe says."""
-    mlstm = typed.node.op_type == "XlstmMlstm"
-    free = {0, 1, 2} if mlstm else {1}
-    if mlstm and state_dtype != FLOAT:
-        free |= {5}
-    inputs = [(f"input {i}", t) for i, t in enumerate(typed.inputs) if i not in free]
-    first = 2 if mlstm and state_dtype != FLOAT else 1 if mlstm else 0
-    return inputs + [(f"output {i}", t) for i, t in enumerate(typed.outputs) if i >= first]
+
+    def fenced(operand: Operand) -> bool:
+        return not operand.narrow and (operand.kind != "state" or state_dtype == FLOAT)
+
+    inputs = zip(operator.inputs, typed.inputs, strict=False)  # a node may lack the optional ones
+    outputs = zip(operator.outputs, typed.outputs, strict=True)
+    return [(f"input {x.name}", t) for x, t in inputs if fenced(x)] + [
+        (f"output {x.name}", t) for x, t in outputs if fenced(x)
+    ]
 
 
 def _reads_integers(node: ir.Node) -> bool:

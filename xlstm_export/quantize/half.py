@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ..graph import lazy
 from ..graph.sites import gate_nodes, stored_weight, weight_input
 from ..graph.stored_types import DTYPES, converted
-from ..specs import OP_DOMAIN
+from ..graph.values import recurrence
 
 # Operators that may compute in half between two products. No exponential or logarithm in the open: Sigmoid
 # and Erf are bounded and kernels evaluate them in FP32.
@@ -33,7 +33,6 @@ VALUE_INPUTS = {
     "Split": 1,
     "Expand": 1,
 }
-RECURRENT_VALUES = {"XlstmMlstm": (0, 1, 2)}  # q, k, v; the result h has their type
 
 
 def to_half(model: ir.Model, base: str) -> int:
@@ -48,10 +47,8 @@ def to_half(model: ir.Model, base: str) -> int:
     for node in list(model.graph):
         if node in labels.half:
             _narrow_node(node, labels, casts)
-        elif (
-            node.op_type in RECURRENT_VALUES and node.domain == OP_DOMAIN and labels.is_half(node.outputs[0])
-        ):
-            for index in RECURRENT_VALUES[node.op_type]:
+        elif (values := _values(node)) and labels.is_half(node.outputs[0]):
+            for index in values:
                 node.replace_input_with(
                     index, casts.value(node.inputs[index], labels, half=True, before=node)
                 )
@@ -89,8 +86,8 @@ class _Labels:
         node = value.producer()
         if value in self._dequantized:
             return True
-        if node is not None and node.domain == OP_DOMAIN and node.op_type in RECURRENT_VALUES:
-            v = node.inputs[RECURRENT_VALUES[node.op_type][-1]]
+        if node is not None and (values := _values(node)):
+            v = node.inputs[values[-1]]
             return value is node.outputs[0] and v is not None and self.is_half(v)
         return node in self.half
 
@@ -102,9 +99,7 @@ class _Labels:
 
     def _wants_half(self, use: ir.Usage) -> bool:
         node = use.node
-        if node.domain == OP_DOMAIN:
-            return use.idx in RECURRENT_VALUES.get(node.op_type, ())
-        return node in self.half
+        return use.idx in _values(node) or node in self.half
 
 
 class _Casts:
@@ -153,6 +148,12 @@ class _Casts:
         return self._made[value, True]
 
 
+def _values(node: ir.Node) -> tuple[int, ...]:
+    """Inputs of a recurrence that are in half where v is, as its first result then is."""
+    operator = recurrence(node)
+    return operator.values if operator is not None else ()
+
+
 def data_inputs(node: ir.Node) -> list[ir.Value]:
     """The inputs that hold values, not shapes or indices."""
     count = VALUE_INPUTS.get(node.op_type, len(node.inputs))
@@ -162,7 +163,7 @@ def data_inputs(node: ir.Node) -> list[ir.Value]:
 def _is_half_product(node: ir.Node) -> bool:
     """Products and look-ups whose weight is FP32, or dequantized to half already."""
     index = weight_input(node)
-    if index is None or node.domain == OP_DOMAIN:
+    if index is None or recurrence(node) is not None:
         return False
     weight = node.inputs[index]
     producer = weight.producer() if weight is not None else None
@@ -199,11 +200,12 @@ def _narrow_node(node: ir.Node, labels: _Labels, casts: _Casts) -> None:
 
 def _widen_inputs(node: ir.Node, labels: _Labels, casts: _Casts, target: ir.DataType) -> None:
     """Everything else reads FP32; R of an sLSTM is stored in half, and its operator widens it."""
-    recurrent = node.domain == OP_DOMAIN and node.op_type == "XlstmSlstm"
+    operator = recurrence(node)
+    weight = operator.weight if operator is not None else None
     for index, value in enumerate(node.inputs):
         if value is None:
             continue
-        if recurrent and index == 1 and _is_constant(value):
+        if index == weight and _is_constant(value):
             node.replace_input_with(index, casts.value(value, labels, half=True, before=node))
         elif not _is_constant(value):
             node.replace_input_with(index, casts.value(value, labels, half=False, before=node))

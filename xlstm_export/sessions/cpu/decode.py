@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ...ops import bodies as functions
+from ...ops.operands import MLSTM, SLSTM
 from ...specs import OP_DOMAIN
 from .fused import drop_bodies
 from .merge_static_views import merge_static_views
@@ -54,8 +55,8 @@ def _use_step_bodies(model: ir.Model) -> None:
     calls = [node for node in model.graph if node.domain == OP_DOMAIN]
     clamp = any("forget_max" in node.attributes for node in calls)
     bodies = {
-        "XlstmMlstm": functions.mlstm_function("step"),
-        "XlstmSlstm": functions.slstm_function("step", clamp=clamp),
+        MLSTM.name: functions.mlstm_function("step"),
+        SLSTM.name: functions.slstm_function("step", clamp=clamp),
     }
     for identifier, function in list(model.functions.items()):
         if function.domain == OP_DOMAIN and function.name in bodies:

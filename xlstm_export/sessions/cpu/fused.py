@@ -12,10 +12,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ...graph.values import recurrence
 from ...specs import OP_DOMAIN
-
-# Inputs of each operator that hold the incoming state, and the outputs that hold it afterwards.
-_STATES = {"XlstmMlstm": ((5, 6, 7), (1, 2, 3)), "XlstmSlstm": ((3, 4, 5, 6), (1, 2, 3, 4))}
 
 
 def library() -> Path | None:
@@ -43,9 +41,8 @@ def states_in_place(model: ir.Model, pairs: Mapping[str, str]) -> frozenset[str]
     """
     names = set()
     for node in model.graph:
-        if node.domain != OP_DOMAIN:
-            continue
-        for past, present in zip(*_STATES[node.op_type], strict=True):
+        operator = recurrence(node)
+        for past, present in operator.states if operator is not None else ():
             source, result = node.inputs[past], node.outputs[present]
             if source is None or source not in model.graph.inputs or not result.is_graph_output():
                 continue

@@ -22,10 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graph import lazy
-from ...graph.values import constant, fresh_name, is_weight, only_reader, small_array, typed
-from ...specs import OP_DOMAIN
+from ...graph.values import constant, fresh_name, is_weight, only_reader, recurrence, small_array, typed
+from ...ops.operands import MLSTM
 
-GATE_INPUTS = (3, 4)  # i and f of XlstmMlstm
 ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Max", "Min", "Mul", "Neg", "Sub", "Tanh"}
 SHAPE = {"Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 UNPACKED_ROWS, UNPACKED_COLUMNS = 128, 2  # case 3; MlasGemmBatch of ONNX Runtime 1.20 to 1.32
@@ -95,7 +94,7 @@ def _can_join(weight: ir.Value) -> bool:
 
 def _leads_to_gates(value: ir.Value) -> bool:
     for node, index in value.uses():
-        if node.domain == OP_DOMAIN and node.op_type == "XlstmMlstm" and index in GATE_INPUTS:
+        if recurrence(node) is MLSTM and index in MLSTM.gates:
             return True
         if node.op_type in ELEMENTWISE | SHAPE and any(_leads_to_gates(out) for out in node.outputs):
             return True

@@ -6,15 +6,18 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from xlstm_export import atomic, runfolder
 from xlstm_export.errors import InputError
 from xlstm_export.report.document import text_of
+from xlstm_export.report.measured import drift_lines
 from xlstm_export.report.write import write_report
 
 VOID = {"meta", "line", "circle", "rect", "polyline", "br"}
@@ -97,10 +100,14 @@ class Balance(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.ids: list[str] = []
+        self.count: Counter[str] = Counter()
+        self.attributes: set[str] = set()
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.ids += [value or "" for key, value in attrs if key == "id"]
+        self.count[tag] += 1
+        self.attributes |= {key for key, _ in attrs}
         if tag not in VOID:
             self.open.append(tag)
 
@@ -148,6 +155,57 @@ def test_hostile_text_stays_text(run: Path) -> None:
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert" in html
     assert "<script>alert" not in (run / "report.md").read_text(encoding="utf-8")
+
+
+HOSTILE = "<script>alert(1)</script>\" ' onload='x' {{ 7 * 6 }} {% raw %} &amp; ]]> --> </style>"
+KEPT = {"mode", "precision", "base", "state_dtype"}  # words that the report compares with its own
+
+
+def hostile(data: Any, key: str = "") -> Any:
+    """The same data with every name and sentence replaced; also keys that are names."""
+    if isinstance(data, dict):
+        named = key in {"tensors", "skipped", "sites", "versions", "upstream_as_it_comes", "contestants"}
+        names = {name: f"{name}{HOSTILE}" if named and name != "exported" else name for name in data}
+        return {names[name]: hostile(value, name) for name, value in data.items()}
+    if isinstance(data, list):
+        return [hostile(value, key) for value in data]
+    return HOSTILE if isinstance(data, str) and key not in KEPT else data
+
+
+def test_every_name_and_sentence_may_be_hostile(run: Path) -> None:
+    """No value of any file of a run becomes markup, in text, attributes, tables, plots or legends."""
+    report = json.loads((run / "verify" / "report.json").read_text())
+    report["gate"] = {"file": "gates.yaml"}
+    report["upstream_as_it_comes"] = {"y": {"from_float64": 1.0, "from_export": 1.0}}
+    report["precision"]["drift"]["free_running"] = "not measured"
+    hashes = report.pop("files")
+    atomic.write_json(run / "verify" / "report.json", {**hostile(report), "files": hashes})
+    for name in ("bench/bench.json", "scales.json"):
+        atomic.write_json(run / name, hostile(json.loads((run / name).read_text())))
+    manifest = runfolder.read_manifest(run)
+    manifest |= {key: hostile(manifest.get(key), key) for key in ("model", "sites", "versions", "command")}
+    manifest["origin"] = {"checkpoint": HOSTILE}
+    atomic.write_json(run / "manifest.json", manifest)
+    (run / "recipe.yaml").write_text(HOSTILE)
+    write_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+    assert parser.count["script"] == parser.count["style"] == 1
+    assert not {name for name in parser.attributes if name.startswith("on")}
+    assert sum(HOSTILE in text for text in parser.text) > 60
+    for plot in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(plot)
+
+
+def test_a_state_that_is_not_finite_at_the_end_is_the_worst_of_its_block() -> None:
+    rows = [
+        {"mode": "teacher-forced", "block": 0, "tensor": tensor, "horizon": 1, "error": error}
+        for tensor, error in (("C", 0.5), ("n", None), ("m", 0.7))
+    ]
+    (line,) = drift_lines({"rows": rows}, "teacher-forced")
+    assert line.name == "block 0 n"
 
 
 def test_no_network_and_the_same_bytes(run: Path) -> None:

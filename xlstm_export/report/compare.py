@@ -59,8 +59,8 @@ def _checks(a: RunData, b: RunData) -> Section:
 def _drift(a: RunData, b: RunData) -> Section:
     lines = []
     for label, run in (("A", a), ("B", b)):
-        told = ((run.verification or {}).get("precision") or {}).get("drift")
-        for line in drift_lines(told, TEACHER) if told else []:
+        found = ((run.verification or {}).get("precision") or {}).get("drift")
+        for line in drift_lines(found, TEACHER) if found else []:
             if not line.dashed and not line.name.startswith("block"):
                 lines.append(Line(f"{label}, {line.name}", line.xs, line.ys, dashed=label == "B"))
     if not lines:

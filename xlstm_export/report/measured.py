@@ -8,7 +8,7 @@ from typing import Any
 from ..measure.drift_result import FREE, TEACHER
 from ..plot.figures import Bar, BarPlot, Line, LinePlot
 from .data import RunData, number
-from .document import Section, Table, bytes_of, missing, text_of
+from .document import Section, Table, Value, bytes_of, missing, text_of
 
 CONTESTANTS = {
     "exported": "exported",
@@ -21,20 +21,20 @@ LARGEST = 12  # bars that are shown of many
 
 def drift(run: RunData) -> Section:
     """Errors along one stream."""
-    told = ((run.verification or {}).get("precision") or {}).get("drift")
-    if not told:
+    found = ((run.verification or {}).get("precision") or {}).get("drift")
+    if not found:
         why = "An FP32 export is held to the same limit at any length, so no drift is measured."
         return Section("Drift", (why,)) if run.precision == "fp32" else missing(run.folder, "Drift", "verify")
     plots = tuple(
         LinePlot(
             f"Drift, {mode}",
-            _drift_words(told, mode),
+            _drift_words(found, mode),
             "positions of one stream",
             "relative L2 error",
-            tuple(drift_lines(told, mode)),
+            tuple(drift_lines(found, mode)),
         )
         for mode in (TEACHER, FREE)
-        if any(row["mode"] == mode for row in told["rows"])
+        if any(row["mode"] == mode for row in found["rows"])
     )
     rows = tuple(
         (
@@ -45,27 +45,26 @@ def drift(run: RunData) -> Section:
             number(row["error"]),
             number(row["state_forced"]),
         )
-        for row in told["rows"]
+        for row in found["rows"]
     )
     columns = ("mode", "where", "tensor", "horizon", "error", "state-forced")
-    free = told.get("free_running")
-    text = f"{told['batch']} streams, errors over windows of {told['window']} positions."
+    free = found.get("free_running")
+    text = f"{found['batch']} streams, errors over windows of {found['window']} positions."
     note = () if isinstance(free, dict) or free is None else (f"Free-running: {free}.",)
     return Section("Drift", (text, *note), plots, (Table("Errors along the stream", columns, rows),))
 
 
-def drift_lines(told: dict[str, Any], mode: str) -> list[Line]:
+def drift_lines(found: dict[str, Any], mode: str) -> list[Line]:
     """Outputs with their state-forced error, and of each block the state that is worst at the end."""
     series: dict[tuple[Any, str], list[dict[str, Any]]] = {}
-    for row in told["rows"]:
+    for row in found["rows"]:
         if row["mode"] == mode:
             series.setdefault((row["block"], row["tensor"]), []).append(row)
     worst: dict[Any, tuple[Any, str]] = {}
     for block, tensor in series:
         if block is not None:
-            last = number(series[block, tensor][-1]["error"]) or 0.0
             known = worst.get(block)
-            if known is None or last > (number(series[known][-1]["error"]) or 0.0):
+            if known is None or _at_the_end(series[block, tensor]) > _at_the_end(series[known]):
                 worst[block] = (block, tensor)
     lines = []
     for key in [k for k in series if k[0] is None] + [worst[block] for block in sorted(worst)]:
@@ -77,14 +76,20 @@ def drift_lines(told: dict[str, Any], mode: str) -> list[Line]:
     return lines
 
 
+def _at_the_end(rows: list[dict[str, Any]]) -> float:
+    """The last error; infinite where it is not finite, which JSON writes as null."""
+    last = number(rows[-1]["error"])
+    return math.inf if last is None else last
+
+
 def _line(name: str, rows: list[dict[str, Any]], key: str, dashed: bool = False) -> Line:
     values = [number(row[key]) for row in rows]
     ys = tuple(math.nan if v is None else v for v in values)
     return Line(name, tuple(float(row["horizon"]) for row in rows), ys, dashed)
 
 
-def _drift_words(told: dict[str, Any], mode: str) -> str:
-    outputs = [row for row in told["rows"] if row["mode"] == mode and row["block"] is None]
+def _drift_words(found: dict[str, Any], mode: str) -> str:
+    outputs = [row for row in found["rows"] if row["mode"] == mode and row["block"] is None]
     if not outputs:
         return "Errors of the states over the positions of one stream."
     first, last = outputs[0], outputs[-1]
@@ -97,11 +102,11 @@ def _drift_words(told: dict[str, Any], mode: str) -> str:
 
 def gates(run: RunData) -> Section:
     """Stabilizers and memory lengths."""
-    told = (run.verification or {}).get("gates")
-    if not told or not told["blocks"]:
+    found = (run.verification or {}).get("gates")
+    if not found or not found["blocks"]:
         return missing(run.folder, "Gates", "verify")
     rows, groups = [], []
-    for block in told["blocks"]:
+    for block in found["blocks"]:
         for head in block["heads"]:
             half, reference = number(head["half_life"]), number(head["reference_half_life"])
             rows.append(
@@ -135,7 +140,7 @@ def gates(run: RunData) -> Section:
         "FP32" if compared else "",
     )
     text = (
-        f"One stream of {told['positions']:,} positions. exp(−m) bounds the normalizer of an mLSTM: where "
+        f"One stream of {found['positions']:,} positions. exp(−m) bounds the normalizer of an mLSTM: where "
         "it leaves the range of FP16, FP16 arithmetic there would give infinity or zero, which is why it "
         "is fenced to FP32.",
     )
@@ -190,33 +195,24 @@ def latency(run: RunData) -> Section:
         return Section("Latency", ("Measured by an older version; run `xlstm-export bench` again.",))
     if run.bench is None:
         return missing(run.folder, "Latency", "bench")
-    rows, groups = [], []
-    for cell in run.bench["grid"]:
-        label = cell_name(cell)
-        floor = 1e3 * cell["moved_bytes"] / (cell["bandwidth_gbs"] * 1e9)
-        ours = cell["contestants"]["exported"]["p50_ms"]
-        bars = []
-        for name, timing in cell["contestants"].items():
-            shown = CONTESTANTS.get(name, name)
-            bars.append(Bar(shown, timing["p50_ms"], floor if name == "exported" else None))
-            rows.append(
-                (
-                    label,
-                    shown,
-                    *(number(timing[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "p99.9_ms")),
-                    number(timing["tokens_per_second"]),
-                    timing["p50_ms"] / ours,
-                    number(cell["roof_share"]) if name == "exported" else None,
-                )
-            )
-        groups.append((label, tuple(bars)))
-    first = run.bench["grid"][0]
+    grid = run.bench["grid"]
+    columns = (
+        *("call", "what", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"),
+        *("tokens/s", "× exported", "of the roof"),
+    )
+    rows = tuple(row for cell in grid for row in _timings(cell))
+    plots = tuple(map(_medians, grid[:3]))
+    return Section("Latency", _latency_words(run.bench), plots, (Table("All calls", columns, rows),))
+
+
+def _latency_words(bench: dict[str, Any]) -> tuple[str, ...]:
+    first = bench["grid"][0]
     text = [
-        f"{run.bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
+        f"{bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
         f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios travel, "
         "milliseconds do not."
     ]
-    rate, memory = run.bench.get("rate"), run.bench.get("memory") or {}
+    rate, memory = bench.get("rate"), bench.get("memory") or {}
     if rate:
         text.append(
             f"At {rate['hz']:g} Hz: p50 {rate['p50_ms']:.3g} ms, p99.9 {rate['p99.9_ms']:.3g} ms, jitter "
@@ -224,32 +220,41 @@ def latency(run: RunData) -> Section:
         )
     if memory.get("rss_bytes"):
         text.append(f"Memory of the process: {bytes_of(memory['rss_bytes'])}.")
-    text += [
-        f"{CONTESTANTS.get(name, name)} left out: {why}"
-        for name, why in (run.bench.get("skipped") or {}).items()
-    ]
-    columns = (
-        "call",
-        "what",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "p99.9 ms",
-        "tokens/s",
-        "× exported",
-        "of the roof",
-    )
-    plots = tuple(
-        BarPlot(
-            f"{label}: median",
-            f"Exported {text_of(bars[0].value)} ms; the mark is the time the memory bandwidth allows.",
-            "ms",
-            ((label, bars),) if len(bars) == 1 else tuple((bar.name, (bar,)) for bar in bars),
-            "bandwidth floor",
+    skipped = bench.get("skipped") or {}
+    text += [f"{CONTESTANTS.get(name, name)} left out: {why}" for name, why in skipped.items()]
+    return tuple(text)
+
+
+def _timings(cell: dict[str, Any]) -> list[tuple[Value, ...]]:
+    """A row per contestant of one call."""
+    exported = cell["contestants"]["exported"]["p50_ms"]
+    return [
+        (
+            cell_name(cell),
+            CONTESTANTS.get(name, name),
+            *(number(timing[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "p99.9_ms")),
+            number(timing["tokens_per_second"]),
+            timing["p50_ms"] / exported,
+            number(cell["roof_share"]) if name == "exported" else None,
         )
-        for label, bars in groups[:3]
+        for name, timing in cell["contestants"].items()
+    ]
+
+
+def _medians(cell: dict[str, Any]) -> BarPlot:
+    """The median of every contestant, and the time the memory bandwidth allows."""
+    floor = 1e3 * cell["moved_bytes"] / (cell["bandwidth_gbs"] * 1e9)
+    bars = tuple(
+        Bar(CONTESTANTS.get(name, name), timing["p50_ms"], floor if name == "exported" else None)
+        for name, timing in cell["contestants"].items()
     )
-    return Section("Latency", tuple(text), plots, (Table("All calls", columns, tuple(rows)),))
+    return BarPlot(
+        f"{cell_name(cell)}: median",
+        f"Exported {text_of(bars[0].value)} ms; the mark is the time the memory bandwidth allows.",
+        "ms",
+        ((cell_name(cell), bars),) if len(bars) == 1 else tuple((bar.name, (bar,)) for bar in bars),
+        "bandwidth floor",
+    )
 
 
 def cell_name(cell: dict[str, Any]) -> str:

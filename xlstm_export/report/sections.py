@@ -66,10 +66,10 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
 def _metric(metric: dict[str, Any]) -> str:
     against = "PyTorch in float64" if "pytorch_float64" in metric else "FP32"
     expected = metric.get("pytorch_float64", metric.get("fp32"))
-    said = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {_precise(expected)}"
-    said += f", exported {_precise(metric['exported'])}"
+    text = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {_precise(expected)}"
+    text += f", exported {_precise(metric['exported'])}"
     drop = metric.get("drop")
-    return said + (f" ({drop:+.3%} worse)." if isinstance(drop, float) else ".")
+    return text + (f" ({drop:+.3%} worse)." if isinstance(drop, float) else ".")
 
 
 def _precise(value: Any) -> str:
@@ -115,16 +115,16 @@ def _elements(shape: list[Any]) -> int:
 
 def precision(run: RunData) -> Section:
     """Recipe, and what the sites became."""
-    told = (run.verification or {}).get("precision") or {}
+    verified = (run.verification or {}).get("precision") or {}
     sites = run.manifest.get("sites", {})
     options = run.manifest.get("options", {})
     text = [
         f"Base {options.get('base')}, states {options.get('state_dtype')}. "
-        f"Compared with: {told.get('reference', 'not verified yet')}.",
+        f"Compared with: {verified.get('reference', 'not verified yet')}.",
     ]
     calibrated = run.manifest.get("calibration") or {}
     if calibrated.get("random"):
-        text.append("The ranges come from made-up data: they say nothing about real inputs.")
+        text.append("The ranges come from made-up data: they do not hold for real inputs.")
     rows = tuple((kind, int(count)) for kind, count in sites.items())
     return Section(
         "Precision and recipe",

@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Each installs what it needs into .venv.
+# Two commands matter: `make demo` and `make test`, which runs the quick tests. Each installs what it needs into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # `verify` follows the drift for 16,000 positions, in both modes; here it is to be quick.
 DRIFT := --horizon 4000 --free-horizon 1000
 
-.PHONY: demo test kernels lint bench precision scale gpu install clean
+.PHONY: demo test test-all kernels lint bench precision scale gpu install clean
 
 demo: kernels
 	$(BIN)/xlstm-export deploy examples/austen_lm \
@@ -22,9 +22,15 @@ demo: kernels
 	    --calib calibration/sets/weather_forecaster.npz \
 	    --data examples/weather_forecaster/heldout.npz $(DRIFT) -o out/weather_forecaster --force
 
-# In the order of names: reordered by their number of tests, files with few but long ones would come last.
+# Tests in two tiers. Workers start with half of the tests each, in the order of names, and then take work from each
+# other; what several need is made once and shared on disk.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: lint kernels
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: lint kernels
+	$(PYTEST) --durations=25
 
 # The recurrences as fused operators, compiled once into ~/.cache/xlstm_export. Exit code 3: there is no compiler
 # here, and function bodies run instead.

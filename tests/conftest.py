@@ -1,10 +1,13 @@
-"""Shared fixtures. Exports are cached per test session: tracing takes seconds, reading an export does not."""
+"""Shared fixtures. An export is made once in a run of the tests, in whatever process: tracing takes seconds,
+reading an export does not.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import models  # noqa: E402
+import shared  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from xlstm_export.load import checkpoint  # noqa: E402
 from xlstm_export.trace import export as trace  # noqa: E402
+
+pytest_plugins = ["tiers"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,17 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)  # before every test, because bench sets its own
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_folders_stay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What all processes read must stay as it was made, whatever the order of the tests."""
+    yield
+    assert shared.changed(shared.root(tmp_path_factory)) == []
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a small mixed language model."""
-    return models.make(tmp_path_factory.mktemp("checkpoint") / "small")
+    return shared.once(tmp_path_factory, "checkpoint", lambda folder: models.make(folder / "small")) / "small"
 
 
 @pytest.fixture
@@ -62,4 +75,7 @@ def own_export(small_export: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_export(small_loaded: checkpoint.Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the small model."""
-    return trace.export(small_loaded, tmp_path_factory.mktemp("export") / "small")
+    made = shared.once(
+        tmp_path_factory, "export", lambda folder: trace.export(small_loaded, folder / "small")
+    )
+    return made / "small"

@@ -2,14 +2,17 @@
 
 They are stricter than the real ones: a name that is no tensor, a shape out of the profile, an address that
 was not allocated or is too short, a call without all addresses set, reading memory that nobody wrote (it is
-NaN), allocating while a stream is captured: each ends the test. A captured call keeps the addresses and
-shapes of its capture, as a CUDA graph does.
+NaN), allocating while a stream is captured, giving back or using what is not there: each ends the test. A
+captured call keeps the addresses and shapes of its capture, as a CUDA graph does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,11 +54,37 @@ class Cudart:
     def __init__(self, sm: int = 87, runtime: int = 12060, driver: int = 12060) -> None:
         self.memory = Memory()
         self.capture: list[Callable[[], None]] | None = None
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.graphs: dict[int, list[Callable[[], None]]] = {}  # executable ones, destroyed ones included
         self.launches = 0
+        self.streams: set[int] = set()  # what was made and not given back
+        self.captured: set[int] = set()
+        self.executables: set[int] = set()
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._handles = itertools.count(100)
+        self._calls: Counter[str] = Counter()
         self._sm, self._versions = sm, (runtime, driver)
         self.cudaGetErrorString: Any = type("F", (), {"__call__": lambda self, status: b"out of memory"})()
         self.fail: dict[str, int] = {}
+        self.fail_at: dict[str, int] = {}  # number of the call from which on it fails, counted from 1
+
+    def left(self) -> dict[str, int]:
+        """How many of each thing were made and not given back; empty where nothing is left."""
+        counts = {
+            "blocks": len(self.memory.blocks),
+            "streams": len(self.streams),
+            "captured graphs": len(self.captured),
+            "executable graphs": len(self.executables),
+            "contexts": len(self.contexts),
+            "engines": len(self.engines),
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def _status(self, name: str) -> int:
+        """What a call that can fail returns."""
+        self._calls[name] += 1
+        late = name in self.fail_at and self._calls[name] >= self.fail_at[name]
+        return 2 if late else self.fail.get(name, 0)
 
     def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
         value._obj.value = self._sm // 10 if attribute == 75 else self._sm % 10
@@ -75,24 +104,34 @@ class Cudart:
 
     def cudaMalloc(self, pointer: Any, size: Any) -> int:  # noqa: N802
         assert self.capture is None, "allocated while capturing"
-        if self.fail.get("cudaMalloc"):
-            return self.fail["cudaMalloc"]
+        if status := self._status("cudaMalloc"):
+            return status
         pointer._obj.value = self.memory.allocate(size.value)
         return 0
 
     def cudaFree(self, pointer: Any) -> int:  # noqa: N802
         del self.memory.blocks[pointer.value]
-        return 0
+        return self._status("cudaFree")
 
     def cudaStreamCreate(self, pointer: Any) -> int:  # noqa: N802
-        pointer._obj.value = 1
+        if status := self._status("cudaStreamCreate"):
+            return status
+        pointer._obj.value = next(self._handles)
+        self.streams.add(pointer._obj.value)
+        return 0
+
+    def cudaStreamDestroy(self, stream: Any) -> int:  # noqa: N802
+        self.streams.remove(stream.value)
         return 0
 
     def cudaStreamSynchronize(self, stream: Any) -> int:  # noqa: N802
         assert self.capture is None, "synchronized while capturing"
+        assert stream.value in self.streams
         return 0
 
     def cudaMemsetAsync(self, address: Any, value: int, size: Any, stream: Any) -> int:  # noqa: N802
+        if status := self._status("cudaMemsetAsync"):
+            return status
         self.memory.view(address.value, np.uint8, (size.value,))[...] = value
         return 0
 
@@ -110,18 +149,30 @@ class Cudart:
 
     def cudaStreamEndCapture(self, stream: Any, graph: Any) -> int:  # noqa: N802
         assert self.capture is not None
-        graph._obj.value = 100 + len(self.graphs)
-        self.graphs[graph._obj.value], self.capture = self.capture, None
+        graph._obj.value = next(self._handles)
+        self.captured.add(graph._obj.value)
+        self._content, self.capture = self.capture, None
         return 0
 
     def cudaGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:  # noqa: N802
-        executable._obj.value = graph.value
+        assert graph.value in self.captured
+        if status := self._status("cudaGraphInstantiateWithFlags"):
+            return status
+        executable._obj.value = next(self._handles)
+        self.executables.add(executable._obj.value)
+        self.graphs[executable._obj.value] = self._content
         return 0
 
     def cudaGraphDestroy(self, graph: Any) -> int:  # noqa: N802
+        self.captured.remove(graph.value)
+        return 0
+
+    def cudaGraphExecDestroy(self, executable: Any) -> int:  # noqa: N802
+        self.executables.remove(executable.value)
         return 0
 
     def cudaGraphLaunch(self, executable: Any, stream: Any) -> int:  # noqa: N802
+        assert executable.value in self.executables
         self.launches += 1
         for call in self.graphs[executable.value]:
             call()
@@ -175,6 +226,7 @@ class TensorRt:
 class Engine:
     def __init__(self, cudart: Cudart, description: dict[str, Any]) -> None:
         self.cudart, self.profiles = cudart, description["profiles"]
+        cudart.engines.add(self)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(description["model"], options)
@@ -186,12 +238,15 @@ class Engine:
         return self.profiles[name][profile]
 
     def create_execution_context(self) -> Any:
+        if self.cudart._status("create_execution_context"):
+            return None
         return Context(self)
 
 
 class Context:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.cudart.contexts.add(self)
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -218,7 +273,8 @@ class Context:
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         cudart = self.engine.cudart
         if cudart.capture is not None:
-            cudart.capture.append(lambda: self._run(shapes, addresses))
+            replayed = weakref.ref(self)  # a graph keeps no context
+            cudart.capture.append(lambda: _alive(replayed)._run(shapes, addresses))
         else:
             self._run(shapes, addresses)
         return True
@@ -236,6 +292,12 @@ class Context:
         results = engine.session.run(engine.outputs, feeds)
         for name, result in zip(engine.outputs, results, strict=True):
             memory.view(addresses[name], engine.types[name], result.shape)[...] = result
+
+
+def _alive(context: weakref.ref[Context]) -> Context:
+    found = context()
+    assert found is not None, "a graph was launched after its context was gone"
+    return found
 
 
 def board(version: str = "10.3.0", sm: int = 87) -> dict[str, Any]:

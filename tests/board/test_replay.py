@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +28,14 @@ def recorded(
     return folder
 
 
-class Faulty:
+class Faulty(Session):
     """A session with a fault planted in one of its methods."""
 
     def __init__(self, session: Session, fault: str) -> None:
+        super().__init__(session.io, session.batch)
         self._session, self._fault, self._count = session, fault, 0
-        self.io, self.batch = session.io, session.batch
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _prefill(self, inputs: Arrays) -> Arrays:
         if self._fault == "prefill forgets":
             self._session.reset()
         outputs = self._session.prefill(inputs)
@@ -50,7 +50,7 @@ class Faulty:
                 value[:, length // 2] *= -1
         return outputs
 
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _step(self, inputs: Arrays) -> Arrays:
         if self._fault == "step forgets":
             self._session.reset()
         self._count += 1
@@ -59,20 +59,23 @@ class Faulty:
             return {name: value * np.nan for name, value in outputs.items()}
         return outputs
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         state = self._session.state()
         if self._fault == "wrong state":
             return {name: value * 1.01 if name.endswith("_C") else value for name, value in state.items()}
         return state
 
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def _store(self, name: str, value: np.ndarray) -> None:
         if self._fault != "does not resume":
-            self._session.set_state(state)
+            self._session.set_state({**self._session.state(), name: value})
 
-    def reset(self, rows: object = None) -> None:
+    def _clear(self, rows: np.ndarray) -> None:
         # The first call finds a fresh session; what is judged is the one in mid-stream.
         if self._fault != "does not reset":
-            self._session.reset()
+            self._session.reset(rows)
+
+    def _close(self) -> None:
+        self._session.close()
 
 
 def failed(recorded: Path, open_session: Callable[[], Session], backend: str = "onnxruntime") -> set[str]:

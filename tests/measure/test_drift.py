@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from xlstm_export.measure.drift_result import (
     judged_growth,
     token_feedback,
 )
-from xlstm_export.sessions import OrtSession, StatefulSession, TorchSession
+from xlstm_export.sessions import OrtSession, Session, TorchSession
 from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.drift_gate import drift_checks, first_failing_block
@@ -38,7 +38,7 @@ Arrays = dict[str, np.ndarray]
 LIMITS = DriftLimits(output=0.02, state=0.02, kl=1e-3)
 
 
-class Linear(StatefulSession):
+class Linear(Session):
     """s ← decay·s + gain·x, y = scale·s; one value per row. `spoil` makes y NaN from a position on."""
 
     def __init__(
@@ -49,18 +49,18 @@ class Linear(StatefulSession):
         batch: int = 2,
         spoil: float = math.inf,
     ) -> None:
-        self.decay, self.gain, self.scale, self.spoil, self.batch = decay, gain, scale, spoil, batch
-        self.io = IoSpec(
+        self.decay, self.gain, self.scale, self.spoil = decay, gain, scale, spoil
+        io = IoSpec(
             (TensorSpec("x", "float64", ("B", "S")),),
             (TensorSpec("y", "float64", ("B", "S")),),
             (StateSpec(0, "y", (1,), "float64"),),
         )
+        super().__init__(io, batch)
         self.read: list[np.ndarray] = []  # what prefill was given since the last reset
         self._s = np.zeros((batch, 1))
         self._at = 0
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs)
+    def _prefill(self, inputs: Arrays) -> Arrays:
         y = np.empty_like(inputs["x"])
         for t in range(y.shape[1]):
             self._s = self.decay * self._s + self.gain * inputs["x"][:, t : t + 1]
@@ -69,9 +69,7 @@ class Linear(StatefulSession):
         self.read.append(inputs["x"])
         return {"y": y}
 
-    step = prefill
-
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {"past_0_y": self._s.copy()}
 
     def _store(self, name: str, value: np.ndarray) -> None:
@@ -172,12 +170,10 @@ class Half(Linear):
         super().__init__(decay)
         self.io = replace(self.io, states=(StateSpec(0, "y", (1,), "float16"),))
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        outputs = super().prefill(inputs)
+    def _prefill(self, inputs: Arrays) -> Arrays:
+        outputs = super()._prefill(inputs)
         self._s = self._s.astype(np.float16).astype(np.float64)
         return outputs
-
-    step = prefill
 
 
 def test_a_narrow_state_is_rounded_at_every_position() -> None:
@@ -290,10 +286,8 @@ class Whole(Linear):
         super().__init__(decay)
         self.io = replace(self.io, outputs=(TensorSpec("y", "float64", ("B", 1)),))
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        return {"y": super().prefill(inputs)["y"][:, -1:]}
-
-    step = prefill
+    def _prefill(self, inputs: Arrays) -> Arrays:
+        return {"y": super()._prefill(inputs)["y"][:, -1:]}
 
 
 def test_outputs_of_a_whole_call_are_compared_position_by_position() -> None:
@@ -312,22 +306,22 @@ def test_a_reference_of_zeros() -> None:
 # --- language models --------------------------------------------------------------------------------------
 
 
-class Table(StatefulSession):
+class Table(Session):
     """A language model of a few tokens: logits are a row of a table plus a fading memory of rows."""
 
     def __init__(self, table: np.ndarray, batch: int = 2) -> None:
-        self.table, self.batch = table, batch
+        self.table = table
         tokens = len(table)
-        self.io = IoSpec(
+        io = IoSpec(
             (TensorSpec("tokens", "int64", ("B", "S")),),
             (TensorSpec("logits", "float64", ("B", "S", tokens)),),
             (StateSpec(0, "y", (tokens,), "float64"),),
         )
+        super().__init__(io, batch)
         self.read: list[np.ndarray] = []
         self._s = np.zeros((batch, tokens))
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs)
+    def _prefill(self, inputs: Arrays) -> Arrays:
         logits = []
         for t in range(inputs["tokens"].shape[1]):
             self._s = 0.8 * self._s + self.table[inputs["tokens"][:, t]]
@@ -335,9 +329,7 @@ class Table(StatefulSession):
         self.read.append(inputs["tokens"])
         return {"logits": np.stack(logits, axis=1)}
 
-    step = prefill
-
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {"past_0_y": self._s.copy()}
 
     def _store(self, name: str, value: np.ndarray) -> None:
@@ -496,7 +488,7 @@ def tokens(length: int, batch: int = 2) -> Arrays:
 def test_fp32_passes_the_limits_of_fp32(
     kind: str, small_loaded: checkpoint.Loaded, small_export: Path
 ) -> None:
-    candidate: StatefulSession = (
+    candidate: Session = (
         TorchSession(small_loaded, 2, "float32")
         if kind == "torch"
         else OrtSession(small_export, 2, threads=1)
@@ -515,10 +507,10 @@ def test_fp32_passes_the_limits_of_fp32(
 class Shifted(TorchSession):
     """Tells its states in another gauge: (C·eᵃ, n·eᵃ, m − a) is the same state."""
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         a = 2.5
         factor = {"C": math.exp(a), "n": math.exp(a), "c": math.exp(a)}
-        plain = super().state()
+        plain = super()._state()
         kinds = {s.past: s.kind for s in self.io.states}
         return {k: v - a if kinds[k] == "m" else v * factor.get(kinds[k], 1.0) for k, v in plain.items()}
 
@@ -579,8 +571,8 @@ class LastOnly(TorchSession):
         super().__init__(loaded, batch, "float32")
         self.io = replace(self.io, outputs=(TensorSpec("logits", "float32", ("B", 1, 256)),))
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        return {name: x[:, -1:] for name, x in super().prefill(inputs).items()}
+    def _prefill(self, inputs: Arrays) -> Arrays:
+        return {name: x[:, -1:] for name, x in super()._prefill(inputs).items()}
 
 
 def test_logits_of_the_last_position_are_compared_at_each(small_loaded: checkpoint.Loaded) -> None:

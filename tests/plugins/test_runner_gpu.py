@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from xlstm_export.sessions.ort import OrtSession
+from xlstm_export.sessions import OrtSession
 
 RUNNER = Path(__file__).resolve().parents[2] / "plugins" / "runner"
 LONGEST = 16  # of the prefill profile

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,9 @@ import torch
 
 from xlstm_export import distance as compare
 from xlstm_export import sessions
-from xlstm_export.errors import ExportError, InputError
+from xlstm_export.errors import ExportError, InputError, UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.sessions import OrtSession, StatefulSession, TorchSession, load_state, save_state
+from xlstm_export.sessions import OrtSession, Session, TorchSession, load_state, save_state
 from xlstm_export.trace import export as trace
 
 BATCH = 2
@@ -28,7 +31,7 @@ KINDS = ["torch64", "torch32", "ort"]
 def make(small_loaded: checkpoint.Loaded, small_export: Path) -> Any:
     """kind, batch → a session of the small model."""
 
-    def make(kind: str, batch: int = BATCH) -> StatefulSession:
+    def make(kind: str, batch: int = BATCH) -> Session:
         if kind == "ort":
             return OrtSession(small_export, batch, threads=1)
         return TorchSession(small_loaded, batch, {"torch64": "float64", "torch32": "float32"}[kind])
@@ -44,7 +47,7 @@ def cut(inputs: dict[str, np.ndarray], start: int, end: int) -> dict[str, np.nda
     return {name: x[:, start:end] for name, x in inputs.items()}
 
 
-def steps(session: StatefulSession, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def steps(session: Session, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """Logits of all positions, one by one."""
     length = inputs["tokens"].shape[1]
     return np.concatenate([session.step(cut(inputs, t, t + 1))["logits"].copy() for t in range(length)], 1)
@@ -55,7 +58,7 @@ def assert_same_output(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_same_state(
-    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], session: StatefulSession
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], session: Session
 ) -> None:
     for name, difference in compare.compare_states(found, expected, session.io.states).items():
         assert difference.relative_l2 <= LIMITS["state"], name
@@ -150,13 +153,58 @@ def test_reset_of_single_rows(make: Any, kind: str) -> None:
     assert all(not value.any() for value in session.state().values())
 
 
-@pytest.mark.parametrize("row", [-1, 2, 100])
-def test_reset_of_rows_that_are_not_there(make: Any, row: int) -> None:
+@pytest.mark.parametrize("kind", ["torch32", "ort"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(0, -1, np.int32(1), slice(None), slice(1, None), slice(5, 9), slice(None, None, -2), range(1, 3)),
+        *([], [2, 0], (0, 1), [-1, -3], [1, 1], [True, False, True], [False] * 3),
+        *(np.array(2), np.array([0, 2]), np.array([1], np.uint8), np.array([[0], [1]])),
+        *(np.array([False, True, True]), np.arange(3)[:0]),
+    ],
+    ids=repr,
+)
+def test_reset_takes_what_numpy_takes_as_an_index(make: Any, kind: str, rows: Any) -> None:
+    """The rows that NumPy itself would assign zeros to are zero afterwards, and no others."""
+    session = make(kind, 3)
+    session.prefill(tokens(4, 3))
+    expected = session.state()
+    for value in expected.values():
+        value[list(rows) if isinstance(rows, tuple | range) else rows] = 0
+    session.reset(rows)
+    assert all(np.array_equal(value, expected[name]) for name, value in session.state().items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([0, -3], "no batch row -3"),
+        ([0, 2], "no batch row 2"),
+        ([0, 100], "no batch row 100"),
+        (2, "no batch row 2"),
+        (np.array([[0], [7]]), "no batch row 7"),
+        (np.array([2**63], np.uint64), "no batch row 9223372036854775808"),
+        ([True], r"mask of rows has shape \[1\], expected \[2\]"),
+        (np.ones(3, bool), r"mask of rows has shape \[3\], expected \[2\]"),
+        (True, r"mask of rows has shape \[\]"),
+        ([0.0], "are float64, which is no index"),
+        (np.zeros(0), "are float64, which is no index"),
+        (1.0, "are no index"),
+        ("0", "which is no index"),
+        ([None], "are object, which is no index"),
+        ([[0], [0, 1]], "are no index"),
+    ],
+    ids=repr,
+)
+def test_reset_of_rows_that_are_not_there(make: Any, rows: Any, words: str) -> None:
     session = make("ort")
     session.prefill(tokens(3))
-    with pytest.raises(InputError, match=f"no batch row {row}"):
-        session.reset(rows=[0, row])
-    assert session.state()["past_0_C"][0].any()  # nothing was done by halves
+    before = session.state()
+    with pytest.raises(UsageError, match=words) as caught:
+        session.reset(rows)
+    assert "the batch is 2" in caught.value.hint
+    # Nothing was done by halves.
+    assert all(np.array_equal(value, before[name]) for name, value in session.state().items())
 
 
 # --- Inputs that do not fit -----------------------------------------------------------------------------
@@ -173,8 +221,19 @@ def test_reset_of_rows_that_are_not_there(make: Any, row: int) -> None:
             {"tokens": np.zeros((2, 1), np.int64), "mask": np.zeros((2, 1), np.int64)},
             "unknown mask",
         ),
-        ({"tokens": np.zeros((2, 1), np.int32)}, "tokens is int32, expected int64"),
         ({"tokens": np.zeros((2, 1), np.float32)}, "tokens is float32, expected int64"),
+        ({"tokens": np.zeros((2, 1), bool)}, "tokens is bool, expected int64"),
+        ({"tokens": [[True], [False]]}, "tokens is bool, expected int64"),
+        ({"tokens": [[1.0], [2.0]]}, "tokens is float64, expected int64"),
+        ({"tokens": [["1"], ["2"]]}, "tokens is <U1, expected int64"),
+        ({"tokens": [[1], [None]]}, "tokens is object, expected int64"),
+        ({"tokens": [[1], [2**64]]}, "tokens is object, expected int64"),
+        ({"tokens": [[1], [2, 3]]}, "tokens is no array"),
+        ({"tokens": np.full((2, 1), 2**63, np.uint64)}, "9223372036854775808 at row 0, position 0"),
+        ({"tokens": [[0], [-1]]}, "tokens holds -1 at row 1, position 0, which is no token"),
+        ([("tokens", [[0], [1]])], "list given, expected arrays by name"),
+        ({"tokens": []}, r"tokens has shape \[0\]"),
+        ({"tokens": [[], []]}, r"tokens has shape \[2, 0\], expected \[2, (S|1)\]"),
         ({"tokens": np.zeros(2, np.int64)}, r"tokens has shape \[2\]"),
         ({"tokens": np.zeros((2, 1, 1), np.int64)}, r"tokens has shape \[2, 1, 1\]"),
         ({"tokens": np.zeros((2, 0), np.int64)}, r"tokens has shape \[2, 0\]"),
@@ -221,6 +280,124 @@ def test_states_that_do_not_fit(make: Any, kind: str, change: Any, words: str) -
     with pytest.raises(InputError, match=words):
         session.set_state(state)
     assert all(np.array_equal(value, before[name]) for name, value in session.state().items())
+
+
+# --- What is converted ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["prefill", "step"])
+@pytest.mark.parametrize(
+    "convert",
+    [np.ndarray.tolist, *(np.dtype(t).type for t in ("uint8", "int32", "uint64", ">i8")), torch.from_numpy],
+    ids=["lists", "uint8", "int32", "uint64", "big-endian", "torch"],
+)
+def test_tokens_of_any_integer_type(make: Any, kind: str, call: str, convert: Any) -> None:
+    inputs = tokens(1 if call == "step" else 5)
+    plain, other = make(kind), make(kind)
+    expected = getattr(plain, call)(inputs)["logits"].copy()
+    given = convert(inputs["tokens"])
+    assert np.array_equal(getattr(other, call)({"tokens": given})["logits"], expected)
+
+
+@pytest.mark.parametrize("kind", ["torch64", "ort"])
+def test_states_may_be_lists(make: Any, kind: str) -> None:
+    session, other = make(kind), make(kind)
+    session.prefill(tokens(5))
+    other.set_state({name: value.tolist() for name, value in session.state().items()})
+    assert all(np.array_equal(value, session.state()[name]) for name, value in other.state().items())
+
+
+@pytest.mark.parametrize("token", [256, 2**40])
+def test_tokens_beyond_the_vocabulary(make: Any, token: int) -> None:
+    """Of a loaded model the vocabulary is known; of a run folder the graph refuses what its table lacks."""
+    inputs = tokens(4)
+    inputs["tokens"][1, 2] = token
+    with pytest.raises(InputError, match=f"holds {token} at row 1, position 2") as caught:
+        make("torch64").prefill(inputs)
+    assert "0 … 255" in caught.value.hint
+    with pytest.raises(ExportError):
+        make("ort").prefill(inputs)
+
+
+def test_the_vocabulary_of_a_manifest(small_export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_export, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": 100}))
+    with OrtSession(folder) as session:
+        session.prefill({"tokens": [[0, 99]]})
+        with pytest.raises(InputError, match="holds 100 at row 0, position 1"):
+            session.prefill({"tokens": [[7, 100]]})
+    for damaged in ("256", 0, -1, True, 2.5):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "vocab_size": damaged}))
+        with pytest.raises(InputError, match="vocab_size"):
+            OrtSession(folder)
+
+
+# --- Opening and closing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_is_closed_by_its_block(make: Any, kind: str) -> None:
+    with make(kind) as session:
+        state = session.state()
+        session.step(tokens(1))
+    for call in (
+        lambda: session.prefill(tokens(1)),
+        lambda: session.step(tokens(1)),
+        lambda: session.prefill({}),
+        session.state,
+        lambda: session.set_state(state),
+        session.reset,
+        session.__enter__,
+    ):
+        with pytest.raises(UsageError, match="the session is closed"):
+            call()
+    session.close()  # once more is fine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_fails_closes_too(make: Any, kind: str) -> None:
+    with pytest.raises(ZeroDivisionError), make(kind) as session:
+        raise ZeroDivisionError
+    with pytest.raises(UsageError, match="the session is closed"):
+        session.state()
+
+
+@pytest.mark.parametrize("kind", ["torch64", "ort"])
+def test_closing_gives_memory_back(make: Any, kind: str) -> None:
+    """Whoever still holds the session holds neither its buffers nor what runs the model."""
+    session = make(kind)
+    session.prefill(tokens(3))
+    session.step(tokens(1))
+    if kind == "ort":
+        held = [session._prefill_session, session._decode_session, *session._bindings]
+        held += [x for buffer in session._buffers for x in buffer.values()]
+    else:
+        held = [session._module, *session._past.values()]
+    assert len(held) > 10
+    gone = [weakref.ref(one) for one in held]
+    assert all(one() is not None for one in gone)
+    del held
+    session.close()
+    gc.collect()
+    assert [one() for one in gone if one() is not None] == []
+
+
+def test_what_was_returned_outlives_the_session(make: Any) -> None:
+    with make("ort") as session:
+        prefilled, stepped = session.prefill(tokens(4)), session.step(tokens(1))
+        copies = [{name: x.copy() for name, x in outputs.items()} for outputs in (prefilled, stepped)]
+    gc.collect()
+    for outputs, copied in zip((prefilled, stepped), copies, strict=True):
+        assert all(np.array_equal(x, copied[name]) for name, x in outputs.items())
+
+
+@pytest.mark.parametrize("batch", [0, -1, True, 1.0, "2", None])
+def test_batches_that_are_none(make: Any, batch: Any) -> None:
+    for kind in ("torch32", "ort"):
+        with pytest.raises(UsageError, match="a batch of"):
+            make(kind, batch)
 
 
 # --- States in files ------------------------------------------------------------------------------------

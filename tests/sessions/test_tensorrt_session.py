@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import fake_tensorrt
@@ -10,7 +11,7 @@ import pytest
 
 from xlstm_export.board.build import profile_shapes
 from xlstm_export.distance import compare_states, difference
-from xlstm_export.errors import BuildError, InputError
+from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.inputs import cut
 from xlstm_export.runfolder import MODEL, read_io
@@ -104,7 +105,7 @@ def test_one_row_is_reset_on_the_device(small_export: Path, tmp_path: Path) -> N
     again = session.prefill(stream)["logits"]
     assert difference(again[1], first[1]).relative_l2 <= SAME
     assert difference(again[0], first[0]).relative_l2 > 1e-3
-    with pytest.raises(InputError, match="no batch row 3"):
+    with pytest.raises(UsageError, match="no batch row 3"):
         session.reset(rows=[3])
 
 
@@ -135,3 +136,114 @@ def test_errors_of_cuda_say_which_call(small_export: Path, tmp_path: Path) -> No
     board.cudart.fail["cudaMalloc"] = 2
     with pytest.raises(BuildError, match=r"cudaMalloc failed: out of memory \(2\)"):
         board.session()
+
+
+# --- What is given back -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "plain"])
+@pytest.mark.parametrize("aliased", [False, True], ids=["ping-pong", "in place"])
+def test_closing_frees_all_that_was_made(
+    small_export: Path, tmp_path: Path, graphs: bool, aliased: bool
+) -> None:
+    board = Board(small_export, tmp_path, batch=2)
+    names = frozenset(s.past for s in board.io.states if s.kind != "conv") if aliased else frozenset()
+    stream = tokens(2, 22)
+    with board.session(graphs=graphs, in_place=names) as session:
+        session.prefill(cut(stream, board.io, 0, 20))
+        for place in (20, 21):
+            session.step(cut(stream, board.io, place, place + 1))
+        assert len(board.cudart.executables) == (2 if graphs else 0)
+        assert len(board.cudart.memory.blocks) == board.cudart.memory.allocations
+        assert len(board.cudart.contexts) == 2
+    gc.collect()
+    assert board.cudart.left() == {}
+    session.close()  # once more is fine
+    with pytest.raises(UsageError, match="the session is closed"):
+        session.step(cut(stream, board.io, 0, 1))
+
+
+def test_sessions_free_only_their_own(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    stream = tokens(1, 3)
+    first = board.session()
+    expected = first.prefill(stream)["logits"]
+    before = {**board.cudart.left(), "blocks": board.cudart.memory.allocations}
+    with board.session() as second:
+        np.testing.assert_array_equal(second.prefill(stream)["logits"], expected)
+    gc.collect()
+    assert board.cudart.left() == before
+    first.reset()
+    np.testing.assert_array_equal(first.prefill(stream)["logits"], expected)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 9])
+def test_opening_that_fails_frees_what_it_made(small_export: Path, tmp_path: Path, number: int) -> None:
+    board = Board(small_export, tmp_path)
+    board.cudart.fail_at["cudaMalloc"] = number
+    with pytest.raises(BuildError, match="cudaMalloc failed"):
+        board.session()
+    gc.collect()
+    assert board.cudart.memory.allocations == number - 1
+    assert board.cudart.left() == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("create_execution_context", 1),
+        ("create_execution_context", 2),
+        ("cudaStreamCreate", 1),
+        ("cudaMemsetAsync", 3),
+    ],
+)
+def test_any_call_that_fails_while_opening(
+    small_export: Path, tmp_path: Path, call: str, number: int
+) -> None:
+    board = Board(small_export, tmp_path)
+    board.cudart.fail_at[call] = number
+    with pytest.raises(BuildError):
+        board.session()
+    gc.collect()
+    assert board.cudart.left() == {}
+
+
+def test_an_engine_for_fewer_streams_is_given_back(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    with pytest.raises(InputError, match="takes 1 streams"):
+        board.session(batch=2)
+    gc.collect()
+    assert board.cudart.left() == {}
+
+
+def test_a_capture_that_fails_leaves_nothing(small_export: Path, tmp_path: Path) -> None:
+    board = Board(small_export, tmp_path)
+    board.cudart.fail["cudaGraphInstantiateWithFlags"] = 2
+    with board.session() as session, pytest.raises(BuildError, match="cudaGraphInstantiateWithFlags failed"):
+        session.step(tokens(1, 1))
+    gc.collect()
+    assert board.cudart.left() == {}
+
+
+def test_closing_goes_on_after_a_failure(small_export: Path, tmp_path: Path) -> None:
+    """CUDA reports an error again at every later call: the rest is given back all the same."""
+    board = Board(small_export, tmp_path)
+    session = board.session()
+    board.cudart.fail["cudaFree"] = 2
+    with pytest.raises(BuildError, match="cudaFree failed"):
+        session.close()
+    gc.collect()
+    assert board.cudart.left() == {}
+    session.close()
+
+
+def test_tokens_beyond_the_vocabulary(small_export: Path, tmp_path: Path) -> None:
+    """A device reads past the table without a word, so nothing may get there."""
+    board = Board(small_export, tmp_path)
+    session = TensorRtSession(
+        board.engine, board.io, vocab_size=256, tensorrt=board.trt, cuda=Cuda(board.cudart)
+    )
+    with session:
+        session.prefill({"tokens": [[0, 255]]})
+        with pytest.raises(InputError, match="holds 256 at row 0, position 1"):
+            session.prefill({"tokens": [[0, 256]]})

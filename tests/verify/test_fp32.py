@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from xlstm_export import runfolder
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.sessions import OrtSession, StatefulSession
+from xlstm_export.sessions import OrtSession, Session
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.fp32 import LIMITS, Check, Verdict, verify
 
@@ -333,7 +333,7 @@ def test_reset_that_forgets_something(
     expected: set[str],
 ) -> None:
     """A session whose reset leaves some states as they are: of all rows, or when asked for single ones."""
-    reset = StatefulSession.reset
+    reset = Session.reset
 
     def forgetful(self: OrtSession, only: Any = None) -> None:
         kept = self.state()

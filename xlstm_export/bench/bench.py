@@ -24,8 +24,7 @@ from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
 from ..options import BenchOptions, Context
 from ..runfolder import RunFolder
-from ..sessions import OrtSession
-from ..sessions.protocol import numpy_type
+from ..sessions import OrtSession, numpy_type
 from ..sessions.timing import at_rate
 from ..specs import IoSpec
 from ..verify.verdict import require_verified

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..inputs import Arrays, cut
-from ..sessions.ort import OrtSession
+from ..sessions import OrtSession
 from ..specs import IoSpec
 from .environment import memory_of
 

@@ -19,10 +19,9 @@ import numpy as np
 
 from ..atomic import write_json
 from ..errors import ExportError, GateError, SetupError, UsageError
-from ..runfolder import read_io
+from ..runfolder import RunFolder
 from ..sessions import streams, timing
 from ..sessions.protocol import Session, load_state, save_state
-from ..specs import IoSpec
 from . import integrity, replay
 
 BACKENDS = ("tensorrt", "onnxruntime")
@@ -143,14 +142,15 @@ def _verify(options: Any) -> None:
 def _bench(options: Any) -> None:
     goldens = replay.read_goldens(options.bundle, _backend(options))
     result: dict[str, Any] = {"backend": _backend(options)}
-    result |= timing.bench(
-        _session(options),
-        goldens.inputs,
-        steps=options.steps,
-        prefill=options.prefill,
-        hz=options.hz,
-        progress=_progress(options),
-    )
+    with _session(options) as session:
+        result |= timing.bench(
+            session,
+            goldens.inputs,
+            steps=options.steps,
+            prefill=options.prefill,
+            hz=options.hz,
+            progress=_progress(options),
+        )
     write_json(options.bundle / "results" / f"bench-{_backend(options)}.json", result)
     step, prefill = result["step"], result["prefill"]
     text = [
@@ -172,30 +172,33 @@ def _bench(options: Any) -> None:
 def _run(options: Any) -> None:
     if (options.text is None) == (options.data is None):
         raise UsageError("give either --text or --data", "--text for a byte-level language model")
-    session = _session(options)
-    if options.state is not None and options.state.exists():
-        load_state(session, options.state)
-    if options.text is not None:
-        vocabulary = integrity.read(options.bundle).get("vocab_size")
-        stream = streams.continue_text(
-            session,
-            options.text,
-            count=options.tokens,
-            vocab_size=vocabulary,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
-        for piece in stream:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        outputs = session.prefill(streams.read_inputs(options.data, session.io))
-        if options.out is None:
-            raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
-        np.savez(options.out, **outputs)  # type: ignore[arg-type]
-        print(f"wrote {options.out}", file=sys.stderr)
-    if options.state is not None:
-        save_state(session, options.state)
+    if options.text is None and options.out is None:
+        raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
+    with _session(options) as session:
+        if options.state is not None and options.state.exists():
+            load_state(session, options.state)
+        if options.text is not None:
+            _write_text(session, options)
+        else:
+            outputs = session.prefill(streams.read_inputs(options.data, session.io))
+            np.savez(options.out, **outputs)  # type: ignore[arg-type]
+            print(f"wrote {options.out}", file=sys.stderr)
+        if options.state is not None:
+            save_state(session, options.state)
+
+
+def _write_text(session: Session, options: Any) -> None:
+    pieces = streams.continue_text(
+        session,
+        options.text,
+        count=options.tokens,
+        vocab_size=integrity.read(options.bundle).get("vocab_size"),
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _backend(options: Any) -> str:
@@ -211,21 +214,23 @@ def _backend(options: Any) -> str:
 
 def _session(options: Any) -> Session:
     if _backend(options) == "onnxruntime":
-        from ..sessions.ort import OrtSession
+        from ..sessions.cpu_graph import PreparedGraphs
+        from ..sessions.ort import GraphSession
         from . import kernels
 
-        library = kernels.find(options.bundle)
-        return OrtSession(options.bundle, 1, options.threads, fused=library is not None, library=library)
-    from ..sessions.cpu_graph import name_of, read_prepared
+        graphs = PreparedGraphs(RunFolder.open(options.bundle))
+        return GraphSession(graphs, 1, options.threads, library=kernels.find(options.bundle))
+    from ..sessions.cpu_graph import name_of, read_prepared, vocabulary
     from ..sessions.tensorrt import TensorRtSession
     from .build import find_engine
 
-    io: IoSpec = read_io(options.bundle)
+    run = RunFolder.open(options.bundle)
     engine, plugin = find_engine(options.bundle)
     alone: frozenset[str] = frozenset()
-    if options.in_place and plugin is not None and io.states:
+    if options.in_place and plugin is not None and run.io.states:
         alone = read_prepared(options.bundle, name_of(decode=True, fused=True)).in_place
-    return TensorRtSession(engine, io, plugin=plugin, in_place=alone)
+    tokens = vocabulary(run.manifest)
+    return TensorRtSession(engine, run.io, vocab_size=tokens, plugin=plugin, in_place=alone)
 
 
 def _progress(options: Any) -> Callable[[str], None]:

@@ -174,21 +174,23 @@ def replay(
         InputError: the goldens cannot be read.
     """
     goldens = read_goldens(bundle, backend)
-    return _Replay(goldens, open_session, goldens.until(horizon), progress).run()
+    with open_session() as session:
+        return _Replay(goldens, session, open_session, goldens.until(horizon), progress).run()
 
 
 class _Replay:
     def __init__(
         self,
         goldens: Goldens,
+        session: Session,
         open_session: Callable[[], Session],
         count: int,
         progress: Callable[[str], None],
     ) -> None:
         self._goldens, self._open, self._progress = goldens, open_session, progress
         self._calls = goldens.calls[:count]
-        self._session = open_session()
-        self._io: IoSpec = self._session.io
+        self._session = session
+        self._io: IoSpec = session.io
         self._limits = goldens.limits
 
     def run(self) -> list[Check]:
@@ -280,18 +282,18 @@ class _Replay:
         if half == len(self._calls):
             return []
         run_calls(self._session, self._goldens.inputs, self._calls[:half])
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "state.npz"
-            save_state(self._session, path)
-            fresh = self._open()
-            load_state(fresh, path)
         start = sum(self._calls[:half])
         found: list[Arrays] = []
-        for length in self._calls[half:]:
-            piece = cut(self._goldens.inputs, self._io, start, start + length)
-            given = fresh.step(piece) if length == 1 else fresh.prefill(piece)
-            found.append(keep(given, {spec.name: spec for spec in self._io.outputs}, length))
-            start += length
+        with self._open() as fresh:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "state.npz"
+                save_state(self._session, path)
+                load_state(fresh, path)
+            for length in self._calls[half:]:
+                piece = cut(self._goldens.inputs, self._io, start, start + length)
+                given = fresh.step(piece) if length == 1 else fresh.prefill(piece)
+                found.append(keep(given, {spec.name: spec for spec in self._io.outputs}, length))
+                start += length
         expected = self._goldens.export[0][half : len(self._calls)]
         return [self._outputs("resumed from a file", found, expected, self._limits["same_output"])]
 

@@ -40,17 +40,17 @@ def generate(
 
     io = read_io(run)
     codec = codec_for(run, io)
-    session = open_session(run, backend, lambda: load_for(run, None, None, None), threads)
-    if state is not None and state.exists():
-        load_state(session, state)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    start = time.perf_counter()
-    for piece in generate_(session, io, codec, text, tokens=tokens, **options):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
-    if state is not None:
-        save_state(session, state)
+    with open_session(run, backend, lambda: load_for(run, None, None, None), threads) as session:
+        if state is not None and state.exists():
+            load_state(session, state)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        start = time.perf_counter()
+        for piece in generate_(session, io, codec, text, tokens=tokens, **options):
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        if state is not None:
+            save_state(session, state)
     click.echo(f"{tokens / max(time.perf_counter() - start, 1e-9):,.0f} tokens per second", err=True)
 
 
@@ -87,8 +87,8 @@ def forecast(
     form = forecasts.layout(io, read_manifest(run).get("context_length"))
     names = columns.split(",") if columns else None
     series = forecasts.read_series(source, form.columns, names, gaps=form.patch > 0)
-    session = open_session(run, backend, lambda: load_for(run, None, None, None), threads)
-    made = forecasts.forecast(session, io, series, form)
+    with open_session(run, backend, lambda: load_for(run, None, None, None), threads) as session:
+        made = forecasts.forecast(session, io, series, form)
     forecasts.write_csv(made, out, every=every)
     click.echo(f"wrote {out}", err=True)
     if picture is not None:

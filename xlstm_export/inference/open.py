@@ -26,7 +26,7 @@ def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: i
         InputError, SetupError: it cannot be opened.
     """
     if backend == "onnxruntime":
-        from ..sessions.ort import OrtSession
+        from ..sessions.cpu.session import OrtSession
 
         return OrtSession(folder, 1, threads, rounding=False)
     if backend == "pytorch":
@@ -35,9 +35,11 @@ def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: i
         return TorchSession(load(), 1, "float32")
     if backend == "tensorrt":
         from ..board.build import find_engine
-        from ..runfolder import read_io
+        from ..runfolder import RunFolder
+        from ..sessions.cpu_graph import vocabulary
         from ..sessions.tensorrt import TensorRtSession
 
+        run = RunFolder.open(folder)
         engine, plugin = find_engine(folder)
-        return TensorRtSession(engine, read_io(folder), plugin=plugin)
+        return TensorRtSession(engine, run.io, vocab_size=vocabulary(run.manifest), plugin=plugin)
     raise UsageError(f"no backend {backend}", f"there are {', '.join(BACKENDS)}")

@@ -123,16 +123,11 @@ def measure(setup: Setup, recipe: Recipe) -> Measured:
 def _measure(setup: Setup, recipe: Recipe) -> Measured:
     with tempfile.TemporaryDirectory(prefix="candidate.", dir=setup.scratch) as scratch:
         out = quantize(Path(setup.folder), recipe, scales=setup.scales, out=Path(scratch) / "run")
-        session = OrtSession(out, setup.data.rows, setup.threads)
         # Overflow is a finding, not a mishap: the metric of a broken candidate is no number.
-        with np.errstate(all="ignore"):
+        with OrtSession(out, setup.data.rows, setup.threads) as session, np.errstate(all="ignore"):
             metric = setup.data.loss(setup.data.run(session))
-            drift = measure_drift(
-                Replay(session.io, setup.data.rows, Path(setup.reference)),
-                session,
-                stretch(setup),
-                horizons=horizons(setup.horizon),
-            )
+            with Replay(session.io, setup.data.rows, Path(setup.reference)) as reference:
+                drift = measure_drift(reference, session, stretch(setup), horizons=horizons(setup.horizon))
         return _measured(metric, drift, stored_bytes(out))
 
 
@@ -178,13 +173,13 @@ def record(setup: Setup) -> float:
         Its metric.
     """
     data, path = setup.data, Path(setup.reference)
-    session = OrtSession(Path(setup.folder), data.rows, setup.threads)
-    metric = data.loss(data.run(session))
     ends = horizons(setup.horizon)
-    recorder = _Recorder(session, [range(max(0, end - WINDOW), end) for end in ends])
-    silent = _Zeros(session.io, data.rows)
-    with np.errstate(all="ignore"):
-        measure_drift(recorder, silent, stretch(setup), horizons=ends)
+    with OrtSession(Path(setup.folder), data.rows, setup.threads) as session:
+        metric = data.loss(data.run(session))
+        recorder = _Recorder(session, [range(max(0, end - WINDOW), end) for end in ends])
+        silent = _Zeros(session.io, data.rows)
+        with np.errstate(all="ignore"):
+            measure_drift(recorder, silent, stretch(setup), horizons=ends)
     with readable_os_errors(path):
         np.savez(path, **recorder.arrays)  # type: ignore[arg-type]
     return metric
@@ -202,14 +197,14 @@ def data_hash(data: EvalData, io: IoSpec) -> str:
     return digest.hexdigest()
 
 
-class _Zeros:
+class _Zeros(Session):
     """A session that answers with zeros and keeps count of the positions it was given."""
 
     def __init__(self, io: IoSpec, batch: int) -> None:
-        self.io, self.batch = io, batch
+        super().__init__(io, batch)
         self._position = 0
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _prefill(self, inputs: Arrays) -> Arrays:
         length = next(inputs[x.name].shape[1] for x in self.io.inputs if per_position(x))
         self._position += length
         return {
@@ -217,16 +212,13 @@ class _Zeros:
             for x in self.io.outputs
         }
 
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        return self.prefill(inputs)
-
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {s.past: np.zeros((self.batch, *s.shape), s.dtype) for s in self.io.states}
 
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def _store(self, name: str, value: np.ndarray) -> None:
         pass  # zeros whatever came before
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
+    def _clear(self, rows: np.ndarray) -> None:
         self._position = 0
 
 
@@ -238,21 +230,21 @@ class _Recorder(_Zeros):
         self.arrays: Arrays = {}
         self._session, self._windows = session, windows
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _prefill(self, inputs: Arrays) -> Arrays:
         start = self._position
-        super().prefill(inputs)
+        super()._prefill(inputs)
         outputs = self._session.prefill(inputs)
         if any(start in window for window in self._windows):
             self.arrays.update({_key(start, name): value for name, value in outputs.items()})
         return outputs
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         state = self._session.state()
         self.arrays.update({_key(self._position, name): value for name, value in state.items()})
         return state
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        super().reset(rows)
+    def _clear(self, rows: np.ndarray) -> None:
+        super()._clear(rows)
         self._session.reset(rows)
 
 
@@ -269,13 +261,16 @@ class Replay(_Zeros):
         super().__init__(io, batch)
         self._arrays = np.load(path, allow_pickle=False)
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _prefill(self, inputs: Arrays) -> Arrays:
         start = self._position
-        blank = super().prefill(inputs)
+        blank = super()._prefill(inputs)
         return {name: self._arrays.get(_key(start, name), value) for name, value in blank.items()}
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {s.past: self._arrays[_key(self._position, s.past)] for s in self.io.states}
+
+    def _close(self) -> None:
+        self._arrays.close()
 
 
 def _key(position: int, name: str) -> str:

@@ -1,21 +1,25 @@
 """A graph as ONNX Runtime's CPU provider is given it, and its form on disk for machines without onnx.
 
-What the provider runs is derived from the exported file (`xlstm_export/sessions/cpu`): integers get kernels
+What the provider runs is derived from the exported file (`sessions/cpu/derive.py`): integers get kernels
 that are exact here, one position gets a graph of its own. That takes onnx-ir, which a board does not have. A
 bundle therefore carries the derived graphs: `cpu/<name>.onnx`, their weights in `cpu/weights.bin` or in
-`model.onnx.data` where they are the same, and `cpu/graphs.json`, which says how to open each.
+`model.onnx.data` where they are the same, and `cpu/graphs.json`, which says how to open each. A session gets
+its graphs from a `GraphSource`, which hides the difference.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
 from ..inputs import Arrays
+from ..runfolder import RunFolder
 
 FOLDER = "cpu"
 INDEX = f"{FOLDER}/graphs.json"
@@ -71,12 +75,61 @@ class CpuGraph:
         )
 
 
+class GraphSource(ABC):
+    """Where a session gets the graphs that it runs.
+
+    Args:
+        run: the run folder or bundle, whose files hold the weights.
+    """
+
+    one_stream = False  # whether decode graphs are for one stream only
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    @abstractmethod
+    def graph(self, batch: int, *, decode: bool, fused: bool) -> CpuGraph:
+        """The graph for prefill, or for decoding `batch` streams.
+
+        Args:
+            batch: number of streams.
+            decode: for one position; else for any number.
+            fused: recurrences are left to kernels.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+
+
+class PreparedGraphs(GraphSource):
+    """The derived graphs of a bundle."""
+
+    one_stream = True
+
+    def graph(self, batch: int, *, decode: bool, fused: bool) -> CpuGraph:
+        return read_prepared(self.run.path, name_of(decode=decode, fused=fused))
+
+
+def vocabulary(manifest: Mapping[str, Any]) -> int | None:
+    """How many tokens a model knows; None where its manifest does not say.
+
+    Raises:
+        InputError: the manifest says something that is no number of tokens.
+    """
+    size = manifest.get("vocab_size")
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"the manifest has a vocab_size of {size!r:.40}", "make the bundle again")
+    return size
+
+
 def session_options(threads: int) -> Any:
     """onnxruntime.SessionOptions of all our sessions.
 
     Args:
         threads: of one operator; 0 for what the environment variable `XLSTM_EXPORT_THREADS` says, else all
-        cores.
+            cores.
 
     Raises:
         UsageError: the variable is no number.

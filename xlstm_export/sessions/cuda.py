@@ -95,6 +95,13 @@ class Cuda:
         self._call("cudaStreamCreate", ctypes.byref(pointer))
         return int(pointer.value or 0)
 
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back once all that is enqueued on it is done."""
+        try:
+            self.synchronize(stream)
+        finally:
+            self._call("cudaStreamDestroy", ctypes.c_void_p(stream))
+
     def synchronize(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))
 
@@ -126,15 +133,23 @@ class Cuda:
     def capturing(self, stream: int, keep: Callable[[int], None]) -> Iterator[None]:
         """What the block enqueues becomes a graph instead of running; `keep` is given its executable form."""
         self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), THREAD_LOCAL)
-        graph = ctypes.c_void_p()
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            self._call(
+                "cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0)
+            )
+            keep(int(executable.value or 0))
         finally:
-            self._call("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        executable = ctypes.c_void_p()
-        self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        self._call("cudaGraphDestroy", graph)
-        keep(int(executable.value or 0))
+            if graph.value:
+                self._call("cudaGraphDestroy", graph)
+
+    def destroy_graph(self, executable: int) -> None:
+        """Give back what `capturing` made."""
+        self._call("cudaGraphExecDestroy", ctypes.c_void_p(executable))
 
     def launch(self, executable: int, stream: int) -> None:
         """Run a captured graph."""

@@ -1,4 +1,4 @@
-"""An exported graph in ONNX Runtime."""
+"""Graphs in ONNX Runtime on the CPU, two of them over one file of weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from ..errors import BuildError, InputError, SetupError
 from ..inputs import Arrays, cut, per_position
-from ..runfolder import IO, MODEL, read_io, read_manifest
+from ..runfolder import IO, MODEL
 from ..specs import TensorSpec
-from .cpu_graph import CpuGraph, is_prepared, name_of, read_prepared, session_options
-from .protocol import StatefulSession, numpy_type
+from .arrays import numpy_type
+from .cpu_graph import GraphSource, session_options, vocabulary
+from .protocol import Session
 
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
@@ -21,54 +22,40 @@ PIECE = 512
 BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
 
 
-class OrtSession(StatefulSession):
-    """An exported graph in ONNX Runtime on the CPU.
+class GraphSession(Session):
+    """The graphs of a source in ONNX Runtime.
 
-    Two ONNX Runtime sessions over one file. Prefill runs the graph as exported and maps the weights from
-    disk. Decode runs what `decode.decode_graph` makes of it and packs the weights for products with a single
-    row. State lives in two sets of buffers that swap roles at every call; nothing is copied. Each session
-    is opened when it is first needed. What is half or quantized in a graph is lowered first, see
-    `precision/lower.py`; weights that this leaves alone are mapped all the same. Recurrences run as a kernel
-    each where these are built, see `fused.py`, and then update their states in place.
+    Prefill runs the graph for any number of positions and maps the weights from disk. Decode runs the graph
+    for one position and packs the weights for products with a single row. Each is opened when it is first
+    needed. State lies in two sets of buffers that swap roles at every call; nothing is copied. Recurrences
+    that run as kernels update their states in place.
 
     Args:
-        folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
+        source: gives the graphs.
         batch: number of streams.
         threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores.
-        rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
-            without it half is FP32, which is faster on a CPU.
-        fused: whether to run recurrences as kernels where these are built; else their function bodies run.
-        library: the kernels, instead of those in the cache.
+        library: kernels of the recurrences; None to run their function bodies.
+
+    Raises:
+        SetupError: onnxruntime is not installed.
+        InputError: the manifest is damaged.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        batch: int = 1,
-        threads: int = 0,
-        *,
-        rounding: bool = True,
-        fused: bool = True,
-        library: Path | None = None,
+        self, source: GraphSource, batch: int = 1, threads: int = 0, *, library: Path | None = None
     ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise SetupError(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime") from error
+        super().__init__(source.run.io, batch, vocabulary(source.run.manifest))
         self._ort = onnxruntime
-        self._folder = Path(folder)
-        self._threads = threads
-        self._rounding = rounding
-        self._prepared = is_prepared(self._folder)
-        self._library = (library or _built_kernels(self._prepared)) if fused else None
-        self.io = read_io(self._folder)
-        self._last_logits = bool(read_manifest(self._folder).get("options", {}).get("last_logits"))
-        self.batch = batch
+        self._source, self._threads, self._library = source, threads, library
         self._prefill_session: Any = None
         self._decode_session: Any = None
         self._bindings: list[_StepBinding] = []
         self._buffers = [
-            {s.past: np.zeros((batch, *s.shape), dtype=numpy_type(s.dtype)) for s in self.io.states}
+            {s.past: np.zeros((self.batch, *s.shape), dtype=numpy_type(s.dtype)) for s in self.io.states}
             for _ in range(2)
         ]
         self._values = [
@@ -77,8 +64,7 @@ class OrtSession(StatefulSession):
         self._in_place: frozenset[str] | None = None
         self._now = 0  # which buffer set holds the current state
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs)
+    def _prefill(self, inputs: Arrays) -> Arrays:
         if self._prefill_session is None:
             self._prefill_session = self._open(decode=False)
         length = max((inputs[x.name].shape[1] for x in self.io.inputs if per_position(x)), default=1)
@@ -99,7 +85,7 @@ class OrtSession(StatefulSession):
 
         Another output without a sequence axis may be anything, a mean over the sequence for one.
         """
-        whole = self.io.outputs[1:] if self._last_logits else self.io.outputs
+        whole = self.io.outputs[1:] if self._source.run.options.last_logits else self.io.outputs
         return bool(self.io.states) and all(map(per_position, whole))
 
     def _prefill_piece(self, inputs: Mapping[str, np.ndarray], outputs: Arrays, piece: slice) -> None:
@@ -127,11 +113,10 @@ class OrtSession(StatefulSession):
         sizes = {"B": self.batch, "S": length}
         return np.empty([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
 
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs, length=1)
-        # Recurrences without states need not run along S; a prepared graph for one position is for one.
-        if not self.io.states or (self._prepared and self.batch != 1):
-            return self.prefill(inputs)
+    def _step(self, inputs: Arrays) -> Arrays:
+        # Recurrences without states need not run along S.
+        if not self.io.states or (self._source.one_stream and self.batch != 1):
+            return self._prefill(inputs)
         if self._decode_session is None:
             self._decode_session = self._open(decode=True)
             self._bindings = [_StepBinding(self, now) for now in (0, 1)]
@@ -141,11 +126,22 @@ class OrtSession(StatefulSession):
         self._run(self._decode_session, binding.binding)
         return binding.outputs
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {name: array.copy() for name, array in self._buffers[self._now].items()}
 
     def _store(self, name: str, value: np.ndarray) -> None:
         self._buffers[self._now][name][...] = value
+
+    def _clear(self, rows: np.ndarray) -> None:
+        for buffer in self._buffers[self._now].values():
+            buffer[rows] = 0
+
+    def _close(self) -> None:
+        # Bindings point into the sessions and the buffers, so they go first.
+        self._bindings.clear()
+        self._prefill_session = self._decode_session = None
+        self._values.clear()
+        self._buffers.clear()
 
     def _run(self, session: Any, binding: Any) -> None:
         try:
@@ -166,14 +162,15 @@ class OrtSession(StatefulSession):
             binding.bind_ortvalue_output(spec.present, self._values[1 - now][spec.past])
 
     def _open(self, *, decode: bool) -> Any:
-        graph = self._graph(decode=decode)
+        graph = self._source.graph(self.batch, decode=decode, fused=self.fused)
         options = session_options(self._threads)
         if self._library is not None:
             options.register_custom_ops_library(str(self._library))
-        path = self._folder / MODEL
+        folder = self._source.run.path
+        path = folder / MODEL
         try:
-            session = graph.open(options, self._folder)
-        except Exception as error:
+            session = graph.open(options, folder)
+        except Exception as error:  # as in _run
             raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
         wanted = [x.name for x in (*self.io.inputs, *self.io.outputs)]
@@ -185,15 +182,6 @@ class OrtSession(StatefulSession):
             self._share_buffers(graph.in_place)
         return session
 
-    def _graph(self, *, decode: bool) -> CpuGraph:
-        if self._prepared:
-            return read_prepared(self._folder, name_of(decode=decode, fused=self.fused))
-        from .cpu.derive import derive
-
-        return derive(
-            self._folder, self.io, self.batch, decode=decode, rounding=self._rounding, fused=self.fused
-        )
-
     def _share_buffers(self, names: frozenset[str]) -> None:
         """States that are updated in place have one buffer, which both sets hold; decided once."""
         if self._in_place is None:
@@ -204,19 +192,10 @@ class OrtSession(StatefulSession):
         assert self._in_place <= names, "prefill and decode update the same states in place"
 
 
-def _built_kernels(prepared: bool) -> Path | None:
-    """The kernels in the cache; a bundle brings its own or none."""
-    if prepared:
-        return None
-    from .cpu.fused import library
-
-    return library()
-
-
 class _StepBinding:
     """Everything one direction of the state swap needs, bound once."""
 
-    def __init__(self, owner: OrtSession, now: int) -> None:
+    def __init__(self, owner: GraphSession, now: int) -> None:
         self.binding = owner._decode_session.io_binding()
         self.inputs = {spec.name: owner._empty(spec, 1) for spec in owner.io.inputs}
         self.outputs = {spec.name: owner._empty(spec, 1) for spec in owner.io.outputs}

@@ -1,140 +1,165 @@
-"""One protocol to run a model, whatever runs it: state stays in the session between calls.
+"""The base class of all sessions: one way to run a model, whatever runs it.
 
-A session has a fixed batch; rows are independent streams.
+A session has a fixed batch; rows are independent streams, whose state stays in the session between calls. It
+owns what it opens, so it is used in a `with` block, or closed by `close`:
+
+    with OrtSession(folder) as session:
+        logits = session.prefill({"tokens": [[1, 2, 3]]})["logits"]
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..atomic import readable_os_errors
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from ..inputs import Arrays
 from ..specs import IoSpec
+from .arrays import Rows, checked_inputs, checked_state, row_numbers
+
+SomeSession = TypeVar("SomeSession", bound="Session")
 
 
-class Session(Protocol):
-    """A stream of calls against one model; see `StatefulSession` for what each method does."""
+class Session(ABC):
+    """A stream of calls against one model.
 
-    io: IoSpec
-    batch: int
+    The public methods check and convert what they are given, once, and call the methods of a backend that
+    begin with an underscore. Those find a session that is open, and arrays of the right names, types and
+    shapes.
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays: ...
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays: ...
-    def state(self) -> Arrays: ...
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None: ...
-    def reset(self, rows: Sequence[int] | None = None) -> None: ...
+    Args:
+        io: inputs, outputs and states of the model.
+        batch: number of streams.
+        vocab_size: how many tokens the model knows, where it reads tokens; None where nobody says.
 
+    Raises:
+        UsageError: the batch is no number from 1 on.
+    """
 
-class StatefulSession:
-    """What all sessions share: checks of inputs and states, and reset."""
+    def __init__(self, io: IoSpec, batch: int = 1, vocab_size: int | None = None) -> None:
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+            raise UsageError(f"a batch of {batch!r}", "the number of streams, 1 or more")
+        self.io, self.batch, self.vocab_size = io, int(batch), vocab_size
+        self._closed = False
 
-    io: IoSpec
-    batch: int
-
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def prefill(self, inputs: Mapping[str, ArrayLike]) -> Arrays:
         """Run S ≥ 1 positions from the current state, which moves on.
 
         Args:
-            inputs: by graph input name, each (batch, S, ...).
+            inputs: by graph input name, each (batch, S, ...); arrays or lists.
 
         Returns:
             The model's outputs by name, in memory of the caller's own.
 
         Raises:
-            InputError: a name, shape or dtype does not fit the graph.
+            InputError: a name, shape, type or value does not fit the model; the state stays as it was.
+            UsageError: the session is closed.
         """
-        raise NotImplementedError
+        self._require_open()
+        return self._prefill(checked_inputs(self.io, self.batch, inputs, vocab_size=self.vocab_size))
 
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def step(self, inputs: Mapping[str, ArrayLike]) -> Arrays:
         """Run one position (S = 1); otherwise as `prefill`.
 
         The returned arrays may be overwritten by the next call.
         """
-        raise NotImplementedError
+        self._require_open()
+        return self._step(checked_inputs(self.io, self.batch, inputs, length=1, vocab_size=self.vocab_size))
 
     def state(self) -> Arrays:
-        """A copy of the current state: past name → (batch, ...)."""
-        raise NotImplementedError
+        """A copy of the current state: past name → (batch, ...).
 
-    def _store(self, name: str, value: np.ndarray) -> None:
-        raise NotImplementedError
+        Raises:
+            UsageError: the session is closed.
+        """
+        self._require_open()
+        return self._state()
 
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def set_state(self, state: Mapping[str, ArrayLike]) -> None:
         """Continue from `state`, as `state()` returned it, of this or another session of the model.
 
         Raises:
-            InputError: names or shapes do not fit.
+            InputError: a name, shape or type does not fit; the state stays as it was.
+            UsageError: the session is closed.
         """
-        _compare_names("state", state, [s.past for s in self.io.states])
-        for spec in self.io.states:
-            given = state[spec.past].dtype
-            if given.kind == "c" or not np.can_cast(given, numpy_type(spec.dtype), "same_kind"):
-                raise InputError(f"state {spec.past} holds {given}, expected {spec.dtype}")
-            expected = (self.batch, *spec.shape)
-            if state[spec.past].shape != expected:
-                raise InputError(
-                    f"state {spec.past} has shape {state[spec.past].shape}, expected {expected}",
-                    "a state belongs to one model and one batch size",
-                )
-        for spec in self.io.states:
-            self._store(spec.past, state[spec.past])
+        self._require_open()
+        for name, value in checked_state(self.io, self.batch, state).items():
+            self._store(name, value)
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Start afresh: every stream, or only those of the given batch rows.
+    def reset(self, rows: Rows = None) -> None:
+        """Start afresh: every stream, or only the given batch rows.
+
+        Args:
+            rows: None for all, or what NumPy takes as an index of the batch: an integer, a slice, a list or
+                an array of integers, a mask of `batch` truth values. Negative numbers count from the end.
 
         Raises:
-            InputError: a row is not in the batch.
+            UsageError: there is no such row, or the session is closed; the state stays as it was.
         """
-        bad = [row for row in rows or () if not 0 <= row < self.batch]
-        if bad:
-            raise InputError(f"no batch row {bad[0]}", f"rows are 0 … {self.batch - 1}")
-        current = {} if rows is None else self.state()
-        for spec in self.io.states:
-            fresh = np.zeros((self.batch, *spec.shape), dtype=numpy_type(spec.dtype))
-            value = current.get(spec.past, fresh)
-            if rows is not None:
-                value[list(rows)] = 0
-            self._store(spec.past, value)
+        self._require_open()
+        self._clear(row_numbers(rows, self.batch))
 
-    def _check_inputs(self, inputs: Mapping[str, np.ndarray], length: int | None = None) -> None:
-        _compare_names("input", inputs, [spec.name for spec in self.io.inputs])
-        sequence = length
-        for spec in self.io.inputs:
-            array = inputs[spec.name]
-            if array.dtype != np.dtype(spec.dtype):
-                raise InputError(f"input {spec.name} is {array.dtype}, expected {spec.dtype}")
-            wanted: list[int | str] = [self.batch if d == "B" else d for d in spec.shape]
-            if "S" in wanted and array.ndim == len(wanted):
-                sequence = array.shape[1] if sequence is None else sequence
-                wanted[1] = sequence
-            if list(array.shape) != wanted or 0 in array.shape:
-                raise InputError(
-                    f"input {spec.name} has shape {list(array.shape)}, expected {wanted}",
-                    "B is the session's batch, S at least 1 and the same for all inputs",
-                )
+    def close(self) -> None:
+        """Give back memory and files; a session that is closed already stays so."""
+        if not self._closed:
+            self._closed = True
+            self._close()
 
+    def __enter__(self: SomeSession) -> SomeSession:
+        self._require_open()
+        return self
 
-def _compare_names(what: str, given: Mapping[str, Any], expected: Sequence[str]) -> None:
-    missing = [name for name in expected if name not in given]
-    extra = sorted(set(given) - set(expected))
-    if missing or extra:
-        found = f"missing {', '.join(missing[:5])}" if missing else f"unknown {', '.join(extra[:5])}"
-        raise InputError(f"{what}: {found}", f"the model has {', '.join(expected[:12]) or 'none'}")
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("the session is closed", "open another one, or use it inside its with block")
 
-def numpy_type(dtype: str) -> np.dtype:
-    """The NumPy type of that name, bfloat16 included."""
-    if dtype == "bfloat16":
-        import ml_dtypes
+    # --- What a backend does ----------------------------------------------------------------------------
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)
+    @abstractmethod
+    def _prefill(self, inputs: Arrays) -> Arrays:
+        """As `prefill`; inputs need not be contiguous."""
+
+    def _step(self, inputs: Arrays) -> Arrays:
+        """As `step`; by default a prefill of one position."""
+        return self._prefill(inputs)
+
+    @abstractmethod
+    def _state(self) -> Arrays:
+        """As `state`."""
+
+    @abstractmethod
+    def _store(self, name: str, value: np.ndarray) -> None:
+        """Copy `value` (batch, ...) into the current state of that past name."""
+
+    def _clear(self, rows: np.ndarray) -> None:
+        """Set rows of all states to zero.
+
+        Args:
+            rows: their numbers, each once.
+        """
+        for name, value in self._state().items():
+            value[rows] = 0
+            self._store(name, value)
+
+    def _close(self) -> None:
+        """Give back what the backend holds; called once. By default there is nothing."""
+        return
 
 
 def save_state(session: Session, path: Path) -> None:
@@ -161,6 +186,6 @@ def load_state(session: Session, path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+    except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
         raise InputError(f"{path} is not a saved state: {error}", "save it again with save_state") from error
     session.set_state(state)

@@ -10,14 +10,14 @@ import numpy as np
 from ..errors import BuildError
 from ..inputs import Arrays
 from ..specs import IoSpec, StateSpec, TensorSpec
-from .protocol import StatefulSession
+from .protocol import Session
 
 if TYPE_CHECKING:
     from ..load.loaded import Loaded
 
 
-class TorchSession(StatefulSession):
-    """The user's module, cells lifted, in the reference form of `ops.py`.
+class TorchSession(Session):
+    """The user's module, cells lifted, in the reference form of `ops`.
 
     Args:
         loaded: the model.
@@ -31,27 +31,19 @@ class TorchSession(StatefulSession):
         from ..lift.model import lift_model
 
         lifted = lift_model(loaded)
+        states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
+        inputs = tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items())
+        super().__init__(IoSpec(inputs, (), states), batch, loaded.vocab_size)
         self._torch = torch
         self._dtype = getattr(torch, dtype)
         # The copy shares the user's parameters, so the conversion must not be in place.
-        self._module = (
+        self._module: Any = (
             lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
         )
         self._output = loaded.output
-        self.batch = batch
-        states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
-        self.io = IoSpec(tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items()), (), states)
-        self._past = lifted.fresh_state(batch, self._dtype)
+        self._past = lifted.fresh_state(self.batch, self._dtype)
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs)
-        return self._run(inputs)
-
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs, length=1)
-        return self._run(inputs)
-
-    def _run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+    def _prefill(self, inputs: Arrays) -> Arrays:
         from ..lift import lift as cells
         from ..lift.lift import named_outputs
 
@@ -74,6 +66,7 @@ class TorchSession(StatefulSession):
         self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]
     ) -> tuple[list[np.ndarray], Arrays]:
         """As `prefill`, with the results of the modules at `paths` beside the outputs."""
+        self._require_open()
         results: list[np.ndarray] = []
 
         def keep(module: Any, given: Any, result: Any) -> None:
@@ -86,11 +79,15 @@ class TorchSession(StatefulSession):
             for hook in hooks:
                 hook.remove()
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         return {name: tensor.numpy().copy() for name, tensor in self._past.items()}
 
     def _store(self, name: str, value: np.ndarray) -> None:
         self._past[name] = self._torch.from_numpy(np.array(value)).to(self._dtype)
+
+    def _close(self) -> None:
+        self._module = None
+        self._past = {}
 
 
 def _converted(module: Any, dtype: Any) -> Any:

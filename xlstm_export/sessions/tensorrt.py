@@ -4,11 +4,14 @@ Device buffers are allocated once. States lie in two sets that swap roles at eac
 preview feature of the builder; those that only a recurrence plugin reads and writes may have one buffer
 instead, which it updates in place. A step is a CUDA graph for each direction of the swap, so nothing is
 allocated, shaped or enqueued one by one.
+
+Whatever is made on the device is put on one stack, with what gives it back; closing the session, or failing
+to open it, unwinds the stack from the top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +20,32 @@ import numpy as np
 from ..errors import BuildError, InputError, SetupError
 from ..inputs import Arrays, cut, per_position
 from ..specs import IoSpec, TensorSpec
+from .arrays import numpy_type
 from .cuda import Cuda
-from .protocol import StatefulSession, numpy_type
+from .protocol import Session
 
 DECODE, PREFILL = 0, 1  # optimization profiles
 
 
-class TensorRtSession(StatefulSession):
+class TensorRtSession(Session):
     """An engine of `build.py`.
 
     Args:
         engine: path of the engine.
         io: what the graph it was built from has as inputs, outputs and states.
         batch: number of streams.
-        plugin: library that holds the recurrence plugins; None where the engine uses function bodies.
+        vocab_size: how many tokens the model knows; None where nobody says.
+        plugin: library that holds the recurrence plugins; None where the engine uses function bodies. It
+            stays loaded after the session, as TensorRT knows plugins by name for the whole process.
         graphs: whether steps are captured as CUDA graphs.
         in_place: past names of states that have one buffer, for input and output; see
             `fused.states_in_place`. It halves their memory.
         tensorrt, cuda: stand-ins for tests.
+
+    Raises:
+        SetupError: TensorRT or the CUDA runtime is not installed.
+        InputError: the engine takes fewer streams.
+        BuildError: TensorRT or CUDA reports an error; nothing stays allocated.
     """
 
     def __init__(
@@ -43,33 +54,47 @@ class TensorRtSession(StatefulSession):
         io: IoSpec,
         batch: int = 1,
         *,
+        vocab_size: int | None = None,
         plugin: Path | None = None,
         graphs: bool = True,
         in_place: frozenset[str] = frozenset(),
         tensorrt: Any = None,
         cuda: Cuda | None = None,
     ) -> None:
+        super().__init__(io, batch, vocab_size)
         trt = tensorrt if tensorrt is not None else import_tensorrt()
-        self.io, self.batch, self._in_place = io, batch, in_place
+        self._in_place, self._capture = in_place, graphs
         self._cuda = cuda or Cuda()
         if plugin is not None:
             trt.get_plugin_registry().load_library(str(plugin))
-        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._now = 0
+        self._graphs: dict[int, int] = {}  # of a step, by the direction of the swap
+        with ExitStack() as owned:
+            self._open(trt, engine, owned)
+            self._owned = owned.pop_all()
+
+    def _open(self, trt: Any, engine: Path, owned: ExitStack) -> None:
+        """Load the engine and make what its calls need, with what gives each back in `owned`."""
+        self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime does not keep it alive
         self._runtime = trt.Runtime(self._logger)
+        owned.callback(delattr, self, "_runtime")
         self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())
+        owned.callback(delattr, self, "_engine")
         if self._engine is None:
             raise BuildError(
                 f"TensorRT does not take {engine}: see its message above",
                 "it belongs to one TensorRT and one GPU: deploy.py build",
             )
-        self._stream = self._cuda.stream()
         self._most = self._longest()
-        self._contexts = [self._context(DECODE), self._context(PREFILL)]
-        self._buffers = self._allocate()
-        self._hosts = {x.name: self._empty(x, 1) for x in (*io.inputs, *io.outputs)}
-        self._now = 0
-        self._graphs: list[int | None] | None = [None, None] if graphs else None
-        self.reset()
+        self._stream = self._cuda.stream()
+        owned.callback(self._cuda.destroy_stream, self._stream)
+        self._contexts: list[Any] = []
+        owned.callback(self._contexts.clear)
+        for profile in (DECODE, PREFILL):
+            self._contexts.append(self._context(profile))
+        self._buffers = self._allocate(owned)
+        self._hosts = {x.name: self._empty(x, 1) for x in (*self.io.inputs, *self.io.outputs)}
+        self._clear(np.arange(self.batch))
 
     def _longest(self) -> int:
         """Positions that the prefill profile takes at most."""
@@ -96,17 +121,23 @@ class TensorRtSession(StatefulSession):
         self._cuda.synchronize(self._stream)
         return context
 
-    def _allocate(self) -> dict[str, list[int]]:
+    def _allocate(self, owned: ExitStack) -> dict[str, list[int]]:
         """Addresses: inputs and outputs once, for the longest call; states twice."""
+
+        def allocate(size: int) -> int:
+            address = self._cuda.allocate(size)
+            owned.callback(self._cuda.free, address)
+            return address
+
         buffers = {}
         for spec in (*self.io.inputs, *self.io.outputs):
-            buffers[spec.name] = [self._cuda.allocate(self._empty(spec, self._most).nbytes)]
+            buffers[spec.name] = [allocate(self._empty(spec, self._most).nbytes)]
         for state in self.io.states:
             size = self.batch * state.elements * numpy_type(state.dtype).itemsize
             if state.past in self._in_place:
-                buffers[state.past] = [self._cuda.allocate(size)] * 2
+                buffers[state.past] = [allocate(size)] * 2
             else:
-                buffers[state.past] = [self._cuda.allocate(size) for _ in range(2)]
+                buffers[state.past] = [allocate(size) for _ in range(2)]
         return buffers
 
     def _shape(self, spec: TensorSpec, length: int) -> tuple[int, ...]:
@@ -118,8 +149,7 @@ class TensorRtSession(StatefulSession):
 
     # --- Calls ----------------------------------------------------------------------------------------
 
-    def prefill(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs)
+    def _prefill(self, inputs: Arrays) -> Arrays:
         length = max((inputs[x.name].shape[1] for x in self.io.inputs if per_position(x)), default=1)
         outputs = {x.name: self._empty(x, length) for x in self.io.outputs}
         for start in range(0, length, self._most):
@@ -130,7 +160,7 @@ class TensorRtSession(StatefulSession):
                 (target[:, start:end] if per_position(spec) else target)[...] = found[spec.name]
         return outputs
 
-    def _piece(self, inputs: Mapping[str, np.ndarray], length: int) -> Arrays:
+    def _piece(self, inputs: Arrays, length: int) -> Arrays:
         held = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.io.inputs}
         for name, array in held.items():
             self._cuda.upload(self._buffers[name][0], array, self._stream)
@@ -138,39 +168,34 @@ class TensorRtSession(StatefulSession):
         found = {spec.name: self._empty(spec, length) for spec in self.io.outputs}
         return self._finish(found)
 
-    def step(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        self._check_inputs(inputs, length=1)
+    def _step(self, inputs: Arrays) -> Arrays:
         for spec in self.io.inputs:
             self._hosts[spec.name][...] = inputs[spec.name]
             self._cuda.upload(self._buffers[spec.name][0], self._hosts[spec.name], self._stream)
-        if self._graphs is None:
-            self._enqueue(DECODE, 1)
-        else:
+        if self._capture:
             self._cuda.launch(self._captured(), self._stream)
+        else:
+            self._enqueue(DECODE, 1)
         return self._finish({spec.name: self._hosts[spec.name] for spec in self.io.outputs})
 
     def _captured(self) -> int:
         """The graph of a step in the current direction of the swap."""
-        assert self._graphs is not None
-        now = self._now
-        if self._graphs[now] is None:
+        if self._now not in self._graphs:
             # The first call of a context may allocate, which a capture does not allow. Its results go into
             # the other set of states, and the step that follows writes there again; what is updated in place
             # has moved on and is put back.
-            before = self.state() if self._in_place else {}
+            before = self._state() if self._in_place else {}
             self._enqueue(DECODE, 1)
             self._cuda.synchronize(self._stream)
             for name in self._in_place:
                 self._store(name, before[name])
-            with self._cuda.capturing(self._stream, lambda graph: self._keep(now, graph)):
+            with self._cuda.capturing(self._stream, self._keep):
                 self._enqueue(DECODE, 1)
-        captured = self._graphs[now]
-        assert captured is not None
-        return captured
+        return self._graphs[self._now]
 
-    def _keep(self, now: int, graph: int) -> None:
-        assert self._graphs is not None
-        self._graphs[now] = graph
+    def _keep(self, graph: int) -> None:
+        self._owned.callback(self._cuda.destroy_graph, graph)
+        self._graphs[self._now] = graph
 
     def _enqueue(self, profile: int, length: int) -> None:
         context = self._contexts[profile]
@@ -194,7 +219,7 @@ class TensorRtSession(StatefulSession):
 
     # --- States ---------------------------------------------------------------------------------------
 
-    def state(self) -> Arrays:
+    def _state(self) -> Arrays:
         found = {}
         for spec in self.io.states:
             array = np.empty((self.batch, *spec.shape), dtype=numpy_type(spec.dtype))
@@ -204,22 +229,21 @@ class TensorRtSession(StatefulSession):
         return found
 
     def _store(self, name: str, value: np.ndarray) -> None:
-        spec = next(spec for spec in self.io.states if spec.past == name)
-        array = np.ascontiguousarray(value, dtype=numpy_type(spec.dtype))
+        array = np.ascontiguousarray(value)
         self._cuda.upload(self._buffers[name][self._now], array, self._stream)
         self._cuda.synchronize(self._stream)
 
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        """As `StatefulSession.reset`, on the device."""
-        chosen = range(self.batch) if rows is None else rows
-        bad = [row for row in chosen if not 0 <= row < self.batch]
-        if bad:
-            raise InputError(f"no batch row {bad[0]}", f"rows are 0 … {self.batch - 1}")
+    def _clear(self, rows: np.ndarray) -> None:
         for spec in self.io.states:
             size = spec.elements * numpy_type(spec.dtype).itemsize
-            for row in chosen:
+            for row in rows.tolist():
                 self._cuda.clear(self._buffers[spec.past][self._now] + row * size, size, self._stream)
         self._cuda.synchronize(self._stream)
+
+    def _close(self) -> None:
+        self._graphs.clear()
+        self._buffers.clear()
+        self._owned.close()
 
 
 def import_tensorrt() -> Any:

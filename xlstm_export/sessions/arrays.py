@@ -1,0 +1,203 @@
+"""What a session is given, as the arrays its backend takes: checked once and converted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InputError, UsageError
+from ..inputs import Arrays
+from ..specs import IoSpec, TensorSpec
+
+Rows: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | np.ndarray | None"
+
+
+def numpy_type(dtype: str) -> np.dtype:
+    """The NumPy type of that name, bfloat16 included."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
+def checked_inputs(
+    io: IoSpec,
+    batch: int,
+    inputs: Mapping[str, ArrayLike],
+    *,
+    length: int | None = None,
+    vocab_size: int | None = None,
+) -> Arrays:
+    """Inputs of one call, each in the type and shape that the model names.
+
+    Lists become arrays. Integers of any type are taken for integers and for floats, floats of any type for
+    floats. Nothing is rounded to an integer, and truth values and numbers do not stand for each other.
+
+    Args:
+        io: what the model takes.
+        batch: streams of the session.
+        inputs: by graph input name, each (batch, S, ...).
+        length: S; None for any number from 1 on that is the same for all inputs.
+        vocab_size: how many tokens there are, where the model's only integer input holds tokens.
+
+    Raises:
+        InputError: a name, a shape, a type or a value does not fit.
+    """
+    _compare_names("input", inputs, [spec.name for spec in io.inputs])
+    tokens = _token_input(io, vocab_size)
+    arrays: Arrays = {}
+    for spec in io.inputs:
+        array = _array(f"input {spec.name}", inputs[spec.name])
+        if length is None and "S" in spec.shape and array.ndim == len(spec.shape):
+            length = array.shape[spec.shape.index("S")]
+        _check_shape(spec, array, batch, length)
+        arrays[spec.name] = _converted(spec, array)
+        if spec is tokens:
+            _check_tokens(spec.name, arrays[spec.name], vocab_size)
+    return arrays
+
+
+def checked_state(io: IoSpec, batch: int, state: Mapping[str, ArrayLike]) -> Arrays:
+    """States (batch, ...) by past name, in the types that the model stores them in.
+
+    Raises:
+        InputError: a name, a shape or a type does not fit.
+    """
+    _compare_names("state", state, [spec.past for spec in io.states])
+    arrays: Arrays = {}
+    for spec in io.states:
+        array, dtype = _array(f"state {spec.past}", state[spec.past]), numpy_type(spec.dtype)
+        if array.dtype.kind == "c" or not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise InputError(f"state {spec.past} holds {array.dtype}, expected {spec.dtype}")
+        expected = (batch, *spec.shape)
+        if array.shape != expected:
+            raise InputError(
+                f"state {spec.past} has shape {array.shape}, expected {expected}",
+                "a state belongs to one model and one batch size",
+            )
+        arrays[spec.past] = array.astype(dtype, copy=False)
+    return arrays
+
+
+def row_numbers(rows: Rows | Iterable[int], batch: int) -> np.ndarray:
+    """The batch rows that an index selects, each once, ascending; all of them for None.
+
+    Args:
+        rows: what NumPy takes as an index of an axis of `batch` rows: an integer, a slice, a list or an array
+            of integers, a mask of `batch` truth values. Negative numbers count from the end.
+        batch: number of rows.
+
+    Raises:
+        UsageError: there is no such row, or it is no index.
+    """
+    every = np.arange(batch)
+    if rows is None:
+        return every
+    if isinstance(rows, slice):
+        return np.sort(every[rows])
+    hint = f"the batch is {batch}: rows are 0 … {batch - 1}; give an integer, a slice, a list or a mask"
+    try:
+        index = np.asarray(rows if isinstance(rows, np.ndarray | np.generic | int) else list(rows))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"rows {rows!r:.80} are no index: {error}", hint) from error
+    if index.size == 0 and not isinstance(rows, np.ndarray):
+        return every[:0]
+    if index.dtype.kind == "b":
+        if index.shape != (batch,):
+            raise UsageError(f"the mask of rows has shape {list(index.shape)}, expected [{batch}]", hint)
+    elif index.dtype.kind not in "iu":
+        raise UsageError(f"rows {rows!r:.80} are {index.dtype}, which is no index", hint)
+    elif (bad := index[(index < -batch) | (index >= batch)]).size:
+        raise UsageError(f"no batch row {bad.flat[0]}", hint)
+    return np.unique(every[index])
+
+
+def _compare_names(what: str, given: Mapping[str, ArrayLike], expected: Sequence[str]) -> None:
+    hint = f"the model has {', '.join(expected[:12]) or 'none'}"
+    if not isinstance(given, Mapping):
+        raise InputError(f"{what}: {type(given).__name__} given, expected arrays by name", hint)
+    missing = [name for name in expected if name not in given]
+    extra = sorted(str(name) for name in given if name not in expected)
+    if missing or extra:
+        found = f"missing {', '.join(missing[:5])}" if missing else f"unknown {', '.join(extra[:5])}"
+        raise InputError(f"{what}: {found}", hint)
+
+
+def _array(what: str, value: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of torch
+        raise InputError(
+            f"{what} is no array: {error}", "give an array, or lists of equal lengths"
+        ) from error
+
+
+def _check_shape(spec: TensorSpec, array: np.ndarray, batch: int, length: int | None) -> None:
+    sizes: dict[str, int | str] = {"B": batch, "S": "S" if length is None else length}
+    wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape]
+    if list(array.shape) != wanted or 0 in array.shape:
+        shown = ", ".join("S" if size == 0 else str(size) for size in wanted)
+        raise InputError(
+            f"input {spec.name} has shape {list(array.shape)}, expected [{shown}]",
+            f"the batch is {batch}, S at least 1 and the same for all inputs",
+        )
+
+
+def _converted(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """The array in the type of its input, where every value keeps its meaning."""
+    dtype = numpy_type(spec.dtype)
+    if array.dtype == dtype:
+        return array
+    given, wanted = array.dtype.kind, dtype.kind
+    if wanted in "iu" and given in "iu":
+        limits = np.iinfo(dtype)
+        _refuse(spec, array, (array < limits.min) | (array > limits.max))
+        return array.astype(dtype)
+    floats = wanted in "fV" and given in "iufV" and np.can_cast(array.dtype, dtype, "same_kind")
+    if not floats:
+        raise InputError(
+            f"input {spec.name} is {array.dtype}, expected {spec.dtype}",
+            "convert it, if that is what it means",
+        )
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if given == "f":
+        _refuse(spec, array, np.isinf(converted) & np.isfinite(array))
+    return converted
+
+
+def _refuse(spec: TensorSpec, array: np.ndarray, bad: np.ndarray) -> None:
+    if bad.any():
+        raise InputError(
+            f"input {spec.name} holds {_first(array, bad)}, which {spec.dtype} cannot hold",
+            "check the values",
+        )
+
+
+def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
+    """The input whose values are tokens, where there is no doubt which."""
+    integers = [spec for spec in io.inputs if numpy_type(spec.dtype).kind in "iu"]
+    if len(integers) != 1 or (vocab_size is None and integers[0].shape != ("B", "S")):
+        return None
+    return integers[0]
+
+
+def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
+    if array.min() >= 0 and (vocab_size is None or array.max() < vocab_size):
+        return
+    bad = array < 0
+    if vocab_size is not None:
+        bad |= array >= vocab_size
+    known = "tokens begin at 0" if vocab_size is None else f"tokens are 0 … {vocab_size - 1}"
+    raise InputError(f"input {name} holds {_first(array, bad)}, which is no token of the model", known)
+
+
+def _first(array: np.ndarray, bad: np.ndarray) -> str:
+    """The first value that is meant, and where it stands."""
+    place = [int(axis[0]) for axis in np.nonzero(bad)]
+    where = f"row {place[0]}, position {place[1]}" if len(place) == 2 else f"index {place}"
+    return f"{array[tuple(place)]} at {where}"

@@ -1,0 +1,69 @@
+"""Open what is in a run folder or a bundle as a session of ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...runfolder import RunFolder
+from ..cpu_graph import CpuGraph, GraphSource, PreparedGraphs, is_prepared
+from ..ort import GraphSession
+
+
+class OrtSession(GraphSession):
+    """An exported graph in ONNX Runtime on the CPU.
+
+    Prefill runs the graph as exported, decode what `decode.py` makes of it. What is half or quantized in it
+    is lowered first, see `lower.py`; weights that this leaves alone are mapped from disk all the same.
+    Recurrences run as a kernel each where these are built, see `fused.py`.
+
+    Args:
+        folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
+        batch: number of streams.
+        threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores.
+        rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
+            without it half is FP32, which is faster on a CPU.
+        fused: whether to run recurrences as kernels where these are built; else their function bodies run.
+        library: the kernels, instead of those in the cache.
+
+    Raises:
+        InputError: it is no run folder, or a file of it is damaged.
+        SetupError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder | Path | str,
+        batch: int = 1,
+        threads: int = 0,
+        *,
+        rounding: bool = True,
+        fused: bool = True,
+        library: Path | None = None,
+    ) -> None:
+        run = RunFolder.of(folder)
+        prepared = is_prepared(run.path)
+        if library is None and not prepared:  # a bundle brings its own kernels or none
+            from .fused import library as built_kernels
+
+            library = built_kernels()
+        source = PreparedGraphs(run) if prepared else DerivedGraphs(run, rounding=rounding)
+        super().__init__(source, batch, threads, library=library if fused else None)
+
+
+class DerivedGraphs(GraphSource):
+    """Graphs derived from an export when they are asked for.
+
+    Args:
+        run: run folder.
+        rounding: see `OrtSession`.
+    """
+
+    def __init__(self, run: RunFolder, *, rounding: bool = True) -> None:
+        super().__init__(run)
+        self._rounding = rounding
+
+    def graph(self, batch: int, *, decode: bool, fused: bool) -> CpuGraph:
+        from .derive import derive
+
+        run = self.run
+        return derive(run.path, run.io, batch, decode=decode, rounding=self._rounding, fused=fused)

@@ -172,8 +172,6 @@ def _bench(options: Any) -> None:
 def _run(options: Any) -> None:
     if (options.text is None) == (options.data is None):
         raise UsageError("give either --text or --data", "--text for a byte-level language model")
-    if options.text is None and options.out is None:
-        raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
     with _session(options) as session:
         if options.state is not None and options.state.exists():
             load_state(session, options.state)
@@ -181,6 +179,8 @@ def _run(options: Any) -> None:
             _write_text(session, options)
         else:
             outputs = session.prefill(streams.read_inputs(options.data, session.io))
+            if options.out is None:
+                raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
             np.savez(options.out, **outputs)  # type: ignore[arg-type]
             print(f"wrote {options.out}", file=sys.stderr)
         if options.state is not None:

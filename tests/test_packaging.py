@@ -27,6 +27,11 @@ assert not heavy, heavy
 import xlstm_export.trace, xlstm_export.load
 for name in ("", ".calibration", ".plugins", ".trace", ".load"):
     print(sys.modules["xlstm_export" + name].__file__)
+import pkgutil
+walk = pkgutil.walk_packages(xlstm_export.__path__, "xlstm_export.", onerror=print)
+names = {module.name for module in walk}
+assert "xlstm_export.trace.export" in names
+assert not [name for name in names if "xlstm_export" in name[1:]]
 """
 
 
@@ -48,8 +53,8 @@ def pip(*arguments: str | Path, cwd: Path) -> None:
     command = [sys.executable, "-m", "pip", *map(str, arguments)]
     command += ["--no-deps", "--disable-pip-version-check", "--quiet"]
     with contextlib.suppress(metadata.PackageNotFoundError):
-        if int(metadata.version("setuptools").split(".")[0]) >= 77:  # what the project asks for is here
-            command.append("--no-build-isolation")
+        metadata.version("hatchling")  # what builds is here
+        command.append("--no-build-isolation")
     done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -4,12 +4,36 @@ The stages are plain functions, in the order data flows: `checkpoint.load`, `tra
 `verify.verify`, `bench.bench`. Nothing heavy is imported before a stage needs it.
 """
 
-from pathlib import Path
-
 __version__ = "0.1.0"
 
-# `calibration/` and `plugins/` are top-level folders of the source tree but subpackages here. Installed,
-# the build has put them inside; in a bare checkout they are found one level up.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and (_root / "calibration" / "__init__.py").is_file():
-    __path__.append(str(_root))
+
+def _find_in_checkout() -> None:
+    """Find `calibration` and `plugins` where they are not inside the package.
+
+    They are top-level folders of the source tree but subpackages here. The build of a wheel puts them inside;
+    in a checkout, bare or installed as editable, they stand beside the package.
+    """
+    import sys
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from importlib.util import spec_from_file_location
+    from pathlib import Path
+    from types import ModuleType
+
+    root = Path(__file__).resolve().parent.parent
+    places = {f"{__name__}.{name}": root / name / "__init__.py" for name in ("calibration", "plugins")}
+    if not (root / "pyproject.toml").is_file() or not all(file.is_file() for file in places.values()):
+        return
+
+    class Beside:
+        @staticmethod
+        def find_spec(
+            name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        ) -> ModuleSpec | None:
+            file = places.get(name)
+            return spec_from_file_location(name, file) if file else None
+
+    sys.meta_path.insert(0, Beside)  # before what an editable install of another checkout has added
+
+
+_find_in_checkout()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from ...errors import BuildError
 from .cancel_casts import cancel_casts
 from .cancel_concats import cancel_concats
 from .cancel_transposes import cancel_transposes
 from .canonical_gelu import canonical_gelu
 from .canonical_rms_norm import canonical_rms_norm
+from .conditions import require_kept, require_traced
 from .copy_dims_in_reshape import copy_dims_in_reshape
 from .drop_expands import drop_expands
 from .drop_unused import drop_unused
@@ -26,9 +28,11 @@ from .merge_views import merge_views
 from .name_boundaries import name_boundaries
 from .sink_splits import sink_splits
 
+Pass = Callable[[ir.Model], int]
+
 # In this order, again and again until none fires. Each takes something away that no other brings back
 # (nodes, steps of a chain, shapes that are computed), so this ends.
-PASSES: tuple[Callable[[ir.Model], int], ...] = (
+PASSES: tuple[Pass, ...] = (
     fold_weight_transposes,
     cancel_casts,
     cancel_transposes,
@@ -46,10 +50,16 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
 ROUNDING = frozenset({"fuse_layer_norm", "canonical_rms_norm"})
 
 
-def run_passes(model: ir.Model, order: Sequence[Callable[[ir.Model], int]] | None = None) -> dict[str, int]:
+# Models of all families need two rounds, 24 blocks deep too: one that fires and one that finds nothing.
+# Longer chains of a user's own operators may need more; where there is no end, passes undo each other.
+MAX_ROUNDS = 50
+
+
+def run_passes(model: ir.Model, order: Sequence[Pass] | None = None) -> dict[str, int]:
     """Apply the passes in place until none fires any more, `name_boundaries` at the end.
 
-    Values must carry their shapes, as tracing leaves them, and dimensions their names.
+    Values must carry their shapes, as tracing leaves them, and dimensions their names. Inputs and outputs
+    stay what they are, and the graph is well-formed after every pass; both is checked (`conditions.py`).
 
     Args:
         model: changed in place.
@@ -57,13 +67,28 @@ def run_passes(model: ir.Model, order: Sequence[Callable[[ir.Model], int]] | Non
 
     Returns:
         How often each pass fired, by name, in the order they run.
+
+    Raises:
+        BuildError: a pass broke the graph, or they do not come to an end.
     """
     order = PASSES if order is None else order
+    before = require_traced(model)
+
+    def apply(graph_pass: Pass) -> int:
+        count = graph_pass(model)
+        if count:
+            require_kept(model, before, graph_pass.__name__)
+        return count
+
     fired = {graph_pass.__name__: 0 for graph_pass in order}
-    while True:
-        latest = {graph_pass.__name__: graph_pass(model) for graph_pass in order}
+    for _ in range(MAX_ROUNDS):
+        latest = {graph_pass.__name__: apply(graph_pass) for graph_pass in order}
         if not any(latest.values()):
-            break
+            return {**fired, name_boundaries.__name__: apply(name_boundaries)}
         for name, count in latest.items():
             fired[name] += count
-    return {**fired, name_boundaries.__name__: name_boundaries(model)}
+    restless = ", ".join(name for name, count in latest.items() if count)
+    raise BuildError(
+        f"the graph passes do not end: after {MAX_ROUNDS} rounds {restless} still find something to do",
+        "please report this graph",
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import large_models
 import models
@@ -37,13 +38,32 @@ FAMILIES: dict[str, Make] = {
 
 
 # The form decides the ends of a graph, the type how its weights are stored: neither sees the other.
-@pytest.mark.parametrize(
-    ("stateless", "dtype"),
-    [(False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "fp16")],
-    ids=["streaming-fp32", "stateless-fp32", "streaming-bf16", "stateless-fp16"],
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str, stateless: bool, dtype: str, tmp_path: Path) -> None:
+FORMS = {
+    "streaming-fp32": (False, "fp32"),
+    "stateless-fp32": (True, "fp32"),
+    "streaming-bf16": (False, "bf16"),
+    "stateless-fp16": (True, "fp16"),
+}
+
+
+def diagonal(columns: Iterable[str]) -> list[Any]:
+    """Every family with every column. Quick are one column per family and every column at least once."""
+    names = list(columns)
+    return [
+        pytest.param(
+            family,
+            column,
+            marks=() if position == row % len(names) else pytest.mark.slow,
+            id=f"{family}-{column}",
+        )
+        for row, family in enumerate(FAMILIES)
+        for position, column in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(("family", "form"), diagonal(FORMS))
+def test_family(family: str, form: str, tmp_path: Path) -> None:
+    stateless, dtype = FORMS[form]
     loaded = FAMILIES[family](tmp_path, stateless)
     out = trace.export(loaded, tmp_path / "out", stateless=stateless, dtype=dtype)
     assert bool(runfolder.read_io(out).states) != stateless
@@ -51,7 +71,7 @@ def test_family(family: str, stateless: bool, dtype: str, tmp_path: Path) -> Non
     assert [check for check in report.checks if not check.passed] == []
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[checkpoint.Loaded, Path]:
@@ -61,7 +81,9 @@ def exported(
     return loaded, trace.export(loaded, folder / "run", stateless=False)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-wo"])
+@pytest.mark.parametrize(
+    ("exported", "precision"), diagonal(["fp16", "int8", "int4-wo"]), indirect=["exported"]
+)
 def test_family_in_other_precisions(exported: tuple[checkpoint.Loaded, Path], precision: str) -> None:
     """Fences, rules of TensorRT, all ways of calling, NVIDIA's builder; ranges are from made-up data."""
     loaded, run = exported

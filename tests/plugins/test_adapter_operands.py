@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from xlstm_export.plugins import native
-from xlstm_export.plugins.locate import ROOT
+from xlstm_export.plugins.locate import OWN
 
 from xlstm_export.ops.operands import MLSTM, SLSTM, Operand, Operator
 
@@ -19,7 +19,7 @@ LETTERS = {"Dk": "K", "Dv": "V"}  # TensorRT's adapter has one letter for each a
 
 
 def source(path: str) -> str:
-    return (ROOT / path).read_text()
+    return (OWN.root / path).read_text()
 
 
 def declared(operand: Operand) -> tuple[str, str, str]:
@@ -102,7 +102,7 @@ def _number(text: str, operator: Operator) -> int:
     """An index as it is written: a number, or a constant with the name of an operand."""
     if text.isdigit():
         return int(text)
-    path: Path = ROOT / f"adapters/tensorrt/{operator.cell}.cc"
+    path: Path = OWN.root / f"adapters/tensorrt/{operator.cell}.cc"
     match = re.search(rf"constexpr size_t {text} = (\d+);", path.read_text())
     assert match is not None, text
     return int(match[1])

@@ -53,7 +53,6 @@ xlstm_options read_options(const xlstm_options *given) {
     xlstm_options options{};
     std::memcpy(&options, given, std::min<size_t>(given->size, sizeof options));
     require(options.engine != nullptr, "options.engine");
-    require(options.io != nullptr, "options.io");
     if (options.batch < 0 || options.piece < 0 || options.device < 0) {
         throw Error(XLSTM_USAGE, "options: batch, piece and device must not be negative");
     }
@@ -64,12 +63,11 @@ xlstm_runner *open_runner(const xlstm_options &options) {
     using namespace xlstm::runner;
     const ModelHash hash = parse_hash(options.model_hash);
     const int64_t batch = options.batch == 0 ? 1 : options.batch;
-    IoSpec io = parse_io(read_file(options.io));
     const EngineOptions engine_options{options.engine, options.plugin == nullptr ? "" : options.plugin,
                                        batch,          options.piece,
                                        options.device, options.no_graph == 0};
-    std::unique_ptr<Engine> engine = open_engine(engine_options, io);
-    return new xlstm_runner{Stream(std::move(io), std::move(engine), batch, hash)};
+    std::unique_ptr<Engine> engine = open_engine(engine_options);
+    return new xlstm_runner{Stream(std::move(engine), batch, hash)};
 }
 
 const std::vector<Tensor> *tensors(const Stream &stream, xlstm_role role) {

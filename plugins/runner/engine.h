@@ -26,6 +26,7 @@ class Engine {
 public:
     virtual ~Engine() = default;
 
+    virtual const IoSpec &io() const = 0;
     // The most positions of one run; no more than EngineOptions::piece.
     virtual int64_t longest() const = 0;
     // Memory of the device, all zero, which lives as long as the engine.
@@ -47,7 +48,7 @@ struct EngineOptions {
     bool graph;
 };
 
-// Throws Error: the engine cannot be loaded, or is not the one that io.json describes.
-std::unique_ptr<Engine> open_engine(const EngineOptions &options, const IoSpec &io);
+// Throws Error: the engine cannot be loaded, or is none of an exported model.
+std::unique_ptr<Engine> open_engine(const EngineOptions &options);
 
 }  // namespace xlstm::runner

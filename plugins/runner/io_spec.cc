@@ -1,13 +1,9 @@
 #include "io_spec.h"
 
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
-#include <memory>
+#include <algorithm>
 #include <set>
 
 #include "error.h"
-#include "json.h"
 
 namespace xlstm::runner {
 namespace {
@@ -24,51 +20,39 @@ constexpr TypeEntry kTypes[] = {
 };
 constexpr int64_t kMostElements = int64_t{1} << 40;  // of one row: far beyond any memory, far from overflow
 
-[[noreturn]] void fail(const std::string &what) { throw Error(XLSTM_BAD_INPUT, "io.json: " + what); }
+[[noreturn]] void fail(const std::string &what) { throw Error(XLSTM_BAD_INPUT, "the engine: " + what); }
 
-const Json &member(const Json &object, const char *name, Json::Kind kind, const std::string &where) {
-    const Json *found = object.find(name);
-    if (found == nullptr) fail(where + " has no \"" + name + "\"");
-    if (found->kind != kind) fail(where + ": \"" + name + "\" is of another type than expected");
-    return *found;
+// What follows "past" or "present" in the name of a state, such as _0_C; empty for other names.
+std::string state_of(const std::string &name, const std::string &prefix) {
+    if (name.compare(0, prefix.size(), prefix) != 0) return "";
+    const std::string rest = name.substr(prefix.size());
+    const size_t kind = rest.find('_', 1);
+    if (rest.size() < 4 || rest[0] != '_' || kind == std::string::npos || kind + 1 == rest.size()) return "";
+    const bool block = kind > 1 && rest.find_first_not_of("0123456789", 1) == kind;
+    return block ? rest : "";
 }
 
-int64_t parse_dim(const Json &item, size_t axis, bool sequence_allowed, const std::string &where) {
-    if (item.kind == Json::kString && axis == 0 && item.text == "B") return kBatch;
-    if (axis == 0) fail(where + ": the first axis must be \"B\"");
-    if (item.kind == Json::kString && axis == 1 && item.text == "S" && sequence_allowed) return kSequence;
-    if (item.kind != Json::kInteger || item.integer < 1) {
-        fail(where + ": axis " + std::to_string(axis) + " is neither a size nor \"S\" where that may be");
+void check(const Tensor &tensor) {
+    const std::string text = describe(tensor);
+    if (tensor.dims.empty() || tensor.dims.size() > XLSTM_MAX_RANK) {
+        fail(text + " has " + std::to_string(tensor.dims.size()) + " axes, expected 1 … 8");
     }
-    return item.integer;
-}
-
-Tensor parse_tensor(const Json &entry, const char *name_key, bool is_state, const std::string &where) {
-    if (entry.kind != Json::kObject) fail(where + " is not an object");
-    Tensor tensor{member(entry, name_key, Json::kString, where).text, XLSTM_FLOAT32, {}};
-    const std::string named = where + " \"" + tensor.name + "\"";
-    const std::string &type = member(entry, "dtype", Json::kString, named).text;
-    const TypeEntry *found = nullptr;
-    for (const TypeEntry &known : kTypes) found = type == known.name ? &known : found;
-    if (found == nullptr) fail(named + ": unknown dtype " + type);
-    tensor.type = found->type;
-    const Json &shape = member(entry, "shape", Json::kArray, named);
-    if (shape.items.empty() || shape.items.size() > XLSTM_MAX_RANK) {
-        fail(named + " has " + std::to_string(shape.items.size()) + " axes, expected 1 … 8");
-    }
+    if (tensor.dims[0] != kBatch) fail(text + ": its first axis is not the batch");
     int64_t elements = 1;
-    for (size_t axis = 0; axis < shape.items.size(); ++axis) {
-        const int64_t dim = parse_dim(shape.items[axis], axis, !is_state, named);
-        tensor.dims.push_back(dim);
-        if (dim > 0 && (dim > kMostElements / elements)) fail(named + " is too large");
-        elements *= dim > 0 ? dim : 1;
+    for (size_t axis = 1; axis < tensor.dims.size(); ++axis) {
+        const int64_t dim = tensor.dims[axis];
+        if (axis == 1 && dim == kSequence) continue;
+        if (dim < 1) fail(text + ": axis " + std::to_string(axis) + " is neither a size nor the length");
+        if (dim > kMostElements / elements) fail(text + " is too large");
+        elements *= dim;
     }
-    return tensor;
 }
 
-void take_name(std::set<std::string> &names, const std::string &name) {
-    if (name.empty() || name.find('\0') != std::string::npos) fail("a tensor's name is empty or holds a zero");
-    if (!names.insert(name).second) fail("two tensors are named \"" + name + "\"");
+void check_state(const Tensor &past, const Tensor &present) {
+    if (past.is_sequence()) fail(describe(past) + " has a sequence axis, which a state has not");
+    if (past.type != present.type || past.dims != present.dims) {
+        fail(describe(past) + " comes out as " + describe(present));
+    }
 }
 
 }  // namespace
@@ -103,42 +87,37 @@ std::string describe(const Tensor &tensor) {
     return text + ")";
 }
 
-IoSpec parse_io(const std::string &json) {
-    const Json root = parse_json(json);
-    if (root.kind != Json::kObject) fail("not an object");
-    const int64_t schema = member(root, "schema", Json::kInteger, "the file").integer;
-    if (schema != 1) fail("schema " + std::to_string(schema) + ", this runner reads 1");
-    IoSpec spec;
+IoSpec make_io(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs) {
     std::set<std::string> names;
-    for (const Json &entry : member(root, "inputs", Json::kArray, "the file").items) {
-        spec.inputs.push_back(parse_tensor(entry, "name", false, "input"));
-        take_name(names, spec.inputs.back().name);
+    for (const std::vector<Tensor> *list : {&inputs, &outputs}) {
+        for (const Tensor &tensor : *list) {
+            check(tensor);
+            if (!names.insert(tensor.name).second) fail("two tensors are named " + tensor.name);
+        }
     }
-    for (const Json &entry : member(root, "outputs", Json::kArray, "the file").items) {
-        spec.outputs.push_back(parse_tensor(entry, "name", false, "output"));
-        take_name(names, spec.outputs.back().name);
+    IoSpec spec;
+    for (const Tensor &input : inputs) {
+        const std::string state = state_of(input.name, "past");
+        if (state.empty()) {
+            spec.inputs.push_back(input);
+            continue;
+        }
+        const auto present = std::find_if(outputs.begin(), outputs.end(),
+                                          [&](const Tensor &output) { return output.name == "present" + state; });
+        if (present == outputs.end()) fail(input.name + " goes in and no present" + state + " comes out");
+        check_state(input, *present);
+        spec.states.push_back({input, present->name});
     }
-    for (const Json &entry : member(root, "states", Json::kArray, "the file").items) {
-        State state{parse_tensor(entry, "past", true, "state"), ""};
-        state.present = member(entry, "present", Json::kString, "state \"" + state.past.name + "\"").text;
-        take_name(names, state.past.name);
-        take_name(names, state.present);
-        spec.states.push_back(std::move(state));
+    for (const Tensor &output : outputs) {
+        const std::string state = state_of(output.name, "present");
+        if (state.empty()) {
+            spec.outputs.push_back(output);
+        } else if (names.count("past" + state) == 0) {
+            fail(output.name + " comes out and no past" + state + " goes in");
+        }
     }
     if (spec.inputs.empty() || spec.outputs.empty()) fail("no inputs or no outputs");
     return spec;
-}
-
-std::string read_file(const std::string &path) {
-    const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-    if (file == nullptr) throw Error(XLSTM_BAD_INPUT, path + ": " + std::strerror(errno));
-    std::string text;
-    std::vector<char> block(1 << 20);
-    while (const size_t got = std::fread(block.data(), 1, block.size(), file.get())) {
-        text.append(block.data(), got);
-    }
-    if (std::ferror(file.get()) != 0) throw Error(XLSTM_ENVIRONMENT, path + ": " + std::strerror(errno));
-    return text;
 }
 
 }  // namespace xlstm::runner

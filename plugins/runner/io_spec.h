@@ -1,4 +1,5 @@
-// What io.json says: the tensors of an exported graph and which of them carry the state.
+// The tensors of an engine, and which of them carry the state: what goes in as past_<block>_<kind> comes out as
+// present_<block>_<kind>.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace xlstm::runner {
 
-constexpr int64_t kBatch = -2;                  // "B", the first axis of every tensor
-constexpr int64_t kSequence = XLSTM_SEQUENCE;  // "S", the second axis of some
+constexpr int64_t kBatch = -2;                  // the first axis of every tensor
+constexpr int64_t kSequence = XLSTM_SEQUENCE;  // the second axis of some
 
 struct Tensor {
     std::string name;
@@ -36,8 +37,8 @@ size_t size_of(xlstm_type type);
 const char *name_of(xlstm_type type);
 std::string describe(const Tensor &tensor);  // such as: past_0_C, float32 (B, 4, 64, 64)
 
-// Both throw Error(XLSTM_BAD_INPUT): what is wrong, and where. read_file also throws XLSTM_ENVIRONMENT.
-IoSpec parse_io(const std::string &json);
-std::string read_file(const std::string &path);
+// Tells states from inputs and outputs, by their names; all keep the engine's order. Throws
+// Error(XLSTM_BAD_INPUT): what cannot be used, or a state that goes in and does not come out.
+IoSpec make_io(const std::vector<Tensor> &inputs, const std::vector<Tensor> &outputs);
 
 }  // namespace xlstm::runner

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: xlstm-run ENGINE IO.JSON [options]\n"
+    "usage: xlstm-run ENGINE [options]\n"
     "\n"
     "Times decode steps, or with --generate continues the token ids on stdin and writes new ones to stdout.\n"
     "\n"
@@ -33,6 +33,8 @@ constexpr char kUsage[] =
     "  --json             times as JSON\n"
     "  --generate N       greedy continuation by N tokens; a model of tokens, batch 1; 0: run the prompt\n"
     "\n"
+    "An io.json after ENGINE, which earlier versions needed, is accepted and not read.\n"
+    "\n"
     "Exit codes: 0 done, 2 usage, 3 environment, 4 bad input.\n";
 
 struct Failure {
@@ -41,7 +43,7 @@ struct Failure {
 };
 
 struct Arguments {
-    std::string engine, io, plugin, model_hash, load_state, save_state;
+    std::string engine, plugin, model_hash, load_state, save_state;
     int64_t batch = 1, piece = 0, device = 0, steps = 1000, warmup = 50, generate = -1;
     bool no_graph = false, json = false;
 };
@@ -96,9 +98,8 @@ Arguments parse_arguments(const std::vector<std::string> &words) {
         }
         if (!known) throw Failure{XLSTM_USAGE, "unknown option " + word};
     }
-    if (files.size() != 2) throw Failure{XLSTM_USAGE, "expected an engine and an io.json"};
+    if (files.empty() || files.size() > 2) throw Failure{XLSTM_USAGE, "expected an engine"};
     all.engine = files[0];
-    all.io = files[1];
     if (all.generate >= 0 && all.batch != 1) throw Failure{XLSTM_USAGE, "--generate takes one stream"};
     if (all.steps < 1) throw Failure{XLSTM_USAGE, "--steps is 0, at least 1"};
     return all;
@@ -111,7 +112,6 @@ Runner open_runner(const Arguments &arguments) {
     options.size = sizeof options;
     options.batch = static_cast<int32_t>(arguments.batch);
     options.engine = arguments.engine.c_str();
-    options.io = arguments.io.c_str();
     options.plugin = given_or_null(arguments.plugin);
     options.model_hash = given_or_null(arguments.model_hash);
     options.piece = arguments.piece;

@@ -3,9 +3,11 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 
 #include "error.h"
 
@@ -132,7 +134,7 @@ void StateFormat::seal(uint8_t *buffer) const {
     std::memcpy(buffer + bytes_ - kChecksumBytes, &sum, sizeof sum);
 }
 
-void StateFormat::check(const uint8_t *buffer, size_t bytes) const {
+std::vector<size_t> StateFormat::find(const uint8_t *buffer, size_t bytes) const {
     if (bytes < kHeadBytes + kChecksumBytes) refuse("too short, " + std::to_string(bytes) + " bytes");
     if (std::memcmp(buffer, kMagic, kVersionAt) != 0) refuse("does not start as one");
     if (crc32(buffer, bytes - kChecksumBytes) != read_u32(buffer + bytes - kChecksumBytes)) {
@@ -144,16 +146,31 @@ void StateFormat::check(const uint8_t *buffer, size_t bytes) const {
         refuse("of another model: its model hash differs");
     }
     if (std::memcmp(buffer, head_.data(), head_.size()) != 0) refuse("has another number of states");
+    std::vector<size_t> offsets(entries_.size(), 0);
+    size_t at = head_.size();
     for (size_t i = 0; i < entries_.size(); ++i) {
-        const Entry &entry = entries_[i];
-        const size_t start = entry.offset - entry.head.size();
-        if (bytes < entry.offset || std::memcmp(buffer + start, entry.head.data(), entry.head.size()) != 0) {
-            refuse("no " + texts_[i] + " for this batch where one is expected");
-        }
+        const size_t which = next(buffer, at, bytes - kChecksumBytes, offsets);
+        const Entry &entry = entries_[which];
+        offsets[which] = at + entry.head.size();
+        at += entry.head.size() + entry.bytes;
     }
     if (bytes != bytes_) {
         refuse(std::to_string(bytes) + " bytes, expected " + std::to_string(bytes_));
     }
+    return offsets;
+}
+
+// Which of the states that were not found yet lies whole at `at`.
+size_t StateFormat::next(const uint8_t *buffer, size_t at, size_t end, const std::vector<size_t> &found) const {
+    size_t missing = entries_.size();
+    for (size_t i = 0; i < entries_.size(); ++i) {
+        if (found[i] != 0) continue;
+        const Entry &entry = entries_[i];
+        const bool room = end - at >= entry.head.size() + entry.bytes;
+        if (room && std::memcmp(buffer + at, entry.head.data(), entry.head.size()) == 0) return i;
+        missing = std::min(missing, i);
+    }
+    refuse("no " + texts_[missing] + " for this batch where one is expected");
 }
 
 uint32_t crc32(const uint8_t *data, size_t bytes) {
@@ -161,6 +178,18 @@ uint32_t crc32(const uint8_t *data, size_t bytes) {
     uint32_t value = 0xffffffffu;
     for (size_t i = 0; i < bytes; ++i) value = (value >> 8) ^ kTable[(value ^ data[i]) & 0xff];
     return ~value;
+}
+
+std::string read_file(const std::string &path) {
+    const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+    if (file == nullptr) throw Error(XLSTM_BAD_INPUT, path + ": " + std::strerror(errno));
+    std::string text;
+    std::vector<char> block(1 << 20);
+    while (const size_t got = std::fread(block.data(), 1, block.size(), file.get())) {
+        text.append(block.data(), got);
+    }
+    if (std::ferror(file.get()) != 0) throw Error(XLSTM_ENVIRONMENT, path + ": " + std::strerror(errno));
+    return text;
 }
 
 void write_file(const std::string &path, const uint8_t *data, size_t bytes) {

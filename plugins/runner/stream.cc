@@ -14,8 +14,8 @@ bool any_sequence(const IoSpec &io) {
 
 }  // namespace
 
-Stream::Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash)
-    : io_(std::move(io)), engine_(std::move(engine)), batch_(batch), format_(io_, batch, hash) {
+Stream::Stream(std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash)
+    : io_(engine->io()), engine_(std::move(engine)), batch_(batch), format_(io_, batch, hash) {
     piece_ = any_sequence(io_) ? engine_->longest() : 1;
     const auto allocate = [&](const Tensor &tensor) {
         const size_t positions = tensor.is_sequence() ? static_cast<size_t>(piece_) : 1;
@@ -139,10 +139,10 @@ void Stream::get_state(uint8_t *buffer) {
 
 // The new state goes into the buffers that hold none, so that a failure leaves the old one.
 void Stream::set_state(const uint8_t *buffer, size_t bytes) {
-    format_.check(buffer, bytes);
+    const std::vector<size_t> offsets = format_.find(buffer, bytes);
     for (size_t i = 0; i < io_.states.size(); ++i) {
         const size_t size = total_bytes(io_.states[i].past);
-        engine_->copy_in(states_[1 - now_][i], buffer + format_.offset(i), {size, 1, size});
+        engine_->copy_in(states_[1 - now_][i], buffer + offsets[i], {size, 1, size});
     }
     engine_->wait();
     now_ = 1 - now_;

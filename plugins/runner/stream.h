@@ -13,7 +13,7 @@ namespace xlstm::runner {
 
 class Stream {
 public:
-    Stream(IoSpec io, std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash);
+    Stream(std::unique_ptr<Engine> engine, int64_t batch, const ModelHash &hash);
 
     const IoSpec &io() const { return io_; }
     int64_t batch() const { return batch_; }

@@ -80,18 +80,18 @@ private:
     size_t size_ = 0;
 };
 
-DataType type_in_engine(xlstm_type type) {
+xlstm_type type_of(DataType type, const std::string &name) {
     switch (type) {
-        case XLSTM_FLOAT32: return DataType::kFLOAT;
-        case XLSTM_FLOAT16: return DataType::kHALF;
-        case XLSTM_BFLOAT16: return DataType::kBF16;
-        case XLSTM_INT8: return DataType::kINT8;
-        case XLSTM_INT32: return DataType::kINT32;
-        case XLSTM_INT64: return DataType::kINT64;
-        case XLSTM_BOOL: return DataType::kBOOL;
-        case XLSTM_UINT8: return DataType::kUINT8;
+        case DataType::kFLOAT: return XLSTM_FLOAT32;
+        case DataType::kHALF: return XLSTM_FLOAT16;
+        case DataType::kBF16: return XLSTM_BFLOAT16;
+        case DataType::kINT8: return XLSTM_INT8;
+        case DataType::kINT32: return XLSTM_INT32;
+        case DataType::kINT64: return XLSTM_INT64;
+        case DataType::kBOOL: return XLSTM_BOOL;
+        case DataType::kUINT8: return XLSTM_UINT8;
+        default: throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " is of a type that no input or output has");
     }
-    throw Error(XLSTM_BAD_INPUT, "an element type that TensorRT does not have");
 }
 
 Dims dims_of(const Tensor &tensor, int64_t batch, int64_t length) {
@@ -117,10 +117,6 @@ std::string text_of(const Dims &dims) {
     return text + ")";
 }
 
-bool same(const Dims &a, const Dims &b) {
-    return a.nbDims == b.nbDims && std::equal(a.d, a.d + std::max(a.nbDims, 0), b.d);
-}
-
 // Lengths that a profile takes at the batch; none if min > max.
 struct Range {
     int32_t profile;
@@ -136,14 +132,8 @@ struct Lane {
 
 class TensorRtEngine : public Engine {
 public:
-    TensorRtEngine(const EngineOptions &options, const IoSpec &io)
-        : batch_(options.batch), device_(options.device), graph_wanted_(options.graph), inputs_(io.inputs),
-          outputs_(io.outputs) {
-        for (const State &state : io.states) {
-            inputs_.push_back(state.past);
-            outputs_.push_back(state.past);
-            outputs_.back().name = state.present;
-        }
+    explicit TensorRtEngine(const EngineOptions &options)
+        : batch_(options.batch), device_(options.device), graph_wanted_(options.graph) {
         try {
             open(options);
         } catch (...) {
@@ -152,6 +142,8 @@ public:
         }
     }
     ~TensorRtEngine() override { release(); }
+
+    const IoSpec &io() const override { return io_; }
 
     int64_t longest() const override { return longest_; }
 
@@ -212,14 +204,10 @@ private:
         use_device();
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "no CUDA stream");
         load(options);
-        for (const Tensor &tensor : inputs_) check_tensor(tensor, nvinfer1::TensorIOMode::kINPUT);
-        for (const Tensor &tensor : outputs_) check_tensor(tensor, nvinfer1::TensorIOMode::kOUTPUT);
-        const int32_t known = static_cast<int32_t>(inputs_.size() + outputs_.size());
-        if (engine_->getNbIOTensors() != known) {
-            throw Error(XLSTM_BAD_INPUT, "the engine has " + std::to_string(engine_->getNbIOTensors()) +
-                                             " inputs and outputs, io.json " + std::to_string(known));
-        }
+        read_tensors();
         make_lanes(options.piece);
+        for (Tensor &tensor : outputs_) tensor.dims = output_dims(tensor.name);
+        io_ = make_io(inputs_, outputs_);
     }
 
     void load(const EngineOptions &options) {
@@ -247,18 +235,56 @@ private:
         }
     }
 
-    void check_tensor(const Tensor &tensor, nvinfer1::TensorIOMode mode) const {
-        const char *name = tensor.name.c_str();
-        if (engine_->getTensorIOMode(name) != mode) {
-            throw Error(XLSTM_BAD_INPUT, "the engine lacks " + describe(tensor) + " of io.json");
+    // All but the dimensions of outputs, which are seen when there are contexts.
+    void read_tensors() {
+        for (int32_t i = 0; i < engine_->getNbIOTensors(); ++i) {
+            const std::string name = engine_->getIOTensorName(i);
+            if (engine_->getTensorLocation(name.c_str()) != nvinfer1::TensorLocation::kDEVICE ||
+                engine_->getTensorFormat(name.c_str()) != nvinfer1::TensorFormat::kLINEAR) {
+                throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " is not plain memory of the GPU");
+            }
+            const xlstm_type type = type_of(engine_->getTensorDataType(name.c_str()), name);
+            if (engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT) {
+                inputs_.push_back({name, type, input_dims(name)});
+            } else {
+                outputs_.push_back({name, type, {}});
+            }
         }
-        if (engine_->getTensorDataType(name) != type_in_engine(tensor.type)) {
-            throw Error(XLSTM_BAD_INPUT, "the engine has another element type for " + describe(tensor));
+    }
+
+    // An input's free axes are the batch and the length.
+    std::vector<int64_t> input_dims(const std::string &name) const {
+        const Dims dims = engine_->getTensorShape(name.c_str());
+        std::vector<int64_t> all;
+        for (int32_t axis = 0; axis < dims.nbDims; ++axis) {
+            const int64_t dim = dims.d[axis];
+            if (dim < 0 && axis > 1) {
+                throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " has shape " + text_of(dims) +
+                                                 ", expected (batch, …) or (batch, length, …)");
+            }
+            all.push_back(dim >= 0 ? dim : axis == 0 ? kBatch : kSequence);
         }
-        if (engine_->getTensorLocation(name) != nvinfer1::TensorLocation::kDEVICE ||
-            engine_->getTensorFormat(name) != nvinfer1::TensorFormat::kLINEAR) {
-            throw Error(XLSTM_BAD_INPUT, "the engine's " + tensor.name + " is not plain memory of the GPU");
+        return all;
+    }
+
+    // What an output's shape is at one position and, where a run can be longer, at the most: the engine need not
+    // know which sizes do not change.
+    std::vector<int64_t> output_dims(const std::string &name) const {
+        const Dims one = step_.context->getTensorShape(name.c_str());
+        const Dims most = longest_ > 1 ? long_.context->getTensorShape(name.c_str()) : one;
+        std::vector<int64_t> all;
+        bool fits = one.nbDims == most.nbDims;
+        for (int32_t axis = 0; fits && axis < one.nbDims; ++axis) {
+            const bool grows = one.d[axis] == 1 && most.d[axis] == longest_ &&
+                               (longest_ > 1 || engine_->getTensorShape(name.c_str()).d[axis] < 0);
+            fits = axis == 0 ? one.d[0] == batch_ && most.d[0] == batch_
+                             : (axis == 1 && grows) || one.d[axis] == most.d[axis];
+            all.push_back(axis == 0 ? kBatch : axis == 1 && grows ? kSequence : one.d[axis]);
         }
+        if (fits) return all;
+        throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " has shape " + text_of(one) +
+                                         " for one position and " + text_of(most) + " for " +
+                                         std::to_string(longest_));
     }
 
     Range range_of(int32_t profile) const {
@@ -303,14 +329,6 @@ private:
         }
         wait();
         set_shapes(lane, length);
-        for (const Tensor &tensor : outputs_) {
-            const Dims wanted = dims_of(tensor, batch_, length);
-            const Dims found = lane.context->getTensorShape(tensor.name.c_str());
-            if (!same(wanted, found)) {
-                throw Error(XLSTM_BAD_INPUT, "the engine's " + tensor.name + " has shape " + text_of(found) +
-                                                 ", io.json says " + text_of(wanted));
-            }
-        }
         lane.length = 0;  // set again at the first run, which may be shorter
     }
 
@@ -393,6 +411,7 @@ private:
     const int device_;
     bool graph_wanted_;
     std::vector<Tensor> inputs_, outputs_;  // states included
+    IoSpec io_;
     Logger logger_;
     cudaStream_t stream_ = nullptr;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
@@ -406,8 +425,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Engine> open_engine(const EngineOptions &options, const IoSpec &io) {
-    return std::make_unique<TensorRtEngine>(options, io);
+std::unique_ptr<Engine> open_engine(const EngineOptions &options) {
+    return std::make_unique<TensorRtEngine>(options);
 }
 
 }  // namespace xlstm::runner

@@ -14,8 +14,8 @@
  * Ownership   Buffers passed in are the caller's, are used only during the call, and need no alignment beyond
  *             their type's. A runner belongs to the caller until xlstm_close. Names in xlstm_tensor live as
  *             long as their runner; an error's text until the same thread's next failing call.
- * Layout      Tensors are dense and row-major: inputs and outputs (batch, length, ...) where io.json says
- *             ("B", "S", ...), with all of a call's positions of the first row before the second row's.
+ * Layout      Tensors are dense and row-major: inputs and outputs that have a sequence axis are
+ *             (batch, length, ...), with all of a call's positions of the first row before the second row's.
  */
 #ifndef XLSTM_RUNNER_H
 #define XLSTM_RUNNER_H
@@ -33,14 +33,14 @@
 extern "C" {
 #endif
 
-#define XLSTM_RUNNER_VERSION 1 /* of this interface; functions and fields are only ever added */
+#define XLSTM_RUNNER_VERSION 2 /* of this interface; functions and fields are only ever added */
 
 /* The numbers are the exit codes of xlstm-run, and those of xlstm-export. */
 typedef enum xlstm_status {
     XLSTM_OK = 0,
     XLSTM_USAGE = 2,       /* an argument is wrong: the caller's mistake */
     XLSTM_ENVIRONMENT = 3, /* GPU, driver, memory, disk, TensorRT's version or the plugin library */
-    XLSTM_BAD_INPUT = 4    /* io.json, engine or saved state are damaged or do not belong together */
+    XLSTM_BAD_INPUT = 4    /* engine or saved state are damaged or do not belong together */
 } xlstm_status;
 
 /* Element types; the numbers are those of saved states. */
@@ -72,7 +72,7 @@ typedef struct xlstm_options {
     uint32_t size;          /* sizeof(xlstm_options) */
     int32_t batch;          /* streams; 0: 1 */
     const char *engine;     /* path of the serialized engine; required */
-    const char *io;         /* path of io.json; required */
+    const char *io;         /* not read since version 2, where the engine says it; may be null */
     const char *plugin;     /* path of libxlstm_trt.so, for engines that use it; may be null */
     const char *model_hash; /* 64 hexadecimal digits that name the model in saved states; null: zeros */
     int64_t piece;          /* longest piece of a prefill; 0: the engine's longest. Bounds memory */
@@ -95,7 +95,8 @@ XLSTM_API const char *xlstm_error(void);
 /* XLSTM_RUNNER_VERSION of the library. */
 XLSTM_API int32_t xlstm_version(void);
 
-/* How many inputs, outputs or states there are, and the description of one; order and names are io.json's. */
+/* How many inputs, outputs or states there are, and the description of one; names are those of
+ * io.json, the order is the engine's. */
 XLSTM_API int32_t xlstm_count(const xlstm_runner *runner, xlstm_role role);
 XLSTM_API xlstm_status xlstm_describe(const xlstm_runner *runner, xlstm_role role, int32_t index,
                                       xlstm_tensor *tensor);

@@ -28,14 +28,12 @@ from lean_runtime import SANITIZERS, _fill, compiler_for
 from places import ROOT
 from xlstm_export.plugins import toolchain
 
-from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
-
 RUNNER = ROOT / "plugins" / "runner"
 TESTS = ROOT / "tests" / "plugins" / "runner"
 MACHINE = os.uname().machine
 CUDA_HEADERS = (Path("/usr/local/cuda/include"), Path("/usr/include"))
 
-LIBRARY = [RUNNER / f"{name}.cc" for name in ("c_api", "io_spec", "json", "state_file", "stream")]
+LIBRARY = [RUNNER / f"{name}.cc" for name in ("c_api", "io_spec", "state_file", "stream")]
 FAKE = TESTS / "fake_engine.cc"
 MOCKS = [RUNNER / "tensorrt_engine.cc", TESTS / "mock" / "cuda.cc", TESTS / "mock" / "tensorrt.cc"]
 PROGRAMS = {
@@ -43,15 +41,16 @@ PROGRAMS = {
     "mock": [*LIBRARY, *MOCKS, TESTS / "checks.cc", TESTS / "common_checks.cc", TESTS / "mock_checks.cc"],
 }
 CHECKS = (
-    "json_accepts", "json_refuses", "io_reads", "io_refuses", "noise", "checksum", "every_length", "steps",
-    "rows_start_afresh", "states_resume", "damaged_states", "states_of_others", "outputs_not_wanted",
-    "descriptions", "wrong_arguments", "wrong_options", "longer_options",
+    "states_are_found_by_name", "other_names_are_no_states", "tensors_that_do_not_fit", "checksum",
+    "every_length", "steps", "rows_start_afresh", "states_resume", "damaged_states", "states_of_others",
+    "outputs_not_wanted", "descriptions", "wrong_arguments", "wrong_options", "options_of_version_1",
+    "longer_options", "states_in_another_order",
 )  # fmt: skip
 ENGINE_CHECKS = {
     "fake": ("failures", "failure_in_a_prefill", "failure_of_a_new_state", "threads"),
     "mock": (
-        "graphs", "no_graphs", "profiles", "engines_that_do_not_fit", "plugin_libraries", "environments",
-        "a_run_that_fails", "a_large_batch",
+        "graphs", "no_graphs", "profiles", "engines_that_do_not_fit", "sizes_that_the_engine_does_not_know",
+        "plugin_libraries", "environments", "a_run_that_fails", "a_large_batch",
     ),
 }  # fmt: skip
 FLAGS = (
@@ -174,21 +173,10 @@ def greedy(oracle: Oracle, tokens: Sequence[int], count: int) -> list[int]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[str, str]:
-    """Engine and io.json of a model with one output."""
-    write_io(tmp_path / "io.json", outputs=["logits"])
-    (tmp_path / "engine").write_text("longest=4")
-    return str(tmp_path / "engine"), str(tmp_path / "io.json")
-
-
-def write_io(path: Path, outputs: Sequence[str]) -> None:
-    states = (StateSpec(0, "C", (2,)), StateSpec(0, "conv", (3,), "int64"))
-    known = {
-        "logits": TensorSpec("logits", "float32", ("B", "S", 3)),
-        "last": TensorSpec("last", "float32", ("B", 2)),
-    }
-    spec = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), tuple(known[n] for n in outputs), states)
-    path.write_text(json.dumps(spec.to_json(), indent=1))
+def engine(tmp_path: Path) -> str:
+    """Path of the engine of a model with one output."""
+    (tmp_path / "engine").write_text("longest=4 last=no")
+    return str(tmp_path / "engine")
 
 
 def block_of_readme(language: str) -> str:
@@ -199,7 +187,7 @@ def block_of_readme(language: str) -> str:
     return str(found[0])
 
 
-def test_c_example_of_the_readme(files: tuple[str, str], tmp_path: Path) -> None:
+def test_c_example_of_the_readme(engine: str, tmp_path: Path) -> None:
     code = block_of_readme("c")
     assert len(code.splitlines()) <= 30
     (tmp_path / "example.c").write_text(code)
@@ -211,21 +199,19 @@ def test_c_example_of_the_readme(files: tuple[str, str], tmp_path: Path) -> None
                f"-L{folder}", "-lxlstm_runner", f"-Wl,-rpath,{folder}", "-o", "example"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = subprocess.run(["./example", *files, ""], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(["./example", engine, ""], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     oracle = Oracle(1)
     assert list(map(int, run.stdout.split())) == greedy(oracle, [2, 0, 1], 10)
     assert read_state(tmp_path / "stream.state")["past_0_C"].tolist() == oracle.C.tolist()
-    wrong = subprocess.run(
-        ["./example", "missing", files[1], ""], cwd=tmp_path, capture_output=True, text=True
-    )
+    wrong = subprocess.run(["./example", "missing", ""], cwd=tmp_path, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr) == (1, "missing: no such file\n")
 
 
-def test_python_example_of_the_readme(files: tuple[str, str], tmp_path: Path) -> None:
+def test_python_example_of_the_readme(engine: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(block_of_readme("python"))
     library = str(built(MACHINE) / "libxlstm_runner.so")
-    command = [sys.executable, str(tmp_path / "example.py"), library, *files, ""]
+    command = [sys.executable, str(tmp_path / "example.py"), library, engine, ""]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     expected = Oracle(2).run(np.array([[2, 0, 1], [1, 1, 2]]))
@@ -295,15 +281,15 @@ def xlstm_run(*arguments: object, given: str = "", **options: object) -> subproc
     return subprocess.run(command, input=given, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
-def test_command_continues_tokens(files: tuple[str, str]) -> None:
-    run = xlstm_run(*files, "--generate", 12, given="2 0 1\n1 2")
+def test_command_continues_tokens(engine: str) -> None:
+    run = xlstm_run(engine, "--generate", 12, given="2 0 1\n1 2")
     assert run.returncode == 0, run.stderr
     assert list(map(int, run.stdout.split())) == greedy(Oracle(1), [2, 0, 1, 1, 2], 12)
 
 
-def test_command_saves_and_loads_states(files: tuple[str, str], tmp_path: Path) -> None:
+def test_command_saves_and_loads_states(engine: str, tmp_path: Path) -> None:
     name, state = "ab" * 32, tmp_path / "a.state"
-    run = xlstm_run(*files, "--generate", 3, "--save-state", state, "--model-hash", name, given="2 0 1")
+    run = xlstm_run(engine, "--generate", 3, "--save-state", state, "--model-hash", name, given="2 0 1")
     assert run.returncode == 0, run.stderr
     oracle = Oracle(1)
     made = greedy(oracle, [2, 0, 1], 3)
@@ -314,22 +300,22 @@ def test_command_saves_and_loads_states(files: tuple[str, str], tmp_path: Path) 
     assert np.array_equal(saved["past_0_conv"], oracle.conv)
 
     write_state(state, saved, name)  # by the description, not by the runner
-    run = xlstm_run(*files, "--generate", 5, "--load-state", state, "--model-hash", name, given=str(made[-1]))
+    run = xlstm_run(engine, "--generate", 5, "--load-state", state, "--model-hash", name, given=str(made[-1]))
     assert list(map(int, run.stdout.split())) == greedy(oracle, made[-1:], 5)
 
-    run = xlstm_run(*files, "--generate", 0, "--save-state", state, given="2 0 1 1 2")
+    run = xlstm_run(engine, "--generate", 0, "--save-state", state, given="2 0 1 1 2")
     assert (run.returncode, run.stdout) == (0, "")
     oracle = Oracle(1)
     oracle.run(np.array([[2, 0, 1, 1, 2]]))
     assert np.array_equal(read_state(state)["past_0_C"], oracle.C)
 
     write_state(state, saved, name)
-    run = xlstm_run(*files, "--generate", 5, "--load-state", state, given="1")
+    run = xlstm_run(engine, "--generate", 5, "--load-state", state, given="1")
     assert (run.returncode, run.stdout) == (4, "")
     assert "of another model" in run.stderr
 
 
-def test_command_keeps_the_old_state_where_the_disk_is_full(files: tuple[str, str], tmp_path: Path) -> None:
+def test_command_keeps_the_old_state_where_the_disk_is_full(engine: str, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     state.write_text("old")
     before = sorted(tmp_path.iterdir())
@@ -338,28 +324,29 @@ def test_command_keeps_the_old_state_where_the_disk_is_full(files: tuple[str, st
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
-    run = xlstm_run(*files, "--steps", 1, "--save-state", state, preexec_fn=limit)
+    run = xlstm_run(engine, "--steps", 1, "--save-state", state, preexec_fn=limit)
     assert run.returncode == 3
     assert f"cannot write {state}: File too large" in run.stderr
     assert state.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_command_times_steps(files: tuple[str, str]) -> None:
-    run = xlstm_run(*files, "--steps", 40, "--warmup", 2, "--batch", 3, "--json")
+def test_command_times_steps(engine: str) -> None:
+    run = xlstm_run(engine, "--steps", 40, "--warmup", 2, "--batch", 3, "--json")
     assert run.returncode == 0, run.stderr
     times = json.loads(run.stdout)
     assert (times["steps"], times["batch"]) == (40, 3)
     assert 0 < times["p50_ms"] <= times["p99_ms"] <= times["p99_9_ms"] <= times["max_ms"]
     assert times["steps_per_second"] >= 1000 / times["max_ms"]
-    assert "40 steps, batch 1" in xlstm_run(*files, "--steps", 40).stdout
+    assert "40 steps, batch 1" in xlstm_run(engine, "--steps", 40).stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "usage: xlstm-run ENGINE IO.JSON"),
-        (["ENGINE"], 2, "expected an engine and an io.json"),
+        ([], 2, "usage: xlstm-run ENGINE"),
+        (["--json"], 2, "expected an engine"),
+        (["ENGINE", "IO", "MORE"], 2, "expected an engine"),
         (["ENGINE", "IO", "--stepz", "3"], 2, "unknown option --stepz"),
         (["ENGINE", "IO", "--steps"], 2, "--steps needs a value"),
         (["ENGINE", "IO", "--steps", "1e3"], 2, '--steps is "1e3", expected 0 …'),
@@ -369,20 +356,26 @@ def test_command_times_steps(files: tuple[str, str]) -> None:
         (["ENGINE", "IO", "--generate", "3"], 2, "no token ids on stdin"),
         (["ENGINE", "IO", "--model-hash", "12"], 2, "64 hexadecimal digits"),
         (["missing", "IO"], 4, "missing: no such file"),
-        (["ENGINE", "missing"], 4, "missing: No such file"),
-        (["ENGINE", "ENGINE"], 4, "not JSON"),
-        (["ENGINE", "IO", "--load-state", "IO"], 4, "does not start as one"),
+        (["ENGINE", "--load-state", "missing"], 4, "missing: No such file"),
+        (["ENGINE", "--load-state", "ENGINE"], 4, "too short"),
     ],
 )
-def test_command_refuses(files: tuple[str, str], arguments: list[str], code: int, words: str) -> None:
-    run = xlstm_run(*(dict(zip(("ENGINE", "IO"), files, strict=True)).get(word, word) for word in arguments))
+def test_command_refuses(engine: str, arguments: list[str], code: int, words: str) -> None:
+    run = xlstm_run(*(engine if word == "ENGINE" else word for word in arguments))
     assert (run.returncode, run.stdout) == (code, "")
     assert words in run.stderr
 
 
-def test_command_refuses_tokens_that_the_model_has_not(files: tuple[str, str]) -> None:
+def test_command_takes_an_io_json_and_does_not_read_it(engine: str) -> None:
+    """As command lines of version 1 have it."""
+    run = xlstm_run(engine, "missing/io.json", "--generate", 3, given="2 0 1")
+    assert run.returncode == 0, run.stderr
+    assert list(map(int, run.stdout.split())) == greedy(Oracle(1), [2, 0, 1], 3)
+
+
+def test_command_refuses_tokens_that_the_model_has_not(engine: str) -> None:
     for given in ("2 3", "2 x", "-1"):
-        run = xlstm_run(*files, "--generate", 3, given=given)
+        run = xlstm_run(engine, "--generate", 3, given=given)
         assert (run.returncode, run.stdout) == (2, "")
         assert "expected 0 … 2" in run.stderr
 
@@ -413,7 +406,7 @@ def test_build_without_headers_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_build_with_cmake(files: tuple[str, str], tmp_path: Path) -> None:
+def test_build_with_cmake(engine: str, tmp_path: Path) -> None:
     """As on a board, with the stand-in for TensorRT; the runner's folder alone, and within the plugins."""
     if shutil.which("cmake") is None or shutil.which("nvcc") is None:
         pytest.skip("no cmake or no CUDA toolkit")
@@ -435,9 +428,8 @@ def test_build_with_cmake(files: tuple[str, str], tmp_path: Path) -> None:
     for make in (["--build", "alone"], ["--install", "alone", "--prefix", "installed"]):
         done = subprocess.run(["cmake", *make], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    write_io(Path(files[1]), outputs=["logits", "last"])
     run = subprocess.run(
-        [str(tmp_path / "installed" / "bin" / "xlstm-run"), *files, "--generate", "12"],
+        [str(tmp_path / "installed" / "bin" / "xlstm-run"), engine, "--generate", "12"],
         input="2 0 1 1 2",
         capture_output=True,
         text=True,

@@ -77,23 +77,21 @@ def test_continues_tokens_as_onnx_runtime_does(command: Path, engine: Path, smal
         expected, sure = greedy(OrtSession(small_export), prompt, 20)
         words = " ".join(map(str, prompt[0]))
         for option in ((), ("--no-graph",), ("--piece", "5")):
-            made = run(command, engine, small_export, "--generate", "20", *option, given=words)
+            made = run(command, engine, "--generate", "20", *option, given=words)
             assert list(map(int, made.split()))[:sure] == expected[:sure]
             assert sure > 0
 
 
 def test_resumes_from_a_file(command: Path, engine: Path, small_export: Path, tmp_path: Path) -> None:
     state = str(tmp_path / "a.state")
-    whole = run(command, engine, small_export, "--generate", "20", given="1 2 3").split()
-    first = run(
-        command, engine, small_export, "--generate", "8", "--save-state", state, given="1 2 3"
-    ).split()
-    rest = run(command, engine, small_export, "--generate", "12", "--load-state", state, given=first[-1])
+    whole = run(command, engine, "--generate", "20", given="1 2 3").split()
+    first = run(command, engine, "--generate", "8", "--save-state", state, given="1 2 3").split()
+    rest = run(command, engine, "--generate", "12", "--load-state", state, given=first[-1])
     assert first + rest.split() == whole
 
 
 def test_times_steps(command: Path, engine: Path, small_export: Path) -> None:
-    times = json.loads(run(command, engine, small_export, "--steps", "100", "--json"))
+    times = json.loads(run(command, engine, "--steps", "100", "--json"))
     assert times["steps"] == 100
     assert times["steps_per_second"] > 0
 
@@ -112,9 +110,9 @@ def greedy(session: OrtSession, prompt: np.ndarray, count: int) -> tuple[list[in
     return tokens, sure
 
 
-def run(command: Path, engine: Path, folder: Path, *options: str, given: str = "") -> str:
+def run(command: Path, engine: Path, *options: str, given: str = "") -> str:
     done = subprocess.run(
-        [str(command), str(engine), str(folder / "io.json"), *options],
+        [str(command), str(engine), *options],
         input=given,
         capture_output=True,
         text=True,

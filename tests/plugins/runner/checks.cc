@@ -12,12 +12,11 @@ namespace {
 std::string folder;
 
 xlstm_status open_runner(const Settings &settings, xlstm_runner **runner) {
-    const std::string io = write("io.json", io_json()), engine = write("engine", settings.engine);
+    const std::string engine = write("engine", settings.engine);
     xlstm_options options{};
     options.size = sizeof options;
     options.batch = settings.batch;
     options.engine = engine.c_str();
-    options.io = io.c_str();
     options.plugin = settings.plugin;
     options.model_hash = settings.model_hash;
     options.piece = settings.piece;
@@ -27,17 +26,6 @@ xlstm_status open_runner(const Settings &settings, xlstm_runner **runner) {
 }
 
 }  // namespace
-
-std::string io_json() {
-    return R"({"schema": 1,
-"inputs": [{"name": "tokens", "dtype": "int64", "shape": ["B", "S"]}],
-"outputs": [{"name": "logits", "dtype": "float32", "shape": ["B", "S", 3]},
-            {"name": "last", "dtype": "float32", "shape": ["B", 2]}],
-"states": [{"past": "past_0_C", "present": "present_0_C", "block": 0, "kind": "C", "dtype": "float32",
-            "shape": ["B", 2]},
-           {"past": "past_0_conv", "present": "present_0_conv", "block": 0, "kind": "conv",
-            "dtype": "int64", "shape": ["B", 3]}]})";
-}
 
 std::string write(const std::string &name, const std::string &text) {
     const std::string path = folder + "/" + name;

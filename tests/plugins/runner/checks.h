@@ -17,8 +17,6 @@ struct Check {
 };
 extern const std::vector<Check> kCommonChecks, kEngineChecks;
 
-// The text of io.json for the model of model.h.
-std::string io_json();
 // Write a file into the folder of this run; its path.
 std::string write(const std::string &name, const std::string &text);
 

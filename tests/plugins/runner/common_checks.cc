@@ -6,7 +6,6 @@
 #include "checks.h"
 #include "error.h"
 #include "io_spec.h"
-#include "json.h"
 #include "state_file.h"
 
 namespace checks {
@@ -24,107 +23,84 @@ bool refused(Function &&function, xlstm_status status, const char *words) {
     return false;
 }
 
-void json_accepts() {
-    using xlstm::runner::Json;
-    using xlstm::runner::parse_json;
-    const Json value = parse_json(
-        " {\"a\":[1,-2,0,1.5e3,-0.25,true,false,null,{}],\r\n\t\"\\u00e9\\ud83d\\ude00\\n\\\"\" : \"x/\\/\" } ");
-    REQUIRE(value.kind == Json::kObject && value.members.size() == 2);
-    const Json &list = *value.find("a");
-    REQUIRE(list.items.size() == 9 && list.items[1].integer == -2 && list.items[3].real == 1500);
-    REQUIRE(list.items[4].kind == Json::kReal && list.items[4].real == -0.25 && list.items[5].integer == 1);
-    REQUIRE(list.items[7].kind == Json::kNull && list.items[8].kind == Json::kObject);
-    REQUIRE(value.find("\xc3\xa9\xf0\x9f\x98\x80\n\"")->text == "x//" && value.find("b") == nullptr);
-    REQUIRE(parse_json("9223372036854775807").integer == INT64_MAX);
-    REQUIRE(parse_json(std::string(64, '[') + std::string(64, ']')).kind == Json::kArray);
-}
+using xlstm::runner::IoSpec;
+using xlstm::runner::kBatch;
+using xlstm::runner::kSequence;
+using xlstm::runner::make_io;
+using xlstm::runner::Tensor;
 
-void json_refuses() {
-    const char *wrong[] = {
-        "", " ", "{", "[1,]", "{\"a\":1,}", "{\"a\" 1}", "{a:1}", "[1 2]", "01", "-", "1.", ".5", "1e", "+1",
-        "0x10", "nul", "True", "'a'", "\"a", "\"\\x\"", "\"\\u12g4\"", "\"\\ud800\"", "\"\\ude00\"",
-        "\"\\ud800\\u0041\"", "\"\t\"", "{} x", "{\"a\":1,\"a\":2}", "9223372036854775808", "1e999", "[", "]",
-        "\"\\", "\"\\u12", "NaN", "{\"a\":}", "{,}", "[,1]", "//", "1e400",
-    };
-    for (const char *text : wrong) {
-        const bool caught = refused([&] { xlstm::runner::parse_json(text); }, XLSTM_BAD_INPUT, "not JSON");
-        if (!caught) std::fprintf(stderr, "accepted: %s\n", text);
-        REQUIRE(caught);
-    }
-    const std::string deep(100000, '[');
-    REQUIRE(refused([&] { xlstm::runner::parse_json(deep); }, XLSTM_BAD_INPUT, "levels"));
-}
+// The tensors of model.h, in an order of no help.
+const std::vector<Tensor> kInputs = {{"past_0_C", XLSTM_FLOAT32, {kBatch, 2}},
+                                     {"tokens", XLSTM_INT64, {kBatch, kSequence}},
+                                     {"past_12_conv", XLSTM_INT64, {kBatch, 3}}};
+const std::vector<Tensor> kOutputs = {{"present_12_conv", XLSTM_INT64, {kBatch, 3}},
+                                      {"logits", XLSTM_FLOAT32, {kBatch, kSequence, 3}},
+                                      {"present_0_C", XLSTM_FLOAT32, {kBatch, 2}},
+                                      {"last", XLSTM_FLOAT32, {kBatch, 2}}};
 
-void io_reads() {
-    const xlstm::runner::IoSpec io = xlstm::runner::parse_io(io_json());
+void states_are_found_by_name() {
+    const IoSpec io = make_io(kInputs, kOutputs);
     REQUIRE(io.inputs.size() == 1 && io.outputs.size() == 2 && io.states.size() == 2);
     REQUIRE(xlstm::runner::describe(io.outputs[0]) == "logits, float32 (B, S, 3)");
     REQUIRE(io.outputs[0].is_sequence() && !io.outputs[1].is_sequence());
-    REQUIRE(io.states[1].past.row_bytes() == 24 && io.states[1].present == "present_0_conv");
+    REQUIRE(io.states[0].past.name == "past_0_C" && io.states[0].present == "present_0_C");
+    REQUIRE(io.states[1].past.row_bytes() == 24 && io.states[1].present == "present_12_conv");
 }
 
-std::string replaced(std::string text, const std::string &from, const std::string &to) {
-    const size_t at = text.find(from);
-    REQUIRE(at != std::string::npos);
-    return text.replace(at, from.size(), to);
+// Names that only look like those of states: plain inputs and outputs.
+void other_names_are_no_states() {
+    for (const char *name : {"past", "past_", "past_0", "past_0_", "past_x_C", "past__C", "past_0x_C", "past_values",
+                             "xpast_0_C", "past0_C", "past_-1_C", "Past_0_C"}) {
+        std::vector<Tensor> inputs = kInputs, outputs = kOutputs;
+        inputs.push_back({name, XLSTM_FLOAT32, {kBatch, kSequence}});
+        outputs.push_back({"present" + std::string(name), XLSTM_FLOAT32, {kBatch, kSequence}});
+        const IoSpec io = make_io(inputs, outputs);
+        REQUIRE(io.inputs.size() == 2 && io.outputs.size() == 3 && io.states.size() == 2);
+    }
+    for (const char *name : {"past_0_a_b", "past_123456789012345678901234567890_C", "past_0__"}) {
+        std::vector<Tensor> inputs = kInputs;
+        inputs.push_back({name, XLSTM_FLOAT32, {kBatch, 2}});
+        REQUIRE(refused([&] { make_io(inputs, kOutputs); }, XLSTM_BAD_INPUT, "goes in and no present_"));
+    }
 }
 
-void io_refuses() {
+void tensors_that_do_not_fit() {
+    using Dims = std::vector<int64_t>;
     const struct {
-        const char *from, *to, *words;
+        const char *name;  // of the input or output that is replaced
+        Tensor by;
+        const char *words;
     } cases[] = {
-        {"\"schema\": 1", "\"schema\": 2", "schema 2, this runner reads 1"},
-        {"\"schema\": 1", "\"schema\": \"1\"", "another type"},
-        {"\"schema\": 1,", "", "no \"schema\""},
-        {"\"int64\"", "\"int63\"", "input \"tokens\": unknown dtype int63"},
-        {"[\"B\", \"S\"]", "[\"S\", \"B\"]", "the first axis must be \"B\""},
-        {"[\"B\", \"S\"]", "[]", "0 axes"},
-        {"[\"B\", \"S\"]", "[\"B\", 1, 1, 1, 1, 1, 1, 1, 1]", "9 axes"},
-        {"[\"B\", \"S\", 3]", "[\"B\", \"S\", 0]", "axis 2"},
-        {"[\"B\", \"S\", 3]", "[\"B\", 3, \"S\"]", "axis 2"},
-        {"[\"B\", \"S\", 3]", "[\"B\", \"S\", 1.5]", "axis 2"},
-        {"[\"B\", \"S\", 3]", "[\"B\", \"S\", 9000000000000000000]", "too large"},
-        {"[\"B\", \"S\", 3]", "[\"B\", 2097152, 2097152]", "too large"},
-        {"\"past\": \"past_0_C\"", "\"past\": \"tokens\"", "two tensors are named \"tokens\""},
-        {"\"present_0_C\"", "\"logits\"", "two tensors are named \"logits\""},
-        {"\"present_0_C\"", "\"\"", "empty"},
-        {"\"present_0_C\"", "\"a\\u0000\"", "zero"},
-        {"\"present\": \"present_0_C\",", "", "no \"present\""},
-        {"[\"B\", 3]}]}", "[\"B\", \"S\"]}]}", "axis 1"},
-        {"\"states\"", "\"state\"", "no \"states\""},
+        {"tokens", {"tokens", XLSTM_INT64, Dims{kSequence, kBatch}}, "first axis is not the batch"},
+        {"tokens", {"tokens", XLSTM_INT64, Dims{1, kSequence}}, "tokens, int64 (1, S): its first axis"},
+        {"tokens", {"tokens", XLSTM_INT64, Dims{}}, "0 axes"},
+        {"tokens", {"tokens", XLSTM_INT64, Dims{kBatch, 1, 1, 1, 1, 1, 1, 1, 1}}, "9 axes"},
+        {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, kSequence, 0}}, "axis 2"},
+        {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, 3, kSequence}}, "axis 2"},
+        {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, kBatch, 3}}, "axis 1"},
+        {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, kSequence, 9000000000000000000}}, "too large"},
+        {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, 2097152, 2097152}}, "too large"},
+        {"logits", {"last", XLSTM_FLOAT32, Dims{kBatch, 3}}, "two tensors are named last"},
+        {"logits", {"tokens", XLSTM_FLOAT32, Dims{kBatch, 3}}, "two tensors are named tokens"},
+        {"present_0_C", {"present_0_n", XLSTM_FLOAT32, Dims{kBatch, 2}}, "past_0_C goes in and no present_0_C"},
+        {"past_0_C", {"past_0_n", XLSTM_FLOAT32, Dims{kBatch, 2}}, "past_0_n goes in and no present_0_n"},
+        {"past_0_C", {"x", XLSTM_FLOAT32, Dims{kBatch, 2}}, "present_0_C comes out and no past_0_C goes in"},
+        {"present_0_C", {"present_0_C", XLSTM_FLOAT32, Dims{kBatch, 3}}, "(B, 2) comes out as present_0_C"},
+        {"present_0_C", {"present_0_C", XLSTM_FLOAT16, Dims{kBatch, 2}}, "as present_0_C, float16"},
+        {"past_0_C", {"past_0_C", XLSTM_FLOAT32, Dims{kBatch, kSequence}}, "has a sequence axis"},
     };
     for (const auto &one : cases) {
-        const std::string text = replaced(io_json(), one.from, one.to);
-        REQUIRE(refused([&] { xlstm::runner::parse_io(text); }, XLSTM_BAD_INPUT, one.words));
-    }
-    REQUIRE(refused([] { xlstm::runner::parse_io("[]"); }, XLSTM_BAD_INPUT, "not an object"));
-    REQUIRE(refused([] { xlstm::runner::read_file(write("io.json", "") + ".missing"); }, XLSTM_BAD_INPUT, "No such file"));
-}
-
-// Neither a crash nor an error of another kind, whatever the bytes are.
-void noise() {
-    uint32_t random = 1;
-    const auto next = [&random] { return random = random * 1664525 + 1013904223; };
-    int read = 0;
-    for (int i = 0; i < 20000; ++i) {
-        std::string text = io_json();
-        for (uint32_t changes = 1 + (next() >> 30); changes > 0; --changes) {
-            const size_t at = (next() >> 8) % text.size();
-            switch (next() >> 30) {
-                case 0: text[at] = static_cast<char>(next() >> 24); break;
-                case 1: text.erase(at, 1 + (next() >> 27)); break;
-                case 2: text.insert(at, text.substr((next() >> 8) % text.size(), next() >> 27)); break;
-                default: text[at] = "{}[]\",:0-"[(next() >> 8) % 9];
+        std::vector<Tensor> inputs = kInputs, outputs = kOutputs;
+        for (std::vector<Tensor> *list : {&inputs, &outputs}) {
+            for (Tensor &tensor : *list) {
+                if (tensor.name == one.name) tensor = one.by;
             }
         }
-        try {
-            xlstm::runner::parse_io(text);
-            ++read;
-        } catch (const xlstm::runner::Error &error) {
-            REQUIRE(error.status == XLSTM_BAD_INPUT);
-        }
+        REQUIRE(refused([&] { make_io(inputs, outputs); }, XLSTM_BAD_INPUT, one.words));
     }
-    REQUIRE(read > 100 && read < 15000);
+    REQUIRE(refused([] { make_io({}, kOutputs); }, XLSTM_BAD_INPUT, "comes out and no past_12_conv goes in"));
+    REQUIRE(refused([] { make_io({}, {kOutputs[1]}); }, XLSTM_BAD_INPUT, "no inputs or no outputs"));
+    REQUIRE(refused([] { make_io(kInputs, {kOutputs[0], kOutputs[2]}); }, XLSTM_BAD_INPUT, "no outputs"));
 }
 
 void checksum() {
@@ -216,7 +192,7 @@ void states_resume() {
     REQUIRE(xlstm_load_state(second.handle, path.c_str()) == XLSTM_OK);
     run_both(second, oracle, 2, 3, 1);
     REQUIRE(xlstm_save_state(first.handle, (path + "/no/folder").c_str()) == XLSTM_ENVIRONMENT);
-    REQUIRE(xlstm_load_state(first.handle, (write("io.json", "") + ".missing").c_str()) == XLSTM_BAD_INPUT);
+    REQUIRE(xlstm_load_state(first.handle, (write("a.state", "") + ".missing").c_str()) == XLSTM_BAD_INPUT);
 }
 
 void damaged_states() {
@@ -279,6 +255,29 @@ void states_of_others() {
         seal();
         REQUIRE(set_state(runner, bytes) == XLSTM_BAD_INPUT);
     }
+}
+
+// As of an engine whose states come in another order.
+void states_in_another_order() {
+    Runner first, second;
+    Oracle oracle(1);
+    run_both(first, oracle, 1, 5, 1);
+    const std::vector<uint8_t> saved = state_of(first);
+    constexpr size_t kHead = 48, kC = 4 + 8 + 4 + 4 + 2 * 8 + 2 * 4;  // bytes of past_0_C and its description
+    std::vector<uint8_t> turned(saved.begin(), saved.begin() + kHead);
+    turned.insert(turned.end(), saved.begin() + kHead + kC, saved.end() - 4);
+    turned.insert(turned.end(), saved.begin() + kHead, saved.begin() + kHead + kC);
+    const auto seal = [&] {
+        const uint32_t sum = xlstm::runner::crc32(turned.data(), turned.size());
+        turned.insert(turned.end(), reinterpret_cast<const uint8_t *>(&sum), reinterpret_cast<const uint8_t *>(&sum + 1));
+    };
+    seal();
+    REQUIRE(set_state(second, turned) == XLSTM_OK && state_of(second) == saved);
+    run_both(second, oracle, 1, 3, 2);
+    turned.assign(saved.begin(), saved.begin() + kHead + kC);  // one twice, the other one not
+    turned.insert(turned.end(), saved.begin() + kHead, saved.begin() + kHead + kC);
+    seal();
+    REQUIRE(set_state(second, turned) == XLSTM_BAD_INPUT && error_has("no past_0_conv"));
 }
 
 void outputs_not_wanted() {
@@ -355,14 +354,20 @@ void wrong_options() {
     options.size = sizeof options;
     REQUIRE(xlstm_open(&options, &runner) == XLSTM_USAGE && error_has("options.engine is null"));
     options.engine = "/missing";
-    REQUIRE(xlstm_open(&options, &runner) == XLSTM_USAGE && error_has("options.io is null"));
-    options.io = "/missing";
-    REQUIRE(xlstm_open(&options, &runner) == XLSTM_BAD_INPUT && error_has("/missing: No such file"));
-    const std::string io = write("io.json", io_json()), empty = write("empty.json", "");
-    options.io = io.c_str();
-    REQUIRE(xlstm_open(&options, &runner) == XLSTM_BAD_INPUT && error_has("/missing"));
-    options.io = empty.c_str();
-    REQUIRE(xlstm_open(&options, &runner) == XLSTM_BAD_INPUT && error_has("not JSON: the end at byte 0"));
+    REQUIRE(xlstm_open(&options, &runner) == XLSTM_BAD_INPUT && error_has("/missing: "));
+    REQUIRE(runner == nullptr);
+}
+
+// A caller compiled against version 1, which names an io.json: it is not looked for.
+void options_of_version_1() {
+    const std::string engine = write("engine", "longest=4");
+    xlstm_options options{};
+    options.size = sizeof options;
+    options.engine = engine.c_str();
+    options.io = "/missing/io.json";
+    xlstm_runner *runner = nullptr;
+    REQUIRE(xlstm_open(&options, &runner) == XLSTM_OK && xlstm_count(runner, XLSTM_STATE) == 2);
+    xlstm_close(runner);
 }
 
 // A caller compiled against a later interface, whose options are longer.
@@ -372,10 +377,9 @@ void longer_options() {
         char more[32];
     } options{};
     std::memset(options.more, 0xff, sizeof options.more);
-    const std::string io = write("io.json", io_json()), engine = write("engine", "longest=4");
+    const std::string engine = write("engine", "longest=4");
     options.known.size = sizeof options;
     options.known.engine = engine.c_str();
-    options.known.io = io.c_str();
     xlstm_runner *runner = nullptr;
     REQUIRE(xlstm_open(&options.known, &runner) == XLSTM_OK);
     xlstm_close(runner);
@@ -384,11 +388,9 @@ void longer_options() {
 }  // namespace
 
 const std::vector<Check> kCommonChecks = {
-    {"json_accepts", json_accepts},
-    {"json_refuses", json_refuses},
-    {"io_reads", io_reads},
-    {"io_refuses", io_refuses},
-    {"noise", noise},
+    {"states_are_found_by_name", states_are_found_by_name},
+    {"other_names_are_no_states", other_names_are_no_states},
+    {"tensors_that_do_not_fit", tensors_that_do_not_fit},
     {"checksum", checksum},
     {"every_length", every_length},
     {"steps", steps},
@@ -400,7 +402,9 @@ const std::vector<Check> kCommonChecks = {
     {"descriptions", descriptions},
     {"wrong_arguments", wrong_arguments},
     {"wrong_options", wrong_options},
+    {"options_of_version_1", options_of_version_1},
     {"longer_options", longer_options},
+    {"states_in_another_order", states_in_another_order},
 };
 
 }  // namespace checks

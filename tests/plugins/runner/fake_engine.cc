@@ -1,5 +1,5 @@
 // An engine on the CPU. As on a GPU, nothing happens before wait(): whoever forgets that call sees old memory.
-// Settings: longest, fail_run, fail_wait (the number of the call that fails).
+// Settings: longest, fail_run, fail_wait (the number of the call that fails), last=no for a model without that output.
 #include <functional>
 #include <memory>
 
@@ -15,11 +15,24 @@ public:
     FakeEngine(const model::Settings &settings, int64_t batch, int64_t piece)
         : batch_(batch), longest_(settings.number("longest", 8)), fail_run_(settings.number("fail_run", 0)),
           fail_wait_(settings.number("fail_wait", 0)) {
+        std::vector<Tensor> outputs = {
+            {"logits", XLSTM_FLOAT32, {kBatch, kSequence, model::kLogits}},
+            {"last", XLSTM_FLOAT32, {kBatch, model::kMemory}},
+            {"present_0_C", XLSTM_FLOAT32, {kBatch, model::kMemory}},
+            {"present_0_conv", XLSTM_INT64, {kBatch, model::kConv}},
+        };
+        if (settings.text("last") == "no") outputs.erase(outputs.begin() + 1);
+        io_ = make_io({{"tokens", XLSTM_INT64, {kBatch, kSequence}},
+                       {"past_0_C", XLSTM_FLOAT32, {kBatch, model::kMemory}},
+                       {"past_0_conv", XLSTM_INT64, {kBatch, model::kConv}}},
+                      outputs);
         if (piece > 0 && piece < longest_) longest_ = piece;
     }
     ~FakeEngine() override {
         for (void *memory : memory_) std::free(memory);
     }
+
+    const IoSpec &io() const override { return io_; }
 
     int64_t longest() const override { return longest_; }
 
@@ -70,6 +83,7 @@ private:
 
     void later(std::function<void()> action) { queue_.push_back(std::move(action)); }
 
+    IoSpec io_;
     int64_t batch_, longest_, fail_run_, fail_wait_, runs_ = 0, waits_ = 0;
     bool ran_ = false;
     std::vector<void *> memory_;
@@ -79,7 +93,7 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Engine> open_engine(const EngineOptions &options, const IoSpec &) {
+std::unique_ptr<Engine> open_engine(const EngineOptions &options) {
     std::ifstream file(options.path);
     if (!file) throw Error(XLSTM_BAD_INPUT, options.path + ": no such file");
     return std::make_unique<FakeEngine>(model::Settings(file), options.batch, options.piece);

@@ -76,12 +76,15 @@ void engines_that_do_not_fit() {
         const char *wrong, *words;
         xlstm_status status;
     } cases[] = {
-        {"more", "the engine has 8 inputs and outputs, io.json 7", XLSTM_BAD_INPUT},
-        {"less", "the engine lacks tokens, int64 (B, S)", XLSTM_BAD_INPUT},
-        {"type", "another element type for tokens", XLSTM_BAD_INPUT},
+        {"more", "present_1_C comes out and no past_1_C goes in", XLSTM_BAD_INPUT},
+        {"less", "past_0_conv goes in and no present_0_conv comes out", XLSTM_BAD_INPUT},
+        {"type", "tokens is of a type that no input or output has", XLSTM_BAD_INPUT},
+        {"state", "past_0_C, float32 (B, 2) comes out as present_0_C, float16 (B, 2)", XLSTM_BAD_INPUT},
+        {"axes", "tokens has shape (-1, -1, -1), expected (batch, …) or (batch, length, …)", XLSTM_BAD_INPUT},
         {"location", "not plain memory", XLSTM_BAD_INPUT},
         {"format", "not plain memory", XLSTM_BAD_INPUT},
-        {"shape", "logits has shape (1, 1, 4), io.json says (1, 1, 3)", XLSTM_BAD_INPUT},
+        {"shape", "logits has shape (1, 1, 4) for one position and (1, 8, 11) for 8", XLSTM_BAD_INPUT},
+        {"batch", "logits has shape (2, 1, 3) for one position", XLSTM_BAD_INPUT},
         {"context", "no execution context", XLSTM_ENVIRONMENT},
     };
     for (const auto &one : cases) {
@@ -91,6 +94,20 @@ void engines_that_do_not_fit() {
     REQUIRE(!error_has("not an error"));
     REQUIRE(open_fails({""}) == XLSTM_BAD_INPUT && error_has("empty"));
     REQUIRE(mock::world().live == 0);
+}
+
+// TensorRT need not know that a size does not change, nor, in an engine for single steps, that one would.
+void sizes_that_the_engine_does_not_know() {
+    for (const char *engine : {"wrong=unknown", "longest=1", "longest=1 wrong=unknown"}) {
+        Runner runner({engine});
+        xlstm_tensor tensor;
+        REQUIRE(xlstm_describe(runner.handle, XLSTM_OUTPUT, 0, &tensor) == XLSTM_OK && tensor.rank == 3);
+        REQUIRE(tensor.dims[1] == XLSTM_SEQUENCE && tensor.dims[2] == model::kLogits);
+        REQUIRE(xlstm_describe(runner.handle, XLSTM_OUTPUT, 1, &tensor) == XLSTM_OK);
+        REQUIRE(tensor.rank == 2 && tensor.dims[1] == model::kMemory);
+        Oracle oracle(1);
+        for (const int64_t length : {1, 5, 1}) run_both(runner, oracle, 1, length, length);
+    }
 }
 
 void plugin_libraries() {
@@ -155,6 +172,7 @@ const std::vector<Check> kEngineChecks = {
     {"no_graphs", no_graphs},
     {"profiles", profiles},
     {"engines_that_do_not_fit", engines_that_do_not_fit},
+    {"sizes_that_the_engine_does_not_know", sizes_that_the_engine_does_not_know},
     {"plugin_libraries", plugin_libraries},
     {"environments", environments},
     {"a_run_that_fails", a_run_that_fails},

@@ -86,6 +86,8 @@ class ICudaEngine : public Object {
 public:
     ICudaEngine(const Plan &plan, ILogger &logger) : plan_(plan), logger_(logger) {}
     int32_t getNbIOTensors() const noexcept;
+    const char *getIOTensorName(int32_t index) const noexcept;
+    Dims getTensorShape(const char *name) const noexcept;
     TensorIOMode getTensorIOMode(const char *name) const noexcept;
     DataType getTensorDataType(const char *name) const noexcept;
     TensorLocation getTensorLocation(const char *name) const noexcept;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -97,6 +98,13 @@ def test_bars_start_at_zero_and_what_is_infinite_fills_the_axis() -> None:
 
 def test_all_zero_bars_have_an_axis() -> None:
     assert draw_bars(bars(0.0, 0.0)).elements.count("<rect") == 2
+
+
+def test_a_limit_beyond_all_bars_is_on_the_axis() -> None:
+    root = ElementTree.fromstring(f"<g>{draw_bars(replace(bars(0.0), limit=5.0)).elements}</g>")
+    ends = [float(line.get("x1", "")) for line in root.iter("line")]
+    (limit,) = (float(line.get("x1", "")) for line in root.iter("line") if "dashed" in line.get("class", ""))
+    assert limit == max(ends) < 720
 
 
 def test_limits_and_marks_are_in_the_legend() -> None:

@@ -53,10 +53,9 @@ def _axis(plot: BarPlot, bars: list[Bar], width: float) -> Axis:
     names = max(text_width(name) for name, _ in plot.groups) + 16
     left = min(max(names, NAMES[0]), NAMES[1])
     room = max(text_width(_value(plot, bar)) for bar in bars) + RIGHT
-    values = [value for bar in bars for value in (bar.value, bar.mark) if value is not None]
-    values = [value for value in values if math.isfinite(value)]
-    limits = [] if plot.limit is None else [plot.limit]
-    return linear_axis([0.0, *values, *limits] if any(values) else [0.0, 1.0], left, width - room, pad=False)
+    found = [plot.limit, *(value for bar in bars for value in (bar.value, bar.mark))]
+    values = [value for value in found if value is not None and math.isfinite(value)]
+    return linear_axis([0.0, *values] if any(values) else [0.0, 1.0], left, width - room, pad=False)
 
 
 def _value(plot: BarPlot, bar: Bar) -> str:

@@ -43,7 +43,7 @@ lint: $(TESTING)
 	$(BIN)/mypy
 	$(BIN)/python tests/imports.py
 
-# The 120M-parameter figures of the README; several minutes, several GB of disk and memory.
+# The 120M-parameter figures of docs/numbers.md; several minutes, several GB of disk and memory.
 bench: kernels
 	$(BIN)/python benchmarks/cpu_operators.py --out benchmarks/results/cpu_operators.json
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json

@@ -62,9 +62,10 @@ def summary(cpu: dict[str, Any], quantized: dict[str, Any]) -> str:
 def gpus(results: list[dict[str, Any]]) -> str:
     """The kernels' times on every GPU that `make gpu` was run on, as Markdown."""
     lines = [
-        "CUDA kernels of the two recurrences (`make gpu`: built, checked against FP64, timed in turns; "
-        "medians). A step is one launch in a CUDA graph with its operands in memory, not in a cache; *of the "
-        "ceiling* is the larger share of copy bandwidth and matrix-product rate measured in the same run.",
+        "CUDA kernels of the two recurrences, measured by `make gpu`: built, compared with FP64, timed in "
+        "turns; medians. A step is one launch in a CUDA graph with its operands in memory, not in a cache. "
+        "*Of the ceiling* is the larger share of copy bandwidth and matrix-product rate, measured in the "
+        "same run.",
         "",
         "| GPU | | time | of the ceiling | PyTorch eager, FP32 "
         "| fastest of torch.compile, mlstm_kernels, flashrnn |",
@@ -230,9 +231,9 @@ def speed(result: dict[str, Any]) -> str:
     machine = f"{environment['threads']} threads of an {environment['cpu']}"
     software = f"onnxruntime {versions['onnxruntime']}, torch {versions['torch']}"
     lines = [
-        "120M parameters (d 768, 12 blocks, one sLSTM, vocabulary 50304), FP32 unless said, "
-        f"{machine}, {software}; everything in turns in one run (`make bench`). "
-        "Ratios travel, milliseconds do not.",
+        "120M parameters (d 768, 12 blocks, one sLSTM, vocabulary 50304), FP32 where nothing else is given, "
+        f"{machine}, {software}; measured in turns in one run by `make bench`. "
+        "Compare ratios: milliseconds hold for this machine only.",
         "",
         "| | exported | PyTorch eager |",
         "|---|---|---|",

@@ -15,7 +15,7 @@ from xlstm_export.cli.main import cli  # noqa: E402
 
 HEAD = """# Command line
 
-Written by `python docs/generate_cli.py` from the code. Exit codes: 0 pass, 1 gate failed, 2 usage,
+Written by `python docs/generate_cli.py` from the code. Exit codes: 0 pass, 1 a check failed, 2 usage,
 3 environment, 4 bad input, 5 build, 130 interrupted. `--json` puts machine-readable output on stdout;
 progress goes to stderr.
 """

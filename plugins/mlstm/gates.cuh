@@ -20,7 +20,8 @@ struct Gates {
     float *to_start;            // sum of lf up to and including this position
     float *to_end;              // sum of lf after this position
     float *weight;              // what is left of this position's insertion at the end of its block
-    float *total, *kept, *m_0;  // (B·H, blocks): sum of lf, decay of the block's incoming state, its stabilizer
+    // (B·H, blocks): sum of lf, decay of the block's incoming state, its stabilizer
+    float *total, *kept, *m_0;
 };
 
 // One element of the scan over positions: the sum of their lf, and their stabilizer from m = -infinity.

@@ -55,7 +55,8 @@ struct OutputShared {
     using P = Pieces<Io>;
     static constexpr bool direct = P::input == 1;        // raw tiles are bfloat16 planes as they are
     static constexpr bool scores_direct = sizeof(Io) == 2;  // q and k are multiplied in their own type
-    static constexpr int raw_slice = BLOCK * raw_pitch<Io>(SLICE), raw_values = BLOCK * raw_pitch<Io>(columns);
+    static constexpr int raw_slice = BLOCK * raw_pitch<Io>(SLICE);
+    static constexpr int raw_values = BLOCK * raw_pitch<Io>(columns);
     static constexpr int state_plane = tile_size(SLICE, columns) * int(sizeof(bits16));
     static constexpr int stage = 2 * raw_slice + P::inner * state_plane;  // q, k, C
     static constexpr int slice_plane = tile_size(BLOCK, SLICE) * int(sizeof(bits16));

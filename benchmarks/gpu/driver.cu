@@ -61,7 +61,8 @@ uint16_t to_16_bits(float value, Dtype type) {
     if (type == Dtype::bf16) return static_cast<uint16_t>(bits >> 16);
     const int exponent = static_cast<int>(bits >> 23 & 255) - 127 + 15;
     if (exponent <= 0) return 0;
-    return static_cast<uint16_t>((bits >> 16 & 0x8000) | static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3ff));
+    return static_cast<uint16_t>((bits >> 16 & 0x8000) | static_cast<uint32_t>(exponent) << 10 |
+                                 (bits >> 13 & 0x3ff));
 }
 
 bool is_finite(const void *p, size_t index, Dtype type) {
@@ -111,8 +112,9 @@ private:
 int failures = 0;
 
 template <typename Call>
-void run(const char *name, const Call &call, const char *(*check)(const Call *), size_t (*workspace)(const Call *),
-         int (*launch)(const Call *, void *, void *), std::initializer_list<const Tensor *> results) {
+void run(const char *name, const Call &call, const char *(*check)(const Call *),
+         size_t (*workspace)(const Call *), int (*launch)(const Call *, void *, void *),
+         std::initializer_list<const Tensor *> results) {
     std::printf("%s", name);
     bool good = false;
     if (const char *refusal = check(&call)) {
@@ -165,8 +167,8 @@ void slstm(int B, int S, int H, int D, Dtype io, Dtype weight, bool in_place) {
     call.y0 = y0.f32(), call.c0 = c0.f32(), call.n0 = n0.f32(), call.m0 = m0.f32();
     call.y = y.get(), call.y_n = y1.f32(), call.c_n = c1.f32(), call.n_n = n1.f32(), call.m_n = m1.f32();
     char name[128];
-    std::snprintf(name, sizeof name, "slstm B%d S%d H%d D%d io%d weight%d%s", B, S, H, D, int(io), int(weight),
-                  in_place ? " in place" : "");
+    std::snprintf(name, sizeof name, "slstm B%d S%d H%d D%d io%d weight%d%s", B, S, H, D, int(io),
+                  int(weight), in_place ? " in place" : "");
     run(name, call, xlstm_slstm_check, xlstm_slstm_workspace, xlstm_slstm_run, {&y, &y1, &c1, &n1, &m1});
 }
 

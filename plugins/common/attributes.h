@@ -19,9 +19,9 @@ inline const Attribute kScale{"scale", false, std::numeric_limits<float>::quiet_
                               [](float value) { return std::isfinite(value); }};
 inline const Attribute kEps{"eps", true, 0.0F, "a finite number of at least 0",
                             [](float value) { return std::isfinite(value) && value >= 0; }};
-inline const Attribute kForgetMax{"forget_max", false, std::numeric_limits<float>::infinity(),
-                                  "a number or +infinity",
-                                  [](float value) { return value > -std::numeric_limits<float>::infinity(); }};
+inline const Attribute kForgetMax{
+    "forget_max", false, std::numeric_limits<float>::infinity(), "a number or +infinity",
+    [](float value) { return value > -std::numeric_limits<float>::infinity(); }};
 
 // What q is multiplied with.
 inline float scale_of(float given, int dk) {

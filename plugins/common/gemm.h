@@ -55,8 +55,8 @@ inline void tile(Matrix left, const float *panel, size_t depth, float *result, s
 
 // Calls `tile` for 1 … kTileRows rows.
 template <int rows = kTileRows>
-inline void tile_of(size_t wanted, Matrix left, const float *panel, size_t depth, float *result, size_t stride,
-                    size_t columns, float keep) {
+inline void tile_of(size_t wanted, Matrix left, const float *panel, size_t depth, float *result,
+                    size_t stride, size_t columns, float keep) {
     if constexpr (rows > 0) {
         if (wanted == rows) return tile<rows>(left, panel, depth, result, stride, columns, keep);
         tile_of<rows - 1>(wanted, left, panel, depth, result, stride, columns, keep);

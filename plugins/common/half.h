@@ -77,7 +77,8 @@ XLSTM_ANYWHERE bf16 to_bf16(float x) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
     const uint32_t bits = bits_of_float(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // NaN, made quiet
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // NaN, made quiet
     return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 #endif
 }

@@ -56,8 +56,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
            typename detail::Same<Parameters>::type... arguments) {
 #ifdef __CUDACC__
     if (shared > 48 * 1024) {
-        const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                        static_cast<int>(shared));
         if (status != cudaSuccess) return static_cast<int>(status);
     }
     kernel<<<grid, threads, shared, stream>>>(arguments...);

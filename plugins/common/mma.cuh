@@ -18,12 +18,12 @@
 
 namespace xlstm {
 
-#define XLSTM_MMA_16(name, type)                                                                           \
-    __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {  \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                \
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                      \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                  \
+#define XLSTM_MMA_16(name, type)                                                                          \
+    __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                               \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                 \
     }
 XLSTM_MMA_16(mma_f16, "f16")
 XLSTM_MMA_16(mma_bf16, "bf16")

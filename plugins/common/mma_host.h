@@ -36,7 +36,8 @@ struct Fragments {
 
 // D += A B of 16 x 8 values with a depth of 8 * packed; a register holds `packed` values.
 template <int packed, class Value>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, XLSTM_HOST_SITE) {
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value,
+                        XLSTM_HOST_SITE) {
     constexpr int depth = 8 * packed;
     Fragments mine;
     std::memcpy(mine.a, a, sizeof a);
@@ -76,7 +77,8 @@ inline void load_four(uint32_t (&r)[4], const void *row, bool transposed, const 
             uint16_t values[8][8];
             for (int x = 0; x < 8; ++x) {
                 const void *const from = *static_cast<const void *const *>(lanes.in[8 * matrix + x]);
-                if (reinterpret_cast<uintptr_t>(from) % 16 != 0) Block::active().fail("a row of a matrix is misaligned");
+                if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+                    Block::active().fail("a row of a matrix is misaligned");
                 std::memcpy(values[x], from, sizeof values[x]);
             }
             for (int lane = 0; lane < 32; ++lane) {
@@ -151,7 +153,11 @@ void copy_wait() {
     }
 }
 
-inline uint32_t pack_bf16(float low, float high) { return to_bf16(low).bits | uint32_t(to_bf16(high).bits) << 16; }
-inline uint32_t pack_f16(float low, float high) { return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16; }
+inline uint32_t pack_bf16(float low, float high) {
+    return to_bf16(low).bits | uint32_t(to_bf16(high).bits) << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+    return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16;
+}
 
 }  // namespace xlstm

@@ -9,7 +9,7 @@ namespace xlstm {
 namespace {
 
 class Scratch {
-  public:
+public:
     explicit Scratch(size_t floats) {
         data_ = next_ = static_cast<float *>(std::aligned_alloc(64, rounded(floats) * sizeof(float)));
 #ifdef XLSTM_POISON  // tests: what is read before it is written shows as NaN
@@ -28,7 +28,7 @@ class Scratch {
     // What a piece of so many floats takes.
     static size_t rounded(size_t floats) { return (floats + 15) / 16 * 16; }
 
-  private:
+private:
     float *data_, *next_;
 };
 

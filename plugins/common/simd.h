@@ -62,7 +62,7 @@ inline Vec power_of_two(IntVec exponent) { return (Vec)((exponent + 127) << 23);
 
 inline Vec exp(Vec x) {
     x = min(max(x, all(-110.f)), all(90.f));  // zero and infinity come out by themselves
-    const Vec magic = all(12582912.f);         // 1.5 * 2^23: adding it rounds to an integer
+    const Vec magic = all(12582912.f);        // 1.5 * 2^23: adding it rounds to an integer
     const Vec shifted = x * 1.44269504f + magic;
     const Vec n = shifted - magic;
     Vec r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in the product

@@ -35,7 +35,9 @@ constexpr unsigned WARP_SIZE = 32, MOST_THREADS = 1024, BARRIERS = 16;
 struct Site {
     const char *file;
     int line;
-    bool operator==(const Site &other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+    bool operator==(const Site &other) const {
+        return line == other.line && std::strcmp(file, other.file) == 0;
+    }
 };
 
 // What the lanes of a warp bring to a collective operation and take from it; null for lanes without part in it.
@@ -53,7 +55,7 @@ struct Device {
 inline Device device;
 
 class Block {
-   public:
+public:
     // Runs `kernel` as all threads of the CTA blockIdx.
     template <class Kernel>
     void run(unsigned threads, const Kernel &kernel) {
@@ -82,13 +84,14 @@ class Block {
     // Waits until `count` threads (0: all that have not returned) are at barrier `id`.
     void barrier(unsigned id, unsigned count, Site site) {
         if (id >= BARRIERS) fail("barrier %u: there are %u", id, BARRIERS);
-        if (count % WARP_SIZE != 0) fail("barrier %u waits for %u threads, which are no whole warps", id, count);
+        if (count % WARP_SIZE != 0)
+            fail("barrier %u waits for %u threads, which are no whole warps", id, count);
         Barrier &barrier = barriers_[id];
         if (barrier.waiting.empty()) {
             barrier.site = site, barrier.count = count;
         } else if (!(barrier.site == site) || barrier.count != count) {
-            fail("barrier %u: thread %u is at %s:%d, others wait at %s:%d", id, current_, site.file, site.line,
-                 barrier.site.file, barrier.site.line);
+            fail("barrier %u: thread %u is at %s:%d, others wait at %s:%d", id, current_, site.file,
+                 site.line, barrier.site.file, barrier.site.line);
         }
         barrier.waiting.push_back(current_);
         waits_[current_] = {"a barrier", site};
@@ -102,7 +105,8 @@ class Block {
                     void (*operation)(const Lanes &, const void *), const void *closure) {
         Warp &warp = warps_[current_ / WARP_SIZE];
         const unsigned bit = 1u << current_ % WARP_SIZE;
-        if ((mask & bit) == 0) fail("%s at %s:%d: thread %u is not in its mask", what, site.file, site.line, current_);
+        if ((mask & bit) == 0)
+            fail("%s at %s:%d: thread %u is not in its mask", what, site.file, site.line, current_);
         Group *group = nullptr;
         for (Group &candidate : warp.groups)
             if (candidate.mask == mask) group = &candidate;
@@ -110,8 +114,8 @@ class Block {
             warp.groups.push_back({mask, 0, what, site, operation, closure, {}});
             group = &warp.groups.back();
         } else if (!(group->site == site) || std::strcmp(group->what, what) != 0) {
-            fail("warp %u: thread %u is in %s at %s:%d, other lanes in %s at %s:%d", current_ / WARP_SIZE, current_,
-                 what, site.file, site.line, group->what, group->site.file, group->site.line);
+            fail("warp %u: thread %u is in %s at %s:%d, other lanes in %s at %s:%d", current_ / WARP_SIZE,
+                 current_, what, site.file, site.line, group->what, group->site.file, group->site.line);
         }
         group->arrived |= bit;
         group->lanes.in[current_ % WARP_SIZE] = in;
@@ -139,7 +143,7 @@ class Block {
         return block;
     }
 
-   private:
+private:
     struct Wait {
         const char *what = nullptr;  // null: it does not wait
         Site site = {};
@@ -189,8 +193,8 @@ class Block {
         const size_t count = barrier.count == 0 ? live_ : barrier.count;
         if (barrier.waiting.size() < count || barrier.waiting.empty()) return;
         if (barrier.count == 0 && gone_ > 0) {
-            fail("barrier at %s:%d: %u threads have returned that took part in an earlier one", barrier.site.file,
-                 barrier.site.line, gone_);
+            fail("barrier at %s:%d: %u threads have returned that took part in an earlier one",
+                 barrier.site.file, barrier.site.line, gone_);
         }
         for (unsigned thread : barrier.waiting) {
             passed_[thread] += barrier.count == 0;
@@ -235,7 +239,8 @@ class Block {
     }
 
     [[noreturn]] void deadlock() const {
-        std::fprintf(stderr, "CTA (%u, %u, %u): its threads wait for each other\n", blockIdx.x, blockIdx.y, blockIdx.z);
+        std::fprintf(stderr, "CTA (%u, %u, %u): its threads wait for each other\n", blockIdx.x, blockIdx.y,
+                     blockIdx.z);
         for (unsigned t = 0; t < threads_; ++t) {
             const auto same = [&](unsigned other) {
                 return waits_[t].what == waits_[other].what && waits_[t].site.line == waits_[other].site.line;
@@ -244,7 +249,9 @@ class Block {
             while (last + 1 < threads_ && same(last + 1)) ++last;
             std::fprintf(stderr, "  threads %u to %u ", t, last);
             if (waits_[t].what == nullptr) std::fprintf(stderr, "have returned\n");
-            else std::fprintf(stderr, "wait in %s at %s:%d\n", waits_[t].what, waits_[t].site.file, waits_[t].site.line);
+            else
+                std::fprintf(stderr, "wait in %s at %s:%d\n", waits_[t].what, waits_[t].site.file,
+                             waits_[t].site.line);
             t = last;
         }
         std::abort();
@@ -382,7 +389,7 @@ extern "C" __attribute__((used, visibility("default"))) inline void xlstm_host_s
 
 // The device that kernels are told they run on: shared memory of a CTA, and streaming multiprocessors.
 extern "C" __attribute__((used, visibility("default"))) inline void xlstm_host_device(int shared_limit,
-                                                                                   int processors) {
+                                                                                      int processors) {
     xlstm::host::device.shared_limit = shared_limit;
     xlstm::host::device.processors = processors;
 }

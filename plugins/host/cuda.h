@@ -87,14 +87,18 @@ T shuffle(unsigned mask, const char *what, T value, unsigned source, int width, 
     T result;
     const auto exchange = [](const Lanes &lanes) {
         const Block &block = Block::active();
-        const unsigned width = static_cast<const Shuffle<T> *>(*std::find_if(
-            lanes.in, lanes.in + WARP_SIZE, [](const void *in) { return in != nullptr; }))->width;
+        const unsigned width =
+            static_cast<const Shuffle<T> *>(*std::find_if(lanes.in, lanes.in + WARP_SIZE, [](const void *in) {
+                return in != nullptr;
+            }))->width;
         for (unsigned l = 0; l < WARP_SIZE; ++l) {
             if (lanes.out[l] == nullptr) continue;
             const auto &lane = *static_cast<const Shuffle<T> *>(lanes.in[l]);
-            if (lane.width != width) block.fail("a shuffle with different widths, %u and %u", width, lane.width);
+            if (lane.width != width)
+                block.fail("a shuffle with different widths, %u and %u", width, lane.width);
             const void *const from = lanes.in[lane.source];
-            if (from == nullptr) block.fail("lane %u shuffles from lane %u, which takes no part", l, lane.source);
+            if (from == nullptr)
+                block.fail("lane %u shuffles from lane %u, which takes no part", l, lane.source);
             *static_cast<T *>(lanes.out[l]) = static_cast<const Shuffle<T> *>(from)->value;
         }
     };

@@ -108,7 +108,7 @@ constexpr size_t GUARD = 64 << 10;  // a multiple of every page size: an overflo
 
 // The stack of one fiber, or (without memory of its own) that of the thread which the fibers run on.
 class Fiber {
-   public:
+public:
     Fiber() = default;
     Fiber(const Fiber &) = delete;
     Fiber &operator=(const Fiber &) = delete;
@@ -177,7 +177,7 @@ class Fiber {
 #endif
     }
 
-   private:
+private:
     char *memory_ = nullptr;
 #ifdef XLSTM_HOST_UCONTEXT
     ucontext_t context_;

@@ -82,7 +82,7 @@ struct Scratch {
                 reinterpret_cast<float *>(scratch + carried_n)};
     }
 
-   private:
+private:
     size_t take(size_t size) {
         const size_t at = bytes;
         bytes += (size + 255) / 256 * 256;
@@ -96,24 +96,26 @@ inline bool aligned_rows(const void *at, size_t count, size_t size) {
 }
 
 template <class Io, int columns>
-int launch_output(const Mlstm &call, const Gates &gates, const Segment &segment, int ctas, bool vector, Stream stream) {
-    return launch(output_pass<Io, columns>, ctas, OUTPUT_THREADS, OutputShared<Io, columns>::bytes(segment.rows), stream,
-                  call, gates, segment, vector);
+int launch_output(const Mlstm &call, const Gates &gates, const Segment &segment, int ctas, bool vector,
+                  Stream stream) {
+    return launch(output_pass<Io, columns>, ctas, OUTPUT_THREADS,
+                  OutputShared<Io, columns>::bytes(segment.rows), stream, call, gates, segment, vector);
 }
 
 template <class Io, class State>
 int run_chunkwise(const Mlstm &call, unsigned char *scratch, Stream stream) {
     const Scratch plan = Scratch::plan<Io>(call);
     const Gates gates = plan.gates(scratch);
-    const bool vector = aligned_rows(call.q, call.dk, sizeof(Io)) && aligned_rows(call.k, call.dk, sizeof(Io)) &&
+    const bool vector = aligned_rows(call.q, call.dk, sizeof(Io)) &&
+                        aligned_rows(call.k, call.dk, sizeof(Io)) &&
                         aligned_rows(call.v, call.dv, sizeof(Io));
     const int tiles = plan.rows / STATE_TILE * (plan.columns / STATE_TILE);
 
     int status = launch(gate_scan, plan.heads, SCAN_WARPS * 32, 0, stream, call, gates);
     for (int first = 0; first < plan.blocks && status == 0; first += plan.chunks * CHUNK) {
         const Segment segment = plan.segment(scratch, first);
-        status = launch(state_pass<Io, State>, plan.heads * tiles, STATE_THREADS, StateShared<Io>::bytes, stream, call,
-                        gates, segment, vector);
+        status = launch(state_pass<Io, State>, plan.heads * tiles, STATE_THREADS, StateShared<Io>::bytes,
+                        stream, call, gates, segment, vector);
         if (status != 0) break;
         const int ctas = plan.heads * segment.count * plan.across(call);
         if constexpr (sizeof(Io) == 2) {

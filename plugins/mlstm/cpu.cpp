@@ -9,9 +9,11 @@
 
 const xlstm::MlstmKernels &xlstm::mlstm_kernels() {
 #if defined(__x86_64__)
-    static const MlstmKernels &best = best_kernels<MlstmKernels>(mlstm_generic, &mlstm_avx2, &mlstm_avx512, nullptr);
+    static const MlstmKernels &best =
+        best_kernels<MlstmKernels>(mlstm_generic, &mlstm_avx2, &mlstm_avx512, nullptr);
 #elif defined(__aarch64__)
-    static const MlstmKernels &best = best_kernels<MlstmKernels>(mlstm_generic, nullptr, nullptr, &mlstm_neon);
+    static const MlstmKernels &best =
+        best_kernels<MlstmKernels>(mlstm_generic, nullptr, nullptr, &mlstm_neon);
 #else
     static const MlstmKernels &best = mlstm_generic;
 #endif
@@ -23,7 +25,8 @@ XLSTM_EXPORT const char *xlstm_mlstm_check(const xlstm::Mlstm *call) {
     if (call->batch < 1 || call->length < 1 || call->heads < 1 || call->dk < 1 || call->dv < 1) {
         return "batch, length, heads and head sizes must be at least 1";
     }
-    if (call->io != Dtype::f32 || call->state != Dtype::f32) return "the CPU operator computes in float32 only";
+    if (call->io != Dtype::f32 || call->state != Dtype::f32)
+        return "the CPU operator computes in float32 only";
     return nullptr;
 }
 

@@ -13,7 +13,8 @@ struct MlstmKernels {
     bool (*chunkwise)(const Mlstm &call, const Parallel *parallel);
 };
 
-extern const MlstmKernels mlstm_generic, mlstm_avx2, mlstm_avx512, mlstm_neon;  // those of this architecture exist
+extern const MlstmKernels mlstm_generic, mlstm_avx2, mlstm_avx512,
+    mlstm_neon;  // those of this architecture exist
 
 const MlstmKernels &mlstm_kernels();
 

@@ -87,8 +87,8 @@ constexpr size_t kCacheLine = 16;  // floats
 // One row of C for `width` columns; `h` gathers q · C'. One row at a time and not several: memory is then read
 // in order, which processors foresee, though not far enough: asking ahead takes a sixth of the time away. `h` and
 // `v` stay in the nearest cache.
-inline void step_row(const float *from, float *to, size_t width, float forget, float kI, float q, const float *v,
-                     float *h) {
+inline void step_row(const float *from, float *to, size_t width, float forget, float kI, float q,
+                     const float *v, float *h) {
     size_t at = 0;
     for (; at + kLanes <= width; at += kLanes) {
         if (at % kCacheLine == 0) __builtin_prefetch(from + at + kAhead, 1);
@@ -146,7 +146,8 @@ struct Chunk {
     float *panel;
 };
 
-inline void chunk_decay(const Chunk &chunk, const float *i, const float *f, size_t step, size_t length, float m_in) {
+inline void chunk_decay(const Chunk &chunk, const float *i, const float *f, size_t step, size_t length,
+                        float m_in) {
     const size_t width = Scratch::rounded(kChunk + 1);
     for (size_t j = 0; j < width; ++j) chunk.decay[j] = 0, chunk.weight[j] = kLogZero;
     chunk.weight[0] = m_in;
@@ -179,7 +180,8 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
                     Scratch::rounded(kChunk * width) + Scratch::rounded(panel_floats(depth)));
     if (!scratch.ok()) return false;
     Chunk chunk;
-    for (float **part : {&chunk.decay, &chunk.weight, &chunk.row, &chunk.carried, &chunk.m, &chunk.normalizer}) {
+    for (float **part :
+         {&chunk.decay, &chunk.weight, &chunk.row, &chunk.carried, &chunk.m, &chunk.normalizer}) {
         *part = scratch.take(kChunk + 1);
     }
     chunk.W = scratch.take(square);

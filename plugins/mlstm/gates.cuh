@@ -15,11 +15,11 @@ __device__ __forceinline__ float log_sigmoid(float x) { return fminf(x, 0.0f) - 
 // Results of gate_scan in scratch memory. Per head (B·H of them), S padded to whole blocks; padded positions
 // neither decay nor insert. "Before" and "after" a position do not leave its block.
 struct Gates {
-    float *i, *lf;              // (B·H, blocks, 64) the gates again, heads first: input pre-activation, log forget
-    float *m;                   // stabilizer of the recurrence after this position
-    float *to_start;            // sum of lf up to and including this position
-    float *to_end;              // sum of lf after this position
-    float *weight;              // what is left of this position's insertion at the end of its block
+    float *i, *lf;    // (B·H, blocks, 64) the gates again, heads first: input pre-activation, log forget
+    float *m;         // stabilizer of the recurrence after this position
+    float *to_start;  // sum of lf up to and including this position
+    float *to_end;    // sum of lf after this position
+    float *weight;    // what is left of this position's insertion at the end of its block
     // (B·H, blocks): sum of lf, decay of the block's incoming state, its stabilizer
     float *total, *kept, *m_0;
 };

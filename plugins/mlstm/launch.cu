@@ -24,8 +24,8 @@ int launch_step(const Mlstm &call, Stream stream) {
     const bool in_place = call.n == call.n0 || call.m == call.m0;
     const bool writes_normalizer = strips == 1 || !in_place;
     const int shared = (2 * call.dk + STEP_THREADS / 32 * columns) * int(sizeof(float));
-    const int status = launch(step<Io, State, lanes, width>, heads * strips, STEP_THREADS, shared, stream, call,
-                              writes_normalizer);
+    const int status = launch(step<Io, State, lanes, width>, heads * strips, STEP_THREADS, shared, stream,
+                              call, writes_normalizer);
     if (status != 0 || writes_normalizer) return status;
     return launch(step_normalizer<Io>, heads, STEP_THREADS, 0, stream, call);
 }
@@ -63,8 +63,10 @@ const char *check(const Mlstm &call) {
         if (size.value < 1 || size.value > size.most)
             return refuse("%s is %d, must be 1 to %d", size.name, size.value, size.most);
     if (size_t(call.batch) * call.heads > (1 << 20))
-        return refuse("B * H is %lld, must be at most %d", static_cast<long long>(call.batch) * call.heads, 1 << 20);
-    if (!floating(call.io)) return refuse("q, k, v and h have type %d, must be f32, f16 or bf16", int(call.io));
+        return refuse("B * H is %lld, must be at most %d", static_cast<long long>(call.batch) * call.heads,
+                      1 << 20);
+    if (!floating(call.io))
+        return refuse("q, k, v and h have type %d, must be f32, f16 or bf16", int(call.io));
     if (!floating(call.state)) return refuse("C has type %d, must be f32, f16 or bf16", int(call.state));
     return nullptr;
 }

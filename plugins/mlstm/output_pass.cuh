@@ -53,7 +53,7 @@ __device__ __forceinline__ float decay_between(const BlockDecay &decay, int t, i
 template <class Io, int columns>
 struct OutputShared {
     using P = Pieces<Io>;
-    static constexpr bool direct = P::input == 1;        // raw tiles are bfloat16 planes as they are
+    static constexpr bool direct = P::input == 1;           // raw tiles are bfloat16 planes as they are
     static constexpr bool scores_direct = sizeof(Io) == 2;  // q and k are multiplied in their own type
     static constexpr int raw_slice = BLOCK * raw_pitch<Io>(SLICE);
     static constexpr int raw_values = BLOCK * raw_pitch<Io>(columns);
@@ -72,7 +72,9 @@ struct OutputShared {
     static constexpr int fixed = floats + int(sizeof(BlockDecay));
     // n, then i and to_end of the positions of the chunk, then of this block's positions
     // m, decay since the start of the block, two sums of scores, and q·n
-    static int bytes(int rows) { return fixed + (rows + 2 * MAX_CHUNK * BLOCK + 5 * BLOCK) * int(sizeof(float)); }
+    static int bytes(int rows) {
+        return fixed + (rows + 2 * MAX_CHUNK * BLOCK + 5 * BLOCK) * int(sizeof(float));
+    }
 };
 
 // One CTA per head, block and COLUMNS of h. Four warps, two by two, each with 32 positions. For the block
@@ -123,8 +125,9 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
         if (round < slices) {
             for (int p = 0; p < P::inner; ++p) {
                 load_tile<bits16, SLICE, COLUMNS, OUTPUT_THREADS>(
-                    at + 2 * Shared::raw_slice + p * Shared::state_plane, C + p * plane + size_t(d) * segment.columns,
-                    segment.columns, SLICE, segment.columns - column, true);
+                    at + 2 * Shared::raw_slice + p * Shared::state_plane,
+                    C + p * plane + size_t(d) * segment.columns, segment.columns, SLICE,
+                    segment.columns - column, true);
             }
         }
     };
@@ -135,7 +138,8 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     const size_t block_gates = size_t(head) * blocks + block, chunk_start = block_gates - earlier;
     float since_start = 0.0f;  // sum of lf over the chunk's earlier blocks
     for (int x = 0; x < earlier; ++x) since_start += gates.total[chunk_start + x];
-    for (int d = threadIdx.x; d < segment.rows; d += OUTPUT_THREADS) state_n[d] = segment.n[chunk * segment.rows + d];
+    for (int d = threadIdx.x; d < segment.rows; d += OUTPUT_THREADS)
+        state_n[d] = segment.n[chunk * segment.rows + d];
     for (int j = threadIdx.x; j < (earlier + 1) * BLOCK; j += OUTPUT_THREADS) {
         chunk_i[j] = gates.i[chunk_start * BLOCK + j];
         chunk_end[j] = gates.to_end[chunk_start * BLOCK + j];
@@ -148,8 +152,8 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
     const float m_0 = gates.m_0[chunk_start];
 
     float S[2][4][4], H[2][N][4], sums[2][2] = {};
-    float qn = 0.0f;           // this thread's half of q·n for position threadIdx.x / 2
-    float in_between = 0.0f;   // sum of lf over the blocks between the keys' block and this one
+    float qn = 0.0f;          // this thread's half of q·n for position threadIdx.x / 2
+    float in_between = 0.0f;  // sum of lf over the blocks between the keys' block and this one
     clear(S);
     clear(H);
     for (int round = 0; round < rounds; ++round) {
@@ -159,8 +163,9 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
         __syncthreads();
         if (slice == 0) {
             const int from = (block - back) * BLOCK;
-            load_tile<Io, BLOCK, COLUMNS, OUTPUT_THREADS>(shared + Shared::values, v + from * stride_v, stride_v,
-                                                          call.length - from, call.dv - column, vector);
+            load_tile<Io, BLOCK, COLUMNS, OUTPUT_THREADS>(shared + Shared::values, v + from * stride_v,
+                                                          stride_v, call.length - from, call.dv - column,
+                                                          vector);
         }
         if (round + 1 < rounds) load(round + 1);
         copy_commit();
@@ -187,7 +192,8 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
         if (back == 0) {
             const bits16 *const state = reinterpret_cast<const bits16 *>(at + 2 * Shared::raw_slice);
             multiply<bf16, P::input, P::inner, P::order, Layout::plain, Layout::plain, SLICE>(
-                H, {q_at, pitch(SLICE), slice_plane}, {state + side * COLUMNS / 2, pitch(COLUMNS), tile_size(SLICE, COLUMNS)});
+                H, {q_at, pitch(SLICE), slice_plane},
+                {state + side * COLUMNS / 2, pitch(COLUMNS), tile_size(SLICE, COLUMNS)});
             const Io *const row = reinterpret_cast<const Io *>(at + threadIdx.x / 2 * raw_pitch<Io>(SLICE));
             for (int d = threadIdx.x % 2; d < SLICE && slice * SLICE + d < segment.rows; d += 2)
                 qn = fmaf(to_float(row[d]), state_n[slice * SLICE + d], qn);
@@ -224,7 +230,7 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
                         sums[i][half] += E[e];
                     }
                     store_pieces<bf16, P::inner>(scores + t * pitch(BLOCK) + side * 32 + 8 * j + lane % 4 * 2,
-                                           tile_size(BLOCK, BLOCK), E[0], E[1]);
+                                                 tile_size(BLOCK, BLOCK), E[0], E[1]);
                 }
             }
         }

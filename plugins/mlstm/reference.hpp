@@ -15,8 +15,8 @@ Real log_sigmoid(Real x) {
 
 // One position of one head: q, k (Dk), v, h (Dv); C (Dk, Dv), n (Dk) and m are updated in place.
 template <class Real>
-void mlstm_position(const Real *q, const Real *k, const Real *v, Real i, Real f, Real *C, Real *n, Real &m, Real *h,
-                    int Dk, int Dv, Real scale, Real eps) {
+void mlstm_position(const Real *q, const Real *k, const Real *v, Real i, Real f, Real *C, Real *n, Real &m,
+                    Real *h, int Dk, int Dv, Real scale, Real eps) {
     const Real lf = log_sigmoid(f);
     const Real m_new = std::max(lf + m, i);
     // Not (lf + m) - m': what was rounded off in m' comes back in the decay and does not add up.

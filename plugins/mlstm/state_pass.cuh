@@ -40,12 +40,12 @@ constexpr bool scaled_keys = sizeof(Io) == 2 && Pieces<Io>::keys == 2;
 
 // A segment of the sequence, and scratch memory that lives as long.
 struct Segment {
-    int first, count;       // blocks
-    int chunk;              // blocks to a chunk; `first` is the start of one
-    bool starts, ends;      // the sequence
-    int rows, columns;      // Dk and Dv rounded up to whole state tiles
-    bits16 *C;              // (B·H, chunks of the segment, pieces, rows, columns): C at the start of each chunk
-    float *n;               // (B·H, chunks of the segment, rows): n there
+    int first, count;   // blocks
+    int chunk;          // blocks to a chunk; `first` is the start of one
+    bool starts, ends;  // the sequence
+    int rows, columns;  // Dk and Dv rounded up to whole state tiles
+    bits16 *C;          // (B·H, chunks of the segment, pieces, rows, columns): C at the start of each chunk
+    float *n;           // (B·H, chunks of the segment, rows): n there
     float *carried_C, *carried_n;  // state between segments, in the order of the threads
 };
 
@@ -89,9 +89,10 @@ __global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
     const auto load = [&](int block, int stage) {
         unsigned char *const at = stages + stage * Shared::stage;
         const int start = block * BLOCK, valid = call.length - start;
-        load_tile<Io, BLOCK, STATE_TILE, STATE_THREADS>(at, k + start * stride_k, stride_k, valid, call.dk - row, vector);
-        load_tile<Io, BLOCK, STATE_TILE, STATE_THREADS>(at + Shared::raw, v + start * stride_v, stride_v, valid,
-                                                        call.dv - column, vector);
+        load_tile<Io, BLOCK, STATE_TILE, STATE_THREADS>(at, k + start * stride_k, stride_k, valid,
+                                                        call.dk - row, vector);
+        load_tile<Io, BLOCK, STATE_TILE, STATE_THREADS>(at + Shared::raw, v + start * stride_v, stride_v,
+                                                        valid, call.dv - column, vector);
         if (threadIdx.x < BLOCK / 4) {
             const float *weights = gates.weight + (size_t(head) * blocks + block) * BLOCK;
             copy_async(at + 2 * Shared::raw + threadIdx.x * 16, weights + threadIdx.x * 4, 16);
@@ -116,7 +117,9 @@ __global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
                 const int c = column + warp_column + 8 * j + lane % 4 * 2 + e % 2;
                 if (segment.starts) {
                     const bool valid = d < call.dk && c < call.dv;
-                    C[i][j][e] = valid ? to_float(static_cast<const State *>(call.C0)[(head_state + d) * call.dv + c]) : 0.0f;
+                    C[i][j][e] =
+                        valid ? to_float(static_cast<const State *>(call.C0)[(head_state + d) * call.dv + c])
+                              : 0.0f;
                 } else {
                     C[i][j][e] = carried[((i * 4 + j) * 4 + e) * STATE_THREADS];
                 }
@@ -155,7 +158,8 @@ __global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
                         split<bf16>(C[i][j][2 * half], C[i][j][2 * half + 1], bits);
 #pragma unroll
                         for (int p = 0; p < P::inner; ++p)
-                            *reinterpret_cast<uint32_t *>(to + p * plane + size_t(d) * segment.columns + c) = bits[p];
+                            *reinterpret_cast<uint32_t *>(to + p * plane + size_t(d) * segment.columns + c) =
+                                bits[p];
                     }
                 }
             }
@@ -169,7 +173,8 @@ __global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
         if (owns_n) {
             float sum = 0.0f;
             for (int j = threadIdx.x % 2; j < BLOCK; j += 2) {
-                const Io *key = reinterpret_cast<const Io *>(at + j * raw_pitch<Io>(STATE_TILE)) + threadIdx.x / 2;
+                const Io *key =
+                    reinterpret_cast<const Io *>(at + j * raw_pitch<Io>(STATE_TILE)) + threadIdx.x / 2;
                 sum += weights[j] * to_float(*key);
             }
             sum += __shfl_xor_sync(WARP, sum, 1);
@@ -208,7 +213,8 @@ __global__ void __launch_bounds__(STATE_THREADS, sizeof(Io) == 4 ? 1 : 3)
                 const int c = column + warp_column + 8 * j + lane % 4 * 2 + e % 2;
                 if (!segment.ends) carried[((i * 4 + j) * 4 + e) * STATE_THREADS] = C[i][j][e];
                 else if (d < call.dk && c < call.dv)
-                    static_cast<State *>(call.C)[(head_state + d) * call.dv + c] = from_float<State>(C[i][j][e]);
+                    static_cast<State *>(call.C)[(head_state + d) * call.dv + c] =
+                        from_float<State>(C[i][j][e]);
             }
         }
     }

@@ -27,7 +27,8 @@ __device__ __forceinline__ float2 unpack(bf16, uint32_t bits) {
 }
 
 __device__ __forceinline__ float2 unpack(f16, uint32_t bits) {
-    return make_float2(to_float(f16{static_cast<uint16_t>(bits)}), to_float(f16{static_cast<uint16_t>(bits >> 16)}));
+    return make_float2(to_float(f16{static_cast<uint16_t>(bits)}),
+                       to_float(f16{static_cast<uint16_t>(bits >> 16)}));
 }
 
 template <class T>
@@ -76,7 +77,8 @@ __device__ __forceinline__ void mma(f16, float (&d)[4], const uint32_t (&a)[4], 
 
 // acc (16 M x 8 N) += A (16 M x depth) B (depth x 8 N) by one warp, over all pairs of pieces (a, b), of type T,
 // with a + b < order. A plain A has its rows in the tile's rows; so has a plain B (depth x columns).
-template <class T, int pieces_a, int pieces_b, int order, Layout layout_a, Layout layout_b, int depth, int M, int N>
+template <class T, int pieces_a, int pieces_b, int order, Layout layout_a, Layout layout_b, int depth, int M,
+          int N>
 __device__ __forceinline__ void multiply(float (&acc)[M][N][4], Operand A, Operand B) {
     static_assert(N % 2 == 0 && depth % 16 == 0, "matrices are loaded in pairs");
     const int lane = threadIdx.x % 32;
@@ -92,7 +94,8 @@ __device__ __forceinline__ void multiply(float (&acc)[M][N][4], Operand A, Opera
                 if (layout_a == Layout::plain) {
                     load_matrices(a[p][i], tile + (16 * i + 8 * second + inner) * A.pitch + k + 8 * third);
                 } else {
-                    load_matrices_transposed(a[p][i], tile + (k + 8 * third + inner) * A.pitch + 16 * i + 8 * second);
+                    load_matrices_transposed(a[p][i],
+                                             tile + (k + 8 * third + inner) * A.pitch + 16 * i + 8 * second);
                 }
             }
         }
@@ -103,7 +106,8 @@ __device__ __forceinline__ void multiply(float (&acc)[M][N][4], Operand A, Opera
             for (int p = 0; p < pieces_b; ++p) {
                 const bits16 *tile = B.at + p * B.plane;
                 if (layout_b == Layout::plain) {
-                    load_matrices_transposed(b[p], tile + (k + 8 * second + inner) * B.pitch + 8 * j + 8 * third);
+                    load_matrices_transposed(b[p],
+                                             tile + (k + 8 * second + inner) * B.pitch + 8 * j + 8 * third);
                 } else {
                     load_matrices(b[p], tile + (8 * j + 8 * third + inner) * B.pitch + k + 8 * second);
                 }
@@ -145,8 +149,8 @@ __host__ __device__ constexpr int raw_pitch(int columns) {
 // the first `valid_rows` and `valid_columns` becomes zero. With `vector`, rows of the source are aligned to 16
 // bytes; otherwise the copy is made element by element, at once.
 template <class T, int rows, int columns, int threads>
-__device__ __forceinline__ void load_tile(void *tile, const T *source, size_t stride, int valid_rows, int valid_columns,
-                                          bool vector) {
+__device__ __forceinline__ void load_tile(void *tile, const T *source, size_t stride, int valid_rows,
+                                          int valid_columns, bool vector) {
     unsigned char *target = static_cast<unsigned char *>(tile);
     constexpr int width = 16 / sizeof(T), units = columns / width;
     if (vector) {
@@ -173,7 +177,8 @@ __device__ __forceinline__ void expand(bits16 *planes, const void *raw, const fl
     const unsigned char *source = static_cast<const unsigned char *>(raw);
     for (int x = threadIdx.x; x < rows * columns / 2; x += threads) {
         const int row = x / (columns / 2), column = x % (columns / 2) * 2;
-        const float2 values = pair(reinterpret_cast<const T *>(source + row * raw_pitch<T>(columns)) + column);
+        const float2 values =
+            pair(reinterpret_cast<const T *>(source + row * raw_pitch<T>(columns)) + column);
         const float factor = factors ? factors[row] : 1.0f;
         store_pieces<bf16, pieces>(planes + row * pitch(columns) + column, tile_size(rows, columns),
                                    factor * values.x, factor * values.y);
@@ -187,12 +192,14 @@ struct Scale {
 
 __device__ __forceinline__ Scale scale_to_half(float peak) {
     const int exponent = max(int(bits_of_float(peak) >> 23) - 127, -100);
-    return {float_of_bits(uint32_t(127 + 14 - exponent) << 23), float_of_bits(uint32_t(127 - 14 + exponent) << 23)};
+    return {float_of_bits(uint32_t(127 + 14 - exponent) << 23),
+            float_of_bits(uint32_t(127 - 14 + exponent) << 23)};
 }
 
 // The two FP16 planes of a raw tile (64 x 64), every row multiplied by its factor and every two neighbouring
 // columns by a power of two, of which `inverses` gets the inverse for each column. By 128 threads.
-__device__ __forceinline__ void expand_scaled(bits16 *planes, const void *raw, const float *factors, float *inverses) {
+__device__ __forceinline__ void expand_scaled(bits16 *planes, const void *raw, const float *factors,
+                                              float *inverses) {
     constexpr int rows = 64, columns = 64, quarter = rows / 4;
     const unsigned char *source = static_cast<const unsigned char *>(raw);
     const int lane = threadIdx.x % 32, column = (threadIdx.x / 32 * 8 + lane / 4) * 2;

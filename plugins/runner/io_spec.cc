@@ -102,8 +102,9 @@ IoSpec make_io(const std::vector<Tensor> &inputs, const std::vector<Tensor> &out
             spec.inputs.push_back(input);
             continue;
         }
-        const auto present = std::find_if(outputs.begin(), outputs.end(),
-                                          [&](const Tensor &output) { return output.name == "present" + state; });
+        const auto present = std::find_if(outputs.begin(), outputs.end(), [&](const Tensor &output) {
+            return output.name == "present" + state;
+        });
         if (present == outputs.end()) fail(input.name + " goes in and no present" + state + " comes out");
         check_state(input, *present);
         spec.states.push_back({input, present->name});

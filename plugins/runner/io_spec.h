@@ -10,7 +10,7 @@
 
 namespace xlstm::runner {
 
-constexpr int64_t kBatch = -2;                  // the first axis of every tensor
+constexpr int64_t kBatch = -2;                 // the first axis of every tensor
 constexpr int64_t kSequence = XLSTM_SEQUENCE;  // the second axis of some
 
 struct Tensor {

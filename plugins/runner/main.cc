@@ -69,8 +69,10 @@ int64_t parse_number(const std::string &what, const std::string &text, int64_t m
 Arguments parse_arguments(const std::vector<std::string> &words) {
     Arguments all;
     const std::pair<const char *, std::string *> texts[] = {
-        {"--plugin", &all.plugin},         {"--model-hash", &all.model_hash},
-        {"--load-state", &all.load_state}, {"--save-state", &all.save_state},
+        {"--plugin", &all.plugin},
+        {"--model-hash", &all.model_hash},
+        {"--load-state", &all.load_state},
+        {"--save-state", &all.save_state},
     };
     const std::pair<const char *, int64_t *> numbers[] = {
         {"--batch", &all.batch}, {"--piece", &all.piece},   {"--device", &all.device},
@@ -223,8 +225,7 @@ void generate(const Runner &runner, int64_t count) {
     const xlstm_tensor in = description(runner, XLSTM_INPUT, 0), out = description(runner, XLSTM_OUTPUT, 0);
     const bool tokens = xlstm_count(runner.get(), XLSTM_INPUT) == 1 && in.rank == 2 &&
                         (in.type == XLSTM_INT64 || in.type == XLSTM_INT32);
-    const bool logits =
-        out.type <= XLSTM_BFLOAT16 && (out.rank == 2 || (out.rank == 3 && out.dims[1] <= 1));
+    const bool logits = out.type <= XLSTM_BFLOAT16 && (out.rank == 2 || (out.rank == 3 && out.dims[1] <= 1));
     if (!tokens || !logits) throw Failure{XLSTM_USAGE, "--generate needs a model from token ids to logits"};
     const int64_t vocabulary = out.dims[out.rank - 1];
     std::vector<char> prompt;

@@ -161,7 +161,8 @@ std::vector<size_t> StateFormat::find(const uint8_t *buffer, size_t bytes) const
 }
 
 // Which of the states that were not found yet lies whole at `at`.
-size_t StateFormat::next(const uint8_t *buffer, size_t at, size_t end, const std::vector<size_t> &found) const {
+size_t StateFormat::next(const uint8_t *buffer, size_t at, size_t end,
+                         const std::vector<size_t> &found) const {
     size_t missing = entries_.size();
     for (size_t i = 0; i < entries_.size(); ++i) {
         if (found[i] != 0) continue;

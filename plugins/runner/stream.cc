@@ -110,8 +110,8 @@ void Stream::reset() {
 void Stream::reset(const int32_t *rows, int32_t count) {
     for (int32_t i = 0; i < count; ++i) {
         if (rows[i] < 0 || rows[i] >= batch_) {
-            throw Error(XLSTM_USAGE, "no row " + std::to_string(rows[i]) + " in a batch of " +
-                                         std::to_string(batch_));
+            throw Error(XLSTM_USAGE,
+                        "no row " + std::to_string(rows[i]) + " in a batch of " + std::to_string(batch_));
         }
     }
     const bool known = std::exchange(known_, false);

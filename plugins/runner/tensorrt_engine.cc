@@ -56,7 +56,7 @@ class MappedFile {
 public:
     explicit MappedFile(const std::string &path) {
         const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        struct stat status {};
+        struct stat status{};
         const bool usable = file >= 0 && fstat(file, &status) == 0 && S_ISREG(status.st_mode);
         if (usable && status.st_size > 0) {
             size_ = static_cast<size_t>(status.st_size);
@@ -90,7 +90,9 @@ xlstm_type type_of(DataType type, const std::string &name) {
         case DataType::kINT64: return XLSTM_INT64;
         case DataType::kBOOL: return XLSTM_BOOL;
         case DataType::kUINT8: return XLSTM_UINT8;
-        default: throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " is of a type that no input or output has");
+        default:
+            throw Error(XLSTM_BAD_INPUT,
+                        "the engine's " + name + " is of a type that no input or output has");
     }
 }
 
@@ -178,7 +180,8 @@ public:
             return;
         }
         Lane &lane = length == 1 ? step_ : long_;
-        const bool warm = lane.length == length;  // TensorRT wants a run after shapes were set, then a capture
+        const bool warm =
+            lane.length == length;  // TensorRT wants a run after shapes were set, then a capture
         if (!warm) set_shapes(lane, length);
         set_addresses(lane, parity);
         if (length == 1 && warm && graph_wanted_ && capture(parity)) {
@@ -198,8 +201,8 @@ private:
         int devices = 0;
         check(cudaGetDeviceCount(&devices), "no GPU");  // before TensorRT, which may crash without one
         if (device_ >= devices) {
-            throw Error(XLSTM_ENVIRONMENT, "no GPU " + std::to_string(device_) + ", there are " +
-                                               std::to_string(devices));
+            throw Error(XLSTM_ENVIRONMENT,
+                        "no GPU " + std::to_string(device_) + ", there are " + std::to_string(devices));
         }
         use_device();
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "no CUDA stream");

@@ -9,9 +9,11 @@
 
 const xlstm::SlstmKernels &xlstm::slstm_kernels() {
 #if defined(__x86_64__)
-    static const SlstmKernels &best = best_kernels<SlstmKernels>(slstm_generic, &slstm_avx2, &slstm_avx512, nullptr);
+    static const SlstmKernels &best =
+        best_kernels<SlstmKernels>(slstm_generic, &slstm_avx2, &slstm_avx512, nullptr);
 #elif defined(__aarch64__)
-    static const SlstmKernels &best = best_kernels<SlstmKernels>(slstm_generic, nullptr, nullptr, &slstm_neon);
+    static const SlstmKernels &best =
+        best_kernels<SlstmKernels>(slstm_generic, nullptr, nullptr, &slstm_neon);
 #else
     static const SlstmKernels &best = slstm_generic;
 #endif
@@ -23,7 +25,8 @@ XLSTM_EXPORT const char *xlstm_slstm_check(const xlstm::Slstm *call) {
     if (call->batch < 1 || call->length < 1 || call->heads < 1 || call->dim < 1) {
         return "batch, length, heads and head size must be at least 1";
     }
-    if (call->io != Dtype::f32 || call->weight != Dtype::f32) return "the CPU operator computes in float32 only";
+    if (call->io != Dtype::f32 || call->weight != Dtype::f32)
+        return "the CPU operator computes in float32 only";
     return nullptr;
 }
 

@@ -12,7 +12,8 @@ struct SlstmKernels {
     bool (*scan)(const Slstm &call, const Parallel *parallel);
 };
 
-extern const SlstmKernels slstm_generic, slstm_avx2, slstm_avx512, slstm_neon;  // those of this architecture exist
+extern const SlstmKernels slstm_generic, slstm_avx2, slstm_avx512,
+    slstm_neon;  // those of this architecture exist
 
 const SlstmKernels &slstm_kernels();
 

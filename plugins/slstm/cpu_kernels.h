@@ -12,7 +12,7 @@
 namespace xlstm {
 namespace {
 
-constexpr int kRows = 4;            // batch rows that share a read of R
+constexpr int kRows = 4;             // batch rows that share a read of R
 constexpr size_t kWorthPacking = 8;  // positions
 
 // Vectors of gate columns that one pass over the units sums up in registers, for each of `rows` rows.
@@ -44,7 +44,8 @@ void pack(const float *R, size_t units, size_t columns, float *to) {
     constexpr size_t panel = (size_t)panel_vectors<rows>() * kLanes;
     for (size_t first = 0; first < columns; first += panel) {
         for (size_t unit = 0; unit < units; ++unit) {
-            for (size_t j = 0; j < panel; ++j) *to++ = first + j < columns ? R[unit * columns + first + j] : 0;
+            for (size_t j = 0; j < panel; ++j)
+                *to++ = first + j < columns ? R[unit * columns + first + j] : 0;
         }
     }
 }
@@ -73,7 +74,8 @@ void mix(const Weights &R, const float *y, size_t stride, float *gates, size_t g
             for (size_t unit = 0; unit < R.units; ++unit, from += step) {
                 for (size_t j = 0; j * kLanes < whole; ++j) {
                     const size_t some = whole - j * kLanes;
-                    const Vec weight = some >= kLanes ? load(from + j * kLanes) : load_some(from + j * kLanes, some);
+                    const Vec weight =
+                        some >= kLanes ? load(from + j * kLanes) : load_some(from + j * kLanes, some);
                     for (int row = 0; row < rows; ++row) sums[row][j] += y[row * stride + unit] * weight;
                 }
             }
@@ -97,8 +99,11 @@ inline void point(const Row &row, size_t dim, float forget_max) {
     const float *i_gate = row.gates, *f_gate = i_gate + dim, *z_gate = f_gate + dim, *o_gate = z_gate + dim;
     for (size_t d = 0; d < dim; d += kLanes) {
         const size_t some = dim - d;
-        const auto read = [&](const float *p) { return some >= kLanes ? load(p + d) : load_some(p + d, some); };
-        const Vec i = read(i_gate), f = min(read(f_gate), all(forget_max)), z = read(z_gate), o = read(o_gate);
+        const auto read = [&](const float *p) {
+            return some >= kLanes ? load(p + d) : load_some(p + d, some);
+        };
+        const Vec i = read(i_gate), f = min(read(f_gate), all(forget_max)), z = read(z_gate),
+                  o = read(o_gate);
         const Vec c = load(row.c + d), n = load(row.n + d), m = load(row.m + d);
         const Vec lf = log_sigmoid(f);
         const IntVec fresh = n == 0.f;

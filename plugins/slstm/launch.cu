@@ -29,14 +29,16 @@ int start(const Slstm &call, float *past, Stream stream, int warps) {
     const int others = tiles * max(0, plan.panels - held);
     const int room = shared_limit() - 1024 - plan.tiles;  // some for static variables
     plan.slots = min(max(max(others, held * tiles), 1), room / (warps * Weights::tile_bytes));
-    if (plan.slots < 1 || (plan.slots < others && plan.slots < RING)) return static_cast<int>(cudaErrorInvalidValue);
+    if (plan.slots < 1 || (plan.slots < others && plan.slots < RING))
+        return static_cast<int>(cudaErrorInvalidValue);
     plan.resident = plan.slots < others ? plan.slots - RING : others;
     plan.streamed = others - plan.resident;
     plan.vector = call.dim % width == 0 && reinterpret_cast<uintptr_t>(call.R) % 16 == 0;
     plan.sliced = slices > 1;
     plan.y0 = overwrites_past(call) ? past : call.y0;
-    return launch(scan<Weights, tiles, held, threads>, dim3(unsigned(groups * call.heads), unsigned(slices)), warps * 32,
-                  size_t(plan.tiles + warps * plan.slots * Weights::tile_bytes), stream, call, plan);
+    return launch(scan<Weights, tiles, held, threads>, dim3(unsigned(groups * call.heads), unsigned(slices)),
+                  warps * 32, size_t(plan.tiles + warps * plan.slots * Weights::tile_bytes), stream, call,
+                  plan);
 }
 
 // As many registers for R as the threads of a CTA leave to each; `less` panels where sums take more of them.
@@ -50,7 +52,8 @@ int run_to_256(const Slstm &call, Stream stream) {
 
 template <class Weights>
 int run_large(const Slstm &call, float *past, Stream stream) {
-    if (!sliced(call)) return start<Weights, 2, 0, 512>(call, nullptr, stream, (call.dim + 2 * UNITS - 1) / (2 * UNITS));
+    if (!sliced(call))
+        return start<Weights, 2, 0, 512>(call, nullptr, stream, (call.dim + 2 * UNITS - 1) / (2 * UNITS));
     if (overwrites_past(call)) {
         const int count = call.batch * call.heads * call.dim;
         const int status = launch(copy_past, unsigned(count + 255) / 256, 256, 0, stream, call, past, count);
@@ -77,7 +80,8 @@ int run(const Slstm &call, float *past, Stream stream) {
             return run_with<IntegerWeights<4>>(call, past, stream);
         case Dtype::bf16:
             if (call.batch > 2 && call.dim <= 128)
-                return start<BrainWeights<4>, 1, 4, 256>(call, nullptr, stream, (call.dim + UNITS - 1) / UNITS);
+                return start<BrainWeights<4>, 1, 4, 256>(call, nullptr, stream,
+                                                         (call.dim + UNITS - 1) / UNITS);
             return run_with<BrainWeights<2>>(call, past, stream);
         default:
             if (call.batch == 1) return run_with<SingleWeights<1>>(call, past, stream);

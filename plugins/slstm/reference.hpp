@@ -26,8 +26,8 @@ void slstm_unit(Real i, Real f, Real z, Real o, Real forget_max, Real &y, Real &
 
 // One position of one head: x, bias (4, D), R (D, 4, D), results in y, c, n, m (D).
 template <class Real>
-void slstm_position(const Real *x, const Real *R, const Real *bias, Real forget_max, Real *y, Real *c, Real *n,
-                    Real *m, int D) {
+void slstm_position(const Real *x, const Real *R, const Real *bias, Real forget_max, Real *y, Real *c,
+                    Real *n, Real *m, int D) {
     std::vector<Real> raw(4 * D);
     for (int u = 0; u < 4 * D; ++u) raw[u] = x[u] + bias[u];
     for (int d = 0; d < D; ++d)

@@ -25,8 +25,8 @@ struct Plan {
 // Starts the copy of a tile of one head's R (D, 4, D): k from `k` on, units from `unit` on. What lies outside becomes
 // zero. With `vector`, rows are aligned to 16 bytes; otherwise the copy is made at once, element by element.
 template <class Weights>
-__device__ __forceinline__ void copy_tile(unsigned char *tile, const typename Weights::Element *R, int k_0, int unit,
-                                          int dim, int lane, bool vector) {
+__device__ __forceinline__ void copy_tile(unsigned char *tile, const typename Weights::Element *R, int k_0,
+                                          int unit, int dim, int lane, bool vector) {
     using Element = typename Weights::Element;
     constexpr int width = 16 / sizeof(Element), across = UNITS / width, step = 32 / (4 * across);
     const int chunk = lane % across, gate = lane / across % 4, left = dim - unit - chunk * width;
@@ -35,20 +35,23 @@ __device__ __forceinline__ void copy_tile(unsigned char *tile, const typename We
 #pragma unroll 1
         for (int k = lane / across / 4; k < Weights::depth; k += step) {
             const bool inside = k_0 + k < dim && left > 0;
-            copy_async(tile + Weights::place(gate, k, chunk), inside ? from + k * 4 * dim : R, inside ? 16 : 0);
+            copy_async(tile + Weights::place(gate, k, chunk), inside ? from + k * 4 * dim : R,
+                       inside ? 16 : 0);
         }
     } else {
 #pragma unroll 1
         for (int k = lane / across / 4; k < Weights::depth; k += step) {
             Element *const to = reinterpret_cast<Element *>(tile + Weights::place(gate, k, chunk));
 #pragma unroll 1
-            for (int e = 0; e < width; ++e) to[e] = k_0 + k < dim && e < left ? from[k * 4 * dim + e] : Element{};
+            for (int e = 0; e < width; ++e)
+                to[e] = k_0 + k < dim && e < left ? from[k * 4 * dim + e] : Element{};
         }
     }
 }
 
 // From the largest |y| there can be: |c / n| is an average of its past and of tanh. Everyone gets the same.
-__device__ __forceinline__ Scale scale_of_y(const Slstm &call, const Plan &plan, int head, int first, int rows) {
+__device__ __forceinline__ Scale scale_of_y(const Slstm &call, const Plan &plan, int head, int first,
+                                            int rows) {
     __shared__ unsigned bound;
     if (threadIdx.x == 0) bound = bits_of_float(1.0f);
     __syncthreads();
@@ -75,15 +78,17 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
     const int dim = call.dim, head = blockIdx.x % call.heads, first = blockIdx.x / call.heads * Weights::rows;
     const int rows = min(Weights::rows, call.batch - first), row = Weights::row(t);
     float4 *const bias = reinterpret_cast<float4 *>(shared + 2 * plan.y_bytes);  // (D) of gates
-    float4 *const factors = bias + dim;                                           // the same of R_scale
+    float4 *const factors = bias + dim;                                          // the same of R_scale
     unsigned char *const slot_0 = shared + plan.tiles + warp * plan.slots * Weights::tile_bytes;
-    const auto *const R = static_cast<const typename Weights::Element *>(call.R) + size_t(head) * dim * 4 * dim;
+    const auto *const R =
+        static_cast<const typename Weights::Element *>(call.R) + size_t(head) * dim * 4 * dim;
 
     // A warp's tiles in the order of their use after the held ones: by panel, then by tile.
     const int first_unit = (blockIdx.y * blockDim.x / 32 + warp) * tiles * UNITS;
     const auto slot = [&](int x) { return slot_0 + x * Weights::tile_bytes; };
     const auto copy = [&](int x, int panel, int tile) {
-        copy_tile<Weights>(slot(x), R, panel * Weights::depth, first_unit + tile * UNITS, dim, lane, plan.vector);
+        copy_tile<Weights>(slot(x), R, panel * Weights::depth, first_unit + tile * UNITS, dim, lane,
+                           plan.vector);
     };
     const auto copy_other = [&](int x, int other) { copy(x, held + other / tiles, other % tiles); };
 
@@ -92,7 +97,8 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
     for (int x = 0; x < held * tiles; ++x) {
         if (x % plan.slots == 0) {
             __syncwarp();
-            for (int next = x; next < min(x + plan.slots, held * tiles); ++next) copy(next - x, next / tiles, next % tiles);
+            for (int next = x; next < min(x + plan.slots, held * tiles); ++next)
+                copy(next - x, next / tiles, next % tiles);
             copy_commit();
             copy_wait<0>();
             __syncwarp();
@@ -131,11 +137,12 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
     constexpr int cells = tiles * Weights::cells;
     Cell cell[cells];
     uint32_t x_next[cells][4];
-    const size_t width = size_t(call.heads) * dim;               // elements of x from gate to gate
-    const size_t state_0 = (first + row) * width + head * dim;   // of this row's states
+    const size_t width = size_t(call.heads) * dim;                         // elements of x from gate to gate
+    const size_t state_0 = (first + row) * width + head * dim;             // of this row's states
     size_t y_at = size_t(first + row) * call.length * width + head * dim;  // of this row's y at a position
     const auto unit = [&](int u) {
-        return first_unit + u / Weights::cells * UNITS + Weights::unit(Weights::second(u % Weights::cells, t), g);
+        return first_unit + u / Weights::cells * UNITS +
+               Weights::unit(Weights::second(u % Weights::cells, t), g);
     };
     const auto active = [&](int u) { return row < rows && unit(u) < dim; };
     const auto fetch_x = [&](size_t y_at) {
@@ -148,7 +155,8 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
     };
 #pragma unroll
     for (int u = 0; u < cells; ++u)
-        if (active(u)) cell[u] = {call.c0[state_0 + unit(u)], call.n0[state_0 + unit(u)], call.m0[state_0 + unit(u)]};
+        if (active(u))
+            cell[u] = {call.c0[state_0 + unit(u)], call.n0[state_0 + unit(u)], call.m0[state_0 + unit(u)]};
     // Where registers allow, x is on its way for a whole step; otherwise for as long as the product takes.
     constexpr bool early = threads <= 256;
     if (early) fetch_x(y_at);
@@ -184,7 +192,8 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
 #pragma unroll
             for (int tile = 0; tile < tiles; ++tile, ++other) {
                 const auto multiply = [&](int x) {
-                    Weights::for_each(slot(x), lane, [&](const auto &...piece) { sums[tile].add(y, piece...); });
+                    Weights::for_each(slot(x), lane,
+                                      [&](const auto &...piece) { sums[tile].add(y, piece...); });
                 };
                 if (other < plan.resident) {
                     multiply(other);
@@ -194,7 +203,8 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
                 __syncwarp();
                 multiply(plan.resident + ring);
                 __syncwarp();
-                copy_other(plan.resident + ring, plan.resident + (other - plan.resident + RING) % plan.streamed);
+                copy_other(plan.resident + ring,
+                           plan.resident + (other - plan.resident + RING) % plan.streamed);
                 copy_commit();
                 ring = (ring + 1) % RING;
             }

@@ -30,7 +30,9 @@ struct Lanes {
     static constexpr bool shared = rows <= 2;
     static constexpr int cells = shared ? 1 : 2;  // of each lane, per tile
     __device__ __forceinline__ static int row(int t) { return shared ? t / 2 : t; }
-    __device__ __forceinline__ static int second(int u, int t) { return shared ? t % 2 : u; }  // the a of cell u
+    __device__ __forceinline__ static int second(int u, int t) {
+        return shared ? t % 2 : u;
+    }  // the a of cell u
 };
 
 // One of two lanes' sums: this lane's own part of what it keeps, and the partner's.
@@ -81,16 +83,20 @@ struct PiecesOfY {
     static int pitch(int panels) { return (panels + 1 - panels % 2) * 64; }
     static constexpr int most_columns = blocks * 8;
 
-    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int column, bool used, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int column, bool used,
+                                         int lane) {
 #pragma unroll
         for (int x = 0; x < blocks; ++x) {
             uint4 four = make_uint4(0, 0, 0, 0);
-            if (used) four = *reinterpret_cast<const uint4 *>(y + (x * 8 + column) * pitch + panel * 64 + lane % 4 * 16);
+            if (used)
+                four = *reinterpret_cast<const uint4 *>(y + (x * 8 + column) * pitch + panel * 64 +
+                                                        lane % 4 * 16);
             b[x][0] = four.x, b[x][1] = four.y, b[x][2] = four.z, b[x][3] = four.w;
         }
     }
 
-    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int column, int k, uint16_t bits) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int column, int k,
+                                               uint16_t bits) {
         *reinterpret_cast<uint16_t *>(y + column * pitch + k * 2) = bits;
     }
 };
@@ -135,13 +141,15 @@ struct HalfSums : ProductSums<false, 1> {
 
 template <int rows>
 struct HalfY : PiecesOfY<1> {
-    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale scale) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value,
+                                               Scale scale) {
         value *= scale.factor;
         const f16 large = to_f16(value), small = to_f16((value - to_float(large)) * 0x1p11f);
         PiecesOfY::put(y, pitch, 2 * row, k, large.bits);
         PiecesOfY::put(y, pitch, 2 * row + 1, k, small.bits);
     }
-    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows,
+                                         int lane) {
         const int g = lane / 4, column = Lanes<rows>::shared ? g / 4 * 2 + g % 2 : g;
         PiecesOfY::load(y, pitch, panel, column, column < 2 * used_rows, lane);
     }
@@ -155,8 +163,11 @@ struct BrainSums : ProductSums<true, blocks> {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
             const int pair = gate / 2, e = gate % 2 * 2;
-            const auto sum = [&](int x, int a) { return this->d[x][a][pair][e] + this->d[x][a][pair][e + 1]; };
-            const float first = sum(0, blocks == 1 ? 0 : u), second = blocks == 1 ? sum(0, 1) : sum(blocks - 1, u);
+            const auto sum = [&](int x, int a) {
+                return this->d[x][a][pair][e] + this->d[x][a][pair][e + 1];
+            };
+            const float first = sum(0, blocks == 1 ? 0 : u),
+                        second = blocks == 1 ? sum(0, 1) : sum(blocks - 1, u);
             raw[gate] = exchange(first, second, t % 2 == 1, 1);
         }
     }
@@ -164,7 +175,8 @@ struct BrainSums : ProductSums<true, blocks> {
 
 template <int blocks>
 struct BrainY : PiecesOfY<blocks> {
-    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value,
+                                               Scale) {
         const int column = blocks == 1 ? row * 4 : row % 2 * 8 + row / 2 * 4;
 #pragma unroll
         for (int piece = 0; piece < 3; ++piece) {
@@ -173,7 +185,8 @@ struct BrainY : PiecesOfY<blocks> {
             value -= to_float(bits);
         }
     }
-    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows, int lane) {
+    __device__ __forceinline__ void load(const unsigned char *y, int pitch, int panel, int used_rows,
+                                         int lane) {
         const int column = lane / 4;
         PiecesOfY<blocks>::load(y, pitch, panel, column, column / 4 * blocks < used_rows, lane);
     }
@@ -251,7 +264,9 @@ struct IntegerWeights : Lanes<rows> {
     static constexpr int depth = 32, tile_bytes = depth * 4 * UNITS;
     static constexpr bool scaled_y = true, scaled_sums = true;
 
-    __device__ static int matrix(int half, int upper, int gate) { return ((half * 2 + upper) * 4 + gate) * 128; }
+    __device__ static int matrix(int half, int upper, int gate) {
+        return ((half * 2 + upper) * 4 + gate) * 128;
+    }
     __device__ __forceinline__ static int place(int gate, int k, int) {
         const Order order(k);
         return matrix(order.half, order.upper, gate) + order.row * 16;
@@ -294,7 +309,8 @@ struct SingleY {
             y[row][0] = four.x, y[row][1] = four.y, y[row][2] = four.z, y[row][3] = four.w;
         }
     }
-    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value, Scale) {
+    __device__ __forceinline__ static void put(unsigned char *y, int pitch, int row, int k, float value,
+                                               Scale) {
         *reinterpret_cast<float *>(y + row * pitch + k * 4) = value;
     }
 };
@@ -333,7 +349,8 @@ struct SingleWeights : Lanes<most_rows> {
 
         __device__ __forceinline__ void add(const Y &y, int a, int gate, int r, float w) {
 #pragma unroll
-            for (int row = 0; row < most_rows; ++row) sum[a][gate][row] = fmaf(w, y.y[row][r], sum[a][gate][row]);
+            for (int row = 0; row < most_rows; ++row)
+                sum[a][gate][row] = fmaf(w, y.y[row][r], sum[a][gate][row]);
         }
 
         __device__ __forceinline__ void add(const Y &y, const Part &part) {

@@ -41,9 +41,11 @@ int run_mlstm() {
     int32_t sizes[6];  // B, S, H, Dk, Dv, in place
     float attributes[2];
     if (!read(sizes, 6) || !read(attributes, 2)) return 2;
-    const size_t heads = size_t(sizes[0]) * sizes[2], positions = heads * sizes[1], dk = sizes[3], dv = sizes[4];
+    const size_t heads = size_t(sizes[0]) * sizes[2], positions = heads * sizes[1], dk = sizes[3],
+                 dv = sizes[4];
     xlstm::Mlstm call{};
-    call.batch = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dk = sizes[3], call.dv = sizes[4];
+    call.batch = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dk = sizes[3],
+    call.dv = sizes[4];
     call.scale = attributes[0], call.eps = attributes[1];
     const auto q = tensor(positions * dk), k = tensor(positions * dk), v = tensor(positions * dv);
     const auto i = tensor(positions), f = tensor(positions);

@@ -69,7 +69,8 @@ __global__ void wrong_shuffle(Mistake what, int *y) {
     int value = t;
     if (what == foreign_mask) value = __shfl_sync(0x0000ffffu, value, 1);
     if (what == absent_lane && t < 16) value = __shfl_sync(0x0000ffffu, value, 20);
-    if (what == other_operation) value = t < 16 ? __shfl_sync(WARP, value, 0) : __shfl_xor_sync(WARP, value, 1);
+    if (what == other_operation)
+        value = t < 16 ? __shfl_sync(WARP, value, 0) : __shfl_xor_sync(WARP, value, 1);
     if (what == other_width) value = __shfl_sync(WARP, value, 0, t < 16 ? 16 : 32);
     y[t] = value;
 }
@@ -97,7 +98,9 @@ __global__ void past_the_end(float *y) {
 }  // namespace
 
 extern "C" {
-int run_reverse(const float *x, float *y, int barrier) { return launch(reverse, 1, 128, 0, nullptr, x, y, barrier); }
+int run_reverse(const float *x, float *y, int barrier) {
+    return launch(reverse, 1, 128, 0, nullptr, x, y, barrier);
+}
 int run_diverge(int what, int *y) { return launch(diverge, 1, 64, 0, nullptr, Divergence(what), y); }
 int run_unwritten(float *y, int dynamic) { return launch(unwritten<float>, 2, 64, 256, nullptr, y, dynamic); }
 int run_unwritten_half(uint16_t *y) { return launch(unwritten<uint16_t>, 2, 64, 128, nullptr, y, false); }

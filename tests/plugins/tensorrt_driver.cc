@@ -408,7 +408,7 @@ void formats(const Plugins &plugins) {
             REQUIRE(slstm.supports_all(slstm_tensors(io, other)));
         }
         REQUIRE(slstm.supports_all(slstm_tensors(io, i8, true)));
-        REQUIRE(!slstm.supports(slstm_tensors(io, i8), 1));          // no scale
+        REQUIRE(!slstm.supports(slstm_tensors(io, i8), 1));         // no scale
         REQUIRE(!slstm.supports(slstm_tensors(io, f16, true), 1));  // a scale of nothing
     }
     // At every position: any other type or format than the tensors before it ask for.
@@ -729,10 +729,18 @@ void check_plugins(Registry &registry, void *library) {
     set_finder(log.finder());
     plugins.fake = fake_kernels();
     const std::pair<const char *, void (*)(const Plugins &)> checks[] = {
-        {"identity", identity},         {"bad_fields", bad_fields},       {"default_fields", default_fields},
-        {"copies", copies},             {"aliasing", aliasing},           {"formats", formats},
-        {"output_types", output_types}, {"output_shapes", output_shapes}, {"profiles", profiles},
-        {"shapes", shapes},             {"runs", runs},                   {"slots", slots},
+        {"identity", identity},
+        {"bad_fields", bad_fields},
+        {"default_fields", default_fields},
+        {"copies", copies},
+        {"aliasing", aliasing},
+        {"formats", formats},
+        {"output_types", output_types},
+        {"output_shapes", output_shapes},
+        {"profiles", profiles},
+        {"shapes", shapes},
+        {"runs", runs},
+        {"slots", slots},
     };
     for (const auto &[name, body] : checks) {
         log.messages.clear();

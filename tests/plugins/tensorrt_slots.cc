@@ -108,10 +108,10 @@ std::string misplaced_slot(void *creator) {
     EXPECT(same(call<const char *>(core, 5), "1"));
     EXPECT(same(call<const char *>(core, 6), "xlstm"));
 
-    const RawDesc tensors[] = {desc(1, {2, 3, 4, 16}), desc(1, {2, 3, 4, 16}), desc(1, {2, 3, 4, 32}),
-                               desc(0, {2, 3, 4}),     desc(0, {2, 3, 4}),     desc(0, {2, 4, 16, 32}),
-                               desc(0, {2, 4, 16}),    desc(0, {2, 4}),        desc(1, {2, 3, 4, 32}),
-                               desc(0, {2, 4, 16, 32}), desc(0, {2, 4, 16}),   desc(0, {2, 4})};
+    const RawDesc tensors[] = {desc(1, {2, 3, 4, 16}),  desc(1, {2, 3, 4, 16}), desc(1, {2, 3, 4, 32}),
+                               desc(0, {2, 3, 4}),      desc(0, {2, 3, 4}),     desc(0, {2, 4, 16, 32}),
+                               desc(0, {2, 4, 16}),     desc(0, {2, 4}),        desc(1, {2, 3, 4, 32}),
+                               desc(0, {2, 4, 16, 32}), desc(0, {2, 4, 16}),    desc(0, {2, 4})};
     RawDynamicDesc dynamic[12]{};
     int32_t types[12];
     for (int i = 0; i < 12; ++i) {

@@ -17,7 +17,8 @@ public:
         float value = attribute.fallback;
         int64_t integer = 0;
         if (found(KernelInfoGetAttribute_float::call(api_, info_, attribute.name, &value))) {
-            if (!attribute.allowed(value)) refuse("%s is %g, expected %s", attribute.name, value, attribute.requirement);
+            if (!attribute.allowed(value))
+                refuse("%s is %g, expected %s", attribute.name, value, attribute.requirement);
         } else if (found(KernelInfoGetAttribute_int64::call(api_, info_, attribute.name, &integer))) {
             refuse("%s is an integer, expected %s of type float", attribute.name, attribute.requirement);
         } else if (attribute.required) {

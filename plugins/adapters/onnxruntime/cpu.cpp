@@ -17,7 +17,7 @@ namespace {
 
 // Reads inputs and makes outputs of one call; the first failure stays and everything after it is skipped.
 class Tensors {
-  public:
+public:
     Tensors(const Api *api, KernelContext *context) : api_(api), context_(context) {}
 
     // Data of input `index`, and its sizes in `shape`.
@@ -62,7 +62,7 @@ class Tensors {
     // Runs tasks on the session's threads.
     Parallel threads() const { return {run_tasks, this}; }
 
-  private:
+private:
     void check(Status *status) { status_ = status; }
 
     static void run_tasks(const void *pool, size_t count, void (*task)(void *, size_t), void *data) {
@@ -85,7 +85,8 @@ struct MlstmKernel {
     const Api *api;
     float scale, eps;
 
-    MlstmKernel(const Api *api, Attributes &attributes) : api(api), scale(attributes(kScale)), eps(attributes(kEps)) {}
+    MlstmKernel(const Api *api, Attributes &attributes)
+        : api(api), scale(attributes(kScale)), eps(attributes(kEps)) {}
 
     Status *compute(KernelContext *context) const {
         Tensors tensors(api, context);
@@ -113,9 +114,11 @@ struct MlstmKernel {
         call.io = call.state = Dtype::f32;
         call.scale = scale_of(scale, Dk), call.eps = eps;
         if (!tensors.ok()) return tensors.status();
-        if (const char *refusal = xlstm_mlstm_check(&call)) return CreateStatus::call(api, kInvalidArgument, refusal);
+        if (const char *refusal = xlstm_mlstm_check(&call))
+            return CreateStatus::call(api, kInvalidArgument, refusal);
         Parallel threads = tensors.threads();
-        if (xlstm_mlstm_run(&call, nullptr, &threads) != 0) return CreateStatus::call(api, kFail, "out of memory");
+        if (xlstm_mlstm_run(&call, nullptr, &threads) != 0)
+            return CreateStatus::call(api, kFail, "out of memory");
         return nullptr;
     }
 };
@@ -153,9 +156,11 @@ struct SlstmKernel {
         call.io = call.weight = Dtype::f32;
         call.forget_max = forget_max;
         if (!tensors.ok()) return tensors.status();
-        if (const char *refusal = xlstm_slstm_check(&call)) return CreateStatus::call(api, kInvalidArgument, refusal);
+        if (const char *refusal = xlstm_slstm_check(&call))
+            return CreateStatus::call(api, kInvalidArgument, refusal);
         Parallel threads = tensors.threads();
-        if (xlstm_slstm_run(&call, nullptr, &threads) != 0) return CreateStatus::call(api, kFail, "out of memory");
+        if (xlstm_slstm_run(&call, nullptr, &threads) != 0)
+            return CreateStatus::call(api, kFail, "out of memory");
         return nullptr;
     }
 };
@@ -173,7 +178,8 @@ CustomOp make_op() {
     op.input_memory_type = [](const CustomOp *, size_t) { return kMemoryDefault; };
     op.variadic_input_min = op.variadic_output_min = [](const CustomOp *) { return 0; };
     op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const CustomOp *) { return 0; };
-    op.create_kernel_v2 = [](const CustomOp *, const Api *api, const KernelInfo *info, void **kernel) -> Status * {
+    op.create_kernel_v2 = [](const CustomOp *, const Api *api, const KernelInfo *info,
+                             void **kernel) -> Status * {
         Attributes attributes(api, info, Kernel::kName);
         const Kernel made(api, attributes);
         if (Status *refusal = attributes.status()) return refusal;

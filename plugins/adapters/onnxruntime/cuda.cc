@@ -239,7 +239,8 @@ Op make_op(Dtype io, Dtype second) {
     op.input_memory_type = [](const CustomOp *, size_t) { return kMemoryDefault; };
     op.variadic_input_min = op.variadic_output_min = [](const CustomOp *) { return 0; };
     op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const CustomOp *) { return 0; };
-    op.create_kernel_v2 = [](const CustomOp *op, const Api *api, const KernelInfo *info, void **out) -> Status * {
+    op.create_kernel_v2 = [](const CustomOp *op, const Api *api, const KernelInfo *info,
+                             void **out) -> Status * {
         Attributes attributes(api, info, Kernel::kName);
         const Kernel made(*static_cast<const Op *>(op), api, attributes);
         if (Status *refusal = attributes.status()) return refusal;

@@ -52,8 +52,8 @@ struct CustomOp {
     Status *(*create_kernel_v2)(const CustomOp *, const Api *, const KernelInfo *, void **kernel);
     Status *(*compute_v2)(void *kernel, KernelContext *);
     Status *(*infer_shapes)(const CustomOp *, void *context);  // may be null
-    int (*start_version)(const CustomOp *);                     // may be null
-    int (*end_version)(const CustomOp *);                       // may be null
+    int (*start_version)(const CustomOp *);                    // may be null
+    int (*end_version)(const CustomOp *);                      // may be null
 };
 
 // The functions by their place in OrtApi.
@@ -80,12 +80,14 @@ using KernelInfoGetAttribute_float = Slot<85, Status *, const KernelInfo *, cons
 using KernelInfoGetAttribute_int64 = Slot<86, Status *, const KernelInfo *, const char *, int64_t *>;
 using KernelContext_GetInputCount = Slot<88, Status *, const KernelContext *, size_t *>;
 using KernelContext_GetInput = Slot<90, Status *, const KernelContext *, size_t, const Value **>;
-using KernelContext_GetOutput = Slot<91, Status *, KernelContext *, size_t, const int64_t *, size_t, Value **>;
+using KernelContext_GetOutput =
+    Slot<91, Status *, KernelContext *, size_t, const int64_t *, size_t, Value **>;
 using ReleaseStatus = Slot<93, void, Status *>;
 using ReleaseTensorInfo = Slot<99, void, TensorInfo *>;
 using GetTensorMemoryInfo = Slot<194, Status *, const Value *, const MemoryInfo **>;
 using KernelContext_GetGPUComputeStream = Slot<193, Status *, const KernelContext *, void **>;
-using KernelContext_GetAllocator = Slot<253, Status *, const KernelContext *, const MemoryInfo *, Allocator **>;
+using KernelContext_GetAllocator =
+    Slot<253, Status *, const KernelContext *, const MemoryInfo *, Allocator **>;
 using KernelContext_ParallelFor =
     Slot<274, Status *, const KernelContext *, void (*)(void *, size_t), size_t, size_t, void *>;
 

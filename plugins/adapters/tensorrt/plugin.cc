@@ -186,8 +186,7 @@ bool Plugin::supportsFormatCombination(int32_t position, const DynamicPluginTens
         }
         const PluginTensorDesc &desc = tensors[position].desc;
         if (desc.format != TensorFormat::kLINEAR) return false;
-        const Tensor &tensor =
-            position < nbInputs ? op_.inputs[position] : op_.outputs[position - nbInputs];
+        const Tensor &tensor = position < nbInputs ? op_.inputs[position] : op_.outputs[position - nbInputs];
         const bool quantized = static_cast<size_t>(nbInputs) > op_.required_inputs;
         if (!is_possible(tensor.kind, desc.type, quantized)) return false;
         return tensor.kind == Kind::f32 || desc.type == tensors[leader_of(op_, tensor.kind)].desc.type;

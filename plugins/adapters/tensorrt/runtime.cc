@@ -40,9 +40,9 @@ bool Runtime::add(nvinfer1::IPluginCreatorInterface &creator, const char *space)
 
 std::vector<Runtime> runtimes() {
     std::vector<Runtime> found;
-    for (const char *name : {"libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer_lean.so.11",
-                             "libnvinfer_lean.so.10", "libnvinfer_dispatch.so.11",
-                             "libnvinfer_dispatch.so.10"}) {
+    for (const char *name :
+         {"libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer_lean.so.11", "libnvinfer_lean.so.10",
+          "libnvinfer_dispatch.so.11", "libnvinfer_dispatch.so.10"}) {
         if (void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD)) {  // most are not global
             add_runtime(found, library);
             dlclose(library);

@@ -64,7 +64,8 @@ std::vector<float> Oracle::run(const std::vector<int64_t> &given, int64_t length
             memory[0] = 0.5f * memory[0] + static_cast<float>(token);
             memory[1] = 0.5f * memory[1] + static_cast<float>(2 * token);
             for (int v = 0; v < model::kLogits; ++v) {
-                logits.push_back(static_cast<float>(v) * memory[0] + memory[1] - static_cast<float>(window[0]));
+                logits.push_back(static_cast<float>(v) * memory[0] + memory[1] -
+                                 static_cast<float>(window[0]));
             }
             window[0] = window[1];
             window[1] = window[2];

@@ -49,7 +49,10 @@ bool error_has(const char *words);
 class Oracle {
 public:
     explicit Oracle(int64_t batch)
-        : C(batch * model::kMemory), conv(batch * model::kConv), last(batch * model::kMemory), batch_(batch) {}
+        : C(batch * model::kMemory),
+          conv(batch * model::kConv),
+          last(batch * model::kMemory),
+          batch_(batch) {}
     std::vector<float> run(const std::vector<int64_t> &tokens, int64_t length);  // logits
     std::vector<float> C;
     std::vector<int64_t> conv;

@@ -49,8 +49,8 @@ void states_are_found_by_name() {
 
 // Names that only look like those of states: plain inputs and outputs.
 void other_names_are_no_states() {
-    for (const char *name : {"past", "past_", "past_0", "past_0_", "past_x_C", "past__C", "past_0x_C", "past_values",
-                             "xpast_0_C", "past0_C", "past_-1_C", "Past_0_C"}) {
+    for (const char *name : {"past", "past_", "past_0", "past_0_", "past_x_C", "past__C", "past_0x_C",
+                             "past_values", "xpast_0_C", "past0_C", "past_-1_C", "Past_0_C"}) {
         std::vector<Tensor> inputs = kInputs, outputs = kOutputs;
         inputs.push_back({name, XLSTM_FLOAT32, {kBatch, kSequence}});
         outputs.push_back({"present" + std::string(name), XLSTM_FLOAT32, {kBatch, kSequence}});
@@ -82,7 +82,9 @@ void tensors_that_do_not_fit() {
         {"logits", {"logits", XLSTM_FLOAT32, Dims{kBatch, 2097152, 2097152}}, "too large"},
         {"logits", {"last", XLSTM_FLOAT32, Dims{kBatch, 3}}, "two tensors are named last"},
         {"logits", {"tokens", XLSTM_FLOAT32, Dims{kBatch, 3}}, "two tensors are named tokens"},
-        {"present_0_C", {"present_0_n", XLSTM_FLOAT32, Dims{kBatch, 2}}, "past_0_C goes in and no present_0_C"},
+        {"present_0_C",
+         {"present_0_n", XLSTM_FLOAT32, Dims{kBatch, 2}},
+         "past_0_C goes in and no present_0_C"},
         {"past_0_C", {"past_0_n", XLSTM_FLOAT32, Dims{kBatch, 2}}, "past_0_n goes in and no present_0_n"},
         {"past_0_C", {"x", XLSTM_FLOAT32, Dims{kBatch, 2}}, "present_0_C comes out and no past_0_C goes in"},
         {"present_0_C", {"present_0_C", XLSTM_FLOAT32, Dims{kBatch, 3}}, "(B, 2) comes out as present_0_C"},
@@ -157,7 +159,8 @@ void rows_start_afresh() {
     Oracle fresh(4);
     run_both(runner, fresh, 4, 5, 1);
     const int32_t outside[] = {1, 4}, negative[] = {-1};
-    REQUIRE(xlstm_reset_rows(runner.handle, outside, 2) == XLSTM_USAGE && error_has("no row 4 in a batch of 4"));
+    REQUIRE(xlstm_reset_rows(runner.handle, outside, 2) == XLSTM_USAGE &&
+            error_has("no row 4 in a batch of 4"));
     REQUIRE(xlstm_reset_rows(runner.handle, negative, 1) == XLSTM_USAGE);
     run_both(runner, fresh, 4, 1, 2);  // row 1 was not reset either
 }
@@ -240,7 +243,8 @@ void states_of_others() {
         size_t offset;
         uint8_t value;
         const char *words;
-    } cases[] = {{8, 2, "version 2"}, {12, 1, "number of states"}, {52, 'q', "past_0_C"}, {60, 2, "past_0_C"}};
+    } cases[] = {
+        {8, 2, "version 2"}, {12, 1, "number of states"}, {52, 'q', "past_0_C"}, {60, 2, "past_0_C"}};
     for (const auto &one : cases) {
         bytes = state_of(runner);
         bytes[one.offset] = one.value;
@@ -269,7 +273,8 @@ void states_in_another_order() {
     turned.insert(turned.end(), saved.begin() + kHead, saved.begin() + kHead + kC);
     const auto seal = [&] {
         const uint32_t sum = xlstm::runner::crc32(turned.data(), turned.size());
-        turned.insert(turned.end(), reinterpret_cast<const uint8_t *>(&sum), reinterpret_cast<const uint8_t *>(&sum + 1));
+        turned.insert(turned.end(), reinterpret_cast<const uint8_t *>(&sum),
+                      reinterpret_cast<const uint8_t *>(&sum + 1));
     };
     seal();
     REQUIRE(set_state(second, turned) == XLSTM_OK && state_of(second) == saved);

@@ -13,7 +13,9 @@ namespace {
 class FakeEngine : public Engine {
 public:
     FakeEngine(const model::Settings &settings, int64_t batch, int64_t piece)
-        : batch_(batch), longest_(settings.number("longest", 8)), fail_run_(settings.number("fail_run", 0)),
+        : batch_(batch),
+          longest_(settings.number("longest", 8)),
+          fail_run_(settings.number("fail_run", 0)),
           fail_wait_(settings.number("fail_wait", 0)) {
         std::vector<Tensor> outputs = {
             {"logits", XLSTM_FLOAT32, {kBatch, kSequence, model::kLogits}},

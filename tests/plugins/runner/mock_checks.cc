@@ -49,10 +49,10 @@ void profiles() {
         int64_t longest;              // of a run
         std::vector<int32_t> chosen;  // for a step, for more
     } cases[] = {
-        {"1-1x1-4,1-16x1-4", 16, {0, 1}},       {"1-16x1-4,1-1x1-4", 16, {1, 0}},
-        {"1-8x2-2", 8, {0, 0}},                 {"1-1x1-4", 1, {0}},
-        {"2-16x2-2,1-1x1-8", 16, {1, 0}},       {"1-1x2-2,1-32x1-1,1-4x2-8", 4, {0, 2}},
-        {"1-4x1-2,1-16x1-2", 16, {0, 1}},       {"1-16x1-2,1-4x1-2,3-32x1-2", 16, {1, 0}},
+        {"1-1x1-4,1-16x1-4", 16, {0, 1}}, {"1-16x1-4,1-1x1-4", 16, {1, 0}},
+        {"1-8x2-2", 8, {0, 0}},           {"1-1x1-4", 1, {0}},
+        {"2-16x2-2,1-1x1-8", 16, {1, 0}}, {"1-1x2-2,1-32x1-1,1-4x2-8", 4, {0, 2}},
+        {"1-4x1-2,1-16x1-2", 16, {0, 1}}, {"1-16x1-2,1-4x1-2,3-32x1-2", 16, {1, 0}},
     };
     for (const auto &one : cases) {
         mock::world() = {};
@@ -90,7 +90,8 @@ void engines_that_do_not_fit() {
     for (const auto &one : cases) {
         REQUIRE(open_fails({std::string("wrong=") + one.wrong}) == one.status && error_has(one.words));
     }
-    REQUIRE(open_fails({"garbage"}) == XLSTM_BAD_INPUT && error_has("in TensorRT 10.3.0: magic tag does not match"));
+    REQUIRE(open_fails({"garbage"}) == XLSTM_BAD_INPUT &&
+            error_has("in TensorRT 10.3.0: magic tag does not match"));
     REQUIRE(!error_has("not an error"));
     REQUIRE(open_fails({""}) == XLSTM_BAD_INPUT && error_has("empty"));
     REQUIRE(mock::world().live == 0);

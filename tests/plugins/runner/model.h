@@ -17,12 +17,12 @@ namespace model {
 
 constexpr int kMemory = 2, kConv = 3, kLogits = 3;
 
-#define REQUIRE(condition)                                                             \
-    do {                                                                               \
-        if (!(condition)) {                                                            \
+#define REQUIRE(condition)                                                               \
+    do {                                                                                 \
+        if (!(condition)) {                                                              \
             std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-            std::abort();                                                              \
-        }                                                                              \
+            std::abort();                                                                \
+        }                                                                                \
     } while (false)
 
 struct Tensors {

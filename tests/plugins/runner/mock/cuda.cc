@@ -85,7 +85,9 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
 const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorNoDevice ? "no device" : error == cudaErrorMemoryAllocation ? "memory" : "invalid";
+    return error == cudaErrorNoDevice           ? "no device"
+           : error == cudaErrorMemoryAllocation ? "memory"
+                                                : "invalid";
 }
 
 cudaError_t cudaMalloc(void **memory, size_t bytes) {
@@ -114,7 +116,8 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t 
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     REQUIRE(inside(kind == cudaMemcpyHostToDevice ? to : from, bytes) && !mock::is_capturing(stream));
     mock::enqueue(stream, [=] { std::memcpy(to, from, bytes); });
     return cudaSuccess;

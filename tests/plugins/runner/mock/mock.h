@@ -18,7 +18,7 @@ struct World {
     int version = 0;           // of TensorRT; 0: that of its header
     std::map<std::string, int> calls;
     std::vector<int32_t> profiles;  // in the order of the contexts
-    int64_t live = 0;  // allocations, streams, graphs, objects of TensorRT
+    int64_t live = 0;               // allocations, streams, graphs, objects of TensorRT
 };
 World &world();
 

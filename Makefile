@@ -37,9 +37,12 @@ test-all: lint kernels
 kernels: $(INSTALLED)
 	$(BIN)/xlstm-export plugins build --only ort-cpu || test $$? -eq 3
 
+NATIVE = $(shell find plugins tests/plugins benchmarks/gpu -regex '.*\.\(h\|hpp\|cc\|cpp\|cu\|cuh\)')
+
 lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 	$(BIN)/python tests/imports.py
 

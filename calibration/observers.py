@@ -144,7 +144,8 @@ def calibrate(
     model, versions = _model_hashes(folder), runfolder.versions()
     partial = Partial(out, [model, data.sha256, list(graph.names), list(borders), options, versions])
     observers = {name: Observer.empty(len(borders)) for name in graph.names}
-    _Run(graph, data, borders, observers, progress).all(batch, partial, resume)
+    with graph:
+        _Run(graph, data, borders, observers, progress).all(batch, partial, resume)
     scales = Scales(
         method=method,
         percentile=percentile if method == "percentile" else None,

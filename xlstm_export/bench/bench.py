@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,10 +74,10 @@ def bench(
     cells: list[Cell] = []
     rate = None
     for place, batch in enumerate(dict.fromkeys(options.batch)):
-        timed.open(batch, first=place == 0)
-        cells += [timed.decode(), *map(timed.prefill, lengths)]
-        if options.hz is not None and place == 0:
-            rate = timed.at_rate(options.hz)
+        with timed.open(batch, first=place == 0):
+            cells += [timed.decode(), *map(timed.prefill, lengths)]
+            if options.hz is not None and place == 0:
+                rate = timed.at_rate(options.hz)
     context.progress("memory")
     used = memory(run.path, options.batch[0], max(lengths), threads)
     recurrences = {"recurrences": "fused operators" if timed.session.fused else "function bodies"}
@@ -120,22 +121,26 @@ class _Run:
         self.compile_seconds = self.options.compile_limit  # left
         self.progress = self.context.progress
 
-    def open(self, batch: int, *, first: bool) -> None:
-        """Sessions of a batch; the one before is gone."""
+    @contextmanager
+    def open(self, batch: int, *, first: bool) -> Iterator[None]:
+        """Sessions of a batch while the block runs."""
         when = self.options.compile_at
         self.batch, self.compiling = batch, when == "all" or (when == "first" and first)
-        # On a CPU half is FP32: rounding every value as a device would is for verification, not for users.
-        self.session = OrtSession(self.run.path, batch, self.threads, rounding=False)
-        self.bodies = None
-        if self.session.fused:
-            self.bodies = OrtSession(self.run.path, batch, self.threads, rounding=False, fused=False)
-        else:
-            self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
-        self.moved = step_bytes(self.spec, self.weight_bytes, batch)
-        if when == "none":
-            self.skip(COMPILED, "switched off")
-        elif not self.compiling:
-            self.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
+        with ExitStack() as owned:
+            # On a CPU half is FP32: to round every value as a device would is for verification only.
+            self.session = owned.enter_context(OrtSession(self.run, batch, self.threads, rounding=False))
+            self.bodies = None
+            if self.session.fused:
+                bodies = OrtSession(self.run, batch, self.threads, rounding=False, fused=False)
+                self.bodies = owned.enter_context(bodies)
+            else:
+                self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
+            self.moved = step_bytes(self.spec, self.weight_bytes, batch)
+            if when == "none":
+                self.skip(COMPILED, "switched off")
+            elif not self.compiling:
+                self.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
+            yield
 
     def skip(self, contestant: str, why: str) -> None:
         self.skipped.setdefault(contestant, []).append(why)

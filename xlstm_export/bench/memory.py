@@ -50,11 +50,11 @@ def memory(folder: Path, batch: int, length: int, threads: int) -> Memory:
 
 def run(folder: Path, batch: int, length: int, threads: int) -> Memory:
     """The figures of this process, after it has run the export."""
-    session = OrtSession(folder, batch, threads, rounding=False)
-    inputs = _zeros(session.io, batch, length)
-    session.prefill(inputs)
-    session.step(cut(inputs, session.io, 0, 1))
-    now, peak = memory_of()
+    with OrtSession(folder, batch, threads, rounding=False) as session:
+        inputs = _zeros(session.io, batch, length)
+        session.prefill(inputs)
+        session.step(cut(inputs, session.io, 0, 1))
+        now, peak = memory_of()
     return {"rss_bytes": now, "peak_rss_bytes": peak}
 
 

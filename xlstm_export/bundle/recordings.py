@@ -74,11 +74,11 @@ def write_goldens(
     arrays: Arrays = {f"input/{name}": array for name, array in inputs.items()}
     for backend, rounding in ROUNDING.items():
         progress(f"goldens: the export, for {backend}")
-        export = OrtSession(folder, 1, threads, fused=False, rounding=rounding)
-        arrays |= _recorded(backend, run_calls(export, inputs, calls))
+        with OrtSession(folder, 1, threads, fused=False, rounding=rounding) as export:
+            arrays |= _recorded(backend, run_calls(export, inputs, calls))
     progress("goldens: PyTorch in float64")
-    reference = TorchSession(loaded, 1, "float64")
-    arrays |= _recorded("reference", run_calls(reference, inputs, calls, outputs=io.outputs))
+    with TorchSession(loaded, 1, "float64") as reference:
+        arrays |= _recorded("reference", run_calls(reference, inputs, calls, outputs=io.outputs))
     description = {
         "schema": SCHEMA,
         "calls": calls,

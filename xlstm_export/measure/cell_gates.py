@@ -109,17 +109,17 @@ def audit(
         BuildError: the runtime stopped.
     """
     cells = _cells(load_graph(folder / MODEL))
-    graph = ObservedGraph(folder, [name for cell in cells for name in cell.names], threads)
-    io = graph.io
-    length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
-    graph.reset(next(iter(inputs.values())).shape[0])
-    # Nothing is carried on by a graph without states, so its sequence cannot come in pieces.
-    piece = PIECE if io.states else length
-    for start in range(0, length, piece):
-        progress(f"gates, position {start:,} of {length:,}")
-        values = graph.run(cut(inputs, io, start, min(start + piece, length)))
-        for cell in cells:
-            cell.read(values)
+    with ObservedGraph(folder, [name for cell in cells for name in cell.names], threads) as graph:
+        io = graph.io
+        length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+        graph.reset(next(iter(inputs.values())).shape[0])
+        # Nothing is carried on by a graph without states, so its sequence cannot come in pieces.
+        piece = PIECE if io.states else length
+        for start in range(0, length, piece):
+            progress(f"gates, position {start:,} of {length:,}")
+            values = graph.run(cut(inputs, io, start, min(start + piece, length)))
+            for cell in cells:
+                cell.read(values)
     return Gates(length, tuple(cell.result() for cell in cells))
 
 

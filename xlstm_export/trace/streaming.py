@@ -31,7 +31,11 @@ def check_streams(loaded: Loaded) -> None:
     Raises:
         BuildError: an output differs, forward does not take the pieces, or no input has positions.
     """
-    session = TorchSession(loaded, 2, "float32")
+    with TorchSession(loaded, 2, "float32") as session:
+        _check_pieces(session, loaded)
+
+
+def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
     if not has_positions(session.io):
         raise BuildError(f"no input of {loaded.name} has positions, so there is no stream", HINT)
     inputs = random_inputs(loaded, session.io, 2, LENGTH, np.random.default_rng(0))

@@ -27,7 +27,8 @@ def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recip
 
     def judge(folder: Path, candidate: Path, recipe: Recipe) -> list[Check]:
         batch = next(iter(stream.values())).shape[0]
-        drift = measure_drift(OrtSession(folder, batch), OrtSession(candidate, batch), stream)
+        with OrtSession(folder, batch) as reference, OrtSession(candidate, batch) as narrow:
+            drift = measure_drift(reference, narrow, stream)
         return drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype))
 
     return judge

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def verify(
         threads: of ONNX Runtime.
         progress: called with the name of each stage.
     """
-    run = _Run(folder, loaded, data, calibration, metric, seed, threads)
+    with closing(_Run(folder, loaded, data, calibration, metric, seed, threads)) as run:
+        return _verdict(run, gate, progress)
+
+
+def _verdict(run: _Run, gate: Gate | None, progress: Callable[[str], None]) -> Verdict:
+    folder, threads = run.folder, run.threads
     checks: list[Check] = []
     stages: list[tuple[str, Callable[[], list[Check]]]] = [
         ("lift", run.check_lift),
@@ -130,6 +136,11 @@ class _Run:
         )
         self.candidate = self.streams.candidate
 
+    def close(self) -> None:
+        """Close the sessions that the checks share."""
+        self.reference.close()
+        self.streams.close()
+
     def check_lift(self) -> list[Check]:
         """The lifted module is the user's module: nothing was rewritten but the cells."""
         length = min(max(self.lengths), self.limit_context)
@@ -176,9 +187,10 @@ class _Run:
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
         """The task's metric on held-out data, reference in float64."""
-        reference = TorchSession(self.loaded, data.rows, "float64")
-        candidate = OrtSession(self.folder, data.rows, self.threads)
-        expected, found = data.run(reference), data.run(candidate, 1 if self.last_only else PIECE)
+        with TorchSession(self.loaded, data.rows, "float64") as reference:
+            expected = data.run(reference)
+        with OrtSession(self.folder, data.rows, self.threads) as candidate:
+            found = data.run(candidate, 1 if self.last_only else PIECE)
         return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
 
     def _reference(self, length: int) -> tuple[Arrays, Arrays]:

@@ -8,6 +8,7 @@ the candidate agree with each other, and how far is it from FP32 in the task's m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..checks import Check, Verdict
 from ..errors import GateError, InputError, UsageError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, cut, per_position
 from ..load.loaded import Loaded
 from ..measure.cell_gates import audit, memory_checks
 from ..measure.data import PIECE, EvalData
@@ -69,7 +70,18 @@ def verify_precision(
         free_horizon: the same of the free-running mode, which goes step by step; `horizon` by default.
         progress: called with the name of each stage.
     """
-    run = _Run(Path(folder), loaded, data, calibration, metric, seed, threads)
+    with closing(_Run(Path(folder), loaded, data, calibration, metric, seed, threads)) as run:
+        return _verdict(run, gate, horizon, free_horizon, progress)
+
+
+def _verdict(
+    run: _Run,
+    gate: Gate | None,
+    horizon: int | None,
+    free_horizon: int | None,
+    progress: Callable[[str], None],
+) -> Verdict:
+    folder = run.folder
     progress("fences and rules of TensorRT")
     checks = run.check_graph()
     for name, stage in run.streams.stages():
@@ -179,6 +191,10 @@ class _Run:
             threads=threads,
         )
 
+    def close(self) -> None:
+        """Close the session that the checks share."""
+        self.streams.close()
+
     def check_graph(self) -> list[Check]:
         """The fences are proven again, on the very file; and what TensorRT's parser would refuse."""
         path = self.folder / runfolder.MODEL
@@ -194,21 +210,26 @@ class _Run:
         """Error against FP32 along one stream, on real data where there is enough of it."""
         rows = DRIFT_ROWS
         inputs = self.source.streams(rows, min(horizon, MADE_UP_DRIFT))
-        return measure_drift(
-            self.reference.open(rows),
-            OrtSession(self.folder, rows, self.threads),
-            inputs,
-            horizons=_steps(horizon),
-            feedback=token_feedback(self.io, self.loaded.vocab_size),
-            free_horizons=_steps(free),
-            progress=lambda stage: progress(f"drift: {stage}"),
-        )
+        with (
+            self.reference.open(rows) as reference,
+            OrtSession(self.folder, rows, self.threads) as candidate,
+        ):
+            return measure_drift(
+                reference,
+                candidate,
+                inputs,
+                horizons=_steps(horizon),
+                feedback=token_feedback(self.io, self.loaded.vocab_size),
+                free_horizons=_steps(free),
+                progress=lambda stage: progress(f"drift: {stage}"),
+            )
 
     def check_level(self) -> list[Check]:
         """Without a stream to drift along: one call against FP32."""
         from ..checks import output_check
 
-        reference = self.reference.open(BATCH).prefill(self.streams.inputs)
+        with self.reference.open(BATCH) as session:
+            reference = session.prefill(self.streams.inputs)
         found = self._at_once(max(self.streams.lengths))[0]
         limit = self.drift_limits.output
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
@@ -216,8 +237,10 @@ class _Run:
     def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
         """By how much the task's metric got worse, or merely other, than that of FP32."""
         piece = 1 if self.last_only else PIECE
-        sides = (self.reference.open(data.rows), OrtSession(self.folder, data.rows, self.threads))
-        expected, found = (data.run(side, piece) for side in sides)
+        with self.reference.open(data.rows) as reference:
+            expected = data.run(reference, piece)
+        with OrtSession(self.folder, data.rows, self.threads) as candidate:
+            found = data.run(candidate, piece)
         limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
         return metric_checks(data, found, expected, "fp32", limits)
 
@@ -247,15 +270,9 @@ class _Run:
     def _at_once(self, length: int) -> tuple[Arrays, Arrays]:
         """The candidate's own outputs and state after one call from a fresh start."""
         if length not in self._own:
-            session = OrtSession(self.folder, BATCH, self.threads, fused=False)
-            inputs = {
-                x.name: self.streams.inputs[x.name][:, :length]
-                if per_position(x)
-                else self.streams.inputs[x.name]
-                for x in self.io.inputs
-            }
-            outputs = session.prefill({name: np.ascontiguousarray(x) for name, x in inputs.items()})
-            self._own[length] = (outputs, session.state())
+            with OrtSession(self.folder, BATCH, self.threads, fused=False) as session:
+                outputs = session.prefill(cut(self.streams.inputs, self.io, 0, length))
+                self._own[length] = (outputs, session.state())
         return self._own[length]
 
 

@@ -60,6 +60,10 @@ class StreamChecks:
         # Without an input that has positions there is one way to call the model.
         self.lengths = RAGGED if has_positions(io) else (1,)
 
+    def close(self) -> None:
+        """Close the session that the checks share."""
+        self.candidate.close()
+
     def stages(self) -> list[tuple[str, Callable[[], list[Check]]]]:
         """Name and function of each group of checks; without states there is only one."""
         if not self.io.states:
@@ -90,12 +94,12 @@ class StreamChecks:
 
     def check_fused(self) -> list[Check]:
         """The same positions through the fused operators, in pieces and one by one."""
-        session = OrtSession(self.folder, BATCH, self.threads)
         length = max(RAGGED)
-        return [
-            *self._streamed("fused 1+63+1+64+70", _pieces(length), session, session.prefill),
-            *self._streamed("fused step", [1] * length, session, session.step),
-        ]
+        with OrtSession(self.folder, BATCH, self.threads) as session:
+            return [
+                *self._streamed("fused 1+63+1+64+70", _pieces(length), session, session.prefill),
+                *self._streamed("fused step", [1] * length, session, session.step),
+            ]
 
     def check_resumed(self) -> list[Check]:
         """State saved to disk in mid-stream, loaded into a new session, stream continued there."""
@@ -106,12 +110,13 @@ class StreamChecks:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
-            fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
-            load_state(fresh, path)
-        second = fresh.prefill(cut(self.inputs, self.io, middle, length))
+            with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
+                load_state(fresh, path)
+                second = fresh.prefill(cut(self.inputs, self.io, middle, length))
+                found = fresh.state()
         expected, state = self._expected(length)
         outputs = self._joined([first, second])
-        return self.compare("resumed", outputs, expected, state, fresh.state(), ends=[middle, length])
+        return self.compare("resumed", outputs, expected, state, found, ends=[middle, length])
 
     def check_rows(self) -> list[Check]:
         """A row gives the same results alone, and does not feel what the others compute."""
@@ -121,14 +126,12 @@ class StreamChecks:
         together = self.candidate.prefill(inputs)
         state = self.candidate.state()
         checks = []
-        alone = OrtSession(self.folder, 1, self.threads, fused=False)
-        for row in range(BATCH):
-            alone.reset()
-            single = alone.prefill(
-                {name: np.ascontiguousarray(x[row : row + 1]) for name, x in inputs.items()}
-            )
-            worst = max(difference(together[n][row : row + 1], single[n]).relative_l2 for n in single)
-            checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
+        with OrtSession(self.folder, 1, self.threads, fused=False) as alone:
+            for row in range(BATCH):
+                alone.reset()
+                single = alone.prefill({name: x[row : row + 1] for name, x in inputs.items()})
+                worst = max(difference(together[n][row : row + 1], single[n]).relative_l2 for n in single)
+                checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
         other = {name: x.copy() for name, x in inputs.items()}
         for name, x in self._make_inputs(length).items():
             other[name][1] = x[1][::-1] if x.ndim > 1 else x[1]
@@ -144,8 +147,8 @@ class StreamChecks:
     def check_reset(self) -> list[Check]:
         """Reset leaves nothing behind, also of single rows while the others go on."""
         inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
-        fresh = OrtSession(self.folder, BATCH, self.threads, fused=False)
-        expected = fresh.prefill(inputs)
+        with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
+            expected = fresh.prefill(inputs)
         self.candidate.reset()
         self.candidate.prefill(self.inputs)
         continued_from = self.candidate.state()

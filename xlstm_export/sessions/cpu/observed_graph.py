@@ -45,9 +45,20 @@ class ObservedGraph:
         inputs = {value.name or "" for value in model.graph.inputs}
         self._inner = [name for name in self.names if name not in inputs]
         self._given_as = add_outputs(model, self.names)
-        self._session = open_graph(model, folder, threads)
+        self._session: Any = open_graph(model, folder, threads)
         self._check_types()
         self._state: Arrays = {}
+
+    def __enter__(self) -> ObservedGraph:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the graph's memory back; nothing can be run afterwards."""
+        self._session = None
+        self._state = {}
 
     def reset(self, batch: int) -> None:
         """Fresh states for `batch` streams."""
@@ -61,7 +72,10 @@ class ObservedGraph:
 
         Raises:
             BuildError: the runtime stopped.
+            UsageError: the graph is closed.
         """
+        if self._session is None:
+            raise UsageError("the graph is closed", "use it inside its with block")
         presents = [s.present for s in self.io.states]
         wanted = list(dict.fromkeys([*(self._given_as[name] for name in self._inner), *presents]))
         feed = {**inputs, **self._state}

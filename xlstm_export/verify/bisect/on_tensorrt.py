@@ -68,12 +68,12 @@ def _execute(trt: Any, cuda: Cuda, content: bytes, given: Arrays, outputs: list[
     _engine = _runtime.deserialize_cuda_engine(content)
     if _engine is None:
         raise BuildError("TensorRT does not take the engine it built", "see its message above")
-    stream = cuda.stream()
-    context = _engine.create_execution_context()
-    if context is None or not context.set_optimization_profile_async(0, stream):
-        raise BuildError("TensorRT makes no execution context", "free memory")
     addresses: list[int] = []
+    stream = cuda.stream()
     try:
+        context = _engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(0, stream):
+            raise BuildError("TensorRT makes no execution context", "free memory")
         done = []
         for name, array in given.items():
             addresses.append(cuda.allocate(array.nbytes))
@@ -97,3 +97,4 @@ def _execute(trt: Any, cuda: Cuda, content: bytes, given: Arrays, outputs: list[
         cuda.synchronize(stream)
         for address in addresses:
             cuda.free(address)
+        cuda.destroy_stream(stream)

@@ -284,12 +284,12 @@ class _Search:
 
     def _against_pytorch(self) -> Bisection:
         """The candidate's blocks from PyTorch's input to them and its states, both float64."""
-        session = TorchSession(self.loaded, BATCH, "float64")
-        if self.first:
-            session.prefill(self.warm)
-        past = {name: x.astype(np.float32) for name, x in session.state().items()}
-        hidden, outputs = session.traced(self.paths, self.inputs)
-        presents = {s.present: session.state()[s.past] for s in session.io.states}
+        with TorchSession(self.loaded, BATCH, "float64") as session:
+            if self.first:
+                session.prefill(self.warm)
+            past = {name: x.astype(np.float32) for name, x in session.state().items()}
+            hidden, outputs = session.traced(self.paths, self.inputs)
+            presents = {s.present: session.state()[s.past] for s in session.io.states}
         expected = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
         errors: list[BlockError] = []
         place = None

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from xlstm_export.plugins import toolchain
 from xlstm_export.plugins.locate import KINDS, MANIFEST, OWN, Sources, cache_folder, machine, require_kind
@@ -60,7 +60,7 @@ class Library:
     sms: tuple[int, ...]
     warnings: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {**asdict(self), "path": str(self.path)}
 
 
@@ -154,9 +154,9 @@ def find_tools(
     return Tools(compiler, cmake, toolkit, headers, chosen)
 
 
-def _manifest(kind: str, tools: Tools, sources: Sources) -> dict[str, Any]:
+def _manifest(kind: str, tools: Tools, sources: Sources) -> dict[str, object]:
     """Everything that could change the library's bytes; the same build gives the same manifest."""
-    manifest: dict[str, Any] = {
+    manifest: dict[str, object] = {
         "schema": SCHEMA,
         "kind": kind,
         "library": KINDS[kind].library,
@@ -174,7 +174,7 @@ def _manifest(kind: str, tools: Tools, sources: Sources) -> dict[str, Any]:
     return manifest
 
 
-def _key(manifest: dict[str, Any]) -> str:
+def _key(manifest: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -209,7 +209,7 @@ def _compile(
                 raise _failure(kinds, log)
 
 
-def _run(command: list[str], output: Any, progress: Progress | None) -> int:
+def _run(command: list[str], output: IO[str], progress: Progress | None) -> int:
     """Run a command with its output copied to a log; it ends with us, however we end."""
     # LC_ALL: messages are searched for "error".
     environment = {**os.environ, "LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}
@@ -254,7 +254,7 @@ def _failure(kinds: Sequence[str], log: Path) -> BuildError:
     return BuildError(f"{', '.join(kinds)} did not compile: {first}", f"the whole log: {kept}")
 
 
-def _install(library: Path, manifest: dict[str, Any], folder: Path) -> None:
+def _install(library: Path, manifest: dict[str, object], folder: Path) -> None:
     with atomic.staged(folder, marker=MANIFEST, force=True) as staging:
         # Bytes, not shutil.copy: the file must belong to this folder's file system and user.
         (staging / library.name).write_bytes(library.read_bytes())

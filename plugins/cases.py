@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xlstm_export.plugins.native import NativeLibrary, mlstm_call, slstm_call
 
@@ -37,7 +37,7 @@ class Case:
     results: Tensors
     exact: Tensors
     gauge: tuple[str, torch.Tensor, tuple[str, ...]]
-    run: Callable[[NativeLibrary, Tensors, Any, int | None], None]
+    run: Callable[[NativeLibrary, Tensors, torch.Tensor | None, int | None], None]
     workspace: Callable[[NativeLibrary, Tensors], int]
 
     def errors(self, got: Tensors) -> dict[str, float]:

@@ -6,7 +6,6 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xlstm_export.plugins.locate import KINDS, OWN, Built, Sources
 
@@ -22,7 +21,7 @@ class Entry:
     built: Built
     problem: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "kind": self.built.kind,
             "path": str(self.built.path),

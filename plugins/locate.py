@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from xlstm_export.errors import SetupError, UsageError
 
@@ -81,7 +80,7 @@ class Built:
 
     kind: str
     path: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, object]
     current: bool
 
 

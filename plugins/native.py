@@ -11,9 +11,12 @@ import ctypes
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
@@ -46,7 +49,17 @@ class SlstmCall(ctypes.Structure):
     )
 
 
-Tensors = Mapping[str, Any]
+class Array(Protocol):
+    """What NumPy arrays and PyTorch tensors have in common."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object: ...
+
+
+Tensors = Mapping[str, Array]
 
 
 class NativeLibrary:
@@ -72,7 +85,13 @@ class NativeLibrary:
             raise NativeError(f"{path} is no library of recurrence kernels: {error}") from error
 
     def mlstm(
-        self, tensors: Tensors, *, scale: float, eps: float, workspace: Any = None, context: Any = None
+        self,
+        tensors: Tensors,
+        *,
+        scale: float,
+        eps: float,
+        workspace: Array | None = None,
+        context: int | None = None,
     ) -> None:
         """Run `XlstmMlstm`.
 
@@ -81,7 +100,7 @@ class NativeLibrary:
             scale, eps: as for `ops.mlstm`.
             workspace: tensor of at least `mlstm_workspace` bytes, where the kernels run on a GPU; host
                 memory is allocated when None.
-            context: see common/call.h.
+            context: an address, see common/call.h; of a GPU's stream for instance.
 
         Raises:
             NativeError: a shape or type does not fit, the library refuses the call or fails.
@@ -94,8 +113,8 @@ class NativeLibrary:
         tensors: Tensors,
         *,
         forget_max: float = math.inf,
-        workspace: Any = None,
-        context: Any = None,
+        workspace: Array | None = None,
+        context: int | None = None,
     ) -> None:
         """Run `XlstmSlstm`.
 
@@ -118,13 +137,16 @@ class NativeLibrary:
         """Bytes of scratch memory that `slstm` wants."""
         return int(self._lib.xlstm_slstm_workspace(ctypes.byref(call)))
 
-    def _run(self, op: str, call: ctypes.Structure, workspace: Any, context: Any) -> None:
+    def _run(self, op: str, call: ctypes.Structure, workspace: Array | None, context: int | None) -> None:
         check, size, run = (getattr(self._lib, f"xlstm_{op}_{f}") for f in _FUNCTIONS)
         refusal = check(ctypes.byref(call))
         if refusal is not None:
             raise NativeError(f"{op}: {refusal.decode()}")
-        scratch = ctypes.create_string_buffer(size(ctypes.byref(call)) + 256) if workspace is None else None
-        address = _aligned(ctypes.addressof(scratch)) if scratch is not None else _address(workspace)
+        if workspace is None:
+            scratch = ctypes.create_string_buffer(size(ctypes.byref(call)) + 256)  # held during the call
+            address = _aligned(ctypes.addressof(scratch))
+        else:
+            address = _address(workspace)
         status = run(ctypes.byref(call), address, context)
         if status != 0:
             raise NativeError(f"{op}: the library failed with error {status}")
@@ -194,26 +216,33 @@ def _bind(operator: Operator, tensors: Tensors) -> _Bound:
     return _Bound(sizes, {kind: DTYPES[dtype] for kind, dtype in types.items()}, addresses)
 
 
-def _checked(name: str, tensor: Any, shape: tuple[int | str, ...], dtype: str) -> int:
+def _checked(name: str, tensor: Array, shape: tuple[int | str, ...], dtype: str) -> int:
     if tuple(tensor.shape) != shape:
         raise NativeError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if _dtype(tensor) != dtype:
         raise NativeError(f"{name} is {_dtype(tensor)}, expected {dtype}")
-    contiguous = tensor.is_contiguous() if hasattr(tensor, "is_contiguous") else tensor.flags.c_contiguous
-    if not contiguous:
+    if not _is_contiguous(tensor):
         raise NativeError(f"{name} is not contiguous")
     return _address(tensor)
 
 
-def _dtype(tensor: Any) -> str:
+def _is_contiguous(tensor: Array) -> bool:
+    if hasattr(tensor, "is_contiguous"):
+        return bool(tensor.is_contiguous())
+    return bool(cast("np.ndarray", tensor).flags.c_contiguous)
+
+
+def _dtype(tensor: Array) -> str:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise NativeError(f"no kernel takes {name}; they take {', '.join(DTYPES)}")
     return name
 
 
-def _address(tensor: Any) -> int:
-    return int(tensor.data_ptr()) if hasattr(tensor, "data_ptr") else int(tensor.ctypes.data)
+def _address(tensor: Array) -> int:
+    if hasattr(tensor, "data_ptr"):
+        return int(tensor.data_ptr())
+    return int(cast("np.ndarray", tensor).ctypes.data)
 
 
 def _aligned(address: int) -> int:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xlstm_export.plugins.inventory import loading_problem
 from xlstm_export.plugins.locate import KINDS, OWN, Sources, require_kind
@@ -66,7 +66,7 @@ class Check:
     limit: float | None = None
     detail: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         finite = self.error if self.error is not None and math.isfinite(self.error) else None
         return {**asdict(self), "error": finite}
 

@@ -36,6 +36,7 @@ def example(
     return loaded, folder, held_out
 
 
+@pytest.mark.slow
 def test_verifies_on_held_out_data(example: tuple[checkpoint.Loaded, Path, Path]) -> None:
     loaded, folder, held_out = example
     report = verify.verify(folder, loaded, data=held_out)

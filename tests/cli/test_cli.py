@@ -20,6 +20,7 @@ import torch
 import yaml
 from places import ROOT
 from safetensors.torch import load_file, save_file
+from tier_marks import quick
 from xlstm_export.plugins import build, inventory, selftest
 from xlstm_export.plugins.locate import Sources
 
@@ -101,6 +102,7 @@ def test_a_large_model_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run("verify", out, "--per-block") == 1
 
 
+@pytest.mark.slow
 def test_tirex_streams_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tirex_models.make(tmp_path / "model")
     assert run("export", source, "-o", tmp_path / "stateless") == 0
@@ -320,7 +322,7 @@ def test_usage_errors(args: list[str], code: int, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", quick([signal.SIGINT, signal.SIGKILL], [signal.SIGINT]))
 def test_killed_in_mid_export(sent: signal.Signals, small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("export", small_checkpoint, "-o", out)

@@ -108,6 +108,7 @@ def test_a_recipe_for_another_precision(small_loaded: Loaded, tmp_path: Path) ->
         pipeline.deploy(small_loaded, tmp_path / "out", precision="int8", recipe=tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_the_memory_is_exported_and_not_verified_as_a_whole(
     small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ import onnx
 import pytest
 import torch
 from places import ROOT
+from tier_marks import quick
 from torch import Tensor, nn
 from xlstm.blocks.mlstm.cell import mLSTMCell, mLSTMCellConfig
 from xlstm.components.conv import CausalConv1d
@@ -77,6 +78,12 @@ CASES = {
     "sLSTM only, no convolution": Case({"conv": 0, "mlstm_block": None, "add_post_blocks_norm": False}),
     "block stack": Case({"vocab_size": None, "slstm_at": [1]}),
 }
+QUICK = [
+    "two heads, tied, batch 3",
+    "mLSTM only, no convolution, bf16",
+    "sLSTM only, no convolution",
+    "block stack",
+]
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def upstream_without_kernels() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=quick(CASES, QUICK))
 def exported(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

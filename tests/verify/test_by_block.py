@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from refusals import refused
+from tier_marks import quick
 from watched import Watched
 
 from xlstm_export import checks, runfolder
@@ -55,7 +56,7 @@ def test_every_block_of_a_right_export_passes(large: tuple[checkpoint.Loaded, Pa
     assert len(written["checks"]) == len(names)
 
 
-@pytest.mark.parametrize("family", ["mixed blocks", "tied", "tirex"])
+@pytest.mark.parametrize("family", quick(["mixed blocks", "tied", "tirex"], ["mixed blocks", "tirex"]))
 def test_other_families_by_block(tmp_path: Path, family: str) -> None:
     if family == "tirex":
         import tirex_models

@@ -113,6 +113,7 @@ needs_slstm = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_slstm
 def test_the_whole_script_on_emulated_kernels(tmp_path: Path) -> None:
     """From a bare Python: of all packages only torch and NumPy, with what they need, can be imported."""

@@ -11,6 +11,7 @@ import torch
 import yaml
 from refusals import refused
 from safetensors.torch import load_file, save_file
+from tier_marks import quick
 
 from xlstm_export.errors import BuildError, InputError
 from xlstm_export.lift.model import lift_model, spec_of
@@ -32,9 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_variants_pass_the_full_verification(tmp_path: Path, changes: dict[str, Any]) -> None:
-    loaded = checkpoint.load_checkpoint(large_models.make_large(tmp_path / "checkpoint", **changes))
+@pytest.mark.parametrize(
+    "name", quick(VARIANTS, ["fused with bias", "narrow keys", "tight caps", "odd sizes"])
+)
+def test_variants_pass_the_full_verification(tmp_path: Path, name: str) -> None:
+    loaded = checkpoint.load_checkpoint(large_models.make_large(tmp_path / "checkpoint", **VARIANTS[name]))
     report = verify.verify(trace.export(loaded, tmp_path / "out"), loaded)
     assert [check for check in report.checks if not check.passed] == []
     assert {state.kind for state in spec_of(loaded).states} == {"C", "n", "m"}

@@ -149,6 +149,7 @@ def test_a_step_of_a_model_without_states_is_a_call(tmp_path: Path) -> None:
     assert difference(called, expected).relative_l2 < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [policy, vision], ids=["policy", "vision"])
 def test_bench(make: Callable[[], checkpoint.Loaded], tmp_path: Path) -> None:
     model = make()

@@ -202,6 +202,7 @@ def test_a_graph_of_a_newer_opset_decodes(make: Callable[..., Path]) -> None:
     assert np.isfinite(session.step(tokens(1, 1))["logits"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_that_are_only_stored_in_half_are_left_to_the_runtime(
     small_loaded: checkpoint.Loaded, tmp_path: Path, dtype: str

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from textgraph import run
+from tier_marks import quick
 
 from xlstm_export import specs as config
 from xlstm_export.graph import info as graph_info
@@ -33,7 +34,7 @@ NODES = {
 }
 
 
-@pytest.fixture(params=MAKERS, scope="module")
+@pytest.fixture(params=quick(MAKERS, ["blocks"]), scope="module")
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, checkpoint.Loaded]:

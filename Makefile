@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTING := $(VENV)/.testing
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 # `verify` follows the drift for 16,000 positions, in both modes; here it is to be quick.
 DRIFT := --horizon 4000 --free-horizon 1000
 
-.PHONY: demo test test-all kernels lint bench precision scale gpu install clean
+.PHONY: demo test test-all coverage kernels lint bench precision scale gpu install clean
 
 demo: kernels
 	$(BIN)/xlstm-export deploy examples/austen_lm \
@@ -31,6 +32,13 @@ test: lint kernels
 
 test-all: lint kernels
 	$(PYTEST) --durations=25
+
+# Lines and branches that the quick tests run, processes that they start included; a third slower than `make test`.
+coverage: kernels $(TESTING)
+	rm -rf .cache/coverage; mkdir -p .cache/coverage
+	$(BIN)/coverage run $(PYTEST:$(BIN)/python%=%) -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # The recurrences as fused operators, compiled once into ~/.cache/xlstm_export. Exit code 3: there is no compiler
 # here, and function bodies run instead.
@@ -72,12 +80,12 @@ gpu:
 install: $(TESTING)
 
 # What the tool needs; and with what its tests need, NVIDIA's builder for one, which is half as large again.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[build,cpu,models]"
 	touch $@
 
-$(TESTING): pyproject.toml constraints.txt
+$(TESTING): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[test]"
 	touch $(INSTALLED) $@

@@ -157,6 +157,9 @@ def test_content_of_the_wheel(wheel: Path, checkout: Path) -> None:
     }  # fmt: skip
     assert modules == expected
     assert "xlstm_export/py.typed" in files
+    drawn = {path for path in (checkout / "xlstm_export").rglob("*") if path.suffix in {".css", ".js", ".j2"}}
+    assert len(drawn) == 6
+    assert {path.relative_to(checkout).as_posix() for path in drawn} <= files, "styles and templates travel"
     assert any(name.endswith("/LICENSE") for name in files)
     assert dict(entry_points["console_scripts"]) == {"xlstm-export": "xlstm_export.cli.main:main"}
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sensitivity_case as case
+from places import ROOT
 from xlstm_export.calibration.scales import Scales
 
 from xlstm_export import runfolder
@@ -371,7 +372,7 @@ class Started:
 
     def __enter__(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(
-            self._arguments, start_new_session=True, stderr=subprocess.DEVNULL, cwd=case.ROOT
+            self._arguments, start_new_session=True, stderr=subprocess.DEVNULL, cwd=ROOT
         )
         return self._process
 

@@ -42,7 +42,8 @@ def checked_inputs(
         batch: streams of the session.
         inputs: by graph input name, each (batch, S, ...).
         length: S; None for any number from 1 on that is the same for all inputs.
-        vocab_size: how many tokens there are, where the model's only integer input holds tokens.
+        vocab_size: how many tokens there are, where the model's only integer input holds tokens. Without it
+            the input of a model that reads integers (B, S) and nothing else is taken for tokens.
 
     Raises:
         InputError: a name, a shape, a type or a value does not fit.
@@ -117,14 +118,19 @@ def row_numbers(rows: Rows | Iterable[int], batch: int) -> np.ndarray:
 
 
 def _compare_names(what: str, given: Mapping[str, ArrayLike], expected: Sequence[str]) -> None:
-    hint = f"the model has {', '.join(expected[:12]) or 'none'}"
     if not isinstance(given, Mapping):
-        raise InputError(f"{what}: {type(given).__name__} given, expected arrays by name", hint)
+        raise InputError(f"{what}: {type(given).__name__} given, expected arrays by name", _names(expected))
     missing = [name for name in expected if name not in given]
+    if not missing and len(given) == len(expected):
+        return
     extra = sorted(str(name) for name in given if name not in expected)
     if missing or extra:
         found = f"missing {', '.join(missing[:5])}" if missing else f"unknown {', '.join(extra[:5])}"
-        raise InputError(f"{what}: {found}", hint)
+        raise InputError(f"{what}: {found}", _names(expected))
+
+
+def _names(expected: Sequence[str]) -> str:
+    return f"the model has {', '.join(expected[:12]) or 'none'}"
 
 
 def _array(what: str, value: ArrayLike) -> np.ndarray:
@@ -137,10 +143,9 @@ def _array(what: str, value: ArrayLike) -> np.ndarray:
 
 
 def _check_shape(spec: TensorSpec, array: np.ndarray, batch: int, length: int | None) -> None:
-    sizes: dict[str, int | str] = {"B": batch, "S": "S" if length is None else length}
-    wanted = [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape]
-    if list(array.shape) != wanted or 0 in array.shape:
-        shown = ", ".join("S" if size == 0 else str(size) for size in wanted)
+    wanted = tuple(batch if dim == "B" else length if dim == "S" else dim for dim in spec.shape)
+    if array.shape != wanted or 0 in wanted:
+        shown = ", ".join(str(size or "S") for size in wanted)
         raise InputError(
             f"input {spec.name} has shape {list(array.shape)}, expected [{shown}]",
             f"the batch is {batch}, S at least 1 and the same for all inputs",
@@ -181,13 +186,18 @@ def _refuse(spec: TensorSpec, array: np.ndarray, bad: np.ndarray) -> None:
 def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
     """The input whose values are tokens, where there is no doubt which."""
     integers = [spec for spec in io.inputs if numpy_type(spec.dtype).kind in "iu"]
-    if len(integers) != 1 or (vocab_size is None and integers[0].shape != ("B", "S")):
+    if len(integers) != 1:
         return None
-    return integers[0]
+    alone = len(io.inputs) == 1 and integers[0].shape == ("B", "S")
+    return integers[0] if vocab_size is not None or alone else None
 
 
 def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
-    if array.min() >= 0 and (vocab_size is None or array.max() < vocab_size):
+    if array.size == 1:  # a step of one stream, where every microsecond counts
+        lowest = highest = array.item()
+    else:
+        lowest, highest = array.min(), array.max()
+    if lowest >= 0 and (vocab_size is None or highest < vocab_size):
         return
     bad = array < 0
     if vocab_size is not None:

@@ -27,28 +27,6 @@ ILLEGAL = [
     Case("opset 8", BINARY, "opset", wrong_opset=8),
     Case("opset of a function", CALL, "function-opset", "Blend", (("OPSET", "18"),)),
     Case(
-        "two functions of a name",
-        CALL,
-        "function-name",
-        "Blend",
-        (
-            ("[call] y =", "z = other.Blend (a)\n [call] y ="),
-            (
-                "(a, b)\n}",
-                '(z, b)\n}\n<domain: "other", opset_import: ["" : OPSET]> Blend (u) => (v) { v = Relu (u) }',
-            ),
-        ),
-        refused="function.input",
-    ),
-    Case(
-        "an input too few",
-        CALL,
-        "function-inputs",
-        "call",
-        (("Blend (a, b)", "Blend (a)"),),
-        refused="function.input",
-    ),
-    Case(
         "an input's name",
         CALL,
         "function-alias",
@@ -232,15 +210,6 @@ ILLEGAL = [
         refused="must have same input types",
     ),
     Case("types of a call", CALL, "types", "call/Add → s", SWAP_B, refused="must have same input types"),
-    Case(
-        "state of a Scan",
-        SCAN,
-        "scan-state",
-        "loop",
-        (("s_out = Tanh (t)", "u = Tanh (t)\n s_out = Cast <to = 10> (u)"),),
-        refused="identical types",
-        also=("output-type",),
-    ),
     Case(
         "double",
         UNARY,

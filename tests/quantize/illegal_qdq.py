@@ -91,39 +91,6 @@ ILLEGAL = [
         also=("opset", "block-scales"),
     ),
     Case(
-        "weight zero point",
-        W8,
-        "zero-point",
-        "weight",
-        wrong={"w_zero": 3},
-        refused="zero point is not supported",
-    ),
-    Case(
-        "activation zero point",
-        W8A8,
-        "zero-point",
-        "quantize",
-        wrong={"x_zero": 3},
-        refused="zero point is not supported",
-    ),
-    Case(
-        "one zero point",
-        W8,
-        "zero-point",
-        "weight",
-        (("int8[32] w_zero", "int8 w_zero"),),
-        refused="same volume",
-    ),
-    Case(
-        "computed zero point",
-        W8,
-        "zero-point",
-        "weight",
-        (("S, 64] x", "S, 64] x, int8[32] z"), ("w_scale, w_zero)", "w_scale, z)")),
-        also=("io-type",),
-        refused="not an initializer",
-    ),
-    Case(
         "computed scale",
         W8,
         "scale-constant",
@@ -149,7 +116,6 @@ ILLEGAL = [
         wrong={"x_scale": 0.0},
         refused="must all be positive",
     ),
-    Case("too few scales", W8, "scale-size", "weight", (("[32]", "[16]"),), refused="number of scales"),
     Case("no axis", W8, "scale-axis", "weight", ((" <axis = 1>", ""),)),
     Case(
         "half data, full scale",
@@ -238,22 +204,6 @@ ILLEGAL = [
     ),
     Case("INT8 in blocks", INT4, "block-scales", "weight", (("int4", "int8"),), opset=21, also=("opset",)),
     # products
-    Case(
-        "INT4 and a quantized activation",
-        INT4.replace("w_zero>", "w_zero, float x_scale, int8 x_zero>"),
-        "int4-weight-only",
-        "product",
-        (
-            (
-                "[product] y = MatMul (x,",
-                "q = QuantizeLinear (x, x_scale, x_zero)\n"
-                "d = DequantizeLinear (q, x_scale, x_zero)\n"
-                "[product] y = MatMul (d,",
-            ),
-        ),
-        opset=21,
-        refused="no plan",
-    ),
     Case(
         "only the activation",
         W8A8,

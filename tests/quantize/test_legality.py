@@ -74,6 +74,12 @@ def test_every_rule_has_a_case() -> None:
     assert {case.rule for case in (*ILLEGAL, *NOTES)} == set(RULES)
 
 
+def test_a_rule_without_a_user_is_one_that_the_builder_does_not_know() -> None:
+    """What only our own emitters could break is checked where the tests' builder takes one of its cases."""
+    taken = {case.rule for case in (*ILLEGAL, *NOTES) if not case.refused}
+    assert {name for name, rule in RULES.items() if rule.reason != "model"} <= taken
+
+
 def test_every_tried_rule_was_refused() -> None:
     refused = {case.rule for case in ILLEGAL if case.refused}
     assert {name for name, rule in RULES.items() if "tried" in rule.source} <= refused

@@ -30,7 +30,6 @@ class TypedNode:
         where: its name, behind those of the calls and Scans around it.
         scope: graph or function it is in.
         shared: inputs that ONNX wants to be of one type: variable of the schema → their indices.
-        carried: for Scan, (type of a state at the start, type the body gives it).
     """
 
     node: ir.Node
@@ -39,7 +38,6 @@ class TypedNode:
     inputs: tuple[Type, ...]
     outputs: tuple[Type, ...]
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    carried: tuple[tuple[Type, Type], ...] = ()
 
 
 def typed_nodes(model: ir.Model) -> tuple[list[TypedNode], dict[ir.Value, ir.DataType]]:
@@ -85,10 +83,8 @@ class _Walker:
         if function is not None:
             return TypedNode(node, where, scope, inputs, self._call(function, inputs, where))
         if node.op_type == "Scan":
-            states = len(inputs) - node.attributes["num_scan_inputs"].as_int()
             given = self._body(node.attributes["body"].as_graph(), inputs, types, where)
-            carried = tuple(zip(inputs[:states], given[:states], strict=False))
-            return TypedNode(node, where, scope, inputs, given, carried=carried)
+            return TypedNode(node, where, scope, inputs, given)
         if node.op_type == "Loop":
             first = (ir.DataType.INT64, ir.DataType.BOOL)
             given = self._body(node.attributes["body"].as_graph(), first + inputs[2:], types, where)

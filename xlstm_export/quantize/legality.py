@@ -89,16 +89,11 @@ def _check_opset(model: ir.Model, limits: Limits, nodes: list[TypedNode]) -> Ite
 
 def _check_functions(model: ir.Model, nodes: list[TypedNode]) -> Iterator[Violation]:
     opset = model.opset_imports.get("")
-    names = [function.name for function in model.functions.values()]
     for function in model.functions.values():
         own = function.opset_imports.get("", opset)
         if own != opset:
             yield Violation(
                 function.name, "", "function-opset", f"the function has opset {own}, the model {opset}"
-            )
-        if names.count(function.name) > 1 or function.name in OPERATORS:
-            yield Violation(
-                function.name, "", "function-name", "an operator or another function has its name"
             )
     outside = _names(model.graph)
     for typed in nodes:
@@ -107,13 +102,6 @@ def _check_functions(model: ir.Model, nodes: list[TypedNode]) -> Iterator[Violat
             continue
         given = [value.name if value is not None else None for value in typed.node.inputs]
         inputs = [value.name for value in called.inputs]
-        if len(given) != len(inputs) or None in given:
-            yield Violation(
-                typed.where,
-                called.name,
-                "function-inputs",
-                f"the call does not give all {len(inputs)} inputs",
-            )
         visible = outside | _names(typed.scope)
         for name, argument in zip(inputs, given, strict=False):
             if name in visible and name != argument:
@@ -214,11 +202,6 @@ def _check_types(typed: TypedNode) -> Iterator[Violation]:
         if len(known) > 1:
             listed = ", ".join(f"{value.name if value else ''} is {_type(dtype)}" for value, dtype in found)
             yield _violation(typed, "types", listed)
-    for index, (start, end) in enumerate(typed.carried):
-        if None not in (start, end) and start != end:
-            yield _violation(
-                typed, "scan-state", f"state {index} starts as {_type(start)}, the body gives {_type(end)}"
-            )
     for value, dtype in zip(node.outputs, typed.outputs, strict=False):
         if dtype is not None and dtype not in IO_TYPES | QUANTIZED:
             yield _violation(typed, "element-type", f"{value.name} is {dtype.name}")

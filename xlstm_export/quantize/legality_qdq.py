@@ -38,7 +38,7 @@ def check_quantized_values(typed: TypedNode, *, is_call: bool) -> Iterator[Viola
 
 
 def check_qdq(typed: TypedNode) -> Iterator[Violation]:
-    """Types, scales and zero points of one Q or DQ."""
+    """Types and scales of one Q or DQ."""
     if len(typed.node.inputs) < 2:
         yield _violation(typed, "scale-constant", "has no scale")
         return
@@ -59,7 +59,6 @@ def check_qdq(typed: TypedNode) -> Iterator[Violation]:
             "scale-value",
             f"{bad.size} of {values.size} scales are not above 0 and finite: {bad.flat[0]:g}",
         )
-    yield from _zero_point(typed, scale)
     yield from _granularity(typed, scale)
 
 
@@ -70,8 +69,6 @@ def check_product(typed: TypedNode) -> Iterator[Violation]:
     for operand in quantized:
         yield from _weight_axis(typed, operand)
     if len(quantized) == 2:
-        if any(operand.type == ir.DataType.INT4 for operand in quantized):
-            yield _violation(typed, "int4-weight-only", "both operands are quantized, one to INT4")
         for operand in quantized:
             if operand.weight is not None and len(operand.weight.shape) > 1:
                 sizes = [int(size) for size in operand.weight.shape[-2:]]
@@ -177,23 +174,6 @@ def _types(typed: TypedNode) -> Iterator[Violation]:
         yield _violation(typed, "int4-constant", f"{_name(node.inputs[0])} is no constant")
 
 
-def _zero_point(typed: TypedNode, scale: ir.TensorProtocol) -> Iterator[Violation]:
-    given = typed.node.inputs[2] if len(typed.node.inputs) > 2 else None
-    if given is None:
-        return
-    zero = constant(given)
-    if zero is None:
-        yield _violation(typed, "zero-point", f"zero point {_name(given)} is computed")
-        return
-    if math.prod(zero.shape) != math.prod(scale.shape):
-        yield _violation(
-            typed, "zero-point", f"{math.prod(zero.shape)} zero points for {math.prod(scale.shape)} scales"
-        )
-    values = _values(zero)
-    if values is not None and values.any():
-        yield _violation(typed, "zero-point", f"zero point {values[values != 0].flat[0]:g} is not 0")
-
-
 def _granularity(typed: TypedNode, scale: ir.TensorProtocol) -> Iterator[Violation]:
     node, weight = typed.node, _weight(typed.node)
     sizes = tuple(int(size) for size in scale.shape)
@@ -213,11 +193,8 @@ def _granularity(typed: TypedNode, scale: ir.TensorProtocol) -> Iterator[Violati
             typed, "block-scales", f"scales of shape {sizes} for {weight.dtype.name} of shape {dims}"
         )
         return
-    axis = _scale_axis(node, len(dims))
-    if axis is None:
+    if _scale_axis(node, len(dims)) is None:
         yield _violation(typed, "scale-axis", f"has {sizes[0]} scales and no axis")
-    elif axis >= len(dims) or dims[axis] != sizes[0]:
-        yield _violation(typed, "scale-size", f"{sizes[0]} scales along axis {axis} of shape {dims}")
 
 
 def _int4(typed: TypedNode, weight: ir.TensorProtocol, scales: tuple[int, ...]) -> Iterator[Violation]:

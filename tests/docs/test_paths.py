@@ -9,16 +9,13 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+FOLDERS = ("xlstm_export", "plugins", "calibration", "tests", "benchmarks", "examples", "docs")
 # The history names what was, and may no longer be.
 DOCUMENTS = sorted(
     path.relative_to(ROOT)
-    for path in ROOT.rglob("*.md")
+    for path in (*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")))
     if path.name != "CHANGELOG.md"
-    and not any(
-        part.startswith(".") or part in ("out", "build", "dist") for part in path.relative_to(ROOT).parts
-    )
 )
-FOLDERS = ("xlstm_export", "plugins", "calibration", "tests", "benchmarks", "examples", "docs")
 # A path from the root, in code marks or a command; globs and placeholders (`<op>`, `KIND`) are no paths.
 PATH = re.compile(rf"(?<![\w./\-])(?:{'|'.join(FOLDERS)})(?:/[\w.\-]+)+/?")
 MODULE = re.compile(r"`(?:[\w\-]+/)*([\w\-]+\.(?:py|cu|cuh|cc|cpp|h|hpp))`")

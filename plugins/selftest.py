@@ -7,6 +7,7 @@ of magnitude. How exact the kernels are is the test suite's business.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from xlstm_export.errors import SetupError
 if TYPE_CHECKING:
     import torch
     from xlstm_export.plugins.cases import Case
+
+log = logging.getLogger(__name__)
 
 # Relative L2: four times the largest rounding error of one value of the type; for float32 the limit of an
 # export (`checks.py`).
@@ -118,6 +121,7 @@ def _registers(path: Path) -> Check:
     try:
         onnxruntime.SessionOptions().register_custom_ops_library(str(path))
     except Exception as error:  # what onnxruntime raises shares no other base
+        log.debug("%s is not taken", path, exc_info=True)
         return Check("ort-cpu", name, "fail", detail=str(error))
     return Check("ort-cpu", name, "pass", detail=onnxruntime.__version__)
 

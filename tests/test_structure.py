@@ -35,6 +35,25 @@ def test_length_of_modules() -> None:
     assert {module: count for module, count in lines.items() if count > MODULE_LINES} == {}
 
 
+def test_no_exception_is_swallowed() -> None:
+    """Whatever may be raised is caught only to raise something clearer, or is logged for `--debug`."""
+    swallowed = []
+    for path in modules():
+        if path.is_relative_to(ROOT / "benchmarks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            if node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"):
+                continue
+            raised = [found for found in ast.walk(node) if isinstance(found, ast.Raise)]
+            shown = any(found.cause is None or ast.unparse(found.cause) != "None" for found in raised)
+            words = ast.unparse(node)
+            if not (shown or "exc_info=True" in words or "traceback.print_exc()" in words):
+                swallowed.append(f"{name(path)}:{node.lineno}")
+    assert swallowed == []
+
+
 def full_name(path: Path) -> str:
     """The name a file is imported by."""
     parts = path.relative_to(ROOT).with_suffix("").parts

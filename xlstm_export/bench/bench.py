@@ -6,6 +6,7 @@ them alike; ratios are what to quote. What did not verify is not timed.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -35,6 +36,8 @@ from .peers import REASON, NotCompiled, Peer, Wrap, compiled, eager_prefill, eag
 from .result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, PREFILL, RESULT, BenchReport, Cell
 from .roofline import step_bytes
 from .timing import ROUNDS, Call, bandwidth_probe, in_turns, probe_bytes
+
+log = logging.getLogger(__name__)
 
 READING = "reading"  # the bandwidth probe, no contestant
 PREFILL_SECONDS = 0.2  # of one contestant's calls in a round; a longer call is a round
@@ -212,6 +215,7 @@ class _Run:
             peer.run()
             peers[EAGER] = peer
         except Exception as error:  # the user's own code: it may refuse a batch or a length
+            log.debug("PyTorch eager, %s", where, exc_info=True)
             text = " ".join(str(error).split())[:REASON]
             self.skip(EAGER, f"{where}: {type(error).__name__}: {text}")
             self.skip(COMPILED, f"{where}: does not run without it either")

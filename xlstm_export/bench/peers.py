@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -16,6 +17,8 @@ from ..inputs import Arrays
 from ..lift.model import lift_model
 from ..load.loaded import Loaded
 from .timing import Call
+
+log = logging.getLogger(__name__)
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 COMPILE_LIMIT = 240.0  # seconds: a scan over hundreds of positions is unrolled, which may take an hour
@@ -118,6 +121,7 @@ def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer
     except _TooLongError:
         raise NotCompiled(f"took longer than {limit:.3g} s to compile") from None
     except Exception as error:  # the compiler's own exceptions have no common class
+        log.debug("torch.compile", exc_info=True)
         text = " ".join(str(error).split()) or type(error).__name__
         raise NotCompiled(f"does not compile: {text[:REASON]}") from None
     return replace(peer, compile_seconds=time.perf_counter() - start)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,14 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="show the traceback of an error")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Put trained xLSTM models on edge devices: streaming ONNX, proven equal to PyTorch.
 
     Exit codes: 0 pass, 1 gate failed, 2 usage, 3 environment, 4 bad input, 5 build.
     """
+    if debug:
+        context.with_resource(debug_log())
 
 
 @cli.command()
@@ -173,6 +179,20 @@ def doctor(as_json: bool) -> None:
     emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
     if any(f.status == "missing" for f in findings):
         raise SetupError("something needed is missing", "see the last column above")
+
+
+@contextmanager
+def debug_log() -> Iterator[None]:
+    """Write to stderr what the package logs: errors that it goes on after, with their tracebacks."""
+    log, handler = logging.getLogger("xlstm_export"), logging.StreamHandler()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def main(args: list[str] | None = None) -> None:

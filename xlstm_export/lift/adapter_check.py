@@ -7,6 +7,7 @@ for an error message that names the cell.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ..distance import difference
 from ..errors import BuildError, ExportError
 from .adapter import AdapterFunction, adapter_name, run_alone
+
+log = logging.getLogger(__name__)
 
 # Relative L2 of one cell in FP32. Rounding, and eps in another gauge, are below 1e-5.
 LIMIT = 1e-4
@@ -98,7 +101,7 @@ def _original_calls(
         with torch.no_grad():
             module(*(x.clone() for x in inputs))
     except Exception:  # it may need a GPU; whether the lifted module runs is asked elsewhere
-        pass
+        log.debug("the module as it was given does not run", exc_info=True)
     finally:
         for hook in hooks:
             hook.remove()

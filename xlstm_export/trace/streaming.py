@@ -6,6 +6,8 @@ known as one give other results when a sequence arrives in pieces. Such a model 
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from ..distance import difference
@@ -14,6 +16,8 @@ from ..inputs import Arrays, cut, has_positions, per_position
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
 from ..sessions import TorchSession
+
+log = logging.getLogger(__name__)
 
 LENGTH, FIRST = 12, 5
 # Relative L2. FP32 rounding through the models at hand is below 1e-6 and what looks ahead changes outputs by
@@ -45,6 +49,7 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
     except ExportError:
         raise
     except Exception:  # forward may not take this length; the example's it does
+        log.debug("forward does not take %d positions", LENGTH, exc_info=True)
         inputs = {name: x[:2].numpy() for name, x in loaded.inputs.items()}
         length = next(inputs[spec.name].shape[1] for spec in session.io.inputs if per_position(spec))
         first = length // 2

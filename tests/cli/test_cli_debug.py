@@ -1,0 +1,30 @@
+"""What --debug shows of errors that a command goes on after."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from xlstm_export.cli.main import debug_log
+
+
+def fail(log: logging.Logger) -> None:
+    try:
+        raise ValueError("the cause")
+    except ValueError:
+        log.debug("what was done", exc_info=True)
+
+
+@pytest.mark.parametrize("name", ["xlstm_export.trace.streaming", "xlstm_export.plugins.selftest"])
+def test_what_was_caught_is_shown_under_debug_only(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger(name)
+    fail(log)
+    assert capsys.readouterr().err == ""
+    with debug_log():
+        fail(log)
+    shown = capsys.readouterr().err
+    assert "what was done" in shown
+    assert "ValueError: the cause" in shown
+    fail(log)
+    assert capsys.readouterr().err == ""

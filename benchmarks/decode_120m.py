@@ -30,6 +30,7 @@ from xlstm_export.bench.environment import environment
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load import checkpoint
 from xlstm_export.load.families import blocks
+from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import read_recipe
@@ -248,13 +249,13 @@ def run_child(task: str, source: Path, folder: Path, length: int, threads: int) 
     if task == "export":
         trace.export(loaded, folder)
     elif task == "verify":
-        require(verify.verify(folder, loaded, threads=threads))
+        require(verify.verify(folder, loaded, context=Context(threads=threads)))
     elif task == "quantize":
         recipe = read_recipe(RECIPE)
         scales = stages.calibrate(folder, loaded, random_data=True, samples=4, length=512)
         quantize.quantize(folder, recipe, scales=scales)
-        horizons = {"horizon": 1000, "free_horizon": 100}
-        require(verify_precision.verify_precision(folder / "int8", loaded, threads=threads, **horizons))
+        short = VerifyOptions(horizon=1000, free_horizon=100)
+        require(verify_precision.verify_precision(folder / "int8", loaded, short, Context(threads=threads)))
     else:
         figures = prefill_alone(task, loaded, folder, length, threads)
     # Of this program alone: what wait4 reports would include the parent's size at the fork.

@@ -20,6 +20,7 @@ from xlstm_export import runfolder
 from xlstm_export.bench.environment import environment
 from xlstm_export.load import checkpoint
 from xlstm_export.measure.drift_result import TEACHER
+from xlstm_export.options import VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import Recipe, naive, preset, read_recipe
@@ -77,7 +78,7 @@ def run(example: Example, scratch: Path, horizon: int, free: int) -> dict[str, A
         example.source.get("path"), example.source.get("module"), example.source.get("weights")
     )
     folder = trace.export(loaded, scratch / "fp32")
-    report = verify.verify(folder, loaded, data=example.data)
+    report = verify.verify(folder, loaded, VerifyOptions(data=example.data))
     if not report.passed:
         raise SystemExit(f"{example.data}: FP32 is not equal to PyTorch")
     scales = stages.calibrate(folder, loaded, data=str(example.calibration), avoid=example.data)
@@ -90,7 +91,10 @@ def run(example: Example, scratch: Path, horizon: int, free: int) -> dict[str, A
     for name, recipe in recipes(example).items():
         made = quantize.quantize(folder, recipe, scales=scales, out=scratch / name)
         result[name] = figures(
-            made, verify_precision(made, loaded, data=example.data, horizon=horizon, free_horizon=free)
+            made,
+            verify_precision(
+                made, loaded, VerifyOptions(data=example.data, horizon=horizon, free_horizon=free)
+            ),
         )
         result[name]["over_fp32"] = result[name]["bytes"] / size
         print(name, json.dumps(result[name]), flush=True)

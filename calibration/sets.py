@@ -15,6 +15,7 @@ from xlstm_export.calibration.sources import Reader
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.inputs import Arrays, has_positions, per_position
 from xlstm_export.load.made_up import random_inputs
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.specs import IoSpec
 
 if TYPE_CHECKING:
@@ -71,6 +72,41 @@ class CalibrationSet:
             "random": self.random,
             "seed": self.seed,
         }
+
+
+def for_run(
+    loaded: Loaded,
+    run: RunFolder | Path,
+    source: str | None,
+    *,
+    tokenizer: Path | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    avoid: Path | None = None,
+) -> CalibrationSet:
+    """Calibration data for a run folder: from `source`, or made up where that is None.
+
+    Args:
+        loaded: the model.
+        run: run folder.
+        source: of `load`, as all others.
+        tokenizer: by default the one that came with the checkpoint.
+    """
+    run = RunFolder.of(run)
+    if source is None:
+        return random_set(loaded, run.io, samples=samples or 4, length=length or 512, seed=seed)
+    found = run.path / "tokenizer.json"
+    return load(
+        source,
+        run.io,
+        vocab_size=loaded.vocab_size,
+        tokenizer=tokenizer or (found if found.is_file() else None),
+        samples=samples,
+        length=length,
+        seed=seed,
+        avoid=avoid,
+    )
 
 
 def load(

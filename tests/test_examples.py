@@ -13,6 +13,7 @@ from places import ROOT
 from xlstm_export import runfolder, sessions
 from xlstm_export.load import checkpoint
 from xlstm_export.measure import data
+from xlstm_export.options import VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
@@ -39,7 +40,7 @@ def example(
 @pytest.mark.slow
 def test_verifies_on_held_out_data(example: tuple[checkpoint.Loaded, Path, Path]) -> None:
     loaded, folder, held_out = example
-    report = verify.verify(folder, loaded, data=held_out)
+    report = verify.verify(folder, loaded, VerifyOptions(data=held_out))
     assert report.passed, [check for check in report.checks if not check.passed]
     assert report.metric["positions"] > 1000
 

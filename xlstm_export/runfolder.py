@@ -107,6 +107,11 @@ class RunFolder:
         return self.options.precision or "fp32"
 
     @property
+    def last_only(self) -> frozenset[str]:
+        """Outputs that hold the last position of a call only."""
+        return frozenset(x.name for x in self.io.outputs[:1] if self.options.last_logits)
+
+    @property
     def files(self) -> Mapping[str, Any]:
         """Name → hash and size, as they were when the folder was made."""
         files: Mapping[str, Any] = self.manifest["files"]

@@ -24,7 +24,7 @@ def test_the_segments_one_after_the_other_are_the_graph(small_export: Path) -> N
     tokens = np.random.default_rng(0).integers(0, 256, (2, 70))
     session = OrtSession(small_export, 2)
     expected = session.prefill({"tokens": tokens})["logits"]
-    segments = Segments(small_export, runfolder.read_io(small_export), 2, 0)
+    segments = Segments(runfolder.RunFolder.open(small_export), 2, 0)
     assert segments.blocks == 3
     entry, states = {"tokens": tokens}, {}
     for index in range(segments.blocks):

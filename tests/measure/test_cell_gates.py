@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.measure import cell_gates as gates
+from xlstm_export.options import Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.sessions import TorchSession
@@ -30,7 +31,7 @@ def test_stabilizers_are_those_of_the_model(
     small_export: Path, small_loaded: Loaded, inputs: dict[str, np.ndarray]
 ) -> None:
     """m of every position, from the PyTorch model in float64, step by step."""
-    found = gates.audit(small_export, inputs, threads=1)
+    found = gates.audit(small_export, inputs, Context(threads=1))
     session = TorchSession(small_loaded, 2, "float64")
     seen: dict[str, list[np.ndarray]] = {}
     for t in range(LENGTH):
@@ -91,7 +92,7 @@ def test_a_shorter_memory_is_noticed(
     small_export: Path, inputs: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """Forget gates moved a little change no output much, and the half-life by their factor."""
-    reference = gates.audit(small_export, inputs, threads=1)
+    reference = gates.audit(small_export, inputs, Context(threads=1))
     changed = shutil.copytree(small_export, tmp_path / "changed")
     model = onnx.load(changed / "model.onnx")
     node = [n for n in model.graph.node if n.op_type == "XlstmMlstm"][1]
@@ -103,7 +104,7 @@ def test_a_shorter_memory_is_noticed(
     model.graph.node.insert(position, add)
     onnx.save_model(model, changed / "changed.onnx")
     shutil.move(changed / "changed.onnx", changed / "model.onnx")
-    found = gates.audit(changed, inputs, threads=1)
+    found = gates.audit(changed, inputs, Context(threads=1))
     checks = gates.memory_checks(found, reference, 0.05)
     assert [check.passed for check in checks] == [True, True, False]
     assert checks[2].detail["half_life"] < checks[2].detail["reference_half_life"]
@@ -116,7 +117,7 @@ def test_other_precisions(
 ) -> None:
     """Gates are found behind casts and integers, rounded as in the stream."""
     folder = quantize.quantize(small_export, preset(precision), out=tmp_path / "out")
-    reference, found = (gates.audit(f, inputs, threads=1) for f in (small_export, folder))
+    reference, found = (gates.audit(f, inputs, Context(threads=1)) for f in (small_export, folder))
     values = [check.value for check in gates.memory_checks(found, reference, 0.05)]
     assert all(0 <= value < 0.05 for value in values)
     assert max(values) > 1e-6

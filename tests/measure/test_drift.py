@@ -18,6 +18,7 @@ from xlstm_export.checks import Check
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load import checkpoint
 from xlstm_export.measure.drift import measure_drift
+from xlstm_export.measure.drift_plan import DriftPlan
 from xlstm_export.measure.drift_result import (
     FREE,
     TEACHER,
@@ -28,6 +29,7 @@ from xlstm_export.measure.drift_result import (
     judged_growth,
     token_feedback,
 )
+from xlstm_export.options import Context
 from xlstm_export.sessions import OrtSession, Session, TorchSession
 from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 from xlstm_export.trace import export as trace
@@ -111,7 +113,7 @@ def test_errors_are_those_of_the_recurrence_written_out() -> None:
     x = noise(700)
     # 300 and 400 have windows that overlap, 7 and 60 windows that begin with the stream.
     horizons = (7, 60, 300, 400, 700)
-    drift = measure_drift(Linear(0.99), Linear(0.98, 1.1), x, horizons=horizons, window=128, piece=50)
+    drift = measure_drift(Linear(0.99), Linear(0.98, 1.1), x, DriftPlan(horizons, window=128, piece=50))
     true, ours = stream(0.99, 1.0, x["x"], np.zeros(2)), stream(0.98, 1.1, x["x"], np.zeros(2))
     outputs, states = one(drift, "y"), one(drift, "y", block=0)
     assert outputs.horizons == horizons
@@ -133,7 +135,7 @@ def test_errors_are_those_of_the_recurrence_written_out() -> None:
 
 
 def test_a_constant_error_stays_what_it_is() -> None:
-    drift = measure_drift(Linear(0.99), Linear(0.99, scale=1.01), noise(4000), horizons=(1, 10, 1000, 4000))
+    drift = measure_drift(Linear(0.99), Linear(0.99, scale=1.01), noise(4000), DriftPlan((1, 10, 1000, 4000)))
     assert one(drift, "y").errors == pytest.approx([0.01] * 4)
     assert one(drift, "y").state_forced == pytest.approx([0.01] * 4)
     assert one(drift, "y", block=0).errors == (0.0,) * 4
@@ -145,7 +147,7 @@ def test_a_constant_error_stays_what_it_is() -> None:
 def test_a_memory_that_never_ends_makes_the_error_grow() -> None:
     ones = {"x": np.ones((2, 8000))}
     candidate = Linear(1 - 1e-6)
-    drift = measure_drift(Linear(1.0), candidate, ones, horizons=(1, 100, 1000, 8000))
+    drift = measure_drift(Linear(1.0), candidate, ones, DriftPlan((1, 100, 1000, 8000)))
     series = one(drift, "y", block=0)
     # Σ (1 − δ)ᵗ is t − δ·t²/2 in first order: the relative error is δ·t/2.
     assert series.errors[-1] == pytest.approx(1e-6 * 8000 / 2, rel=0.03)
@@ -157,7 +159,7 @@ def test_a_memory_that_never_ends_makes_the_error_grow() -> None:
 
 
 def test_a_memory_that_ends_does_not() -> None:
-    drift = measure_drift(Linear(0.9), Linear(0.9 * 0.999), noise(4000), horizons=(100, 1000, 4000))
+    drift = measure_drift(Linear(0.9), Linear(0.9 * 0.999), noise(4000), DriftPlan((100, 1000, 4000)))
     checks = drift_checks(drift, LIMITS)
     assert failed(checks) == []
     assert judged_growth(one(drift, "y"), 1e-5) < 1.1
@@ -179,8 +181,8 @@ class Half(Linear):
 def test_a_narrow_state_is_rounded_at_every_position() -> None:
     # From 2048 on FP16 holds even numbers only: 2048 + 1 is 2048 again.
     ones = {"x": np.ones((2, 4000))}
-    arguments: dict[str, Any] = {"horizons": (100, 1000, 4000)}
-    drift = measure_drift(Linear(1.0), Half(1.0), ones, **arguments)
+    plan = DriftPlan((100, 1000, 4000))
+    drift = measure_drift(Linear(1.0), Half(1.0), ones, plan)
     assert drift.stepwise
     assert drift.to_json()["stepwise"] is True
     state = one(drift, "y", block=0)
@@ -189,10 +191,10 @@ def test_a_narrow_state_is_rounded_at_every_position() -> None:
     assert "teacher-forced: block 0 states: level" in failed(drift_checks(drift, LIMITS))
     # The reference's state of 3744 is representable, from there the window's positions are lost.
     assert state.state_forced[2] == pytest.approx(144 / 3888, abs=5e-3)
-    seldom = measure_drift(Linear(1.0), Half(1.0), ones, stepwise=False, **arguments)
+    seldom = measure_drift(Linear(1.0), Half(1.0), ones, replace(plan, stepwise=False))
     assert not seldom.stepwise
     assert one(seldom, "y", block=0).errors[2] < 1e-3
-    always = measure_drift(Linear(1.0), Linear(1.0), ones, stepwise=True, **arguments)
+    always = measure_drift(Linear(1.0), Linear(1.0), ones, replace(plan, stepwise=True))
     assert always.stepwise
     assert one(always, "y").errors == (0.0,) * 3
 
@@ -202,7 +204,7 @@ def test_a_narrow_state_is_rounded_at_every_position() -> None:
 
 def test_short_data_begins_anew_and_says_so() -> None:
     reference, x = Linear(), noise(30)
-    drift = measure_drift(reference, Linear(scale=1.1), x, horizons=(10, 100))
+    drift = measure_drift(reference, Linear(scale=1.1), x, DriftPlan((10, 100)))
     assert drift.repeated
     assert drift.to_json()["repeated"] is True
     read = np.concatenate(reference.read, axis=1)
@@ -211,14 +213,14 @@ def test_short_data_begins_anew_and_says_so() -> None:
 
 def test_no_call_is_longer_than_a_piece() -> None:
     reference, candidate = Linear(), Linear()
-    measure_drift(reference, candidate, noise(1000), horizons=(1, 1000), piece=64)
+    measure_drift(reference, candidate, noise(1000), DriftPlan((1, 1000), piece=64))
     assert sum(x.shape[1] for x in reference.read) == 1000
     assert max(x.shape[1] for x in (*reference.read, *candidate.read)) <= 64
 
 
 def test_progress_names_mode_and_position() -> None:
     seen: list[str] = []
-    measure_drift(Linear(), Linear(), noise(100), horizons=(100,), progress=seen.append)
+    measure_drift(Linear(), Linear(), noise(100), DriftPlan((100,)), Context(progress=seen.append))
     assert seen[0] == "teacher-forced, 0 of 100 positions"
 
 
@@ -246,23 +248,23 @@ def stateless() -> Linear:
 def test_what_makes_no_sense_is_refused(change: dict[str, Any], words: list[str]) -> None:
     arguments = {"horizons": (1, 10), "candidate": Linear(), **change}
     with refused(UsageError, *words):
-        measure_drift(Linear(), arguments.pop("candidate"), noise(10), **arguments)
+        measure_drift(Linear(), arguments.pop("candidate"), noise(10), DriftPlan(**arguments))
 
 
 def test_wrong_data_is_refused() -> None:
     with refused(InputError, "no data for input x", "z"):
-        measure_drift(Linear(), Linear(), {"z": np.zeros((2, 3))}, horizons=(1,))
+        measure_drift(Linear(), Linear(), {"z": np.zeros((2, 3))}, DriftPlan((1,)))
     with refused(InputError, "at least one"):
-        measure_drift(Linear(), Linear(), {"x": np.zeros((2, 0))}, horizons=(1,))
+        measure_drift(Linear(), Linear(), {"x": np.zeros((2, 0))}, DriftPlan((1,)))
     with refused(InputError, "input x"):
-        measure_drift(Linear(), Linear(), noise(10, batch=5), horizons=(1,))
+        measure_drift(Linear(), Linear(), noise(10, batch=5), DriftPlan((1,)))
 
 
 # --- broken candidates ------------------------------------------------------------------------------------
 
 
 def test_nan_is_infinitely_far_and_fails() -> None:
-    drift = measure_drift(Linear(), Linear(spoil=500), noise(1000), horizons=(10, 100, 1000))
+    drift = measure_drift(Linear(), Linear(spoil=500), noise(1000), DriftPlan((10, 100, 1000)))
     assert one(drift, "y").errors == (0.0, 0.0, math.inf)
     assert {"teacher-forced: y: level", "teacher-forced: y: growth"} == set(
         failed(drift_checks(drift, LIMITS))
@@ -272,7 +274,7 @@ def test_nan_is_infinitely_far_and_fails() -> None:
 
 
 def test_a_nan_state_fails_its_block() -> None:
-    drift = measure_drift(Linear(), Linear(gain=math.nan), noise(300), horizons=(10, 300))
+    drift = measure_drift(Linear(), Linear(gain=math.nan), noise(300), DriftPlan((10, 300)))
     assert one(drift, "y", block=0).errors == (math.inf, math.inf)
     checks = drift_checks(drift, LIMITS)
     assert first_failing_block(checks) == 0
@@ -291,15 +293,15 @@ class Whole(Linear):
 
 
 def test_outputs_of_a_whole_call_are_compared_position_by_position() -> None:
-    arguments: dict[str, Any] = {"horizons": (5, 300), "window": 50}
-    ours = measure_drift(Whole(0.9), Whole(0.8), noise(300), **arguments)
-    theirs = measure_drift(Linear(0.9), Linear(0.8), noise(300), **arguments)
+    plan = DriftPlan((5, 300), window=50)
+    ours = measure_drift(Whole(0.9), Whole(0.8), noise(300), plan)
+    theirs = measure_drift(Linear(0.9), Linear(0.8), noise(300), plan)
     assert ours.series == theirs.series
 
 
 def test_a_reference_of_zeros() -> None:
     zeros = {"x": np.zeros((2, 50))}
-    same = measure_drift(Linear(), Linear(scale=2), zeros, horizons=(1, 50))
+    same = measure_drift(Linear(), Linear(scale=2), zeros, DriftPlan((1, 50)))
     assert one(same, "y").errors == (0.0, 0.0)
 
 
@@ -354,7 +356,7 @@ def test_kl_and_first_rank_by_hand() -> None:
     other = table() + 0.3 * table(5)
     feedback = Feedback("tokens", "logits")
     drift = measure_drift(
-        Table(table()), Table(other), prompt(), horizons=(3, 40), feedback=feedback, window=16
+        Table(table()), Table(other), prompt(), DriftPlan((3, 40), feedback=feedback, window=16)
     )
     true = Table(table()).prefill(prompt())["logits"][:, 24:]
     ours = Table(other).prefill(prompt())["logits"][:, 24:]
@@ -369,7 +371,7 @@ def test_kl_and_first_rank_by_hand() -> None:
 
 def test_kl_of_a_common_offset_is_zero() -> None:
     drift = measure_drift(
-        Table(table()), Table(table() + 3), prompt(), horizons=(40,), feedback=Feedback("tokens", "logits")
+        Table(table()), Table(table() + 3), prompt(), DriftPlan((40,), feedback=Feedback("tokens", "logits"))
     )
     assert one(drift, "logits").kl == pytest.approx((0.0,), abs=1e-12)
     assert one(drift, "logits").top1 == (1.0,)
@@ -378,7 +380,10 @@ def test_kl_of_a_common_offset_is_zero() -> None:
 
 def test_kl_has_a_limit() -> None:
     drift = measure_drift(
-        Table(table()), Table(1.5 * table()), prompt(), horizons=(40,), feedback=Feedback("tokens", "logits")
+        Table(table()),
+        Table(1.5 * table()),
+        prompt(),
+        DriftPlan((40,), feedback=Feedback("tokens", "logits")),
     )
     names = failed(drift_checks(drift, DriftLimits(output=1.0, state=1.0, kl=1e-3)))
     assert names == ["teacher-forced: logits: KL", "free-running: logits: KL"]
@@ -389,7 +394,7 @@ def test_free_running_reads_what_the_candidate_chose() -> None:
     reference, candidate = Table(table()), Table(other)
     greedy = Feedback("tokens", "logits", temperature=0, prompt=5)
     drift = measure_drift(
-        reference, candidate, prompt(), horizons=(10,), free_horizons=(10, 60), feedback=greedy
+        reference, candidate, prompt(), DriftPlan((10,), free_horizons=(10, 60), feedback=greedy)
     )
     read = np.concatenate(reference.read, axis=1)
     assert np.array_equal(read[:, :5], prompt()["tokens"][:, :5])
@@ -410,7 +415,7 @@ def test_free_running_reads_what_the_candidate_chose() -> None:
 
 def test_equal_models_never_part() -> None:
     drift = measure_drift(
-        Table(table()), Table(table()), prompt(), horizons=(50,), feedback=Feedback("tokens", "logits")
+        Table(table()), Table(table()), prompt(), DriftPlan((50,), feedback=Feedback("tokens", "logits"))
     )
     assert isinstance(drift.free_running, FreeRun)
     assert drift.free_running.first_other == (None, None)
@@ -422,7 +427,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
     def drawn(seed: int) -> np.ndarray:
         reference = Table(table())
         feedback = Feedback("tokens", "logits", seed=seed, prompt=3)
-        measure_drift(reference, Table(table()), prompt(), horizons=(80,), feedback=feedback)
+        measure_drift(reference, Table(table()), prompt(), DriftPlan((80,), feedback=feedback))
         return np.concatenate(reference.read, axis=1)
 
     assert np.array_equal(drawn(0), drawn(0))
@@ -438,8 +443,7 @@ def test_draws_follow_the_softmax() -> None:
         reference,
         Table(fixed, batch=1),
         {"tokens": np.zeros((1, 9), np.int64)},
-        horizons=(4000,),
-        feedback=Feedback("tokens", "logits"),
+        DriftPlan((4000,), feedback=Feedback("tokens", "logits")),
     )
     shares = np.bincount(np.concatenate(reference.read, axis=1)[0, 100:]) / 3900
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
@@ -449,7 +453,7 @@ def test_broken_logits_still_choose_tokens() -> None:
     broken = table()
     broken[3] = np.nan
     drift = measure_drift(
-        Table(table()), Table(broken), prompt(), horizons=(5, 40), feedback=Feedback("tokens", "logits")
+        Table(table()), Table(broken), prompt(), DriftPlan((5, 40), feedback=Feedback("tokens", "logits"))
     )
     assert one(drift, "logits", FREE).errors[1] == math.inf
     assert one(drift, "logits", FREE).kl[1] == math.inf
@@ -457,13 +461,13 @@ def test_broken_logits_still_choose_tokens() -> None:
 
 
 def test_without_feedback_there_is_a_reason() -> None:
-    drift = measure_drift(Linear(), Linear(), noise(10), horizons=(10,))
+    drift = measure_drift(Linear(), Linear(), noise(10), DriftPlan((10,)))
     assert isinstance(drift.free_running, str)
     assert "x float64 (B, S)" in drift.free_running
     assert {s.mode for s in drift.series} == {TEACHER}
     feedback = Feedback("tokens", "logits")
     skipped = measure_drift(
-        Table(table()), Table(table()), prompt(), horizons=(10,), free_horizons=(), feedback=feedback
+        Table(table()), Table(table()), prompt(), DriftPlan((10,), free_horizons=(), feedback=feedback)
     )
     assert skipped.free_running == "not asked for"
 
@@ -496,7 +500,7 @@ def test_fp32_passes_the_limits_of_fp32(
     reference = TorchSession(small_loaded, 2, "float64")
     feedback = Feedback("tokens", "logits")
     drift = measure_drift(
-        reference, candidate, tokens(400), horizons=HORIZONS, feedback=feedback, free_horizons=(1, 40)
+        reference, candidate, tokens(400), DriftPlan(HORIZONS, feedback=feedback, free_horizons=(1, 40))
     )
     assert failed(drift_checks(drift, DRIFT_LIMITS["fp32"])) == []
     assert all(0 < e < 1e-5 for e in one(drift, "logits").errors)
@@ -518,7 +522,7 @@ class Shifted(TorchSession):
 def test_another_gauge_is_no_error(small_loaded: checkpoint.Loaded) -> None:
     # Windows that begin with the stream: nothing is put into the candidate, whose eps knows its gauge.
     drift = measure_drift(
-        TorchSession(small_loaded, 2), Shifted(small_loaded, 2), tokens(64), horizons=(1, 10, 64), window=64
+        TorchSession(small_loaded, 2), Shifted(small_loaded, 2), tokens(64), DriftPlan((1, 10, 64), window=64)
     )
     assert max(max(s.errors) for s in drift.series) < 1e-12
 
@@ -546,7 +550,7 @@ def test_a_forget_gate_one_percent_off_grows(
 ) -> None:
     reference, candidate = long_memory(10.0, 1.0), long_memory(9.9, 1.0)
     sessions = [TorchSession(x, 1, "float32") for x in (reference, candidate)]
-    drift = measure_drift(*sessions, tokens(3000, 1), horizons=(1, 100, 500, 3000))
+    drift = measure_drift(*sessions, tokens(3000, 1), DriftPlan((1, 100, 500, 3000)))
     generous = DriftLimits(output=1.0, state=1.0, kl=1.0)
     checks = drift_checks(drift, generous)
     assert "teacher-forced: block 0 states: growth" in failed(checks)
@@ -558,7 +562,7 @@ def test_a_recurrent_matrix_one_percent_off_fails_its_level(
 ) -> None:
     reference, candidate = long_memory(3.0, 1.0), long_memory(3.0, 1.01)
     sessions = [TorchSession(x, 1, "float64") for x in (reference, candidate)]
-    drift = measure_drift(*sessions, tokens(100, 1), horizons=(10, 100))
+    drift = measure_drift(*sessions, tokens(100, 1), DriftPlan((10, 100)))
     checks = drift_checks(drift, DRIFT_LIMITS["fp32"])
     assert first_failing_block(checks) == 1  # the block before it is untouched
     assert "teacher-forced: logits: level" in failed(checks)
@@ -577,10 +581,10 @@ class LastOnly(TorchSession):
 
 def test_logits_of_the_last_position_are_compared_at_each(small_loaded: checkpoint.Loaded) -> None:
     feedback = Feedback("tokens", "logits", temperature=0)
-    arguments: dict[str, Any] = {"horizons": (3, 60), "window": 20, "feedback": feedback}
+    plan = DriftPlan((3, 60), feedback=feedback, window=20)
     reference = TorchSession(small_loaded, 2)
     ours, theirs = (
-        measure_drift(reference, candidate, tokens(60), **arguments)
+        measure_drift(reference, candidate, tokens(60), plan)
         for candidate in (LastOnly(small_loaded, 2), TorchSession(small_loaded, 2, "float32"))
     )
     for a, b in zip(ours.series, theirs.series, strict=True):
@@ -593,5 +597,5 @@ def test_logits_of_the_last_position_are_compared_at_each(small_loaded: checkpoi
 @pytest.mark.slow
 def test_an_export_of_the_last_logits_only(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     last = OrtSession(trace.export(small_loaded, tmp_path / "last", last_logits=True), 2, threads=1)
-    drift = measure_drift(TorchSession(small_loaded, 2), last, tokens(60), horizons=(3, 60), window=20)
+    drift = measure_drift(TorchSession(small_loaded, 2), last, tokens(60), DriftPlan((3, 60), window=20))
     assert 0 < max(one(drift, "logits").errors) < 1e-5

@@ -13,6 +13,7 @@ from xlstm_export.errors import BuildError, InputError
 from xlstm_export.measure import data as evaluation
 from xlstm_export.measure.data import EvalData
 from xlstm_export.measure.drift import measure_drift
+from xlstm_export.measure.drift_plan import DriftPlan
 from xlstm_export.quantize.quantize import quantize
 from xlstm_export.quantize.recipe import Recipe, Rule
 from xlstm_export.sensitivity import measure as sensitivity_measure
@@ -53,7 +54,7 @@ def test_a_replayed_reference_is_the_live_one(setup: Setup, small_export: Path, 
     out = quantize(small_export, WEIGHTS, out=tmp_path / "wo")
     candidate = OrtSession(out, 1, 1)
     drifts = [
-        measure_drift(reference, candidate, stretch(setup), horizons=horizons(setup.horizon))
+        measure_drift(reference, candidate, stretch(setup), DriftPlan(horizons(setup.horizon)))
         for reference in (OrtSession(small_export, 1, 1), Replay(candidate.io, 1, Path(setup.reference)))
     ]
     assert drifts[0] == drifts[1]

@@ -20,6 +20,7 @@ from xlstm_export import checks, runfolder
 from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.lift.model import truncated
 from xlstm_export.load import checkpoint
+from xlstm_export.options import VerifyOptions
 from xlstm_export.sessions import OrtSession, TorchSession
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import by_block as verify_blocks
@@ -66,7 +67,7 @@ def test_other_families_by_block(tmp_path: Path, family: str) -> None:
         loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model", tie_weights=family == "tied"))
     out = trace.export(loaded, tmp_path / "out", stateless=False)
     assert failed(verify_blocks.verify_per_block(out, loaded)) == []
-    assert failed(first_blocks.verify_first_blocks(out, loaded, 1)) == []
+    assert failed(first_blocks.verify_first_blocks(out, loaded, VerifyOptions(num_blocks=1))) == []
 
 
 def test_only_one_block_of_weights_is_alive(large: tuple[checkpoint.Loaded, Path]) -> None:
@@ -119,7 +120,7 @@ def test_a_swapped_gate_is_found_in_its_block(large: tuple[checkpoint.Loaded, Pa
 def test_first_blocks_run_all_checks(large: tuple[checkpoint.Loaded, Path]) -> None:
     loaded, out = large
     before = sorted(p.name for p in out.iterdir())
-    report = first_blocks.verify_first_blocks(out, loaded, 2)
+    report = first_blocks.verify_first_blocks(out, loaded, VerifyOptions(num_blocks=2))
     assert failed(report) == []
     assert {"lift: logits", "step: states", "resumed: logits", "reset"} <= {c.name for c in report.checks}
     assert json.loads((out / "verify" / "first-2-blocks.json").read_text())["passed"]
@@ -131,7 +132,7 @@ def test_the_first_blocks_of_the_graph_are_those_of_the_model(
 ) -> None:
     """Independently of `verify`: the truncated module in float64 against the cut graph."""
     loaded, out = large
-    with first_blocks._truncated(out, 3) as part:
+    with first_blocks._truncated(runfolder.RunFolder.open(out), 3) as part:
         session = OrtSession(part, 2)
         tokens = np.random.default_rng(1).integers(0, 96, (2, 33))
         found = session.prefill({"tokens": tokens})["logits"]
@@ -143,7 +144,7 @@ def test_the_first_blocks_of_the_graph_are_those_of_the_model(
 def test_number_of_blocks_out_of_range(large: tuple[checkpoint.Loaded, Path], count: int) -> None:
     loaded, out = large
     with refused(UsageError, f"--num-blocks {count}", "4 blocks"):
-        first_blocks.verify_first_blocks(out, loaded, count)
+        first_blocks.verify_first_blocks(out, loaded, VerifyOptions(num_blocks=count))
 
 
 def test_a_model_that_does_not_fit_the_memory(
@@ -152,12 +153,14 @@ def test_a_model_that_does_not_fit_the_memory(
     loaded, out = large
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1000)
     with refused(SetupError, "xLSTMForCausalLM as a whole takes about", "--per-block", "--num-blocks N"):
-        verify.verify_any(out, loaded)
+        verify.verify_run(out, loaded)
 
 
 def test_options_that_exclude_each_other(large: tuple[checkpoint.Loaded, Path], tmp_path: Path) -> None:
     loaded, out = large
     with refused(UsageError, "--per-block goes with none"):
-        verify.verify_any(out, loaded, per_block=True, num_blocks=1)
+        verify.verify_run(out, loaded, VerifyOptions(per_block=True, num_blocks=1))
     with refused(UsageError, "--per-block goes with none"):
-        verify.verify_any(out, loaded, per_block=True, data=tmp_path)
+        verify.verify_run(out, loaded, VerifyOptions(per_block=True, data=tmp_path))
+    with refused(UsageError, "how many blocks", "--num-blocks"):
+        first_blocks.verify_first_blocks(out, loaded, VerifyOptions())

@@ -23,6 +23,7 @@ from onnx import numpy_helper
 from xlstm_export import runfolder
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load import checkpoint
+from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.sessions import OrtSession, Session
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.fp32 import LIMITS, Check, Verdict, verify
@@ -76,7 +77,7 @@ def recurrences(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def test_an_export_passes(folder: Path, small_loaded: checkpoint.Loaded) -> None:
     seen: list[str] = []
-    report = verify(folder, small_loaded, threads=1, progress=seen.append)
+    report = verify(folder, small_loaded, context=Context(threads=1, progress=seen.append))
     assert report.passed
     assert failed(report) == []
     assert [name for name in seen if name != "fused"] == [
@@ -109,7 +110,7 @@ def test_an_export_passes(folder: Path, small_loaded: checkpoint.Loaded) -> None
 
 
 def test_the_report_is_written(folder: Path, small_loaded: checkpoint.Loaded) -> None:
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     written = read_report(folder)
     assert written == report.to_json()
     assert written["schema"] == 1
@@ -127,7 +128,8 @@ def test_the_report_is_written(folder: Path, small_loaded: checkpoint.Loaded) ->
 
 def test_the_seed_decides_the_numbers(folder: Path, small_loaded: checkpoint.Loaded) -> None:
     one, again, other = (
-        [c.value for c in verify(folder, small_loaded, threads=1, seed=seed).checks] for seed in (1, 1, 2)
+        [c.value for c in verify(folder, small_loaded, context=Context(threads=1, seed=seed)).checks]
+        for seed in (1, 1, 2)
     )
     assert one == again
     assert one != other
@@ -137,18 +139,20 @@ def test_tampering_by_itself_changes_nothing(
     tampered: Callable[[Edit], Path], small_loaded: checkpoint.Loaded
 ) -> None:
     """The tool of the tests below, without a fault."""
-    assert verify(tampered(lambda model: None), small_loaded, threads=1).passed
+    assert verify(tampered(lambda model: None), small_loaded, context=Context(threads=1)).passed
 
 
 @pytest.mark.parametrize("stateless", [False, True])
 def test_other_forms_of_export_pass(small_loaded: checkpoint.Loaded, tmp_path: Path, stateless: bool) -> None:
     folder = trace.export(small_loaded, tmp_path / "out", stateless=stateless, last_logits=True)
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     assert report.passed
     assert any(check.name.startswith("step") for check in report.checks) != stateless
     if not stateless:  # the metric needs every position, whatever one call gives
         (tmp_path / "heldout.txt").write_bytes(np.random.default_rng(0).bytes(300))
-        report = verify(folder, small_loaded, data=tmp_path / "heldout.txt", threads=1)
+        report = verify(
+            folder, small_loaded, VerifyOptions(data=tmp_path / "heldout.txt"), Context(threads=1)
+        )
         assert report.passed
         assert report.metric["positions"] == 299
 
@@ -185,7 +189,7 @@ def test_one_wrong_weight(folder: Path, small_loaded: checkpoint.Loaded, name: s
     values[index] = -values[index]
     data.flush()
 
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     assert not report.passed
     assert {"prefill", "step", "chunked", "resumed", "long"} == stages(report)
     assert "prefill 64: logits" in failed(report)
@@ -233,7 +237,7 @@ def test_wrong_function(
     tampered: Callable[[Edit], Path], small_loaded: checkpoint.Loaded, fault: Edit
 ) -> None:
     folder = tampered(fault)
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     assert not report.passed
     assert {"prefill", "step", "chunked", "resumed", "long"} <= stages(report)
     assert "prefill 64: logits" in failed(report)
@@ -275,7 +279,7 @@ def test_wrong_state(
 ) -> None:
     """Outputs of one call on a fresh stream are right; the states name the culprit, and streams go wrong."""
     folder = tampered(fault)
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     names = failed(report)
     assert not [name for name in names if name.startswith("prefill") and name.endswith("logits")]
     assert "prefill 64: states" in names
@@ -302,7 +306,7 @@ def test_wrong_decode_graph(
         bias.const_value = ir.tensor(-bias.const_value.numpy(), name=bias.name)
 
     monkeypatch.setattr(decode, "fix_one_position", broken)
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     assert stages(report) == {"step"}, "only single steps run the decode graph"
     assert {"step: logits", "step: states"} <= set(failed(report))
 
@@ -344,7 +348,7 @@ def test_reset_that_forgets_something(
                     self._store(spec.past, kept[spec.past])
 
     monkeypatch.setattr(OrtSession, "reset", lambda self, rows=None: forgetful(self, rows))
-    report = verify(folder, small_loaded, threads=1)
+    report = verify(folder, small_loaded, context=Context(threads=1))
     assert expected <= set(failed(report))
     if rows:
         assert set(failed(report)) == expected
@@ -435,7 +439,7 @@ def exported_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_module_that_looks_ahead(forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path) -> None:
     """Its state is not all it needs: right in one call, wrong in every stream."""
     loaded = forecasters("look_ahead")
-    report = verify(trace.export(loaded, tmp_path / "out"), loaded, threads=1)
+    report = verify(trace.export(loaded, tmp_path / "out"), loaded, context=Context(threads=1))
     assert not report.passed
     assert {"step", "chunked", "resumed"} == stages(report)
     assert {"step: y", "resumed: y"} <= set(failed(report))
@@ -444,7 +448,7 @@ def test_module_that_looks_ahead(forecasters: Callable[[str], checkpoint.Loaded]
 def test_module_that_mixes_rows(forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path) -> None:
     """Rows are independent streams, in the user's code too."""
     loaded = forecasters("mixes_rows")
-    report = verify(trace.export(loaded, tmp_path / "out"), loaded, threads=1)
+    report = verify(trace.export(loaded, tmp_path / "out"), loaded, context=Context(threads=1))
     assert not report.passed
     assert {"row 0 alone", "row 1 alone", "row 2 alone"} <= set(failed(report))
     assert {"row", "rows"} == stages(report) - {"reset"}
@@ -456,7 +460,7 @@ def test_module_with_one_result_per_call(
 ) -> None:
     """Computed from the last position, so the last call of a stream gives what one long call would."""
     loaded = forecasters(name)
-    report = verify(trace.export(loaded, tmp_path / "out"), loaded, threads=1)
+    report = verify(trace.export(loaded, tmp_path / "out"), loaded, context=Context(threads=1))
     assert report.passed
     assert {"step: y", "resumed: y"} <= {check.name for check in report.checks}
 
@@ -467,7 +471,7 @@ def test_module_that_averages_over_the_sequence(
 ) -> None:
     """A stream cannot know the mean of what it has passed."""
     loaded = forecasters("average")
-    report = verify(trace.export(loaded, tmp_path / "out"), loaded, threads=1)
+    report = verify(trace.export(loaded, tmp_path / "out"), loaded, context=Context(threads=1))
     assert {"step", "chunked", "resumed"} == stages(report)
 
 
@@ -476,7 +480,9 @@ def test_what_does_not_stream_passes_without_states(
     forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path, name: str
 ) -> None:
     loaded = forecasters(name)
-    report = verify(trace.export(loaded, tmp_path / "out", stateless=True), loaded, threads=1)
+    report = verify(
+        trace.export(loaded, tmp_path / "out", stateless=True), loaded, context=Context(threads=1)
+    )
     assert report.passed
     assert {"row 2 alone", "rows beside another row 1"} <= {check.name for check in report.checks}
 
@@ -485,7 +491,9 @@ def test_stateless_module_that_mixes_rows(
     forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path
 ) -> None:
     loaded = forecasters("mixes_rows")
-    report = verify(trace.export(loaded, tmp_path / "out", stateless=True), loaded, threads=1)
+    report = verify(
+        trace.export(loaded, tmp_path / "out", stateless=True), loaded, context=Context(threads=1)
+    )
     assert stages(report) == {"row", "rows"}
 
 
@@ -495,7 +503,12 @@ def test_stateless_module_that_mixes_rows(
 def test_metric_of_a_language_model(folder: Path, small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_bytes(np.random.default_rng(0).bytes(700))
     seen: list[str] = []
-    report = verify(folder, small_loaded, data=tmp_path / "heldout.txt", threads=1, progress=seen.append)
+    report = verify(
+        folder,
+        small_loaded,
+        VerifyOptions(data=tmp_path / "heldout.txt"),
+        Context(threads=1, progress=seen.append),
+    )
     assert report.passed
     assert seen[-1] == "task metric"
     assert [check.name for check in report.checks[-3:]] == [
@@ -513,7 +526,7 @@ def test_metric_of_a_language_model(folder: Path, small_loaded: checkpoint.Loade
         logits = small_loaded.module(torch.from_numpy(tokens[:, :64])).double()
     nats = torch.nn.functional.cross_entropy(logits[0, :63], torch.from_numpy(tokens[0, 1:64]))
     (tmp_path / "short.txt").write_bytes(tokens[0, :64].astype(np.uint8).tobytes())
-    short = verify(folder, small_loaded, data=tmp_path / "short.txt", threads=1)
+    short = verify(folder, small_loaded, VerifyOptions(data=tmp_path / "short.txt"), Context(threads=1))
     assert short.metric["pytorch_float64"] == pytest.approx(float(nats) / math.log(2), rel=1e-6)
 
 
@@ -526,7 +539,7 @@ def test_metric_of_a_wrong_model(
 
     (tmp_path / "heldout.txt").write_bytes(np.random.default_rng(0).bytes(700))
     folder = tampered(sharpen)
-    report = verify(folder, small_loaded, data=tmp_path / "heldout.txt", threads=1)
+    report = verify(folder, small_loaded, VerifyOptions(data=tmp_path / "heldout.txt"), Context(threads=1))
     assert "bits per byte on held-out data" in failed(report)
     # Cosine cannot see a wrong scale; the norm ratio beside it does.
     check = next(c for c in read_report(folder)["checks"] if c["name"] == "prefill 64: logits")
@@ -541,17 +554,17 @@ def test_metric_of_a_forecaster(forecasters: Callable[[str], checkpoint.Loaded],
     x, target = rng.standard_normal((2, 300, 5)), rng.standard_normal((2, 300, 2))
     target[0, 10:50] = np.nan
     np.savez(tmp_path / "heldout.npz", x=x, target=target, mase_scale=0.8)
-    report = verify(folder, loaded, data=tmp_path / "heldout.npz", threads=1)
+    report = verify(folder, loaded, VerifyOptions(data=tmp_path / "heldout.npz"), Context(threads=1))
     assert report.passed
     assert report.metric["name"] == "MASE"
     assert report.metric["positions"] == 600
     assert report.checks[-1].limit == LIMITS["metric"]
     np.savez(tmp_path / "heldout.npz", x=x, target=target[:, :, :1])
     with pytest.raises(InputError, match="target has shape"):
-        verify(folder, loaded, data=tmp_path / "heldout.npz", threads=1)
+        verify(folder, loaded, VerifyOptions(data=tmp_path / "heldout.npz"), Context(threads=1))
     (tmp_path / "heldout.txt").write_bytes(b"text")
     with pytest.raises(UsageError, match=r"heldout.txt is read as text"):
-        verify(folder, loaded, data=tmp_path / "heldout.txt", threads=1)
+        verify(folder, loaded, VerifyOptions(data=tmp_path / "heldout.txt"), Context(threads=1))
 
 
 # --- The wrong checkpoint ---------------------------------------------------------------------------------
@@ -570,7 +583,7 @@ def test_metric_of_a_forecaster(forecasters: Callable[[str], checkpoint.Loaded],
 def test_checkpoint_of_another_model(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "other", **changes))
     with pytest.raises(UsageError, match=r"not exported from this model|the export gives shape") as caught:
-        verify(folder, loaded, threads=1)
+        verify(folder, loaded, context=Context(threads=1))
     assert "the checkpoint it was made from" in caught.value.hint
 
 
@@ -582,7 +595,7 @@ def test_module_with_other_inputs(folder: Path, forecasters: Callable[[str], che
 def test_checkpoint_of_another_training_run(folder: Path, tmp_path: Path) -> None:
     """The same shapes, so only the numbers can tell."""
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "other", seed=1))
-    report = verify(folder, loaded, threads=1)
+    report = verify(folder, loaded, context=Context(threads=1))
     assert not report.passed
     assert "lift: logits" not in failed(report)
     assert all(check.value > 0.1 for check in report.checks if check.name.startswith("prefill"))

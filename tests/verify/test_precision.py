@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from xlstm_export import atomic, checks, runfolder
 from xlstm_export.errors import UsageError
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -23,9 +24,10 @@ from xlstm_export.trace import export as trace
 from xlstm_export.verify import limits, verdict
 from xlstm_export.verify import parts as verify_parts
 from xlstm_export.verify.precision import drift_at, fp32_reference, verify_precision
-from xlstm_export.verify.verify import verify_any
+from xlstm_export.verify.verify import verify_run
 
-SHORT = {"horizon": 120, "free_horizon": 20, "threads": 1}
+SHORT = VerifyOptions(horizon=120, free_horizon=20)
+ONE_THREAD = Context(threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +51,20 @@ def test_sequences_of_the_calibration_set_where_there_is_no_data(
     half: Path, small_loaded: Loaded, text: Path
 ) -> None:
     """No metric comes of them: they are what the ranges were made from."""
-    report = stages.verify(half, small_loaded, calib=str(text), **SHORT)
+    report = verify_run(half, small_loaded, replace(SHORT, calib=str(text)), ONE_THREAD)
     assert (report.inputs, report.metric) == (verify_parts.CALIBRATION, {})
     tokens = np.frombuffer(text.read_bytes(), np.uint8)[None].astype(np.int64)
-    again = verify_any(half, small_loaded, calibration={"tokens": tokens}, **SHORT)
+    again = verify_run(half, small_loaded, SHORT, ONE_THREAD, calibration={"tokens": tokens})
     assert again.checks == report.checks
-    with_data = stages.verify(half, small_loaded, calib=str(text), data=text, **SHORT)
+    with_data = verify_run(half, small_loaded, replace(SHORT, calib=str(text), data=text), ONE_THREAD)
     assert with_data.inputs == verify_parts.HELD_OUT
-    made_up = verify_any(half, small_loaded, **SHORT)
+    made_up = verify_run(half, small_loaded, SHORT, ONE_THREAD)
     assert made_up.inputs == verify_parts.MADE_UP
     assert made_up.checks != report.checks
 
 
 def test_fp16_passes_and_everything_is_reported(half: Path, small_loaded: Loaded, text: Path) -> None:
-    report = verify_any(half, small_loaded, data=text, **SHORT)
+    report = verify_run(half, small_loaded, replace(SHORT, data=text), ONE_THREAD)
     assert failed(report) == set()
     assert report.metric["name"] == "bits per byte"
     assert 0 < abs(report.metric["drop"]) < 1e-3
@@ -120,7 +122,7 @@ def test_planted_faults_fail(
 ) -> None:
     folder = shutil.copytree(half, tmp_path / "copy")
     change_weight(folder, part, change)
-    report = verify_precision(folder, small_loaded, **SHORT)
+    report = verify_precision(folder, small_loaded, SHORT, ONE_THREAD)
     assert any(caught in name for name in failed(report)), failed(report)
 
 
@@ -139,7 +141,9 @@ def test_a_broken_fence_fails(half: Path, small_loaded: Loaded, tmp_path: Path) 
     node.output[0] = "norm_half"
     model.graph.node.insert(index + 3, back)
     onnx.save(model, path)
-    assert "values below FP32 that feed back" in failed(verify_precision(folder, small_loaded, **SHORT))
+    assert "values below FP32 that feed back" in failed(
+        verify_precision(folder, small_loaded, SHORT, ONE_THREAD)
+    )
 
 
 def test_metric_beyond_its_limit_fails(
@@ -148,29 +152,29 @@ def test_metric_beyond_its_limit_fails(
     monkeypatch.setitem(
         limits.PRECISION_LIMITS, "fp16", replace(limits.PRECISION_LIMITS["fp16"], metric=1e-9)
     )
-    report = verify_precision(half, small_loaded, data=text, **SHORT)
+    report = verify_precision(half, small_loaded, replace(SHORT, data=text), ONE_THREAD)
     assert "bits per byte on held-out data" in failed(report)
 
 
 def test_made_up_ranges_are_told(own_export: Path, small_loaded: Loaded) -> None:
     scales = stages.calibrate(own_export, small_loaded, random_data=True, threads=1)
     folder = quantize.quantize(own_export, preset("int8"), scales=scales)
-    report = verify_precision(folder, small_loaded, **SHORT)
+    report = verify_precision(folder, small_loaded, SHORT, ONE_THREAD)
     assert report.precision["random_calibration"] is True
     assert report.precision["sites"]["int8"] > 3
 
 
 def test_options_that_do_not_go_together(half: Path, small_export: Path, small_loaded: Loaded) -> None:
     with pytest.raises(UsageError, match="fp16: it is verified as a whole"):
-        verify_any(half, small_loaded, per_block=True)
+        verify_run(half, small_loaded, VerifyOptions(per_block=True))
     with pytest.raises(UsageError, match="--horizon is for half"):
-        verify_any(small_export, small_loaded, horizon=10)
+        verify_run(small_export, small_loaded, VerifyOptions(horizon=10))
 
 
 def test_an_export_without_states(small_loaded: Loaded, tmp_path: Path) -> None:
     """No stream to drift along: one call is held against FP32."""
     run = trace.export(small_loaded, tmp_path / "run", stateless=True)
-    report = verify_precision(quantize.quantize(run, preset("fp16")), small_loaded, threads=1)
+    report = verify_precision(quantize.quantize(run, preset("fp16")), small_loaded, context=ONE_THREAD)
     assert failed(report) == set()
     assert report.precision["drift"] is None
     assert any(check.name.startswith("one call") for check in report.checks)

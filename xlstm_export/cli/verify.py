@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..options import Context, VerifyOptions
 from .common import (
     checkpoint_argument,
     emit,
@@ -46,7 +47,8 @@ def verify(
 
     loaded = load_for(run, checkpoint, module, weights)
     with spinner() as stage:
-        result = stages.verify(run, loaded, progress=stage, **options)
+        context = Context(threads=options.pop("threads"), seed=options.pop("seed"), progress=stage)
+        result = stages.verify(run, loaded, VerifyOptions(**options), context)
     emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
     require_passed(result.passed, run, result.precision.get("precision", "fp32"))
 
@@ -79,10 +81,12 @@ def bisect(
     if backend == "tensorrt":
         from ..verify.bisect.on_tensorrt import tensorrt_runner
 
-        options["run"] = tensorrt_runner(plugin)
+        runner = tensorrt_runner(plugin)
+    else:
+        from ..verify.bisect.replay import run_onnxruntime as runner
     loaded = load_for(run, checkpoint, module, weights)
     with spinner() as stage:
-        found = bisect_(run, loaded, progress=stage, **options)
+        found = bisect_(run, loaded, Context(progress=stage, **options), runner=runner)
     emit(found.to_json(), as_json, lambda console: report.show_bisection(console, found))
     require_passed(found.place is None, run)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from ..graph.values import recurrence
 from ..inputs import Arrays, cut, per_position
 from ..ops.operands import MLSTM
 from ..ops.reference import LOG_ZERO
-from ..runfolder import MODEL
+from ..options import Context
+from ..runfolder import RunFolder
 from ..sessions.cpu.observed_graph import ObservedGraph
 
 PIECE = 256
@@ -89,34 +90,28 @@ class Gates:
         return {"positions": self.positions, "blocks": blocks}
 
 
-def audit(
-    folder: Path,
-    inputs: Mapping[str, np.ndarray],
-    *,
-    threads: int = 0,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Gates:
+def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Context = Context()) -> Gates:
     """Stream inputs through an export and look at its gates.
 
     Args:
-        folder: run folder of any precision.
+        run: run folder of any precision.
         inputs: by graph input name, each (B, S, ...).
-        threads: of ONNX Runtime.
-        progress: called with the name of each stage.
+        context: threads and progress.
 
     Raises:
         InputError: the folder cannot be read.
         BuildError: the runtime stopped.
     """
-    cells = _cells(load_graph(folder / MODEL))
-    with ObservedGraph(folder, [name for cell in cells for name in cell.names], threads) as graph:
+    run = RunFolder.of(run)
+    cells = _cells(load_graph(run.model))
+    with ObservedGraph(run.path, [name for cell in cells for name in cell.names], context.threads) as graph:
         io = graph.io
         length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
         graph.reset(next(iter(inputs.values())).shape[0])
         # Nothing is carried on by a graph without states, so its sequence cannot come in pieces.
         piece = PIECE if io.states else length
         for start in range(0, length, piece):
-            progress(f"gates, position {start:,} of {length:,}")
+            context.progress(f"gates, position {start:,} of {length:,}")
             values = graph.run(cut(inputs, io, start, min(start + piece, length)))
             for cell in cells:
                 cell.read(values)

@@ -27,13 +27,12 @@ import numpy as np
 from ..distance import compare_states
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, cut, per_position
+from ..options import Context
 from ..sessions import Session
-from ..sessions.ort import PIECE
 from ..specs import IoSpec
+from .drift_plan import DriftPlan
 from .drift_result import FREE, TEACHER, Drift, Feedback, FreeRun, Series
 
-HORIZONS = (1, 10, 100, 1000, 4000, 16000)
-WINDOW = 256
 SAMPLES = 8
 NARROW = ("float16", "bfloat16")
 
@@ -42,14 +41,8 @@ def measure_drift(
     reference: Session,
     candidate: Session,
     inputs: Mapping[str, np.ndarray],
-    *,
-    horizons: Sequence[int] = HORIZONS,
-    feedback: Feedback | None = None,
-    free_horizons: Sequence[int] | None = None,
-    stepwise: bool | None = None,
-    window: int = WINDOW,
-    piece: int = PIECE,
-    progress: Callable[[str], None] = lambda stage: None,
+    plan: DriftPlan = DriftPlan(),
+    context: Context = Context(),
 ) -> Drift:
     """Run both models over the longest horizon, from a fresh start, and compare on the way.
 
@@ -58,41 +51,31 @@ def measure_drift(
     Args:
         reference, candidate: two sessions of one model and one batch; both are reset.
         inputs: data by input name, each (batch, N, ...); they begin anew where N is too short.
-        horizons: positions, ascending.
-        feedback: how outputs are fed back, which also says where the logits are (`token_feedback`).
-        free_horizons: of the free-running mode; `horizons` by default, empty for none.
-        stepwise: the candidate reads one position per call, as it does when it decodes. By default where it
-            stores a state in less than FP32: that is rounded after every call, so in a long call too seldom.
-        window: positions an error is taken over.
-        piece: positions per call.
-        progress: called with the name of each stage.
+        plan: how far, and how the free-running mode is fed.
+        context: progress.
 
     Raises:
-        UsageError: horizons that do not ascend, sessions that do not fit each other, nothing to stream.
+        UsageError: sessions that do not fit each other, nothing to stream.
         InputError: the data do not fit the model.
     """
-    free_horizons = horizons if free_horizons is None else free_horizons
-    for name, values in (("horizons", horizons), ("free_horizons", free_horizons)):
-        if any(later <= earlier for earlier, later in pairwise((0, *values))):
-            raise UsageError(f"{name} are {list(values)}", "positive numbers in ascending order")
-    if not horizons or window < 1 or piece < 1:
-        raise UsageError(f"horizons {list(horizons)}, window {window}, piece {piece}: nothing to compare")
+    feedback, progress = plan.feedback, context.progress
     _check_pair(reference, candidate, feedback)
     data = _Data(inputs, candidate.io)
     logits = feedback.output if feedback is not None else None
-    teacher = _Run(reference, candidate, logits, horizons, window)
+    teacher = _Run(reference, candidate, logits, plan.horizons, plan.window)
+    stepwise = plan.stepwise
     if stepwise is None:
         stepwise = any(s.dtype in NARROW for s in candidate.io.states)
-    teacher.go(_Teacher(candidate, data, stepwise), piece, lambda at: progress(f"{TEACHER}, {at}"))
+    teacher.go(_Teacher(candidate, data, stepwise), plan.piece, lambda at: progress(f"{TEACHER}, {at}"))
     series = teacher.series(TEACHER)
     free_running: FreeRun | str = _why_not_free(candidate.io, feedback)
-    if feedback is not None and free_horizons:
-        free = _Run(reference, candidate, logits, free_horizons, window)
-        free.go(_Student(candidate, data, feedback), piece, lambda at: progress(f"{FREE}, {at}"))
+    if feedback is not None and plan.free:
+        free = _Run(reference, candidate, logits, plan.free, plan.window)
+        free.go(_Student(candidate, data, feedback), plan.piece, lambda at: progress(f"{FREE}, {at}"))
         series += free.series(FREE)
         free_running = FreeRun(feedback, tuple(free.first_other))
-    repeated = data.length < horizons[-1]
-    return Drift(tuple(series), candidate.batch, window, data.length, repeated, free_running, stepwise)
+    repeated = data.length < plan.horizons[-1]
+    return Drift(tuple(series), candidate.batch, plan.window, data.length, repeated, free_running, stepwise)
 
 
 def _check_pair(reference: Session, candidate: Session, feedback: Feedback | None) -> None:

@@ -12,7 +12,7 @@ from ..bench.result import BenchReport
 from ..checks import Verdict
 from ..errors import UsageError
 from ..load.loaded import Loaded
-from ..options import BenchOptions, Context
+from ..options import BenchOptions, Context, VerifyOptions
 from ..quantize.quantize import quantize
 from ..quantize.recipe import BASES, preset, read_recipe
 from ..report.write import write_report
@@ -196,13 +196,9 @@ class _Stages:
         def say(what: str) -> Progress:
             return lambda stage: self.progress(f"{precision}: {what}: {stage}")
 
-        options: dict[str, Any] = {
-            "data": self.data,
-            "calib": self.calib,
-            "threads": self.threads,
-            **horizons,
-        }
-        report = stages.verify(folder, self.loaded, progress=say("verify"), **options)
+        options = VerifyOptions(data=self.data, calib=self.calib, **horizons)
+        context = Context(threads=self.threads, progress=say("verify"))
+        report = stages.verify(folder, self.loaded, options, context)
         timing = None
         if report.passed:
             # torch.compile takes minutes; `bench` by itself includes it.

@@ -6,16 +6,15 @@ Each opens what it is given and calls one function of the library.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import write_json
-from ..errors import ExportError, UsageError
+from ..errors import UsageError
 from ..load.loaded import Loaded
+from ..options import Context, VerifyOptions
 from ..quantize.quantize import quantize
 from ..quantize.recipe import choose_recipe
-from ..runfolder import read_io
+from ..runfolder import RunFolder, read_io
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from ..checks import Verdict
     from ..sensitivity import Sensitivity
 
-Progress = Callable[[str], None]
 Count = Callable[[int, int], None]
 
 
@@ -37,62 +35,22 @@ def calibration_set(
     avoid: Path | None = None,
     **size: int | None,
 ) -> CalibrationSet:
-    """Calibration data for a run folder: from `source`, or made up where that is None.
-
-    Args:
-        source, tokenizer, seed, avoid: of `calibration.sets.load`; the tokenizer is by default the one that
-            came with the checkpoint.
-        size: `samples` and `length`.
-    """
+    """See `calibration.sets.for_run`."""
     from ..calibration import sets
 
-    io = read_io(folder)
-    given: dict[str, Any] = {name: value for name, value in size.items() if value is not None}
-    if source is None:
-        return sets.random_set(loaded, io, seed=seed, **given)
-    found = folder / "tokenizer.json"
-    tokenizer = tokenizer or (found if found.is_file() else None)
-    return sets.load(
-        source, io, vocab_size=loaded.vocab_size, tokenizer=tokenizer, seed=seed, avoid=avoid, **given
-    )
+    return sets.for_run(loaded, folder, source, tokenizer=tokenizer, seed=seed, avoid=avoid, **size)
 
 
 def verify(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
-    *,
-    bisect: bool = True,
-    calib: str | None = None,
-    progress: Progress = lambda stage: None,
-    **options: Any,
+    options: VerifyOptions = VerifyOptions(),
+    context: Context = Context(),
 ) -> Verdict:
-    """`verify_blocks.verify_any`, and where that fails the place where the candidate leaves its reference.
+    """See `verify.verify.verify_run`."""
+    from ..verify.verify import verify_run
 
-    Args:
-        folder: run folder.
-        loaded: the checkpoint it was exported from.
-        calib: calibration data, see `calibration_set`, to take sequences from where there is no `data`.
-        bisect: look for the place; not done for part of a model.
-        progress: called with the name of each stage.
-        options: of `verify_any`.
-    """
-    from ..verify.bisect import search
-    from ..verify.verify import verify_any
-
-    if calib is not None and options.get("data") is None:
-        options["calibration"] = calibration_set(loaded, folder, calib).inputs
-    report = verify_any(folder, loaded, progress=progress, **options)
-    in_parts = options.get("per_block") or options.get("num_blocks") is not None
-    if report.passed or not bisect or in_parts:
-        return report
-    try:
-        threads = int(options.get("threads", 0))
-        found = search.bisect(folder, loaded, threads=threads, progress=progress).to_json()
-    except ExportError as error:  # the verdict stands without it
-        found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
-    report = replace(report, bisect=found)
-    write_json(folder / "verify" / "report.json", report.to_json())
-    return report
+    return verify_run(run, loaded, options, context)
 
 
 def calibrate(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError
-from ..options import BenchOptions
+from ..options import BenchOptions, VerifyOptions
 from ..options import Context as Carried
 from ..sensitivity.report import EVIDENCE, FOLDER, RECIPE
 
@@ -127,21 +127,14 @@ def _quantize(context: Context, options: dict[str, Any], folder: Path) -> Path:
 def _verify(context: Context, options: dict[str, Any], folder: Path) -> Path:
     from . import stages
 
-    if "gate" in options:
-        options["gate"] = Path(options["gate"])
-    common: dict[str, Any] = {name: options[name] for name in ("metric", "seed") if name in options}
+    seed = options.pop("seed", 0)
+    carried = Carried(threads=context.threads, seed=seed, progress=context.progress)
+    common: dict[str, Any] = {"metric": options["metric"]} if "metric" in options else {}
     # A candidate is held against the FP32 export, which must have been verified itself.
     for run in dict.fromkeys((context.out, folder)):
         given = options if run == folder else common
-        report = stages.verify(
-            run,
-            context.load(),
-            data=context.data,
-            calib=context.calib,
-            threads=context.threads,
-            progress=context.progress,
-            **given,
-        )
+        chosen = VerifyOptions(data=context.data, calib=context.calib, **given)
+        report = stages.verify(run, context.load(), chosen, carried)
         if not report.passed:
             failed = next(check.name for check in report.checks if not check.passed)
             raise GateError(f"{run}: {failed} is beyond its limit", f"details: {run}/verify/report.json")

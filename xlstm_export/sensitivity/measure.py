@@ -23,7 +23,8 @@ from ..errors import BuildError
 from ..graph.files import load_graph
 from ..inputs import Arrays, per_position
 from ..measure.data import EvalData
-from ..measure.drift import WINDOW, measure_drift
+from ..measure.drift import measure_drift
+from ..measure.drift_plan import WINDOW, DriftPlan
 from ..measure.drift_result import Drift, judged_growth
 from ..quantize.quantize import quantize
 from ..quantize.recipe import Recipe
@@ -127,7 +128,7 @@ def _measure(setup: Setup, recipe: Recipe) -> Measured:
         with OrtSession(out, setup.data.rows, setup.threads) as session, np.errstate(all="ignore"):
             metric = setup.data.loss(setup.data.run(session))
             with Replay(session.io, setup.data.rows, Path(setup.reference)) as reference:
-                drift = measure_drift(reference, session, stretch(setup), horizons=horizons(setup.horizon))
+                drift = measure_drift(reference, session, stretch(setup), DriftPlan(horizons(setup.horizon)))
         return _measured(metric, drift, stored_bytes(out))
 
 
@@ -179,7 +180,7 @@ def record(setup: Setup) -> float:
         recorder = _Recorder(session, [range(max(0, end - WINDOW), end) for end in ends])
         silent = _Zeros(session.io, data.rows)
         with np.errstate(all="ignore"):
-            measure_drift(recorder, silent, stretch(setup), horizons=ends)
+            measure_drift(recorder, silent, stretch(setup), DriftPlan(ends))
     with readable_os_errors(path):
         np.savez(path, **recorder.arrays)  # type: ignore[arg-type]
     return metric

@@ -9,7 +9,6 @@ of the exported graph.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,10 @@ from ..lift.model import lift_model
 from ..lift.weights import LiftedWeights
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
-from ..runfolder import hashes, read_io, read_manifest
+from ..options import Context, VerifyOptions
+from ..runfolder import RunFolder
 from ..specs import CHUNK, StateSpec
-from .gate_file import Gate
+from .gate_file import read_gate
 from .limits import LIMITS
 from .parts import finish
 from .segments import FreshStates, Segments
@@ -45,13 +45,10 @@ PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums
 
 
 def verify_per_block(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
-    *,
-    gate: Gate | None = None,
-    seed: int = 0,
-    threads: int = 0,
-    progress: Callable[[str], None] = lambda stage: None,
+    options: VerifyOptions = VerifyOptions(),
+    context: Context = Context(),
 ) -> Verdict:
     """Compare every block of an export with the model's, with one block's weights in memory at a time.
 
@@ -60,44 +57,42 @@ def verify_per_block(
     where PyTorch's FP32 result sets the measure.
 
     Args:
-        folder: run folder.
+        run: run folder.
         loaded: the checkpoint it was exported from; its weights are read part by part.
-        gate: limits in place of the built-in ones.
-        seed: of the inputs.
-        threads: of ONNX Runtime.
-        progress: called with the name of each stage.
+        options: `gate` holds limits in place of the built-in ones; no other is read here.
+        context: its seed is of the inputs.
 
     Returns:
-        The report, also written to `verify/per_block.json`.
+        The verdict, also written to `verify/per_block.json`.
 
     Raises:
         UsageError: the model has no stack of blocks, or its weights are in memory already.
     """
+    run = RunFolder.of(run)
+    gate = None if options.gate is None else read_gate(options.gate)
     if loaded.weights is None:
         raise UsageError(
             f"{loaded.name} was built in memory by a factory", "verify it as a whole, without --per-block"
         )
-    run = _PerBlock(folder, loaded, seed, threads, progress)
-    report = Verdict(
-        tuple(run.checks()), {}, hashes(folder), f"made-up inputs, {BATCH} rows of {LENGTH} positions"
+    checks = _PerBlock(run, loaded.stored_as(run.options.dtype), context).checks()
+    inputs = f"made-up inputs, {BATCH} rows of {LENGTH} positions"
+    return finish(
+        Verdict(tuple(checks), {}, run.hashes(), inputs), run.verdict.with_name("per_block.json"), gate
     )
-    return finish(report, folder / "verify" / "per_block.json", gate)
 
 
 class _PerBlock:
-    def __init__(
-        self,
-        folder: Path,
-        loaded: Loaded,
-        seed: int,
-        threads: int,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.progress = progress
-        self.io = read_io(folder)
-        options = read_manifest(folder).get("options", {})
-        self.loaded = loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
-        self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
+    """All three parties, and what has been found so far.
+
+    Args:
+        run: run folder.
+        loaded: the model, with its weights as the run folder stores them.
+        context: seed, threads and progress.
+    """
+
+    def __init__(self, run: RunFolder, loaded: Loaded, context: Context) -> None:
+        self.progress = context.progress
+        self.io, self.loaded, self.last_only = run.io, loaded, run.last_only
         self.whole = {x.name for x in self.io.inputs if not per_position(x)}  # inputs without positions
         self.lifted = lift_model(loaded, values=False)
         self.stack = [
@@ -105,13 +100,13 @@ class _PerBlock:
             for path, blocks in cells.block_stacks(self.lifted.module)
             for index in range(len(blocks))
         ]
-        self.candidate = Segments(folder, self.io, BATCH, threads)
+        self.candidate = Segments(run, BATCH, context.threads)
         if not self.stack or len(self.stack) != self.candidate.blocks:
             raise UsageError(
-                f"{folder} has {self.candidate.blocks} blocks, the model {len(self.stack)}",
+                f"{run.path} has {self.candidate.blocks} blocks, the model {len(self.stack)}",
                 "verify against the checkpoint it was made from; only a stack of blocks can be verified so",
             )
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(context.seed)
         self.length = min(LENGTH, loaded.context_length or LENGTH)
         self.inputs = random_inputs(loaded, self.io, BATCH, LENGTH, rng)
         self.found: list[Check] = []

@@ -6,8 +6,7 @@
       "memory length: *": 0.1
 
 Names are those of the verification's report; `*`, `?` and `[…]` stand for what they stand for in a shell.
-Where several patterns fit, the last one counts. What was loosened is told in the report, beside the limit
-it replaced.
+Where several patterns fit, the last one counts. What was loosened is reported, beside the limit it replaced.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ class Gate:
     sha256: str
     limits: Mapping[str, float]
 
-    def apply(self, report: Verdict) -> Verdict:
-        """The report judged by these limits.
+    def apply(self, verdict: Verdict) -> Verdict:
+        """The verdict by these limits.
 
         Raises:
             InputError: a pattern fits no check.
         """
-        names = [check.name for check in report.checks]
+        names = [check.name for check in verdict.checks]
         for pattern in self.limits:
             if not fnmatch.filter(names, pattern):
                 raise InputError(
                     f"{self.source}: no check is called {pattern!r}", f"there are {', '.join(names)}"
                 )
-        checks = tuple(self._judged(check) for check in report.checks)
-        told = {"file": self.source, "sha256": self.sha256, "limits": dict(self.limits)}
-        return replace(report, checks=checks, gate=told)
+        checks = tuple(self._judged(check) for check in verdict.checks)
+        about = {"file": self.source, "sha256": self.sha256, "limits": dict(self.limits)}
+        return replace(verdict, checks=checks, gate=about)
 
     def _judged(self, check: Check) -> Check:
         limit = check.limit

@@ -1,8 +1,8 @@
-"""What verifications share: held-out data and its metric, the gates, how a report ends."""
+"""What verifications share: held-out data and its metric, gates of cells, how a verdict is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..measure import data as evaluation
 from ..measure.cell_gates import Gates, audit
 from ..measure.data import EvalData, Sequences
 from ..measure.metrics import agreement
+from ..options import Context
+from ..runfolder import RunFolder
 from ..specs import IoSpec
 from .gate_file import Gate
 from .ways import BATCH, RAGGED
@@ -131,19 +133,17 @@ class Source:
         return {name: x[:1, :GATE_POSITIONS] for name, x in self._sequences.inputs.items()}
 
 
-def audited(
-    folder: Path, inputs: Arrays, threads: int, progress: Callable[[str], None]
-) -> tuple[Gates, list[Check]]:
+def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, list[Check]]:
     """The gates of an export along a stream; that all of it are numbers is a check."""
-    gates = audit(folder, inputs, threads=threads, progress=progress)
+    gates = audit(run, inputs, context)
     heads = [head for block in gates.blocks for head in block.heads]
     broken = sum(not np.isfinite([h.m_min, h.m_max, h.smallest_normalizer]).all() for h in heads)
     return gates, [Check("heads whose stabilizer is no number", float(broken), 0.0)] if heads else []
 
 
-def finish(report: Verdict, path: Path, gate: Gate | None) -> Verdict:
-    """Judge by the gate file, if there is one, and write the report."""
+def finish(verdict: Verdict, path: Path, gate: Gate | None) -> Verdict:
+    """Judge by the gate file, if there is one, and write the verdict."""
     if gate is not None:
-        report = gate.apply(report)
-    write_json(path, report.to_json())
-    return report
+        verdict = gate.apply(verdict)
+    write_json(path, verdict.to_json())
+    return verdict

@@ -13,108 +13,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .. import runfolder
-from ..checks import Check, Verdict
-from ..errors import GateError, InputError, UsageError
+from ..checks import Check, Verdict, output_check
+from ..errors import GateError, InputError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
-from ..inputs import Arrays, cut, per_position
+from ..inputs import Arrays, cut, has_positions
 from ..load.loaded import Loaded
 from ..measure.cell_gates import audit, memory_checks
 from ..measure.data import PIECE, EvalData
-from ..measure.drift import HORIZONS, measure_drift
+from ..measure.drift import measure_drift
+from ..measure.drift_plan import HORIZONS, DriftPlan
 from ..measure.drift_plot import plot_drift
 from ..measure.drift_result import TEACHER, Drift, token_feedback
+from ..options import Context, VerifyOptions
 from ..quantize.fences import check_fences
 from ..quantize.legality import check_legality
+from ..runfolder import MODEL_DATA, RunFolder
 from ..sessions import OrtSession, Session, TorchSession
-from ..specs import IoSpec
+from .base import Verification
 from .drift_gate import drift_checks
-from .gate_file import Gate
-from .limits import PRECISION_LIMITS, PrecisionLimits, drift_limits
-from .parts import Source, audited, finish, load_data, metric_checks
-from .ways import BATCH, RAGGED, StreamChecks
+from .gate_file import read_gate
+from .limits import PRECISION_LIMITS, drift_limits
+from .parts import audited, finish, metric_checks
+from .verdict import require_verified
+from .ways import BATCH
 
 DRIFT_ROWS = 2  # streams the drift is measured over
 MADE_UP_DRIFT = 4096  # positions of a made-up stream, which then begins anew
 
 
 def verify_precision(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
+    options: VerifyOptions = VerifyOptions(),
+    context: Context = Context(),
     *,
-    data: Path | None = None,
     calibration: Arrays | None = None,
-    metric: str | None = None,
-    gate: Gate | None = None,
-    seed: int = 0,
-    threads: int = 0,
-    horizon: int | None = None,
-    free_horizon: int | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> Verdict:
     """Verify a run folder of `quantize`; writes `verify/report.json` and `verify/drift.csv`.
 
     Args:
-        folder: run folder.
+        run: run folder.
         loaded: the checkpoint its FP32 export was made from.
-        data: held-out data for the task metric; also what the drift is measured on.
-        calibration: inputs (N, S, ...) of a calibration set, which are taken for it where there is no data.
-        metric: of `metrics.METRICS`; by default what the targets suggest.
-        gate: limits in place of the built-in ones.
-        seed: of the inputs, the cuts of the stream and the draws of tokens.
-        threads: of ONNX Runtime.
-        horizon: longest stream of the drift, in positions; 16,000 by default.
-        free_horizon: the same of the free-running mode, which goes step by step; `horizon` by default.
-        progress: called with the name of each stage.
+        options: `data` are also what the drift is measured on; `metric` is by default what the targets
+            suggest; `gate` holds limits in place of the built-in ones. `horizon` is the longest stream of the
+            drift, in positions, 16,000 by default, and `free_horizon` that of the free-running mode, which
+            goes step by step, by default the same. The others are of `verify_run`.
+        context: its seed is of the inputs and the cuts of the stream.
+        calibration: inputs (N, S, ...) of a calibration set, which are used where there are no data.
+
+    Raises:
+        UsageError: the run folder was not made from this model, or the options do not fit it.
+        InputError: data or gate file cannot be used.
     """
-    with closing(_Run(Path(folder), loaded, data, calibration, metric, seed, threads)) as run:
-        return _verdict(run, gate, horizon, free_horizon, progress)
-
-
-def _verdict(
-    run: _Run,
-    gate: Gate | None,
-    horizon: int | None,
-    free_horizon: int | None,
-    progress: Callable[[str], None],
-) -> Verdict:
-    folder = run.folder
-    progress("fences and rules of TensorRT")
-    checks = run.check_graph()
-    for name, stage in run.streams.stages():
-        progress(name)
-        checks += stage()
-    drift: Drift | None = None
-    if run.io.states and any(map(per_position, run.io.inputs)):
-        horizon = horizon or HORIZONS[-1]
-        drift = run.measure(horizon, free_horizon or horizon, progress)
-        drift.write_csv(folder / "verify" / "drift.csv")
-        plot_drift({run.precision: drift}, folder / "verify" / "drift.svg")
-        checks += drift_checks(drift, run.drift_limits)
-    else:
-        checks += run.check_level()
-    gates, more = run.check_gates(progress)
-    checks += more
-    measured: dict[str, Any] = {}
-    if run.data is not None:
-        progress("task metric")
-        more, measured = run.check_metric(run.data)
-        checks += more
-    return finish(
-        Verdict(
-            tuple(checks),
-            measured,
-            runfolder.hashes(folder),
-            run.source.name,
-            gates=gates,
-            precision=run.describe(drift),
-        ),
-        folder / "verify" / "report.json",
-        gate,
-    )
+    run = RunFolder.of(run)
+    gate = None if options.gate is None else read_gate(options.gate)
+    loaded = loaded.stored_as(run.options.dtype)
+    with closing(_Precision(run, loaded, options, context, calibration)) as checked:
+        return finish(checked.verdict(), run.verdict, gate)
 
 
 @dataclass(frozen=True)
@@ -132,15 +88,15 @@ class Reference:
     folder: Path | None = None
 
 
-def fp32_reference(folder: Path, loaded: Loaded, threads: int = 0) -> Reference:
-    """The FP32 export that `folder` was made from if it has passed `verify`, else PyTorch in FP32."""
-    from .verdict import require_verified
-
-    made_from = runfolder.read_manifest(folder).get("quantized_from", {})
-    base = (folder / made_from.get("folder", "")).resolve()
+def fp32_reference(run: RunFolder | Path, loaded: Loaded, threads: int = 0) -> Reference:
+    """The FP32 export that `run` was made from if it has passed `verify`, else PyTorch in FP32."""
+    run = RunFolder.of(run)
+    made_from = run.manifest.get("quantized_from", {})
+    base = (run.path / made_from.get("folder", "")).resolve()
     try:
-        require_verified(base)
-        same = runfolder.hashes(base)[runfolder.MODEL_DATA]["sha256"] == made_from.get("sha256")
+        opened = RunFolder.open(base)
+        require_verified(opened)
+        same = opened.hashes()[MODEL_DATA]["sha256"] == made_from.get("sha256")
     except (GateError, InputError, OSError):
         same = False
     if same:
@@ -148,57 +104,55 @@ def fp32_reference(folder: Path, loaded: Loaded, threads: int = 0) -> Reference:
     return Reference("PyTorch FP32", lambda batch: TorchSession(loaded, batch, "float32"))
 
 
-class _Run:
-    """What the checks share."""
+class _Precision(Verification):
+    """The FP32 reference, the limits of the precision, and the candidate's own results."""
 
     def __init__(
         self,
-        folder: Path,
+        run: RunFolder,
         loaded: Loaded,
-        data: Path | None,
+        options: VerifyOptions,
+        context: Context,
         calibration: Arrays | None,
-        metric: str | None,
-        seed: int,
-        threads: int,
     ) -> None:
-        manifest = runfolder.read_manifest(folder)
-        options = manifest.get("options", {})
-        self.folder, self.threads, self.seed = folder, threads, seed
-        self.loaded = loaded.stored_as(str(options.get("dtype", "fp32")))
-        self.io: IoSpec = runfolder.read_io(folder)
-        if [x.name for x in self.io.inputs] != list(loaded.inputs):
-            raise UsageError(f"{folder} was not made from this model", "give the checkpoint it was made from")
-        self.precision = str(options["precision"])
-        self.state_dtype = str(options.get("state_dtype", "fp32"))
-        self.limits: PrecisionLimits = PRECISION_LIMITS[self.precision]
-        self.drift_limits = drift_limits(self.precision, self.state_dtype)
-        self.max_drop = float(manifest.get("max_drop") or self.limits.metric)
-        self.reference = fp32_reference(folder, self.loaded, threads)
-        self.rng = np.random.default_rng(seed)
-        self.last_only = {x.name for x in self.io.outputs[:1] if options.get("last_logits")}
-        self.data = load_data(data, self.io, loaded, metric)
-        self.source = Source(self.loaded, self.io, self.rng, self.data, calibration)
+        self.limits = PRECISION_LIMITS[run.precision]
+        self.drift_limits = drift_limits(run.precision, run.options.state_dtype)
+        self.max_drop = float(run.manifest.get("max_drop") or self.limits.metric)
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
-        self.streams = StreamChecks(
-            folder,
-            self.io,
-            inputs=self.source.batch(max(RAGGED)),
-            make_inputs=self.source.batch,
-            expected=self._at_once,
-            limits={"output": self.limits.ways, "state": self.limits.ways, "rows": self.limits.ways},
-            last_only=self.last_only,
-            rng=self.rng,
-            threads=threads,
-        )
+        ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
+        super().__init__(run, loaded, options, context, calibration, ways)
+        self.reference = fp32_reference(run, loaded, context.threads)
 
-    def close(self) -> None:
-        """Close the session that the checks share."""
-        self.streams.close()
+    def verdict(self) -> Verdict:
+        """All checks; the drift is also written as a table and a picture."""
+        run = self.run
+        self.context.progress("fences and rules of TensorRT")
+        checks = self.check_graph()
+        checks += self.check_streams()
+        drift: Drift | None = None
+        if run.io.states and has_positions(run.io):
+            drift = self.measure()
+            drift.write_csv(run.verdict.with_name("drift.csv"))
+            plot_drift({run.precision: drift}, run.verdict.with_name("drift.svg"))
+            checks += drift_checks(drift, self.drift_limits)
+        else:
+            checks += self.check_level()
+        gates, more = self.check_gates()
+        checks += more
+        measured: dict[str, Any] = {}
+        if self.data is not None:
+            self.context.progress("task metric")
+            more, measured = self.check_metric(self.data)
+            checks += more
+        about = self.describe(drift)
+        return Verdict(
+            tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about
+        )
 
     def check_graph(self) -> list[Check]:
         """The fences are proven again, on the very file; and what TensorRT's parser would refuse."""
-        path = self.folder / runfolder.MODEL
-        fences = check_fences(load_graph(path), DTYPES[self.state_dtype])
+        path = self.run.model
+        fences = check_fences(load_graph(path), DTYPES[self.run.options.state_dtype])
         detail = {"proven": fences.proven, "violations": list(fences.violations[:20])}
         broken = [str(found) for found in check_legality(path) if found.severity == "error"]
         return [
@@ -206,71 +160,68 @@ class _Run:
             Check("rules of TensorRT 10.3 broken", float(len(broken)), 0.0, {"violations": broken[:20]}),
         ]
 
-    def measure(self, horizon: int, free: int, progress: Callable[[str], None]) -> Drift:
+    def measure(self) -> Drift:
         """Error against FP32 along one stream, on real data where there is enough of it."""
         rows = DRIFT_ROWS
+        horizon = self.options.horizon or HORIZONS[-1]
         inputs = self.source.streams(rows, min(horizon, MADE_UP_DRIFT))
+        plan = DriftPlan(
+            horizons=_steps(horizon),
+            feedback=token_feedback(self.io, self.loaded.vocab_size),
+            free_horizons=_steps(self.options.free_horizon or horizon),
+        )
+        context = Context(progress=lambda stage: self.context.progress(f"drift: {stage}"))
         with (
             self.reference.open(rows) as reference,
-            OrtSession(self.folder, rows, self.threads) as candidate,
+            OrtSession(self.run.path, rows, self.threads) as candidate,
         ):
-            return measure_drift(
-                reference,
-                candidate,
-                inputs,
-                horizons=_steps(horizon),
-                feedback=token_feedback(self.io, self.loaded.vocab_size),
-                free_horizons=_steps(free),
-                progress=lambda stage: progress(f"drift: {stage}"),
-            )
+            return measure_drift(reference, candidate, inputs, plan, context)
 
     def check_level(self) -> list[Check]:
         """Without a stream to drift along: one call against FP32."""
-        from ..checks import output_check
-
         with self.reference.open(BATCH) as session:
             reference = session.prefill(self.streams.inputs)
-        found = self._at_once(max(self.streams.lengths))[0]
+        found = self.expected(max(self.streams.lengths))[0]
         limit = self.drift_limits.output
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
         """By how much the task's metric got worse, or merely other, than that of FP32."""
-        piece = 1 if self.last_only else PIECE
+        piece = 1 if self.run.last_only else PIECE
         with self.reference.open(data.rows) as reference:
             expected = data.run(reference, piece)
-        with OrtSession(self.folder, data.rows, self.threads) as candidate:
+        with OrtSession(self.run.path, data.rows, self.threads) as candidate:
             found = data.run(candidate, piece)
         limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
         return metric_checks(data, found, expected, "fp32", limits)
 
-    def check_gates(self, progress: Callable[[str], None]) -> tuple[dict[str, Any], list[Check]]:
+    def check_gates(self) -> tuple[dict[str, Any], list[Check]]:
         """Stabilizers, and how long each head remembers beside FP32."""
         inputs = self.source.stretch()
-        found, checks = audited(self.folder, inputs, self.threads, progress)
+        found, checks = audited(self.run, inputs, self.context)
         if self.reference.folder is None:
             return found.to_json(), checks
-        expected = audit(self.reference.folder, inputs, threads=self.threads, progress=progress)
+        expected = audit(self.reference.folder, inputs, self.context)
         return found.to_json(expected), checks + memory_checks(found, expected, self.limits.memory)
 
     def describe(self, drift: Drift | None) -> dict[str, Any]:
         """What the report says beyond checks."""
-        manifest = runfolder.read_manifest(self.folder)
+        run, manifest = self.run, self.run.manifest
         return {
-            "precision": self.precision,
-            "base": manifest["options"].get("base"),
+            "precision": run.precision,
+            "base": run.options.base,
             "sites": manifest.get("sites", {}),
-            "state_dtype": self.state_dtype,
+            "state_dtype": run.options.state_dtype,
             "reference": self.reference.name,
             "random_calibration": bool((manifest.get("calibration") or {}).get("random", False)),
             "forced": manifest.get("forced", []),
             "drift": drift.to_json() if drift is not None else None,
         }
 
-    def _at_once(self, length: int) -> tuple[Arrays, Arrays]:
-        """The candidate's own outputs and state after one call from a fresh start."""
+    def expected(self, length: int) -> tuple[Arrays, Arrays]:
+        """The candidate's own, of one call."""
         if length not in self._own:
-            with OrtSession(self.folder, BATCH, self.threads, fused=False) as session:
+            with OrtSession(self.run.path, BATCH, self.threads, fused=False) as session:
                 outputs = session.prefill(cut(self.streams.inputs, self.io, 0, length))
                 self._own[length] = (outputs, session.state())
         return self._own[length]
@@ -280,9 +231,9 @@ def _steps(horizon: int) -> tuple[int, ...]:
     return (*(h for h in HORIZONS if h < horizon), horizon)
 
 
-def drift_at(report: Verdict, horizon: int) -> float | None:
+def drift_at(verdict: Verdict, horizon: int) -> float | None:
     """The teacher-forced error of the first output at a horizon; None where it was not measured."""
-    drift = (report.precision or {}).get("drift")
+    drift = (verdict.precision or {}).get("drift")
     for row in drift["rows"] if drift else ():
         if row["mode"] == TEACHER and row["block"] is None and row["horizon"] == horizon:
             return row["error"]  # type: ignore[no-any-return]

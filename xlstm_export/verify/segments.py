@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from ..errors import InputError
 from ..graph import cut as graph_cut
 from ..graph import files
 from ..inputs import Arrays
-from ..runfolder import MODEL
+from ..runfolder import MODEL, RunFolder
 from ..sessions.cpu_graph import session_options
-from ..specs import IoSpec, StateSpec
+from ..specs import StateSpec
 
 
 class FreshStates(Mapping[str, Tensor]):
@@ -39,9 +38,9 @@ class FreshStates(Mapping[str, Tensor]):
 class Segments:
     """The blocks of an exported graph, for a fixed batch; the one after the last is the head."""
 
-    def __init__(self, folder: Path, io: IoSpec, batch: int, threads: int) -> None:
-        self._folder, self._io, self._batch, self._threads = folder, io, batch, threads
-        self.blocks = len(graph_cut.boundaries(files.load_graph(folder / MODEL)))
+    def __init__(self, run: RunFolder, batch: int, threads: int) -> None:
+        self._folder, self._io, self._batch, self._threads = run.path, run.io, batch, threads
+        self.blocks = len(graph_cut.boundaries(files.load_graph(run.model)))
 
     def open(self, index: int) -> Segment:
         """A session over one block.

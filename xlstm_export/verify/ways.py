@@ -15,9 +15,10 @@ import numpy as np
 from ..checks import Check, output_check
 from ..distance import compare_states, difference
 from ..inputs import Arrays, cut, has_positions
+from ..runfolder import RunFolder
 from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
-from ..specs import CHUNK, IoSpec
+from ..specs import CHUNK
 
 BATCH = 3
 RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
@@ -28,37 +29,35 @@ class StreamChecks:
     """Checks of one run folder.
 
     Args:
-        folder: run folder.
-        io: its description.
-        inputs: (BATCH, S ≥ the longest of RAGGED, ...) by name.
-        make_inputs: other ones of a given length.
+        run: run folder.
+        make_inputs: gives (BATCH, S, ...) by name, for a given S.
         expected: outputs and state after a given number of positions of `inputs` from a fresh start.
         limits: "output", "state" and "rows", relative L2.
-        last_only: outputs that hold the last position of a call only.
         rng: of the cuts of the stream.
         threads: of ONNX Runtime.
+
+    Attributes:
+        candidate: the file as it is, function bodies included: what other runtimes see of it.
+        lengths: of the calls that are tried.
+        inputs: of the longest of them.
     """
 
     def __init__(
         self,
-        folder: Path,
-        io: IoSpec,
-        *,
-        inputs: Arrays,
+        run: RunFolder,
         make_inputs: Callable[[int], Arrays],
         expected: Expected,
         limits: Mapping[str, float],
-        last_only: set[str],
         rng: np.random.Generator,
         threads: int,
     ) -> None:
-        self.folder, self.io, self.threads = folder, io, threads
-        # The file as it is, function bodies included: what other runtimes see of it.
-        self.candidate = OrtSession(folder, BATCH, threads, fused=False)
-        self.inputs, self._make_inputs, self._expected = inputs, make_inputs, expected
-        self.limits, self.last_only, self.rng = limits, last_only, rng
+        self.folder, self.io, self.threads = run.path, run.io, threads
+        self.limits, self.last_only, self.rng = limits, run.last_only, rng
+        self._make_inputs, self._expected = make_inputs, expected
         # Without an input that has positions there is one way to call the model.
-        self.lengths = RAGGED if has_positions(io) else (1,)
+        self.lengths = RAGGED if has_positions(run.io) else (1,)
+        self.inputs = make_inputs(max(self.lengths))
+        self.candidate = OrtSession(run.path, BATCH, threads, fused=False)
 
     def close(self) -> None:
         """Close the session that the checks share."""

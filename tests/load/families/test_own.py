@@ -23,7 +23,7 @@ from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.inputs import cut
 from xlstm_export.lift.model import lift_model, spec_of
 from xlstm_export.load import checkpoint
-from xlstm_export.options import BenchOptions, Context
+from xlstm_export.options import BenchOptions, Context, VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
@@ -134,7 +134,7 @@ def test_data_needs_positions_everywhere(
 ) -> None:
     model, folder = exported_policy
     with refused(UsageError, "--data needs a model all of whose inputs are (B, S, ...)"):
-        verify.verify(folder, model, data=tmp_path / "heldout.npz")
+        verify.verify(folder, model, VerifyOptions(data=tmp_path / "heldout.npz"))
 
 
 def test_a_step_of_a_model_without_states_is_a_call(tmp_path: Path) -> None:

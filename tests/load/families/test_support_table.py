@@ -17,6 +17,7 @@ from places import ROOT
 
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint
+from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -90,7 +91,7 @@ def test_family_in_other_precisions(exported: tuple[checkpoint.Loaded, Path], pr
     recipe = preset(precision)
     scales = stages.calibrate(run, loaded, random_data=True, threads=1) if recipe.needs_scales else None
     folder = quantize.quantize(run, recipe, scales=scales)
-    report = verify_precision(folder, loaded, threads=1, horizon=150, free_horizon=20)
+    report = verify_precision(folder, loaded, VerifyOptions(horizon=150, free_horizon=20), Context(threads=1))
     drift = [check for check in report.checks if ": level" in check.name or ": KL" in check.name]
     # Made-up models and data say nothing about how good a precision is; that it is one at all they do.
     failed = [check for check in report.checks if not check.passed and check not in drift]

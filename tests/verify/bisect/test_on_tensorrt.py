@@ -13,6 +13,7 @@ import pytest
 from bisect_faults import swap_gates, tamper
 
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import Context
 from xlstm_export.sessions.cuda import Cuda
 from xlstm_export.verify.bisect import on_tensorrt
 from xlstm_export.verify.bisect.search import bisect
@@ -56,7 +57,9 @@ def test_a_fault_is_found_through_marked_outputs(
     runner: Any, small_export: Path, small_loaded: Loaded, tmp_path: Path
 ) -> None:
     run, built = runner
-    found = bisect(tamper(small_export, tmp_path / "wrong", swap_gates), small_loaded, threads=1, run=run)
+    found = bisect(
+        tamper(small_export, tmp_path / "wrong", swap_gates), small_loaded, Context(threads=1), runner=run
+    )
     assert found.place is not None
     assert (found.place.block, found.place.tensor) == (2, "getitem_19"), found
     assert "hidden_0" in built[0]
@@ -65,5 +68,5 @@ def test_a_fault_is_found_through_marked_outputs(
 
 def test_a_good_export(runner: Any, small_export: Path, small_loaded: Loaded) -> None:
     run, _ = runner
-    assert bisect(small_export, small_loaded, threads=1, run=run).place is None
+    assert bisect(small_export, small_loaded, Context(threads=1), runner=run).place is None
     assert not list(small_export.glob(".bisect*"))

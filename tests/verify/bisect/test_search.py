@@ -22,6 +22,7 @@ from xlstm_export.calibration import observers, sets
 from xlstm_export import runfolder
 from xlstm_export.errors import UsageError
 from xlstm_export.load import checkpoint
+from xlstm_export.options import Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
 from xlstm_export.trace import export as trace
@@ -113,7 +114,7 @@ def test_a_fault_in_an_fp32_export(
     small_loaded: checkpoint.Loaded,
     tmp_path: Path,
 ) -> None:
-    found = bisect(tamper(small_export, tmp_path / "wrong", edit), small_loaded, threads=1)
+    found = bisect(tamper(small_export, tmp_path / "wrong", edit), small_loaded, Context(threads=1))
     where = place(found)
     assert (where.block, where.op_type, where.tensor) == (block, op_type, tensor), found
     assert why in where.why
@@ -124,7 +125,7 @@ def test_a_fault_in_an_fp32_export(
 
 
 def test_a_good_export_has_no_place(small_export: Path, small_loaded: checkpoint.Loaded) -> None:
-    found = bisect(small_export, small_loaded, threads=1)
+    found = bisect(small_export, small_loaded, Context(threads=1))
     assert found.place is None
     assert found.against == "PyTorch in float64"
     assert [b.block for b in found.blocks] == [0, 1, 2, 3]
@@ -145,7 +146,7 @@ def test_a_fault_of_the_exporter(
         return model, io
 
     monkeypatch.setattr(trace, "trace", wrong)
-    found = bisect(trace.export(small_loaded, tmp_path / "wrong"), small_loaded, threads=1)
+    found = bisect(trace.export(small_loaded, tmp_path / "wrong"), small_loaded, Context(threads=1))
     assert (place(found).block, found.against) == (2, "PyTorch in float64")
     assert place(found).path.endswith("blocks.2")
     assert "how it exports" in place(found).why
@@ -183,7 +184,7 @@ def test_good_candidates(
         if precision == "int8"
         else quantize.quantize(calibrated, preset(precision), out=tmp_path / "out")
     )
-    found = bisect(folder, small_loaded, threads=1)
+    found = bisect(folder, small_loaded, Context(threads=1))
     assert (found.place, found.against) == (None, "FP32"), found
     assert "what recipe and ranges ask for" in found.note
 
@@ -227,7 +228,7 @@ def test_a_fault_in_a_quantized_file(
     tmp_path: Path,
 ) -> None:
     """Far too small for FP32's limits; the same made again tells it apart bit by bit."""
-    found = bisect(tamper(int8, tmp_path / "wrong", change(name, function)), small_loaded, threads=1)
+    found = bisect(tamper(int8, tmp_path / "wrong", change(name, function)), small_loaded, Context(threads=1))
     assert found.against == "the same made again"
     assert (place(found).block, place(found).tensor) == (block, tensor), found
     assert why in place(found).why
@@ -251,7 +252,7 @@ def test_a_wrong_range(calibrated: Path, small_loaded: checkpoint.Loaded, tmp_pa
     recipe = replace(recipe, smooth=None)
     folder = quantize.quantize(calibrated, recipe, scales=broken, out=tmp_path / "wrong")
     assert read_recipe(folder / "recipe.yaml").precision == "int8"
-    found = bisect(folder, small_loaded, threads=1)
+    found = bisect(folder, small_loaded, Context(threads=1))
     assert found.against == "FP32"
     assert (place(found).block, place(found).tensor) == (1, f"{name}.dequantized"), found
     assert "its range is" in place(found).why
@@ -268,7 +269,7 @@ def test_an_overflow_in_fp16(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.write(tmp_path / "checkpoint", config, model))
     export = trace.export(loaded, tmp_path / "run")
     folder = quantize.quantize(export, preset("fp16"))
-    found = bisect(folder, loaded, threads=1)
+    found = bisect(folder, loaded, Context(threads=1))
     where = place(found)
     assert (where.block, where.op_type, where.error) == (1, "MatMul", math.inf), found
     assert where.tensor == "linear_3"
@@ -278,5 +279,5 @@ def test_an_overflow_in_fp16(tmp_path: Path) -> None:
 def test_another_model_is_refused(small_export: Path, tmp_path: Path) -> None:
     other = checkpoint.load_checkpoint(models.make(tmp_path / "other", num_blocks=2, slstm_at=[1]))
     with pytest.raises(UsageError, match="has 3 blocks"):
-        bisect(small_export, other, threads=1)
+        bisect(small_export, other, Context(threads=1))
     assert not list(small_export.parent.glob(".bisect*"))

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ... import runfolder
 from ...calibration.scales import Scales
 from ...errors import ExportError, UsageError
 from ...graph import files
@@ -32,8 +31,10 @@ from ...lift import lift as cells
 from ...lift.model import lift_model
 from ...load.loaded import Loaded
 from ...load.made_up import random_inputs
+from ...options import Context
 from ...quantize import quantize
 from ...quantize.recipe import read_recipe
+from ...runfolder import IO, MODEL, RunFolder
 from ...sessions import TorchSession
 from ...trace import export as trace
 from ..limits import LIMITS
@@ -99,8 +100,8 @@ class Bisection:
     def to_json(self) -> dict[str, Any]:
         place = asdict(self.place) if self.place is not None else {"block": None}
         blocks = [asdict(block) for block in self.blocks]
-        told = {"against": self.against, "note": self.note, "sentence": self.sentence()}
-        return {**place, **told, "blocks": blocks}
+        about = {"against": self.against, "note": self.note, "sentence": self.sentence()}
+        return {**place, **about, "blocks": blocks}
 
     def sentence(self) -> str:
         """For people."""
@@ -113,59 +114,65 @@ class Bisection:
 
 
 def bisect(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
+    context: Context = Context(),
     *,
     inputs: Mapping[str, np.ndarray] | None = None,
-    seed: int = 0,
-    threads: int = 0,
-    run: Runner = run_onnxruntime,
-    progress: Callable[[str], None] = lambda stage: None,
+    runner: Runner = run_onnxruntime,
 ) -> Bisection:
     """Name the first block, then the first value, where a run folder leaves what it should be.
 
     Args:
-        folder: run folder of `export` or `quantize`.
+        run: run folder of `export` or `quantize`.
         loaded: the checkpoint it was made from.
+        context: its seed is of inputs that are made up.
         inputs: each (B, S, ...) with at least `WARM` + `LENGTH` positions; made up by default.
-        seed: of those.
-        threads: of ONNX Runtime.
-        run: what runs the candidate.
-        progress: called with the name of each stage.
+        runner: what runs the candidate.
 
     Raises:
         UsageError: the folder was not made from this model.
         InputError, BuildError: it cannot be run.
     """
-    folder = Path(folder)
-    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=folder.parent) as name:
-        return _Search(folder, loaded, inputs, seed, threads, run, progress, Path(name)).run()
+    run = RunFolder.of(run)
+    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=run.path.parent) as scratch:
+        candidate = Side(run.path, context.threads, runner)
+        return _Search(run, loaded, candidate, inputs, context, Path(scratch)).run()
 
 
 class _Search:
+    """The candidate, the inputs that both sides are replayed from, and where they are cut.
+
+    Args:
+        source: the candidate's run folder.
+        loaded: the checkpoint it was made from.
+        candidate: the same folder as something that runs.
+        inputs, context: of `bisect`.
+        scratch: where what is made again is written.
+    """
+
     def __init__(
         self,
-        folder: Path,
+        source: RunFolder,
         loaded: Loaded,
+        candidate: Side,
         inputs: Mapping[str, np.ndarray] | None,
-        seed: int,
-        threads: int,
-        run: Runner,
-        progress: Callable[[str], None],
+        context: Context,
         scratch: Path,
     ) -> None:
-        self.options = runfolder.read_manifest(folder).get("options", {})
-        self.loaded = loaded.stored_as(str(self.options.get("dtype", "fp32")))
-        self.threads, self.progress, self.scratch = threads, progress, scratch
-        self.candidate = Side(folder, threads, run)
-        io = self.candidate.io
+        self.source, self.candidate, self.scratch = source, candidate, scratch
+        self.loaded = loaded.stored_as(source.options.dtype)
+        self.threads, self.progress = context.threads, context.progress
+        io = candidate.io
         if [x.name for x in io.inputs] != list(loaded.inputs):
-            raise UsageError(f"{folder} was not made from this model", "give the checkpoint it was made from")
+            raise UsageError(
+                f"{source.path} was not made from this model", "give the checkpoint it was made from"
+            )
         length = WARM + LENGTH if has_positions(io) else 1
         if loaded.context_length and not io.states:
             length = min(length, loaded.context_length)
         if inputs is None:
-            inputs = random_inputs(loaded, io, BATCH, length, np.random.default_rng(seed))
+            inputs = random_inputs(loaded, io, BATCH, length, np.random.default_rng(context.seed))
         self.first = WARM if io.states and has_positions(io) else 0
         self.warm = cut(inputs, io, 0, self.first)
         self.inputs = cut(inputs, io, self.first, length)
@@ -177,12 +184,17 @@ class _Search:
 
     def run(self) -> Bisection:
         self.progress("exporting the checkpoint again")
-        options = {
-            key: self.options[key] for key in ("stateless", "last_logits", "dtype") if key in self.options
-        }
-        fresh = Side(trace.export(self.loaded, self.scratch / "fresh", **options), self.threads)
+        made = self.source.options
+        exported = trace.export(
+            self.loaded,
+            self.scratch / "fresh",
+            stateless=made.stateless,
+            last_logits=made.last_logits,
+            dtype=made.dtype,
+        )
+        fresh = Side(exported, self.threads)
         require_same_parts(self.candidate, fresh)
-        precision = self.options.get("precision")
+        precision = made.precision
         if precision is None:
             return self._of_fp32(fresh)
         self.progress("quantizing it again")
@@ -205,14 +217,14 @@ class _Search:
         return self._against_pytorch()
 
     def _quantized_again(self, fresh: Path) -> Side:
-        source = self.candidate.folder
+        source = self.source.path
         scales = Scales.read(source) if (source / "scales.json").is_file() else None
-        model = load_graph(fresh / runfolder.MODEL)
+        model = load_graph(fresh / MODEL)
         quantize.apply_recipe(model, read_recipe(source / quantize.RECIPE), scales)
         again = self.scratch / "again"
         again.mkdir()
         files.save(model, again)
-        shutil.copyfile(source / runfolder.IO, again / runfolder.IO)
+        shutil.copyfile(source / IO, again / IO)
         return Side(again, self.threads)
 
     def _search(self, reference: Side, against: str, limit: float, note: str = "") -> Bisection:

@@ -1,0 +1,52 @@
+"""How far a drift is measured, and how a model is run on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..errors import UsageError
+from ..sessions.ort import PIECE
+from .drift_result import Feedback
+
+HORIZONS = (1, 10, 100, 1000, 4000, 16000)
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class DriftPlan:
+    """What `measure_drift` measures.
+
+    Attributes:
+        horizons: positions, ascending.
+        feedback: how outputs are fed back, which also says where the logits are (`token_feedback`).
+        free_horizons: of the free-running mode; `horizons` by default, empty for none.
+        stepwise: the candidate reads one position per call, as it does when it decodes. By default where it
+            stores a state in less than FP32: that is rounded after every call, so in a long call too seldom.
+        window: positions an error is taken over.
+        piece: positions per call.
+
+    Raises:
+        UsageError: horizons that do not ascend, or nothing to compare.
+    """
+
+    horizons: Sequence[int] = HORIZONS
+    feedback: Feedback | None = None
+    free_horizons: Sequence[int] | None = None
+    stepwise: bool | None = None
+    window: int = WINDOW
+    piece: int = PIECE
+
+    def __post_init__(self) -> None:
+        for name, values in (("horizons", self.horizons), ("free_horizons", self.free)):
+            if any(later <= earlier for earlier, later in pairwise((0, *values))):
+                raise UsageError(f"{name} are {list(values)}", "positive numbers in ascending order")
+        if not self.horizons or self.window < 1 or self.piece < 1:
+            sizes = f"horizons {list(self.horizons)}, window {self.window}, piece {self.piece}"
+            raise UsageError(f"{sizes}: nothing to compare")
+
+    @property
+    def free(self) -> Sequence[int]:
+        """Horizons of the free-running mode."""
+        return self.horizons if self.free_horizons is None else self.free_horizons

@@ -15,12 +15,13 @@ from xlstm_export.calibration.scales import Scales
 
 from xlstm_export.load import checkpoint
 from xlstm_export.measure.data import stream
+from xlstm_export.options import SensitivityOptions
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace import export as trace
 
 PLANTED = "xlstm_block_stack.blocks.0.xlstm.proj_up"
 LENGTH = 192
-QUICK = {"horizon": 128, "jobs": 1}
+QUICK = SensitivityOptions(horizon=128, jobs=1)
 NOISE = 0.3  # standard deviation of the targets around the model's own outputs, which have 1
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from xlstm_export.errors import BuildError, ExportError, GateError, InputError, 
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import find_sites
 from xlstm_export.measure import data as evaluation
+from xlstm_export.options import Context, SensitivityOptions
 from xlstm_export.quantize.quantize import quantize
 from xlstm_export.quantize.recipe import read_recipe
-from xlstm_export.sensitivity import Sensitivity, sensitivity
+from xlstm_export.sensitivity import Search, Sensitivity, sensitivity
 from xlstm_export.sensitivity import runner as sensitivity_runner
 from xlstm_export.sensitivity.measure import Measured
 from xlstm_export.sessions import OrtSession
 
 MAX_DROP = 0.01
 # The quick variant: some twenty candidates less.
-COARSE: dict[str, Any] = {"group": "block", "budget": 3, "smooth": None, "max_drop": MAX_DROP}
+COARSE = Search(group="block", budget=3, smooth=None)
+QUICK = replace(case.QUICK, max_drop=MAX_DROP)
 FILES = ("evidence.json", "evidence.csv", "evidence.svg", "recipe.yaml")
 
 
@@ -56,14 +58,14 @@ def data(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def searched(export: Path, scales: Scales, data: Path) -> Sensitivity:
     """Site by site; evidence in the export's own folder."""
-    return sensitivity(export, scales=scales, data=data, smooth=None, max_drop=MAX_DROP, **case.QUICK)
+    return sensitivity(export, QUICK, search=Search(smooth=None), scales=scales, data=data)
 
 
 @pytest.fixture(scope="module")
 def coarse(export: Path, scales: Scales, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Evidence of the quick variant."""
     out = tmp_path_factory.mktemp("coarse")
-    sensitivity(export, scales=scales, data=data, out=out, **COARSE, **case.QUICK)
+    sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=out)
     return out
 
 
@@ -103,8 +105,8 @@ def test_the_recipe_file_gives_what_was_measured(
 @pytest.mark.slow
 def test_smoothing_is_tried_against_none(export: Path, scales: Scales, data: Path, coarse: Path) -> None:
     """It mends the planted channel, so that far more can be INT8."""
-    options = {**COARSE, "smooth": 0.5}
-    found = sensitivity(export, scales=scales, data=data, out=coarse / "smooth", **options, **case.QUICK)
+    smoothed = replace(COARSE, smooth=0.5)
+    found = sensitivity(export, QUICK, search=smoothed, scales=scales, data=data, out=coarse / "smooth")
     assert found.recipe.smooth == 0.5
     assert [c.recipe.smooth for c in found.rejected] == [None]
     assert found.rejected[0].drop > 10 * found.default.drop
@@ -127,7 +129,7 @@ def test_a_second_run_measures_nothing(
     before = {name: (coarse / name).read_bytes() for name in FILES}
     for name in ("measure", "record"):
         monkeypatch.setattr(sensitivity_runner, name, _must_not_run)
-    sensitivity(export, scales=scales, data=data, out=coarse, **COARSE, **case.QUICK)
+    sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=coarse)
     assert {name: (coarse / name).read_bytes() for name in FILES} == before
 
 
@@ -139,15 +141,8 @@ def test_only_what_is_missing_is_measured(
     (tmp_path / "candidates.jsonl").write_bytes(b"".join(lines[:-3]) + lines[-3][:50])
     measured = _counted(monkeypatch)
     seen: list[tuple[int, int]] = []
-    sensitivity(
-        export,
-        scales=scales,
-        data=data,
-        out=tmp_path,
-        progress=lambda done, total: seen.append((done, total)),
-        **COARSE,
-        **case.QUICK,
-    )
+    context = Context(count=lambda done, total: seen.append((done, total)))
+    sensitivity(export, QUICK, context, COARSE, scales=scales, data=data, out=tmp_path)
     assert len(measured) == 3
     assert {n: (tmp_path / n).read_bytes() for n in FILES} == {n: (coarse / n).read_bytes() for n in FILES}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -165,18 +160,20 @@ def test_other_inputs_are_measured_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copy(coarse / "candidates.jsonl", tmp_path)
-    options: dict[str, Any] = {"scales": scales, "data": data, **COARSE, **case.QUICK}
+    options, context, given = QUICK, Context(), {"scales": scales, "data": data}
     if change == "scales":
         name = next(iter(scales.tensors))
         tensor = replace(scales.tensors[name], amax=scales.tensors[name].amax * 1.5)
-        options["scales"] = replace(scales, tensors={**scales.tensors, name: tensor})
+        given["scales"] = replace(scales, tensors={**scales.tensors, name: tensor})
     elif change == "data":
         arrays = dict(np.load(data))
         arrays["target"][0, 0, 0] += 1.0
         np.savez(tmp_path / "other.npz", **arrays)
-        options["data"] = tmp_path / "other.npz"
+        given["data"] = tmp_path / "other.npz"
+    elif change == "seed":
+        context = Context(seed=1)
     else:
-        options[change] = {"horizon": 96, "seed": 1, "resume": False}[change]
+        options = replace(QUICK, **{change: {"horizon": 96, "resume": False}[change]})
 
     class Enough(Exception):
         pass
@@ -186,7 +183,7 @@ def test_other_inputs_are_measured_anew(
 
     monkeypatch.setattr(sensitivity_runner, "record", stop)
     with pytest.raises(Enough):
-        sensitivity(export, out=tmp_path, **options)
+        sensitivity(export, options, context, COARSE, out=tmp_path, **given)
 
 
 def test_another_limit_needs_no_new_measurements(
@@ -195,22 +192,14 @@ def test_another_limit_needs_no_new_measurements(
     shutil.copy(coarse / "candidates.jsonl", tmp_path)
     for name in ("measure", "record"):
         monkeypatch.setattr(sensitivity_runner, name, _must_not_run)
-    options = {**COARSE, "budget": 0, "max_drop": 0.02}
-    found = sensitivity(export, scales=scales, data=data, out=tmp_path, **options, **case.QUICK)
+    options, search = replace(QUICK, max_drop=0.02), replace(COARSE, budget=0)
+    found = sensitivity(export, options, search=search, scales=scales, data=data, out=tmp_path)
     assert found.limits.max_drop == 0.02
 
 
 def test_weights_only_needs_no_ranges(export: Path, data: Path, tmp_path: Path) -> None:
-    found = sensitivity(
-        export,
-        data=data,
-        precision="int8-wo",
-        out=tmp_path,
-        group="block",
-        budget=2,
-        max_drop=0.2,
-        **case.QUICK,
-    )
+    options = replace(QUICK, precision="int8-wo", max_drop=0.2, data=data)
+    found = sensitivity(export, options, search=Search(group="block", budget=2), out=tmp_path)
     assert found.recipe.precision == "int8-wo"
     assert not found.recipe.needs_scales
     assert "int8" not in found.choices.values()
@@ -228,7 +217,7 @@ def test_a_base_type_that_is_not_good_enough(
 
     monkeypatch.setattr(sensitivity_runner.Bench, "measure", worse)
     with pytest.raises(GateError, match="fp16 alone"):
-        sensitivity(export, scales=scales, data=data, out=tmp_path, **COARSE, **case.QUICK)
+        sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=tmp_path)
     assert (tmp_path / "evidence.json").is_file()
 
 
@@ -246,7 +235,7 @@ def test_a_unit_that_cannot_be_built_is_left_out(
         ]
 
     monkeypatch.setattr(sensitivity_runner.Bench, "measure", without_head)
-    found = sensitivity(export, scales=scales, data=data, out=tmp_path, **COARSE, **case.QUICK)
+    found = sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=tmp_path)
     assert found.choices["block 3 head"] == "float"
     assert "int8" in found.choices.values()
     assert json.loads((tmp_path / "evidence.json").read_text())
@@ -257,14 +246,14 @@ def test_nothing_can_be_built(
 ) -> None:
     monkeypatch.setattr(sensitivity_runner, "measure", lambda *_: Measured.failed("no kernel"))
     with pytest.raises(BuildError, match="no kernel"):
-        sensitivity(export, scales=scales, data=data, out=tmp_path, **COARSE, **case.QUICK)
+        sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "float"}, "cannot be searched for"),
-        ({"precision": "fp16"}, "cannot be searched for"),
+        ({"precision": "float"}, "precision 'float' is unknown"),
+        ({"precision": "fp16"}, "precision 'fp16' is unknown"),
         ({"base": "fp8"}, "fp8"),
         ({"smooth": 2.0}, "smooth"),
         ({"max_drop": -0.1}, "max_drop"),
@@ -276,13 +265,23 @@ def test_nothing_can_be_built(
         ({"jobs": 0}, "jobs"),
         ({"threads_per_job": 0}, "threads"),
         ({"scales": None}, "no ranges"),
+        ({"data": None}, "no data"),
     ],
 )
 def test_options_that_make_no_sense(
     change: dict[str, Any], message: str, export: Path, scales: Scales, data: Path, tmp_path: Path
 ) -> None:
+    given: dict[str, Any] = {"scales": scales, "data": data}
+    options = {name: x for name, x in change.items() if name in SensitivityOptions.table()}
+    search = {name: x for name, x in change.items() if name not in {**options, **given}}
+    given |= {name: x for name, x in change.items() if name in given}
+
+    def run() -> Sensitivity:
+        chosen = SensitivityOptions(**options)
+        return sensitivity(export, chosen, search=Search(**search), out=tmp_path / "new", **given)
+
     with pytest.raises(UsageError, match=message):
-        sensitivity(export, **{"scales": scales, "data": data, "out": tmp_path / "new", **change})
+        run()
     assert not (tmp_path / "new").exists()
 
 
@@ -310,7 +309,7 @@ def test_inputs_that_do_not_fit(export: Path, scales: Scales, data: Path, tmp_pa
 def test_a_metric_that_says_nothing(export: Path, scales: Scales, data: Path, tmp_path: Path) -> None:
     loaded = replace(evaluation.load(data, runfolder.read_io(export)), score=lambda outputs: 0.0)
     with pytest.raises(InputError, match="has MAE 0"):
-        sensitivity(export, scales=scales, data=loaded, out=tmp_path, **COARSE, **case.QUICK)
+        sensitivity(export, QUICK, search=COARSE, scales=scales, data=loaded, out=tmp_path)
     assert not list(tmp_path.glob(".scratch*"))
 
 
@@ -318,9 +317,9 @@ def test_a_metric_that_says_nothing(export: Path, scales: Scales, data: Path, tm
 def test_processes_find_the_same(
     export: Path, scales: Scales, data: Path, coarse: Path, tmp_path: Path
 ) -> None:
-    options = {**COARSE, **case.QUICK, "jobs": 2}
+    options = replace(QUICK, jobs=2)
     before = set(_children(os.getpid()))  # other tests may keep an emulator running
-    sensitivity(export, scales=scales, data=data, out=tmp_path, **options)
+    sensitivity(export, options, search=COARSE, scales=scales, data=data, out=tmp_path)
     assert {n: (tmp_path / n).read_bytes() for n in FILES} == {n: (coarse / n).read_bytes() for n in FILES}
     assert not list(tmp_path.glob(".*"))
     assert set(_children(os.getpid())) <= before
@@ -331,7 +330,8 @@ def test_a_cluster_finds_the_same(
     export: Path, scales: Scales, data: Path, coarse: Path, tmp_path: Path
 ) -> None:
     with case.local_cluster(2) as address:
-        sensitivity(export, scales=scales, data=data, out=tmp_path, dask=address, **COARSE, **case.QUICK)
+        options = replace(QUICK, dask=address)
+        sensitivity(export, options, search=COARSE, scales=scales, data=data, out=tmp_path)
     assert {n: (tmp_path / n).read_bytes() for n in FILES} == {n: (coarse / n).read_bytes() for n in FILES}
     assert not list(tmp_path.glob(".*"))
 
@@ -352,7 +352,7 @@ def test_an_interrupt_leaves_nothing_behind(
         assert process.wait(60) != 0
     _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["candidates.jsonl"]
-    sensitivity(export, scales=scales, data=data, out=tmp_path / "out", **COARSE, **case.QUICK)
+    sensitivity(export, QUICK, search=COARSE, scales=scales, data=data, out=tmp_path / "out")
     assert (tmp_path / "out" / "evidence.json").read_bytes() == (coarse / "evidence.json").read_bytes()
 
 
@@ -360,13 +360,15 @@ class Started:
     """The quick variant in a process and group of its own, with two workers."""
 
     def __init__(self, export: Path, data: Path, folder: Path) -> None:
+        given = replace(QUICK, jobs=2)
         code = (
             "from pathlib import Path\n"
             "from xlstm_export.calibration.scales import Scales\n"
-            "from xlstm_export.sensitivity import sensitivity\n"
-            f"folder, options = Path({str(folder)!r}), { ({**COARSE, **case.QUICK, 'jobs': 2})!r}\n"
-            f"sensitivity(Path({str(export)!r}), scales=Scales.read(folder / 'scales'),\n"
-            f"    data=Path({str(data)!r}), out=folder / 'out', **options)\n"
+            "from xlstm_export.options import SensitivityOptions\n"
+            "from xlstm_export.sensitivity import Search, sensitivity\n"
+            f"folder, options = Path({str(folder)!r}), SensitivityOptions(**{asdict(given)!r})\n"
+            f"sensitivity(Path({str(export)!r}), options, search={COARSE!r},\n"
+            f"    scales=Scales.read(folder / 'scales'), data=Path({str(data)!r}), out=folder / 'out')\n"
         )
         self._arguments = [sys.executable, "-c", code]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..options import Context, SensitivityOptions
 from ..quantize.recipe import BASES, PRECISIONS
 from .common import (
     checkpoint_argument,
@@ -114,5 +115,6 @@ def sensitivity(
 
     loaded = load_for(run, checkpoint, module, weights)
     with progress_bar("candidates") as progress:
-        result = stages.find_recipe(run, loaded, progress=progress, **options)
+        context = Context(seed=options.pop("seed"), count=progress)
+        result = stages.find_recipe(run, loaded, SensitivityOptions(**options), context)
     emit(result.to_json(), as_json, lambda console: report_precision.show_sensitivity(console, result))

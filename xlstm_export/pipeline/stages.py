@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..load.loaded import Loaded
-from ..options import Context, VerifyOptions
+from ..options import Context, SensitivityOptions, VerifyOptions
 from ..quantize.quantize import quantize
 from ..quantize.recipe import choose_recipe
-from ..runfolder import RunFolder, read_io
+from ..runfolder import RunFolder
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
@@ -153,17 +153,22 @@ def quantize_run(
 
 
 def find_recipe(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
-    *,
-    data: Path,
-    progress: Count = lambda done, total: None,
-    **options: Any,
+    options: SensitivityOptions = SensitivityOptions(),
+    context: Context = Context(),
 ) -> Sensitivity:
-    """`sensitivity.sensitivity` with the ranges `calibrate` has written, on data with the task's targets."""
+    """`sensitivity.sensitivity` with the ranges `calibrate` has written, on data with the task's targets.
+
+    Raises:
+        UsageError: there are no data.
+    """
     from ..calibration.scales import Scales
     from ..measure import data as evaluation
     from ..sensitivity import sensitivity
 
-    targets = evaluation.load(data, read_io(folder), vocab_size=loaded.vocab_size)
-    return sensitivity(folder, scales=Scales.read(folder), data=targets, progress=progress, **options)
+    if options.data is None:
+        raise UsageError("sensitivity needs data with the task's targets", "give --data")
+    run = RunFolder.of(run)
+    targets = evaluation.load(options.data, run.io, vocab_size=loaded.vocab_size)
+    return sensitivity(run, options, context, data=targets, scales=Scales.read(run.path))

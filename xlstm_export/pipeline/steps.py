@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError
-from ..options import BenchOptions, VerifyOptions
+from ..options import BenchOptions, SensitivityOptions, VerifyOptions
 from ..options import Context as Carried
 from ..sensitivity.report import EVIDENCE, FOLDER, RECIPE
 
@@ -106,8 +106,8 @@ def _sensitivity(context: Context, options: dict[str, Any], folder: Path) -> Pat
     def count(done: int, total: int) -> None:
         context.progress(f"candidate {done} of {total}")
 
-    data = Path(options.pop("data"))
-    stages.find_recipe(context.out, context.load(), data=data, progress=count, **options)
+    carried = Carried(seed=options.pop("seed", 0), count=count)
+    stages.find_recipe(context.out, context.load(), SensitivityOptions.made_of(options), carried)
     return folder
 
 

@@ -145,9 +145,7 @@ class _Precision(Verification):
             more, measured = self.check_metric(self.data)
             checks += more
         about = self.describe(drift)
-        return Verdict(
-            tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about
-        )
+        return Verdict(tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about)
 
     def check_graph(self) -> list[Check]:
         """The fences are proven again, on the very file; and what TensorRT's parser would refuse."""

@@ -79,3 +79,15 @@ def test_a_path_that_does_not_exist_is_found() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(text_of(Path("README.md")).splitlines()) <= 200
+
+
+def test_the_map_has_a_line_per_folder() -> None:
+    """And names every module that lies flat."""
+    text = text_of(Path("docs/architecture.md"))
+    package = ROOT / "xlstm_export"
+    folders = [path.name for path in package.iterdir() if (path / "__init__.py").is_file()]
+    missing = [name for name in (*folders, "calibration", "plugins") if f"\n| `{name}/` |" not in text]
+    (flat,) = (line for line in text.splitlines() if line.startswith("| flat modules |"))
+    modules = {path.stem for path in package.glob("[!_]*.py")}
+    assert missing == []
+    assert modules == {name for name in re.findall(r"`(\w+)`", flat.split("|")[2])}

@@ -181,4 +181,3 @@ def test_a_horizon_is_looked_up(measured: Drift) -> None:
     assert measured.at(1000) == {"teacher-forced: logits": math.inf}
     with refused(UsageError, "no horizon 7", "10, 1000"):
         measured.at(7)
-    assert measured.series[1].accumulation == (2.0,)

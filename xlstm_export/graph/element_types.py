@@ -16,7 +16,6 @@ import onnx
 import onnx_ir as ir
 
 Type: TypeAlias = ir.DataType | None
-Types: TypeAlias = dict[ir.Value, ir.DataType]
 _BY_NAME = {
     f"tensor({name.lower()})": ir.DataType(number) for name, number in onnx.TensorProto.DataType.items()
 }

@@ -78,13 +78,6 @@ def same_dim(a: Any, b: Any) -> bool:
     return a.value is not None and a.value == b.value
 
 
-def same_shape(a: ir.Value, b: ir.Value) -> bool:
-    """Whether two values are known to have equal shapes."""
-    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
-        return False
-    return all(same_dim(x, y) for x, y in zip(a.shape, b.shape, strict=True))
-
-
 def constant(array: Sequence[int] | np.ndarray) -> ir.Node:
     """A Constant node; integers become INT64."""
     tensor = ir.tensor(np.asarray(array))

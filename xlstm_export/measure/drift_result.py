@@ -104,11 +104,6 @@ class Series:
         """Error at the last horizon over that at 1000."""
         return ratio(self.errors[-1], self.errors[self.base])
 
-    @property
-    def accumulation(self) -> tuple[float, ...]:
-        """Per horizon, by what factor the candidate's own state makes the error larger."""
-        return tuple(ratio(e, f) for e, f in zip(self.errors, self.state_forced, strict=True))
-
 
 @dataclass(frozen=True)
 class FreeRun:

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import BuildError, SetupError
 
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
-HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
+HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapability…
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 

@@ -99,6 +99,11 @@ def _decomposed_where_needed() -> Iterator[None]:
     It traces a second time to take composite operators apart and to make in-place ones functional, which
     is more than half of the time of an export. Where each operator of the first trace is translated as it
     is, both graphs are the same.
+
+    The one place that replaces a method of torch, for the time of one export: `torch.onnx.export` has no
+    option to leave the second trace out. It also takes the program of `torch.export.export`, which is public
+    too, but does not give the same: only while it traces itself is `torch.onnx.is_in_onnx_export()` true, on
+    which modules and `ops.reference` depend, are sizes of 0 and 1 dynamic, and is strict mode tried as well.
     """
     decompose = ExportedProgram.run_decompositions
 

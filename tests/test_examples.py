@@ -45,6 +45,7 @@ def test_verifies_on_held_out_data(example: tuple[checkpoint.Loaded, Path, Path]
     assert report.metric["positions"] > 1000
 
 
+@pytest.mark.slow
 def test_builds_in_nvidias_builder(example: tuple[checkpoint.Loaded, Path, Path]) -> None:
     pytest.importorskip("tensorrt_rtx")
     command = [sys.executable, str(ROOT / "tests" / "rtx_build.py"), str(example[1] / "model.onnx")]
@@ -53,6 +54,7 @@ def test_builds_in_nvidias_builder(example: tuple[checkpoint.Loaded, Path, Path]
     assert "plan_bytes" in done.stdout
 
 
+@pytest.mark.slow
 def test_language_model_beats_an_order_2_model(tmp_path: Path) -> None:
     """A byte n-gram model counted here, on the same text, with interpolated smoothing."""
     train = np.frombuffer((LM / "train.txt").read_bytes(), np.uint8).astype(np.int64)

@@ -308,6 +308,7 @@ def test_forget_max_is_a_number(library: NativeLibrary) -> None:
 # --- Sanitizers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_access_out_of_bounds() -> None:
     done = emulated.run_sanitized(Path(__file__).with_name("slstm_cases.py"))
     assert done.returncode == 0, done.stdout + done.stderr

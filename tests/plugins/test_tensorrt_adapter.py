@@ -14,6 +14,7 @@ from pathlib import Path
 import emulated
 import pytest
 from lean_runtime import lean_runtime, plugin_build
+from tier_marks import quick
 from xlstm_export.plugins.native import MlstmCall, SlstmCall
 
 RUNTIMES = ("10.15.1.29", "10.16.1.11", "11.4.0.106")
@@ -67,14 +68,14 @@ def results(run: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("version", RUNTIMES)
+@pytest.mark.parametrize("version", quick(RUNTIMES, EMULATED_RUNTIMES))
 def test_plugins_in_a_runtime(version: str, how: str, check: str) -> None:
     run = drive(version, how, MACHINE)
     assert results(run).get(check) == "ok", f"{run.stdout}\n{run.stderr}"
 
 
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("version", RUNTIMES)
+@pytest.mark.parametrize("version", quick(RUNTIMES, EMULATED_RUNTIMES))
 def test_every_check_ran_and_the_process_ended_well(version: str, how: str) -> None:
     run = drive(version, how, MACHINE)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
@@ -94,14 +95,14 @@ def test_plugins_of_a_jetson_in_its_runtime(version: str, how: str) -> None:
     assert tuple(results(run)) == ("version", *CHECKS)
 
 
-@pytest.mark.parametrize("version", RUNTIMES)
+@pytest.mark.parametrize("version", quick(RUNTIMES, EMULATED_RUNTIMES))
 def test_both_libraries_in_one_process(version: str) -> None:
     run = drive(version, "both", MACHINE)
     assert (run.returncode, results(run).get("both")) == (0, "ok"), f"{run.stdout}\n{run.stderr}"
     assert "TensorRT has plugins of these names already" in run.stderr
 
 
-@pytest.mark.parametrize("version", RUNTIMES)
+@pytest.mark.parametrize("version", quick(RUNTIMES, EMULATED_RUNTIMES))
 def test_runtime_calls_a_logger_of_the_layout_assumed(version: str) -> None:
     run = drive(version, "logger", MACHINE)
     assert results(run).get("runtime_logger") == "ok", f"{run.stdout}\n{run.stderr}"

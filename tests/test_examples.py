@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import example_runs
 import numpy as np
 import pytest
+from example_runs import HELDOUT, LM, WEATHER
 from places import ROOT
 
 from xlstm_export import runfolder, sessions
@@ -17,24 +19,15 @@ from xlstm_export.options import VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
-LM = ROOT / "examples" / "austen_lm"
-WEATHER = ROOT / "examples" / "weather_forecaster"
-
 
 @pytest.fixture(scope="module", params=["austen_lm", "weather_forecaster"])
 def example(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[checkpoint.Loaded, Path, Path]:
     """Loaded model, its run folder, its held-out data."""
-    if request.param == "austen_lm":
-        loaded, held_out = checkpoint.load_checkpoint(LM), LM / "heldout.txt"
-    else:
-        loaded = checkpoint.load_module(
-            "examples.weather_forecaster.model:build", WEATHER / "model.safetensors"
-        )
-        held_out = WEATHER / "heldout.npz"
-    folder = trace.export(loaded, tmp_path_factory.mktemp("examples") / request.param)
-    return loaded, folder, held_out
+    loaded = example_runs.load(request.param)
+    folder = example_runs.exported(tmp_path_factory, request.param, loaded)
+    return loaded, folder, HELDOUT[request.param]
 
 
 @pytest.mark.slow

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import example_runs
 import pytest
+from example_runs import HELDOUT
 from nvidia_builder import check_builds
 from places import ROOT
 
 from xlstm_export import runfolder
-from xlstm_export.load import checkpoint
 from xlstm_export.measure import data
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.legality import check_legality
 from xlstm_export.quantize.recipe import Recipe, preset, read_recipe
 from xlstm_export.sessions import OrtSession
-from xlstm_export.trace import export as trace
 
-LM, WEATHER = ROOT / "examples" / "austen_lm", ROOT / "examples" / "weather_forecaster"
-SOURCES: dict[str, tuple[Any, ...]] = {
-    "austen_lm": (LM, None, None),
-    "weather_forecaster": (None, "examples.weather_forecaster.model:build", WEATHER / "model.safetensors"),
-}
 CALIBRATION = {"austen_lm": "austen_lm.txt", "weather_forecaster": "weather_forecaster.npz"}
-HELDOUT = {"austen_lm": LM / "heldout.txt", "weather_forecaster": WEATHER / "heldout.npz"}
 # What "close" is: the change of the task metric. FP16 and BF16 within 0.1%, INT8 within 0.5%.
 LIMITS = {"fp16": 1e-3, "bf16": 1e-3, "int8": 5e-3, "int8-wo": 5e-3, "int4-wo": 2e-2}
 
@@ -42,12 +37,14 @@ class Exported:
     recipe: Recipe
 
 
-@pytest.fixture(scope="module", params=list(SOURCES))
+@pytest.fixture(scope="module", params=list(CALIBRATION))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """FP32 export of an example, its ranges from the committed set, its metric on held-out data."""
     name = request.param
-    loaded = checkpoint.load(*(None if x is None else str(x) for x in SOURCES[name]))
-    folder = trace.export(loaded, tmp_path_factory.mktemp("examples") / name)
+    loaded = example_runs.load(name)
+    # A copy, because ranges are written into the run folder.
+    folder = tmp_path_factory.mktemp("examples") / name
+    shutil.copytree(example_runs.exported(tmp_path_factory, name, loaded), folder)
     calibration = ROOT / "calibration" / "sets" / CALIBRATION[name]
     scales = stages.calibrate(folder, loaded, data=str(calibration), avoid=HELDOUT[name], samples=6)
     held = data.load(HELDOUT[name], runfolder.read_io(folder), vocab_size=loaded.vocab_size, limit=4096)

@@ -16,7 +16,7 @@ from ...graph import cut as graph_cut
 from ...graph import files
 from ...graph.element_types import typed_nodes
 from ...inputs import Arrays
-from ...runfolder import MODEL, read_io
+from ...runfolder import MODEL
 from ...sessions.cpu.observed_graph import add_outputs, open_graph
 from ...sessions.cpu.round_half import HALF
 from ...specs import IoSpec
@@ -52,21 +52,20 @@ class Side:
     """One of the two graphs.
 
     Attributes:
-        folder: its run folder.
-        io: what that describes.
-        run: what runs it.
+        folder: of its graph and weights.
+        io: its inputs, outputs and states.
         threads: of the runner.
+        run: what runs it.
         blocks: of the stack; 0 where the model has none, and is looked at as a whole.
     """
 
     folder: Path
+    io: IoSpec
     threads: int = 0
     run: Runner = run_onnxruntime
-    io: IoSpec = field(init=False)
     blocks: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.io = read_io(self.folder)
         self.blocks = len(graph_cut.boundaries(self.graph()))
 
     def graph(self) -> ir.Model:

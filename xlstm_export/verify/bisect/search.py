@@ -13,7 +13,6 @@ compared, in the order they are computed, and the first is named.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from ...load.made_up import random_inputs
 from ...options import Context
 from ...quantize import quantize
 from ...quantize.recipe import read_recipe
-from ...runfolder import IO, MODEL, RunFolder
+from ...runfolder import MODEL, RunFolder
 from ...sessions import TorchSession
 from ...trace import export as trace
 from ..limits import LIMITS
@@ -136,7 +135,7 @@ def bisect(
     """
     run = RunFolder.of(run)
     with tempfile.TemporaryDirectory(prefix=".bisect.", dir=run.path.parent) as scratch:
-        candidate = Side(run.path, context.threads, runner)
+        candidate = Side(run.path, run.io, context.threads, runner)
         return _Search(run, loaded, candidate, inputs, context, Path(scratch)).run()
 
 
@@ -192,7 +191,7 @@ class _Search:
             last_logits=made.last_logits,
             dtype=made.dtype,
         )
-        fresh = Side(exported, self.threads)
+        fresh = Side(exported, RunFolder.open(exported).io, self.threads)
         require_same_parts(self.candidate, fresh)
         precision = made.precision
         if precision is None:
@@ -224,8 +223,7 @@ class _Search:
         again = self.scratch / "again"
         again.mkdir()
         files.save(model, again)
-        shutil.copyfile(source / IO, again / IO)
-        return Side(again, self.threads)
+        return Side(again, self.source.io, self.threads)
 
     def _search(self, reference: Side, against: str, limit: float, note: str = "") -> Bisection:
         """The first block beyond the limit, and the first value in it."""

@@ -33,7 +33,7 @@ pytest_plugins = ["tiers"]
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
-    torch.set_num_threads(1)  # before every test, because bench sets its own
+    torch.set_num_threads(1)  # several processes test at the same time
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,7 +131,9 @@ def test_without_kernels_the_export_is_the_bodies(
     verified: Path, small_loaded: Loaded, no_child: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", "off")
+    torch.set_num_threads(2)  # belongs to the process: what runs afterwards must not be slower
     report = bench.bench(verified, small_loaded, QUICK, ONE_THREAD)
+    assert torch.get_num_threads() == 2
     assert all(set(cell.timings) == {"exported", "pytorch_eager"} for cell in report.grid)
     assert "not built" in report.skipped["function_bodies"]
     assert report.environment["recurrences"] == "function bodies"

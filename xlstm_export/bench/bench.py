@@ -67,10 +67,29 @@ def bench(
     _check(options)
     run = RunFolder.of(run)
     require_verified(run)
+    threads = context.threads or os.cpu_count() or 1
+    with _torch_threads(threads):
+        report = _measure(run, loaded, options, context, threads)
+    write_json(run.path / RESULT, report.to_json())
+    return report
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch's number of threads, which belongs to the process; it is put back."""
     import torch
 
-    threads = context.threads or os.cpu_count() or 1
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    run: RunFolder, loaded: Loaded, options: BenchOptions, context: Context, threads: int
+) -> BenchReport:
     about = environment(threads)  # before anything runs, and others are seen
     timed = _Run(run, loaded, options, context, threads)
     lengths = _cut_lengths(options, run.io, loaded)
@@ -85,7 +104,7 @@ def bench(
     used = memory(run.path, options.batch[0], max(lengths), threads)
     recurrences = {"recurrences": "fused operators" if timed.session.fused else "function bodies"}
     sizes = {"state_bytes_per_stream": _state_bytes(run.io), "weight_bytes": _stored_bytes(run)}
-    report = BenchReport(
+    return BenchReport(
         environment={**about, **recurrences},
         model={"name": timed.spec.name, "parameters": timed.spec.parameters, "precision": run.precision},
         threads=threads,
@@ -94,8 +113,6 @@ def bench(
         memory={**used, **sizes},
         skipped={name: "; ".join(dict.fromkeys(reasons)) for name, reasons in timed.skipped.items()},
     )
-    write_json(run.path / RESULT, report.to_json())
-    return report
 
 
 def weight_bytes(run: RunFolder | Path, loaded: Loaded) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..errors import BuildError, UsageError
 
 AdapterFunction = Callable[[nn.Module], nn.Module]
+# Filled by `register` when modules are imported, by the path of the class: what one run registers is there
+# for the next one in the same process, as the class itself is.
 ADAPTERS: dict[str, AdapterFunction] = {}
 
 

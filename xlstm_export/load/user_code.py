@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ def load_function(spec: str, said: str) -> Callable[..., Any]:
         said: how messages name it.
 
     Raises:
-        UsageError: there is no such module or function.
+        UsageError: there is no such module or function, or this process has imported another module of that
+            name.
         InputError: importing the module raised something.
     """
     module_name, _, attribute = spec.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    _look_here_first()
+    _require_module_of_here(module_name.partition(".")[0], said)
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except ExportError:
@@ -41,3 +43,23 @@ def load_function(spec: str, said: str) -> Callable[..., Any]:
             "import it by itself to see where; --debug shows the traceback",
         ) from error
     return function
+
+
+def _look_here_first() -> None:
+    """Put the folder the command runs in before others, which earlier calls may have added."""
+    here = str(Path.cwd())
+    if sys.path[:1] != [""] and sys.path[:1] != [here]:
+        sys.path[:] = [here, *(entry for entry in sys.path if entry != here)]
+
+
+def _require_module_of_here(name: str, said: str) -> None:
+    """Raise UsageError where a module of that name was imported from another place than it has here."""
+    loaded = sys.modules.get(name)
+    before = getattr(getattr(loaded, "__spec__", None), "origin", None)
+    if before is None or (found := PathFinder.find_spec(name)) is None or found.origin is None:
+        return
+    if Path(before).resolve() != Path(found.origin).resolve():
+        raise UsageError(
+            f"{said}: this process has imported another {name}, {before}",
+            f"rename one of them, or use a process of its own for {found.origin}",
+        )

@@ -307,3 +307,13 @@ def test_deploy_s_exit_codes(own: Path, lean: Path, arguments: list[str], code: 
     done = deploy(own, lean, *arguments)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_deploy_refuses_tokens_that_the_model_does_not_know(own: Path, lean: Path, tmp_path: Path) -> None:
+    """The bundle's manifest says how many there are."""
+    np.savez(tmp_path / "data.npz", tokens=np.array([[1, 2, 256]]))
+    files = ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "out.npz")]
+    done = deploy(own, lean, "run", "--backend", "onnxruntime", *files)
+    assert done.returncode == 4, done.stderr
+    assert "tokens holds 256 at row 0, position 2" in done.stderr
+    assert "0 … 255" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,26 @@ def test_what_travels_imports_little(module: str) -> None:
             assert source in travelling(), f"{found} stays behind"
         else:
             assert found.split(".")[0] in {*sys.stdlib_module_names, "numpy"}, found
+
+
+def test_floors_are_what_is_tested() -> None:
+    """constraints-lowest.txt has exactly the lowest versions that pyproject.toml declares."""
+    floor = re.compile(r'"([\w-]+)>=([\w.]+)"')
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
+    needed += text[text.index("cpu = [") : text.index("gpu = [")]
+    lowest = dict(
+        line.lower().split("==")
+        for line in (ROOT / "constraints-lowest.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    declared = {package.lower(): version for package, version in floor.findall(needed)}
+    assert declared.keys() == lowest.keys()
+    for package, version in declared.items():
+        assert f"{lowest[package]}.0.0".startswith(f"{version}."), package
+
+
+def test_one_place_for_the_version() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project
+    assert not re.search(r"^version = ", project, re.MULTILINE)

@@ -30,7 +30,7 @@ from xlstm_export.bench.environment import environment
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load import checkpoint
 from xlstm_export.load.families import blocks
-from xlstm_export.options import Context, VerifyOptions
+from xlstm_export.options import CalibrateOptions, Context, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import read_recipe
@@ -252,7 +252,7 @@ def run_child(task: str, source: Path, folder: Path, length: int, threads: int) 
         require(verify.verify(folder, loaded, context=Context(threads=threads)))
     elif task == "quantize":
         recipe = read_recipe(RECIPE)
-        scales = stages.calibrate(folder, loaded, random_data=True, samples=4, length=512)
+        scales = stages.calibrate(folder, loaded, CalibrateOptions(random_data=True, samples=4, length=512))
         quantize.quantize(folder, recipe, scales=scales)
         short = VerifyOptions(horizon=1000, free_horizon=100)
         require(verify_precision.verify_precision(folder / "int8", loaded, short, Context(threads=threads)))

@@ -20,7 +20,7 @@ from xlstm_export import runfolder
 from xlstm_export.bench.environment import environment
 from xlstm_export.load import checkpoint
 from xlstm_export.measure.drift_result import TEACHER
-from xlstm_export.options import VerifyOptions
+from xlstm_export.options import CalibrateOptions, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import Recipe, naive, preset, read_recipe
@@ -81,7 +81,9 @@ def run(example: Example, scratch: Path, horizon: int, free: int) -> dict[str, A
     report = verify.verify(folder, loaded, VerifyOptions(data=example.data))
     if not report.passed:
         raise SystemExit(f"{example.data}: FP32 is not equal to PyTorch")
-    scales = stages.calibrate(folder, loaded, data=str(example.calibration), avoid=example.data)
+    scales = stages.calibrate(
+        folder, loaded, CalibrateOptions(data=str(example.calibration), avoid=example.data)
+    )
     size = (folder / runfolder.MODEL_DATA).stat().st_size
     metric = report.metric
     result: dict[str, Any] = {

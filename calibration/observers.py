@@ -29,6 +29,8 @@ from xlstm_export.errors import InputError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import observed_tensors
 from xlstm_export.inputs import cut
+from xlstm_export.options import CalibrateOptions, Context
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions.cpu.observed_graph import ObservedGraph
 
 BORDERS = (0, 1, 8, 64, 256, 1024, 4096)
@@ -101,17 +103,14 @@ class _Run:
 
 
 def calibrate(
-    folder: Path,
+    run: RunFolder | Path,
     data: CalibrationSet,
+    options: CalibrateOptions = CalibrateOptions(method="mse"),
+    context: Context = Context(),
     *,
     tensors: Sequence[str] | None = None,
-    method: str = "mse",
-    percentile: float = 99.99,
     batch: int = BATCH,
-    threads: int = 0,
-    resume: bool = True,
     out: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scales:
     """Run a graph over calibration data and write the ranges of its activations.
 
@@ -119,16 +118,14 @@ def calibrate(
     and ends in the same bytes. A graph without states runs each sequence as a whole, in a single bucket.
 
     Args:
-        folder: run folder of `export`.
+        run: of `export`.
         data: of `sets.load`.
+        options: `method`, of `methods.METHODS`, `percentile` and `resume`, of a run of the same graph, data
+            and options that was interrupted. Where the data come from is not read here.
+        context: `count` is called with the positions done and their total.
         tensors: value names of the graph; by default every activation that meets a weight in a product.
-        method: of `methods.METHODS`.
-        percentile: for the method of this name.
         batch: sequences that are run at once. It may change the last bits of what is seen, and is recorded.
-        threads: of the runtime; all cores by default.
-        resume: go on where an interrupted run of the same graph, data and options stopped.
         out: folder for scales.json and channels.safetensors; the run folder by default.
-        progress: called with the positions done and their total.
 
     Raises:
         UsageError: an unknown method or tensor, or nothing to observe.
@@ -136,16 +133,18 @@ def calibrate(
         BuildError: the runtime stopped.
         SetupError: onnxruntime is missing, or `out` cannot be written.
     """
+    method, percentile = options.method, options.percentile
     _check(method, percentile, batch)
-    folder, out = Path(folder), Path(out or folder)
-    graph = _open(folder, tensors, data, threads)
+    folder = RunFolder.of(run).path
+    out = Path(out or folder)
+    graph = _open(folder, tensors, data, context.threads)
     borders = BORDERS if graph.io.states else (0,)
-    options = {"batch": batch, "bins": BINS, "bucket_weights": "sqrt"}
+    recorded = {"batch": batch, "bins": BINS, "bucket_weights": "sqrt"}
     model, versions = _model_hashes(folder), runfolder.versions()
-    partial = Partial(out, [model, data.sha256, list(graph.names), list(borders), options, versions])
+    partial = Partial(out, [model, data.sha256, list(graph.names), list(borders), recorded, versions])
     observers = {name: Observer.empty(len(borders)) for name in graph.names}
     with graph:
-        _Run(graph, data, borders, observers, progress).all(batch, partial, resume)
+        _Run(graph, data, borders, observers, context.count).all(batch, partial, options.resume)
     scales = Scales(
         method=method,
         percentile=percentile if method == "percentile" else None,
@@ -153,7 +152,7 @@ def calibrate(
         model=model,
         versions=versions,
         borders=borders,
-        options=options,
+        options=recorded,
         tensors={name: _scale(observer, method, percentile) for name, observer in observers.items()},
         channel_amax={name: _channels(observer) for name, observer in observers.items()},
     )

@@ -74,51 +74,55 @@ class CalibrationSet:
         }
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which sequences of a source are used.
+
+    Attributes:
+        samples: number of sequences, chosen by `seed`; by default 32, or all where there are fewer.
+        length: positions per sequence; by default as in the source, see `load`.
+        seed: of the choice.
+        avoid: evaluation data, which must not overlap.
+    """
+
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+    avoid: Path | None = None
+
+
 def for_run(
     loaded: Loaded,
     run: RunFolder | Path,
     source: str | None,
+    selection: Selection = Selection(),
     *,
     tokenizer: Path | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    avoid: Path | None = None,
 ) -> CalibrationSet:
     """Calibration data for a run folder: from `source`, or made up where that is None.
 
     Args:
         loaded: the model.
         run: run folder.
-        source: of `load`, as all others.
-        tokenizer: by default the one that came with the checkpoint.
+        source: of `load`.
+        selection: which sequences.
+        tokenizer: of `load`; by default the one that came with the checkpoint.
     """
     run = RunFolder.of(run)
     if source is None:
-        return random_set(loaded, run.io, samples=samples or 4, length=length or 512, seed=seed)
+        return random_set(loaded, run.io, selection)
     found = run.path / "tokenizer.json"
-    return load(
-        source,
-        run.io,
-        vocab_size=loaded.vocab_size,
-        tokenizer=tokenizer or (found if found.is_file() else None),
-        samples=samples,
-        length=length,
-        seed=seed,
-        avoid=avoid,
-    )
+    tokenizer = tokenizer or (found if found.is_file() else None)
+    return load(source, run.io, selection, vocab_size=loaded.vocab_size, tokenizer=tokenizer)
 
 
 def load(
     source: str | Path,
     io: IoSpec,
+    selection: Selection = Selection(),
     *,
     vocab_size: int | None = None,
     tokenizer: Path | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    avoid: Path | None = None,
 ) -> CalibrationSet:
     """Read a calibration set for a model.
 
@@ -134,15 +138,14 @@ def load(
         io: the model's inputs.
         vocab_size: of a language model; 256 means that text is read as bytes.
         tokenizer: tokenizer.json, or the folder that holds it, for text of other language models.
-        samples: number of sequences, chosen by `seed`; by default 32, or all where there are fewer.
-        length: positions per sequence.
-        avoid: evaluation data, which must not overlap.
+        selection: which sequences.
 
     Raises:
         InputError: the data does not exist, does not fit, is too little, or overlaps with `avoid`.
         UsageError: the options or the kind of file make no sense for this model.
         SetupError: text needs the package `tokenizers`, which cannot be imported.
     """
+    samples, length, avoid = selection.samples, selection.length, selection.avoid
     _check_options(io, samples, length)
     if avoid is not None:
         overlap.check_files(source, avoid)
@@ -151,8 +154,8 @@ def load(
     sequences = _joined([_windows(part, io, length, str(source)) for part in read.parts], io, str(source))
     if length is None:
         sequences = _cut_single(sequences, io)
-    chosen = _chosen(sequences, samples, seed, str(source))
-    data = CalibrationSet(chosen, read.name, seed, notes=read.notes)
+    chosen = _chosen(sequences, samples, selection.seed, str(source))
+    data = CalibrationSet(chosen, read.name, selection.seed, notes=read.notes)
     _check_size(data, io, str(source))
     if avoid is not None:
         heldout = reader.read(avoid, SAMPLES)
@@ -160,16 +163,17 @@ def load(
     return data
 
 
-def random_set(
-    loaded: Loaded, io: IoSpec, *, samples: int = 4, length: int = 512, seed: int = 0
-) -> CalibrationSet:
+def random_set(loaded: Loaded, io: IoSpec, selection: Selection = Selection()) -> CalibrationSet:
     """Made-up inputs where there is no data; marked as such in scales.json.
 
     Args:
-        loaded: the model, whose example inputs tell the range of float inputs.
-        samples: sequences.
-        length: positions of each.
+        loaded: the model, whose example inputs give the range of float inputs.
+        io: its inputs.
+        selection: by default 4 sequences of 512 positions.
     """
+    seed = selection.seed
+    samples = 4 if selection.samples is None else selection.samples
+    length = 512 if selection.length is None else selection.length
     inputs = random_inputs(loaded, io, samples, length, np.random.default_rng(seed))
     data = CalibrationSet(inputs, "random", seed, random=True)
     _check_size(data, io, "the random set")

@@ -15,6 +15,7 @@ from places import ROOT
 
 from xlstm_export import runfolder
 from xlstm_export.measure import data
+from xlstm_export.options import CalibrateOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.legality import check_legality
@@ -46,7 +47,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("examples") / name
     shutil.copytree(example_runs.exported(tmp_path_factory, name, loaded), folder)
     calibration = ROOT / "calibration" / "sets" / CALIBRATION[name]
-    scales = stages.calibrate(folder, loaded, data=str(calibration), avoid=HELDOUT[name], samples=6)
+    scales = stages.calibrate(
+        folder, loaded, CalibrateOptions(data=str(calibration), avoid=HELDOUT[name], samples=6)
+    )
     held = data.load(HELDOUT[name], runfolder.read_io(folder), vocab_size=loaded.vocab_size, limit=4096)
     metric = held.score(data.stream(OrtSession(folder, held.rows), held.inputs))
     return Exported(folder, scales, metric, held, read_recipe(ROOT / "examples" / name / "int8.yaml"))

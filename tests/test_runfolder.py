@@ -24,6 +24,7 @@ from refusals import refused
 from xlstm_export import atomic, runfolder, sessions
 from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 from xlstm_export.trace import export as trace
 
@@ -268,11 +269,11 @@ def test_the_very_size_of_the_weights_is_checked_before_the_first_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As laid out in pages and in the type they are stored in, which is known once the graph is traced."""
-    whole = trace.export(small_loaded, tmp_path / "whole", dtype=dtype)
+    whole = trace.export(small_loaded, tmp_path / "whole", ExportOptions(dtype=dtype))
     folder = mounted(f"size={(whole / runfolder.MODEL_DATA).stat().st_size - 8192}")
     monkeypatch.setattr(trace, "save", lambda *args: pytest.fail("a byte was written"))
     with refused(SetupError, "MB are needed"):
-        trace.export(small_loaded, folder / "out", dtype=dtype)
+        trace.export(small_loaded, folder / "out", ExportOptions(dtype=dtype))
     assert names(folder) == []
 
 

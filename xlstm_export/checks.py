@@ -5,6 +5,7 @@ Every limit stands in `LIMITS` with its reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,13 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.value <= self.limit  # False for NaN
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Check:
+        """What `to_json` gave; null is NaN."""
+        detail = {key: x for key, x in data.items() if key not in ("name", "passed", "value", "limit")}
+        value, limit = (float("nan") if data[key] is None else float(data[key]) for key in ("value", "limit"))
+        return Check(str(data["name"]), value, limit, detail)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,6 +81,21 @@ class Verdict:
                 **({"precision": self.precision} if self.precision else {}),
                 "checks": [check.to_json() for check in self.checks],
             }
+        )
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Verdict:
+        """What `to_json` gave, as `verify/report.json` holds it."""
+        return Verdict(
+            checks=tuple(Check.from_json(check) for check in data["checks"]),
+            metric=data["metric"],
+            files=data["files"],
+            inputs=data["inputs"],
+            as_it_comes=data["upstream_as_it_comes"],
+            gates=data["gates"] or {},
+            bisect=data["bisect"] or {},
+            gate=data.get("gate", {}),
+            precision=data.get("precision", {}),
         )
 
 

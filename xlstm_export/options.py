@@ -75,6 +75,21 @@ class About:
     off: str | None = None
     only: Literal["cli"] | None = None
 
+    def check(self, name: str, value: object) -> None:
+        """Raise UsageError for a value that is none of the choices, or out of range."""
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(self.choices)}")
+        if self.least is None:
+            return
+        for number in value if isinstance(value, tuple) else (value,):
+            if (
+                not isinstance(number, (int, float))
+                or number < self.least
+                or (self.above and number == self.least)
+            ):
+                bound = "above" if self.above else "at least"
+                raise UsageError(f"{name} is {value!r}", f"{bound} {self.least:g}")
+
 
 def option(
     default: T,
@@ -106,17 +121,11 @@ class Options:
             if value is None:
                 continue
             if about.kind in FILES and isinstance(value, str):
-                object.__setattr__(self, name, Path(value))
-            if about.kind in ("texts", "ints"):
-                object.__setattr__(self, name, tuple(value))
-            if about.choices and value not in about.choices:
-                raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(about.choices)}")
-            numbers = value if about.kind == "ints" else (value,)
-            if about.least is not None and any(
-                not (x > about.least if about.above else x >= about.least) for x in numbers
-            ):
-                bound = "above" if about.above else "at least"
-                raise UsageError(f"{name} is {value!r}", f"{bound} {about.least:g}")
+                value = Path(value)
+            elif about.kind in ("texts", "ints"):
+                value = tuple(value)
+            object.__setattr__(self, name, value)
+            about.check(name, value)
 
     @classmethod
     def table(cls) -> dict[str, About]:
@@ -269,3 +278,23 @@ class DeployOptions(Options):
     license: str | None = option(None, "of the weights, reported in the bundle", "text")
     horizon: int | None = option(None, "positions of the drift; default 16000", "int")
     free_horizon: int | None = option(None, "of free-running drift; default: the same", "int")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Options):
+    """Of `generate`."""
+
+    tokens: int = option(200, "how many to write", "int", least=0)
+    temperature: float = option(0.8, "0: likeliest", "number", least=0)
+    top_k: int | None = option(None, "draw among the likeliest only", "int", least=1)
+    seed: int = option(0, "equal seeds write equal texts", "int")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastOptions(Options):
+    """Of `forecast`."""
+
+    columns: str | None = option(None, "names of the columns the model reads, in its order: a,b,c", "text")
+    every: bool = option(False, "the forecast after each row, not only the last", "flag")
+    plot: Path | None = option(None, "picture to write, .svg", "path")
+    target: str | None = option(None, "column that is forecast, for the plot; default the first", "text")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from xlstm_export.calibration.sets import Selection
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # this file is run as a script
@@ -64,8 +65,8 @@ def write(out: Path) -> None:
     )
     tokens = IoSpec((TensorSpec("tokens", "int64", ("B", "S")),), (), ())
     series = IoSpec((TensorSpec("x", "float32", ("B", "S", values.shape[2])),), (), ())
-    texts = sets.load(out / "austen_lm.txt", tokens, vocab_size=256, avoid=AUSTEN / "heldout.txt")
-    hours = sets.load(out / "weather_forecaster.npz", series, avoid=WEATHER / "heldout.npz")
+    texts = sets.load(out / "austen_lm.txt", tokens, Selection(avoid=AUSTEN / "heldout.txt"), vocab_size=256)
+    hours = sets.load(out / "weather_forecaster.npz", series, Selection(avoid=WEATHER / "heldout.npz"))
     for data in (texts, hours):
         shapes = ", ".join(str(array.shape) for array in data.inputs.values())
         print(f"{data.name}: {shapes}, content {data.sha256[:12]}, nothing of it in the held-out data")

@@ -13,6 +13,7 @@ from places import ROOT
 from xlstm_export import atomic, runfolder
 from xlstm_export.bundle import make as bundle
 from xlstm_export.load import checkpoint
+from xlstm_export.options import BundleOptions
 from xlstm_export.trace import export as trace
 
 WEATHER = ROOT / "examples/weather_forecaster/model.safetensors"
@@ -30,7 +31,7 @@ def test_a_bundle_verifies_and_every_step_is_timed(name: str, tmp_path: Path) ->
     run = trace.export(loaded, tmp_path / "run")
     # What `verify` leaves behind where it passed; others test that it does.
     atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
-    made = bundle.bundle(run, loaded, tmp_path / "bundle", horizon=80)
+    made = bundle.bundle(run, loaded, tmp_path / "bundle", BundleOptions(horizon=80))
 
     def deploy(*words: str) -> subprocess.CompletedProcess[str]:
         command = [*python, str(made / "deploy.py"), *words, "--backend", "onnxruntime", "--json"]

@@ -13,6 +13,7 @@ from xlstm_export.bundle import recordings as goldens
 from xlstm_export.errors import InputError
 from xlstm_export.inputs import Arrays
 from xlstm_export.load import checkpoint
+from xlstm_export.options import BundleOptions, Context
 from xlstm_export.sessions import OrtSession, Session
 from xlstm_export.specs import TensorSpec
 
@@ -24,7 +25,9 @@ def recorded(
     small_export: Path, small_loaded: checkpoint.Loaded, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
-    goldens.write_goldens(small_export, small_loaded, folder, horizon=HORIZON, threads=1)
+    goldens.write_goldens(
+        small_export, small_loaded, folder, BundleOptions(horizon=HORIZON), Context(threads=1)
+    )
     return folder
 
 

@@ -22,6 +22,7 @@ from xlstm_export.board import integrity
 from xlstm_export.bundle import make as bundles
 from xlstm_export.errors import GateError, InputError, UsageError
 from xlstm_export.load import checkpoint
+from xlstm_export.options import BundleOptions
 from xlstm_export.specs import OP_DOMAIN
 from xlstm_export.targets import TARGETS
 from xlstm_export.trace import export as trace
@@ -48,7 +49,9 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, checkpoint
 def made(verified: tuple[Path, checkpoint.Loaded], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "made"
     target = TARGETS["orin-nano-8gb"]
-    return bundles.bundle(*verified, out, horizon=HORIZON, target=target, licence="MIT")
+    return bundles.bundle(
+        *verified, out, options=BundleOptions(horizon=HORIZON, target=target, license="MIT")
+    )
 
 
 @pytest.fixture
@@ -88,7 +91,8 @@ def test_the_same_inputs_give_the_same_bytes(
     verified: tuple[Path, checkpoint.Loaded], tmp_path: Path
 ) -> None:
     first, second = (
-        bundles.bundle(*verified, tmp_path / f"{name}.tar.gz", horizon=64) for name in ("one", "two")
+        bundles.bundle(*verified, tmp_path / f"{name}.tar.gz", options=BundleOptions(horizon=64))
+        for name in ("one", "two")
     )
     assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.tar.gz", "two.tar.gz"]
@@ -217,7 +221,7 @@ def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path
     loaded = checkpoint.load_checkpoint(checkpoint_folder, stateless=option == "stateless" or None)
     run = trace.export(loaded, tmp_path / "run", **{option: True})
     atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
-    made = bundles.bundle(run, loaded, tmp_path / "made", horizon=HORIZON)
+    made = bundles.bundle(run, loaded, tmp_path / "made", BundleOptions(horizon=HORIZON))
     done = deploy(made, lean, "verify", "--backend", "onnxruntime")
     assert done.returncode == 0, done.stdout + done.stderr
 

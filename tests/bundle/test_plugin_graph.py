@@ -12,6 +12,7 @@ from onnx import checker
 
 from xlstm_export.bundle.plugin_graph import SCALE, WEIGHT, for_plugins
 from xlstm_export.load import checkpoint
+from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import Recipe, Rule, preset
@@ -28,7 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         models.make(folder / "model", num_blocks=2, slstm_at=[0, 1], embedding_dim=64, heads=2)
     )
     run = trace.export(loaded, folder / "run")
-    scales = stages.calibrate(run, loaded, random_data=True, samples=4, length=64, threads=1)
+    scales = stages.calibrate(
+        run, loaded, CalibrateOptions(random_data=True, samples=4, length=64), Context(threads=1)
+    )
     made = {"fp32": run}
     for precision in ("fp16", "int8", "int8-wo"):
         recipe = preset(precision)

@@ -9,6 +9,7 @@ import pytest
 
 from xlstm_export.bundle.recordings import write_goldens
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import BundleOptions, Context
 from xlstm_export.verify.parts import CALIBRATION, HELD_OUT, MADE_UP
 
 HORIZON = 140
@@ -25,10 +26,9 @@ def test_where_the_inputs_come_from(
         small_export,
         small_loaded,
         tmp_path,
-        source=tmp_path / "heldout.txt" if kind == HELD_OUT else None,
+        BundleOptions(data=tmp_path / "heldout.txt" if kind == HELD_OUT else None, horizon=HORIZON),
+        Context(threads=1),
         calibration={CALIBRATION: {"tokens": tokens}, HELD_OUT: {"tokens": tokens + 1}}.get(kind),
-        horizon=HORIZON,
-        threads=1,
     )
     assert told["inputs"] == kind
     with np.load(tmp_path / "goldens" / "goldens.npz") as file:

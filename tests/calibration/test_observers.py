@@ -21,6 +21,7 @@ from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import observed_tensors
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import ExportOptions
 from xlstm_export.runfolder import read_io
 from xlstm_export.trace import export as trace
 
@@ -261,7 +262,7 @@ def test_a_graph_without_states_runs_whole_sequences(
     small_loaded: Loaded, small_export: Path, data: CalibrationSet, tmp_path: Path, scales: Scales
 ) -> None:
     """All in one bucket; with zeros for states the graph is the same function."""
-    folder = trace.export(small_loaded, tmp_path / "stateless", stateless=True)
+    folder = trace.export(small_loaded, tmp_path / "stateless", ExportOptions(stateless=True))
     found = calibrate(folder, data, method="max", threads=1)
     assert found.borders == (0,)
     ours, theirs = found.tensors.values(), scales.tensors.values()

@@ -10,6 +10,7 @@ import pytest
 from refusals import refused
 from specs import PLAIN, SERIES, TOKENS
 from xlstm_export.calibration import overlap, sets
+from xlstm_export.calibration.sets import Selection
 
 from xlstm_export.errors import InputError
 
@@ -31,14 +32,14 @@ def test_the_same_file(tmp_path: Path) -> None:
     os.link(path, tmp_path / "hard.txt")
     for name in ("heldout.txt", "link.txt", "hard.txt"):
         with refused(InputError, f"{name} is the evaluation data itself", "training data"):
-            sets.load(tmp_path / name, TOKENS, vocab_size=256, avoid=path)
+            sets.load(tmp_path / name, TOKENS, Selection(avoid=path), vocab_size=256)
 
 
 def test_the_evaluation_file_in_a_folder_of_data(tmp_path: Path) -> None:
     for name in ("a.npz", "heldout.npz"):
         np.savez(tmp_path / name, x=RNG.standard_normal((1, 300, 3)))
     with refused(InputError, "heldout.npz is the evaluation data itself"):
-        sets.load(tmp_path, SERIES, avoid=tmp_path / "heldout.npz")
+        sets.load(tmp_path, SERIES, Selection(avoid=tmp_path / "heldout.npz"))
 
 
 def test_the_same_content_in_another_format(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_the_same_content_in_another_format(tmp_path: Path) -> None:
     np.savez(tmp_path / "heldout.npz", x=x, target=x)
     np.save(tmp_path / "copy.npy", x.astype(np.float64))
     with refused(InputError, "copy.npy overlaps", "heldout.npz", "of its 10 windows of 64 positions, 10 are"):
-        sets.load(tmp_path / "copy.npy", SERIES, avoid=tmp_path / "heldout.npz")
+        sets.load(tmp_path / "copy.npy", SERIES, Selection(avoid=tmp_path / "heldout.npz"))
 
 
 @pytest.mark.parametrize("shift", [0, 1, 63, 64, 100])
@@ -57,7 +58,7 @@ def test_a_common_stretch_wherever_it_stands(tmp_path: Path, shift: int, common:
     calib[333 : 333 + common] = heldout[700 + shift : 700 + shift + common]
     avoid = text(tmp_path / "heldout.txt", heldout)
     with refused(InputError, "of its 31 windows of 64 positions"):
-        sets.load(text(tmp_path / "calib.txt", calib), TOKENS, vocab_size=256, avoid=avoid)
+        sets.load(text(tmp_path / "calib.txt", calib), TOKENS, Selection(avoid=avoid), vocab_size=256)
 
 
 def test_a_part_of_the_evaluation_data_among_others(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_part_of_the_evaluation_data_among_others(tmp_path: Path) -> None:
     np.savez(tmp_path / "heldout.npz", x=heldout)
     np.savez(tmp_path / "calib.npz", x=np.concatenate([RNG.standard_normal((2, 640, 3)), heldout[1:2]]))
     with refused(InputError, "of its 30 windows of 64 positions, 10 are in both"):
-        sets.load(tmp_path / "calib.npz", SERIES, avoid=tmp_path / "heldout.npz")
+        sets.load(tmp_path / "calib.npz", SERIES, Selection(avoid=tmp_path / "heldout.npz"))
 
 
 def test_different_data_passes(tmp_path: Path) -> None:
@@ -73,14 +74,14 @@ def test_different_data_passes(tmp_path: Path) -> None:
     heldout, calib = RNG.integers(0, 256, 2000), RNG.integers(0, 256, 2000)
     calib[100:160] = heldout[64:124]
     avoid = text(tmp_path / "heldout.txt", heldout)
-    data = sets.load(text(tmp_path / "calib.txt", calib), TOKENS, vocab_size=256, avoid=avoid)
+    data = sets.load(text(tmp_path / "calib.txt", calib), TOKENS, Selection(avoid=avoid), vocab_size=256)
     assert data.samples == 1
 
 
 def test_evaluation_data_must_be_there_and_fit(tmp_path: Path) -> None:
     path = text(tmp_path / "calib.txt", RNG.integers(0, 256, 300))
     with refused(InputError, "nowhere.txt does not exist"):
-        sets.load(path, TOKENS, vocab_size=256, avoid=tmp_path / "nowhere.txt")
+        sets.load(path, TOKENS, Selection(avoid=tmp_path / "nowhere.txt"), vocab_size=256)
 
 
 def test_a_silent_sensor_is_no_copy() -> None:

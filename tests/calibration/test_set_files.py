@@ -12,6 +12,7 @@ import pytest
 from places import ROOT
 from refusals import refused
 from xlstm_export.calibration import sets
+from xlstm_export.calibration.sets import Selection
 
 from xlstm_export.errors import InputError
 from xlstm_export.specs import IoSpec, TensorSpec
@@ -74,4 +75,4 @@ def test_the_check_would_have_told(tmp_path: Path) -> None:
     x[3, 200:400] = np.load(heldout)["x"][1, 1000:1200]
     np.savez(tmp_path / "mixed.npz", x=x)
     with refused(InputError, "mixed.npz overlaps", "of its 66 windows of 64 positions"):
-        sets.load(tmp_path / "mixed.npz", SERIES, avoid=heldout)
+        sets.load(tmp_path / "mixed.npz", SERIES, Selection(avoid=heldout))

@@ -9,6 +9,7 @@ import pytest
 from refusals import refused
 from specs import PLAIN, POLICY, SERIES, TOKENS
 from xlstm_export.calibration import sets
+from xlstm_export.calibration.sets import Selection
 
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load.checkpoint import Loaded
@@ -32,13 +33,13 @@ def series(path: Path, sequences: int, length: int, seed: int = 0) -> Path:
 
 
 def test_windows_are_consecutive_stretches(text: Path) -> None:
-    data = sets.load(text, TOKENS, vocab_size=256, length=1000)
+    data = sets.load(text, TOKENS, Selection(length=1000), vocab_size=256)
     assert (data.samples, data.length(TOKENS)) == (10, 1000)
     assert data.inputs["tokens"].ravel().tolist() == list(text.read_bytes())
 
 
 def test_what_is_left_over_is_dropped(text: Path) -> None:
-    data = sets.load(text, TOKENS, vocab_size=256, length=3000)
+    data = sets.load(text, TOKENS, Selection(length=3000), vocab_size=256)
     assert data.inputs["tokens"].shape == (3, 3000)
 
 
@@ -56,7 +57,7 @@ def test_windows_keep_what_has_no_positions(tmp_path: Path) -> None:
     goal = np.arange(6.0).reshape(3, 2)
     image = np.random.default_rng(0).standard_normal((3, 200, 4)).astype(np.float32)
     np.savez(tmp_path / "a.npz", image=image, mask=image[..., 0] > 0, goal=goal)
-    data = sets.load(tmp_path / "a.npz", POLICY, length=90)
+    data = sets.load(tmp_path / "a.npz", POLICY, Selection(length=90))
     assert np.array_equal(data.inputs["image"], image[:, :180].reshape(6, 90, 4))
     assert np.array_equal(data.inputs["goal"], np.repeat(goal, 2, axis=0))
 
@@ -71,9 +72,9 @@ def test_ragged_files(tmp_path: Path) -> None:
     series(folder / "3.npz", 1, 20)
     with refused(InputError, "20 to 320 positions", "93% of the positions would be lost", "give a length"):
         sets.load(folder, SERIES)
-    assert sets.load(folder, SERIES, length=20).inputs["x"].shape == (32, 20, 3)
+    assert sets.load(folder, SERIES, Selection(length=20)).inputs["x"].shape == (32, 20, 3)
     with refused(InputError, "a sequence of 20 positions, 21 were asked for"):
-        sets.load(folder, SERIES, length=21)
+        sets.load(folder, SERIES, Selection(length=21))
 
 
 # --- Sampling -------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_ragged_files(tmp_path: Path) -> None:
 
 def test_sampling_is_by_seed(text: Path) -> None:
     def starts(**options: int) -> list[int]:
-        data = sets.load(text, TOKENS, vocab_size=256, length=100, **options)
+        data = sets.load(text, TOKENS, Selection(length=100, **options), vocab_size=256)
         whole = list(text.read_bytes())
         return [next(i for i in range(0, 10_000, 100) if whole[i : i + 100] == row.tolist())
                 for row in data.inputs["tokens"]]  # fmt: skip
@@ -95,7 +96,7 @@ def test_sampling_is_by_seed(text: Path) -> None:
 
 def test_more_samples_than_there_are(text: Path) -> None:
     with refused(InputError, "gives 10 sequences, 11 were asked for"):
-        sets.load(text, TOKENS, vocab_size=256, length=1000, samples=11)
+        sets.load(text, TOKENS, Selection(length=1000, samples=11), vocab_size=256)
 
 
 # --- Hash -----------------------------------------------------------------------------------------------
@@ -138,23 +139,23 @@ def test_too_few_positions(tmp_path: Path) -> None:
 
 def test_sequences_too_short_to_carry_a_state(text: Path) -> None:
     with refused(InputError, "sequences of 1 position", "state"):
-        sets.load(text, TOKENS, vocab_size=256, length=1, samples=300)
+        sets.load(text, TOKENS, Selection(length=1, samples=300), vocab_size=256)
 
 
 def test_models_without_positions(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", picture=np.ones((300, 5)))
-    data = sets.load(tmp_path / "a.npz", PLAIN, samples=256)
+    data = sets.load(tmp_path / "a.npz", PLAIN, Selection(samples=256))
     assert (data.samples, data.length(PLAIN)) == (256, 1)
     with refused(InputError, "32 sequences of 1 position, at least 256"):
         sets.load(tmp_path / "a.npz", PLAIN)
     with refused(UsageError, "no positions"):
-        sets.load(tmp_path / "a.npz", PLAIN, length=3)
+        sets.load(tmp_path / "a.npz", PLAIN, Selection(length=3))
 
 
 @pytest.mark.parametrize("option", ["samples", "length"])
 def test_options_that_make_no_sense(text: Path, option: str) -> None:
     with refused(UsageError, f"{option} is 0"):
-        sets.load(text, TOKENS, vocab_size=256, **{option: 0})  # type: ignore[arg-type]
+        sets.load(text, TOKENS, Selection(**{option: 0}), vocab_size=256)
 
 
 # --- Made up --------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_options_that_make_no_sense(text: Path, option: str) -> None:
 
 def test_random_sets_say_so(small_loaded: Loaded, small_export: Path) -> None:
     io = read_io(small_export)
-    data = sets.random_set(small_loaded, io, samples=3, length=100, seed=5)
+    data = sets.random_set(small_loaded, io, Selection(samples=3, length=100, seed=5))
     assert data.to_json(io) == {
         "name": "random",
         "sha256": data.sha256,
@@ -171,7 +172,7 @@ def test_random_sets_say_so(small_loaded: Loaded, small_export: Path) -> None:
         "random": True,
         "seed": 5,
     }
-    assert data.sha256 == sets.random_set(small_loaded, io, samples=3, length=100, seed=5).sha256
-    assert data.sha256 != sets.random_set(small_loaded, io, samples=3, length=100, seed=6).sha256
+    assert data.sha256 == sets.random_set(small_loaded, io, Selection(samples=3, length=100, seed=5)).sha256
+    assert data.sha256 != sets.random_set(small_loaded, io, Selection(samples=3, length=100, seed=6)).sha256
     with refused(InputError, "the random set"):
-        sets.random_set(small_loaded, io, samples=1, length=100)
+        sets.random_set(small_loaded, io, Selection(samples=1, length=100))

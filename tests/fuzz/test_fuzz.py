@@ -24,6 +24,7 @@ from places import ROOT
 from xlstm_export import atomic, runfolder
 from xlstm_export.bundle import make as bundle
 from xlstm_export.load import checkpoint
+from xlstm_export.options import BundleOptions, CalibrateOptions, Context
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -116,12 +117,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     np.savez(folder / "calib.npz", tokens=rng.integers(0, 256, (4, 64)))
     (folder / "calib.txt").write_bytes(b"It is a truth universally acknowledged. " * 20)
-    stages.calibrate(run, loaded, data=str(folder / "calib.npz"), threads=1)
+    stages.calibrate(run, loaded, CalibrateOptions(data=str(folder / "calib.npz")), Context(threads=1))
     quantize.quantize(run, preset("fp16"))
     atomic.write_json(
         run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run), "checks": []}
     )
-    bundle.bundle(run, loaded, folder / "bundle", horizon=150)
+    bundle.bundle(run, loaded, folder / "bundle", BundleOptions(horizon=150))
     from xlstm_export.sessions import OrtSession, save_state
 
     save_state(OrtSession(run, 1, 1), folder / "state.npz")

@@ -11,6 +11,7 @@ import pytest
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import Site, find_sites, gate_nodes, observed_tensors, site_name
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.trace import export as trace
 
 
@@ -66,7 +67,9 @@ def test_weights_stored_narrow_are_found(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(
         large_models.make_hf(tmp_path / "m", num_blocks=2, num_hidden_layers=2)
     )
-    wide, narrow = (find_sites(trace.trace(loaded, dtype=dtype)[0]) for dtype in ("fp32", "bf16"))
+    wide, narrow = (
+        find_sites(trace.trace(loaded, ExportOptions(dtype=dtype))[0]) for dtype in ("fp32", "bf16")
+    )
     assert [(s.name, s.role, s.shape) for s in wide] == [(s.name, s.role, s.shape) for s in narrow]
 
 

@@ -15,6 +15,7 @@ from nvidia_builder import check_builds, needs_builder, single_node
 from op_bodies import BODIES
 
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.trace import export as trace
 
 pytestmark = needs_builder
@@ -31,7 +32,7 @@ def test_model(small_export: Path) -> None:
 
 def test_model_with_tied_weights_and_last_logits(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "tied", tie_weights=True))
-    check_builds(trace.export(loaded, tmp_path / "out", last_logits=True) / "model.onnx")
+    check_builds(trace.export(loaded, tmp_path / "out", ExportOptions(last_logits=True)) / "model.onnx")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -40,7 +41,7 @@ def test_large_model(tmp_path: Path, dtype: str) -> None:
     loaded = checkpoint.load_checkpoint(
         large_models.make_hf(tmp_path / "model", num_blocks=2, num_hidden_layers=2)
     )
-    check_builds(trace.export(loaded, tmp_path / "out", dtype=dtype) / "model.onnx")
+    check_builds(trace.export(loaded, tmp_path / "out", ExportOptions(dtype=dtype)) / "model.onnx")
 
 
 def test_parse_error_is_noticed(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from xlstm_export import runfolder
 from xlstm_export.cli.main import cli
 from xlstm_export.errors import UsageError
 from xlstm_export.inference.generate import Bytes, Numbers, codec_for, generate
 from xlstm_export.inference.open import open_session
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import GenerateOptions
 from xlstm_export.sessions.streams import choose
 from xlstm_export.specs import IoSpec, TensorSpec
 
@@ -21,9 +21,8 @@ TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
 
 
 def written(folder: Path, loaded: Loaded, backend: str, prompt: str = "Emma ", **options: object) -> str:
-    io = runfolder.read_io(folder)
     session = open_session(folder, backend, lambda: loaded, 1)
-    return "".join(generate(session, io, codec_for(folder, io), prompt, **options))  # type: ignore[arg-type]
+    return "".join(generate(session, prompt, GenerateOptions.made_of(options)))
 
 
 def test_backends_write_the_same(small_export: Path, small_loaded: Loaded) -> None:

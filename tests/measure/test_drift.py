@@ -29,7 +29,7 @@ from xlstm_export.measure.drift_result import (
     judged_growth,
     token_feedback,
 )
-from xlstm_export.options import Context
+from xlstm_export.options import Context, ExportOptions
 from xlstm_export.sessions import OrtSession, Session, TorchSession
 from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
 from xlstm_export.trace import export as trace
@@ -595,6 +595,8 @@ def test_logits_of_the_last_position_are_compared_at_each(small_loaded: checkpoi
 
 @pytest.mark.slow
 def test_an_export_of_the_last_logits_only(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
-    last = OrtSession(trace.export(small_loaded, tmp_path / "last", last_logits=True), 2, threads=1)
+    last = OrtSession(
+        trace.export(small_loaded, tmp_path / "last", ExportOptions(last_logits=True)), 2, threads=1
+    )
     drift = measure_drift(TorchSession(small_loaded, 2), last, tokens(60), DriftPlan((3, 60), window=20))
     assert 0 < max(one(drift, "logits").errors) < 1e-5

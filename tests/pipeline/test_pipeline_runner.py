@@ -20,7 +20,7 @@ from places import ROOT
 from xlstm_export import atomic, runfolder
 from xlstm_export.cli.main import cli
 from xlstm_export.errors import UsageError
-from xlstm_export.pipeline.runner import run_pipeline
+from xlstm_export.pipeline.runner import How, run_pipeline
 from xlstm_export.pipeline.schema import read_pipeline
 from xlstm_export.quantize.recipe import read_recipe
 
@@ -84,7 +84,7 @@ def artifacts(out: Path) -> dict[str, str]:
 
 def states(pipeline: Path, *changes: str, **options: object) -> dict[str, str]:
     read = read_pipeline(pipeline, changes)
-    return {stage.name: stage.state for stage in run_pipeline(read, **options)}  # type: ignore[arg-type]
+    return {stage.name: stage.state for stage in run_pipeline(read, How(**options))}  # type: ignore[arg-type]
 
 
 def test_everything_is_there(whole: Path) -> None:

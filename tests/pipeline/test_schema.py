@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_export.errors import InputError, UsageError
+from xlstm_export.options import BenchOptions, ExportOptions, QuantizeOptions, VerifyOptions
 from xlstm_export.pipeline.schema import read_pipeline
 
 GOOD = "model: {checkpoint: c}\nout: o\nstages: {verify: {horizon: 100}, export: }\n"
@@ -20,8 +21,11 @@ def write(folder: Path, content: str) -> Path:
 
 def test_stages_run_in_their_order(tmp_path: Path) -> None:
     found = read_pipeline(write(tmp_path, GOOD))
-    assert list(found.stages.items()) == [("export", {}), ("verify", {"horizon": 100})]
-    assert (found.out, found.data, found.threads) == (Path("o"), None, 0)
+    assert list(found.stages.items()) == [
+        ("export", ExportOptions()),
+        ("verify", VerifyOptions(horizon=100)),
+    ]
+    assert (found.out, found.threads) == (Path("o"), 0)
 
 
 def test_changes(tmp_path: Path) -> None:
@@ -32,9 +36,9 @@ def test_changes(tmp_path: Path) -> None:
         "stages.bench.batch=[1, 4]",
     ]
     found = read_pipeline(write(tmp_path, GOOD), changes)
-    assert found.stages["quantize"] == {"precision": "fp16"}
-    assert found.stages["verify"] == {"horizon": 7}
-    assert found.stages["bench"] == {"batch": [1, 4]}
+    assert found.stages["quantize"] == QuantizeOptions(precision="fp16")
+    assert found.stages["verify"] == VerifyOptions(horizon=7)
+    assert found.stages["bench"] == BenchOptions(batch=(1, 4), compile_at="none")
     assert found.out == Path("p")
     for wrong in ("out", "=1", "out.x=1", "stages.verify.horizon=["):
         with pytest.raises(UsageError, match="--set"):

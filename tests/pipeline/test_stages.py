@@ -10,6 +10,7 @@ import pytest
 from xlstm_export import runfolder
 from xlstm_export.errors import UsageError
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.options import CalibrateOptions, Context, QuantizeOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import recipe
 from xlstm_export.quantize.recipe import Rule, preset
@@ -19,11 +20,16 @@ def test_calibration_needs_exactly_one_source(own_export: Path, small_loaded: Lo
     with pytest.raises(UsageError, match="calibration needs data"):
         stages.calibrate(own_export, small_loaded)
     with pytest.raises(UsageError, match="exclude each other"):
-        stages.calibrate(own_export, small_loaded, data="x.txt", random_data=True)
+        stages.calibrate(own_export, small_loaded, CalibrateOptions(data="x.txt", random_data=True))
 
 
 def test_made_up_data_is_marked(own_export: Path, small_loaded: Loaded) -> None:
-    scales = stages.calibrate(own_export, small_loaded, random_data=True, samples=2, length=200, threads=1)
+    scales = stages.calibrate(
+        own_export,
+        small_loaded,
+        CalibrateOptions(random_data=True, samples=2, length=200),
+        Context(threads=1),
+    )
     assert scales.data["random"] is True
     assert scales.data["positions"] == 400
     assert scales.method == "max"
@@ -41,25 +47,31 @@ def test_made_up_data_is_marked(own_export: Path, small_loaded: Loaded) -> None:
     ],
 )
 def test_exclude_and_include(options: dict[str, Any], rules: tuple[Rule, ...]) -> None:
-    assert recipe.choose_recipe("int8", None, **options).rules == rules
+    assert recipe.choose_recipe(QuantizeOptions(precision="int8", **options)).rules == rules
 
 
 def test_a_recipe_is_changed_by_options(tmp_path: Path) -> None:
     preset("int8").write(tmp_path / "r.yaml")
-    chosen = recipe.choose_recipe(None, tmp_path / "r.yaml", base="fp32", smooth=0.25, state_dtype="bf16")
+    chosen = recipe.choose_recipe(
+        QuantizeOptions(recipe=tmp_path / "r.yaml", base="fp32", smooth=0.25, state_dtype="bf16")
+    )
     assert (chosen.base, chosen.smooth, chosen.state_dtype) == ("fp32", 0.25, "bf16")
 
 
 def test_precision_or_recipe(tmp_path: Path) -> None:
-    for arguments in ((None, None), ("int8", tmp_path / "r.yaml")):
+    for options in (QuantizeOptions(), QuantizeOptions(precision="int8", recipe=tmp_path / "r.yaml")):
         with pytest.raises(UsageError, match="--precision or --recipe"):
-            recipe.choose_recipe(*arguments)
+            recipe.choose_recipe(options)
 
 
 def test_quantize_reads_the_ranges_of_the_run_folder(
     own_export: Path, small_loaded: Loaded, tmp_path: Path
 ) -> None:
-    stages.calibrate(own_export, small_loaded, random_data=True, threads=1)
-    folder = stages.quantize_run(own_export, precision="int8", out=tmp_path / "out", exclude=["lm_head"])
+    stages.calibrate(own_export, small_loaded, CalibrateOptions(random_data=True), Context(threads=1))
+    folder = stages.quantize(
+        own_export,
+        options=QuantizeOptions(precision="int8", exclude=("lm_head",)),
+        out=tmp_path / "out",
+    )
     assert runfolder.read_manifest(folder)["sites"]["float"] > 0
     assert (folder / "scales.json").read_bytes() == (own_export / "scales.json").read_bytes()

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from places import ROOT
 from safetensors.torch import load_file, save_file
+from xlstm_export.calibration.sets import Selection
 
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint
 from xlstm_export.measure import data
+from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.sessions import OrtSession
@@ -50,8 +52,8 @@ def test_migration_recovers_from_an_outlier_channel(tmp_path: Path) -> None:
     run = trace.export(loaded, tmp_path / "run")
     io = runfolder.read_io(run)
     held = data.load(EXAMPLE / "heldout.txt", io, vocab_size=256, limit=POSITIONS)
-    calibration = sets.load(EXAMPLE / "train.txt", io, vocab_size=256, samples=4, length=2048)
-    scales = observers.calibrate(run, calibration, method="max", threads=1)
+    calibration = sets.load(EXAMPLE / "train.txt", io, Selection(samples=4, length=2048), vocab_size=256)
+    scales = observers.calibrate(run, calibration, CalibrateOptions(method="max"), Context(threads=1))
     largest = scales.channels("layer_norm")
     assert largest[CHANNEL] > 30 * np.median(largest)  # it is really there
 

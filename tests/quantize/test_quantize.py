@@ -21,6 +21,7 @@ from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import find_sites, observed_tensors
 from xlstm_export.load import checkpoint
 from xlstm_export.load.made_up import random_inputs
+from xlstm_export.options import CalibrateOptions, Context, ExportOptions
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.fences import check_fences, require_fences
 from xlstm_export.quantize.recipe import PRECISIONS, Recipe, naive, preset
@@ -43,7 +44,9 @@ def scales(
 
     data = sets.random_set(small_loaded, runfolder.read_io(small_export))
     out = tmp_path_factory.mktemp("scales")
-    return observers.calibrate(small_export, data, method="max", threads=1, out=out)
+    return observers.calibrate(
+        small_export, data, CalibrateOptions(method="max"), Context(threads=1), out=out
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +179,7 @@ def test_default_folder_and_manifest(small_loaded: checkpoint.Loaded, tmp_path: 
 
 def test_narrow_export_gives_the_same_as_a_wide_one(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     """Weights stored in BF16 are widened first: --dtype bf16 and --precision bf16 is bf16 once."""
-    narrow = trace.export(small_loaded, tmp_path / "narrow", dtype="bf16")
+    narrow = trace.export(small_loaded, tmp_path / "narrow", ExportOptions(dtype="bf16"))
     folder = quantize.quantize(narrow, preset("bf16"))
     tokens = {"tokens": np.random.default_rng(0).integers(0, 256, (1, 20))}
     expected = OrtSession(narrow, 1, 1).prefill(tokens)["logits"]
@@ -253,7 +256,7 @@ def test_tied_table_is_stored_once_and_read_in_two_ways(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "tied", tie_weights=True))
     run = trace.export(loaded, tmp_path / "run")
     data = sets.random_set(loaded, runfolder.read_io(run))
-    scales = observers.calibrate(run, data, method="max", threads=1)
+    scales = observers.calibrate(run, data, CalibrateOptions(method="max"), Context(threads=1))
     folder = quantize.quantize(run, preset("int8"), scales=scales)
     tables = [name for name, x in weights(folder).items() if x.shape == (256, 64)]
     assert len(tables) == 1

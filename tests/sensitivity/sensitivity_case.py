@@ -15,7 +15,7 @@ from xlstm_export.calibration.scales import Scales
 
 from xlstm_export.load import checkpoint
 from xlstm_export.measure.data import stream
-from xlstm_export.options import SensitivityOptions
+from xlstm_export.options import CalibrateOptions, Context, SensitivityOptions
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace import export as trace
 
@@ -49,7 +49,11 @@ def calibrated(folder: Path, out: Path) -> Scales:
     """Ranges from random tokens."""
     tokens = np.random.default_rng(1).integers(0, 256, (4, 128))
     return observers.calibrate(
-        folder, sets.CalibrationSet({"tokens": tokens}, "random", 1), method="max", out=out, threads=1
+        folder,
+        sets.CalibrationSet({"tokens": tokens}, "random", 1),
+        CalibrateOptions(method="max"),
+        Context(threads=1),
+        out=out,
     )
 
 

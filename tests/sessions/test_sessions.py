@@ -19,6 +19,7 @@ from xlstm_export import distance as compare
 from xlstm_export import sessions
 from xlstm_export.errors import ExportError, InputError, UsageError
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.sessions import OrtSession, Session, TorchSession, load_state, save_state
 from xlstm_export.trace import export as trace
 
@@ -625,7 +626,9 @@ def test_damaged_exports(small_export: Path, tmp_path: Path, call: str, name: st
 
 def test_stateless_export(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     """Every call starts afresh; there is no state to save."""
-    session = OrtSession(trace.export(small_loaded, tmp_path / "out", stateless=True), BATCH, threads=1)
+    session = OrtSession(
+        trace.export(small_loaded, tmp_path / "out", ExportOptions(stateless=True)), BATCH, threads=1
+    )
     assert session.state() == {}
     first = session.prefill(tokens(9))["logits"]
     assert np.array_equal(session.prefill(tokens(9))["logits"], first)

@@ -31,6 +31,7 @@ from xlstm_export.errors import BuildError
 from xlstm_export.lift import lift as cells
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.sessions import OrtSession, TorchSession
 from xlstm_export.trace import export as trace
 
@@ -354,7 +355,7 @@ def head_reads_the_cut(folder: Path) -> bool:
 @pytest.mark.parametrize("tied", [False, True])
 def test_last_logits(tied: bool, tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model", tie_weights=tied))
-    folder = trace.export(loaded, tmp_path / "last", last_logits=True)
+    folder = trace.export(loaded, tmp_path / "last", ExportOptions(last_logits=True))
     assert head_reads_the_cut(folder)
     session = OrtSession(folder, batch=2)
     assert session.io.outputs[0].shape == ("B", 1, 256)
@@ -375,7 +376,7 @@ def test_last_logits(tied: bool, tmp_path: Path) -> None:
 
 
 def test_stateless(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
-    folder = trace.export(small_loaded, tmp_path / "stateless", stateless=True)
+    folder = trace.export(small_loaded, tmp_path / "stateless", ExportOptions(stateless=True))
     graph = graph_of(folder).graph
     assert [value.name for value in graph.input] == ["tokens"]
     assert [value.name for value in graph.output] == ["logits"]
@@ -476,7 +477,7 @@ def test_last_logits_cut_the_first_output_only(tmp_path: Path) -> None:
 def test_last_logits_need_positions(tmp_path: Path) -> None:
     loaded = load_custom(lambda m, x: m.head(m.cell(x, x, x)[:, -1]))
     with pytest.raises(BuildError, match="output y has no sequence axis"):
-        trace.export(loaded, tmp_path / "out", last_logits=True)
+        trace.export(loaded, tmp_path / "out", ExportOptions(last_logits=True))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from xlstm_export import runfolder
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.graph import lazy
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
@@ -69,7 +70,7 @@ def test_narrow_weights_pass_the_fp32_gate(
     else:
         source = models.make(tmp_path / "model", dtype=stored, tie_weights=True)
     loaded = checkpoint.load_checkpoint(source)
-    out = trace.export(loaded, tmp_path / "out", dtype=dtype)
+    out = trace.export(loaded, tmp_path / "out", ExportOptions(dtype=dtype))
     report = verify.verify(out, loaded)
     assert [check for check in report.checks if not check.passed] == []
     graph = onnx.load(out / runfolder.MODEL, load_external_data=False).graph
@@ -87,7 +88,9 @@ def test_rounding_is_not_hidden(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model"))
     tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
     full, half = (
-        OrtSession(trace.export(loaded, tmp_path / dtype, dtype=dtype)).prefill({"tokens": tokens})["logits"]
+        OrtSession(trace.export(loaded, tmp_path / dtype, ExportOptions(dtype=dtype))).prefill(
+            {"tokens": tokens}
+        )["logits"]
         for dtype in ("fp32", "fp16")
     )
     gap = np.linalg.norm(half - full) / np.linalg.norm(full)
@@ -101,11 +104,11 @@ def test_number_that_fp16_cannot_hold(tmp_path: Path) -> None:
     save_file(state, folder / "model.safetensors")
     loaded = checkpoint.load_checkpoint(folder)
     with refused(InputError, "lm_head.weight holds 100000", "--dtype bf16"):
-        trace.export(loaded, tmp_path / "out", dtype="fp16")
+        trace.export(loaded, tmp_path / "out", ExportOptions(dtype="fp16"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
-    trace.export(loaded, tmp_path / "out", dtype="bf16")
+    trace.export(loaded, tmp_path / "out", ExportOptions(dtype="bf16"))
 
 
 def test_unknown_dtype(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     with refused(UsageError, "no dtype 'int3'", "fp32, bf16, fp16"):
-        trace.export(small_loaded, tmp_path / "out", dtype="int3")
+        trace.export(small_loaded, tmp_path / "out", ExportOptions(dtype="int3"))

@@ -20,7 +20,7 @@ from xlstm_export import checks, runfolder
 from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.lift.model import truncated
 from xlstm_export.load import checkpoint
-from xlstm_export.options import VerifyOptions
+from xlstm_export.options import ExportOptions, VerifyOptions
 from xlstm_export.sessions import OrtSession, TorchSession
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import by_block as verify_blocks
@@ -35,7 +35,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[checkpoint.Loaded, 
             folder / "model", shards=2, dtype=torch.bfloat16, num_blocks=4, num_hidden_layers=4
         )
     )
-    return loaded, trace.export(loaded, folder / "out", dtype="bf16")
+    return loaded, trace.export(loaded, folder / "out", ExportOptions(dtype="bf16"))
 
 
 def failed(report: checks.Verdict) -> list[str]:
@@ -65,7 +65,7 @@ def test_other_families_by_block(tmp_path: Path, family: str) -> None:
         loaded = checkpoint.load_checkpoint(tirex_models.make(tmp_path / "model"), stateless=False)
     else:
         loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model", tie_weights=family == "tied"))
-    out = trace.export(loaded, tmp_path / "out", stateless=False)
+    out = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=False))
     assert failed(verify_blocks.verify_per_block(out, loaded)) == []
     assert failed(first_blocks.verify_first_blocks(out, loaded, VerifyOptions(num_blocks=1))) == []
 

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from xlstm_export import runfolder
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.options import Context, VerifyOptions
+from xlstm_export.options import Context, ExportOptions, VerifyOptions
 from xlstm_export.sessions import OrtSession, Session
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.fp32 import LIMITS, Check, Verdict, verify
@@ -144,7 +144,9 @@ def test_tampering_by_itself_changes_nothing(
 
 @pytest.mark.parametrize("stateless", [False, True])
 def test_other_forms_of_export_pass(small_loaded: checkpoint.Loaded, tmp_path: Path, stateless: bool) -> None:
-    folder = trace.export(small_loaded, tmp_path / "out", stateless=stateless, last_logits=True)
+    folder = trace.export(
+        small_loaded, tmp_path / "out", ExportOptions(stateless=stateless, last_logits=True)
+    )
     report = verify(folder, small_loaded, context=Context(threads=1))
     assert report.passed
     assert any(check.name.startswith("step") for check in report.checks) != stateless
@@ -481,7 +483,9 @@ def test_what_does_not_stream_passes_without_states(
 ) -> None:
     loaded = forecasters(name)
     report = verify(
-        trace.export(loaded, tmp_path / "out", stateless=True), loaded, context=Context(threads=1)
+        trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True)),
+        loaded,
+        context=Context(threads=1),
     )
     assert report.passed
     assert {"row 2 alone", "rows beside another row 1"} <= {check.name for check in report.checks}
@@ -492,7 +496,9 @@ def test_stateless_module_that_mixes_rows(
 ) -> None:
     loaded = forecasters("mixes_rows")
     report = verify(
-        trace.export(loaded, tmp_path / "out", stateless=True), loaded, context=Context(threads=1)
+        trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True)),
+        loaded,
+        context=Context(threads=1),
     )
     assert stages(report) == {"row", "rows"}
 

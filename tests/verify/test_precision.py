@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from xlstm_export import atomic, checks, runfolder
 from xlstm_export.errors import UsageError
 from xlstm_export.load.checkpoint import Loaded
-from xlstm_export.options import Context, VerifyOptions
+from xlstm_export.options import CalibrateOptions, Context, ExportOptions, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -157,7 +157,9 @@ def test_metric_beyond_its_limit_fails(
 
 
 def test_made_up_ranges_are_told(own_export: Path, small_loaded: Loaded) -> None:
-    scales = stages.calibrate(own_export, small_loaded, random_data=True, threads=1)
+    scales = stages.calibrate(
+        own_export, small_loaded, CalibrateOptions(random_data=True), Context(threads=1)
+    )
     folder = quantize.quantize(own_export, preset("int8"), scales=scales)
     report = verify_precision(folder, small_loaded, SHORT, ONE_THREAD)
     assert report.precision["random_calibration"] is True
@@ -173,7 +175,7 @@ def test_options_that_do_not_go_together(half: Path, small_export: Path, small_l
 
 def test_an_export_without_states(small_loaded: Loaded, tmp_path: Path) -> None:
     """No stream to drift along: one call is held against FP32."""
-    run = trace.export(small_loaded, tmp_path / "run", stateless=True)
+    run = trace.export(small_loaded, tmp_path / "run", ExportOptions(stateless=True))
     report = verify_precision(quantize.quantize(run, preset("fp16")), small_loaded, context=ONE_THREAD)
     assert failed(report) == set()
     assert report.precision["drift"] is None

@@ -10,21 +10,21 @@ import onnx
 import onnx_ir as ir
 
 from ..atomic import write_json
-from ..runfolder import read_io
+from ..runfolder import RunFolder
 from ..sessions import cpu_graph
 from ..sessions.cpu.derive import ALIGNMENT, IN_MESSAGE, WEIGHTS, derive
 from ..sessions.cpu.lower import MEMORY
 from ..sessions.cpu_graph import FOLDER, INDEX, SCHEMA, CpuGraph
 
 
-def write_prepared(folder: Path, out: Path) -> None:
+def write_prepared(run: RunFolder, out: Path) -> None:
     """Write the four graphs of a run folder, one stream for decoding, half computed as FP32, into `out`/cpu.
 
     Args:
-        folder: run folder.
+        run: run folder.
         out: folder that holds the same `model.onnx.data`.
     """
-    io = read_io(folder)
+    folder, io = run.path, run.io
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     entries = {}
     with (out / WEIGHTS).open("wb") as file:

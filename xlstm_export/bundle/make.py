@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ from ..errors import UsageError
 from ..inputs import Arrays
 from ..lift.model import spec_of
 from ..load.loaded import Loaded
+from ..options import BundleOptions, Context
 from ..plugins import locate
-from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, read_manifest, versions
+from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
 from ..specs import OP_DOMAIN
-from ..targets import Target
 from ..verify.verdict import require_verified
 from . import archive
 from .cpu_graphs import write_prepared
 from .readme import readme
-from .recordings import HORIZON, write_goldens
+from .recordings import write_goldens
 
 STRIPPED = "model.stripped.onnx"
 # What travels from a run folder as it is, where it is there.
@@ -52,70 +51,53 @@ ARCHIVES = (".tar.gz", ".tgz")
 
 
 def bundle(
-    folder: Path,
+    run: RunFolder | Path,
     loaded: Loaded,
     out: Path,
+    options: BundleOptions = BundleOptions(),
+    context: Context = Context(),
     *,
-    target: Target | None = None,
-    data: Path | None = None,
     calibration: Arrays | None = None,
-    horizon: int = HORIZON,
-    licence: str | None = None,
     force: bool = False,
-    threads: int = 0,
-    command: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> Path:
     """Make a bundle of a run folder that verified.
 
     Args:
-        folder: run folder.
+        run: run folder.
         loaded: its model, which gives the reference of the recorded streams.
         out: folder to make, or a file ending in .tar.gz. The same inputs give the same bytes.
-        target: the board it is meant for; recorded, and named in the README.
-        data: held-out data for the recorded streams, see `data.load`.
-        calibration: inputs (N, S, ...) of a calibration set, in their place; made-up ones without either.
-        horizon: positions of the recorded stream.
-        licence: of the weights.
+        options: `target` is recorded, and named in the README; `calib` is not read here.
+        context: its command is recorded in the manifest.
+        calibration: inputs (N, S, ...) of a calibration set, in the place of held-out data; made-up ones
+            without either.
         force: replace `out`.
-        threads: of ONNX Runtime.
-        command: recorded in the manifest.
-        progress: called with the name of each stage.
 
     Raises:
         GateError: the export has not passed `verify` since it was made.
         UsageError: `out` exists and `force` is not set, or lies inside the run folder's own files.
     """
-    require_verified(folder)
+    run = RunFolder.of(run)
+    require_verified(run)
     packed = out.name.endswith(ARCHIVES)
     if packed and out.exists() and not force:
         raise UsageError(f"{out} already exists", "choose another name, or pass --force to replace it")
     place = out.with_name(f".{out.name}.folder") if packed else out
     with staged(
-        place, marker=MANIFEST, force=force or packed, bytes_needed=3 * (folder / MODEL_DATA).stat().st_size
+        place, marker=MANIFEST, force=force or packed, bytes_needed=3 * run.weights.stat().st_size
     ) as made:
-        _copy(folder, made)
-        progress("graphs for ONNX Runtime")
-        write_prepared(folder, made)
-        _write_stripped(folder, made)
+        _copy(run.path, made)
+        context.progress("graphs for ONNX Runtime")
+        write_prepared(run, made)
+        _write_stripped(run.model, made)
         _copy_plugins(made)
-        goldens = write_goldens(
-            folder,
-            loaded,
-            made,
-            source=data,
-            calibration=calibration,
-            horizon=horizon,
-            threads=threads,
-            progress=progress,
-        )
+        goldens = write_goldens(run, loaded, made, options, context, calibration=calibration)
         write_deploy(made / "deploy.py")
-        about = _about(folder, loaded, target, licence, command)
+        about = _about(run, loaded, options, context.command)
         (made / "README.md").write_text(readme(about, goldens), encoding="utf-8")
         _write_manifest(made, about)
     if not packed:
         return out
-    progress("packing")
+    context.progress("packing")
     try:
         archive.pack(place, out)
     finally:
@@ -123,31 +105,27 @@ def bundle(
     return out
 
 
-def _about(
-    folder: Path, loaded: Loaded, target: Target | None, licence: str | None, command: str
-) -> dict[str, Any]:
+def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str) -> dict[str, Any]:
     """What the manifest says of the bundle as a whole."""
-    manifest = read_manifest(folder)
-    options = manifest.get("options", {})
     return {
         "model": spec_of(loaded).name,
-        "precision": options.get("precision", "fp32"),
-        "target": None if target is None else target.name,
-        "licence_of_weights": licence or "not stated",
+        "precision": run.precision,
+        "target": options.target,
+        "licence_of_weights": options.license or "not stated",
         "vocab_size": loaded.vocab_size,
-        "recurrences": _recurrences(folder),
-        "origin": manifest.get("origin", {}),
-        "options": options,
+        "recurrences": _recurrences(run.model),
+        "origin": dict(run.origin),
+        "options": run.manifest.get("options", {}),
         "plugin_abi": {kind: locate.OWN.hash(kind) for kind in ("tensorrt", kernels.KIND)},
         "command": command,
     }
 
 
-def _recurrences(folder: Path) -> int:
+def _recurrences(model: Path) -> int:
     """How many recurrence operators the graph has: as many layers must come from the plugin."""
     import onnx_ir as ir
 
-    return sum(node.domain == OP_DOMAIN for node in ir.load(folder / MODEL).graph)
+    return sum(node.domain == OP_DOMAIN for node in ir.load(model).graph)
 
 
 def _copy(folder: Path, made: Path) -> None:
@@ -156,13 +134,13 @@ def _copy(folder: Path, made: Path) -> None:
             shutil.copyfile(folder / name, made / name)
 
 
-def _write_stripped(folder: Path, made: Path) -> None:
+def _write_stripped(source: Path, made: Path) -> None:
     """The graph as the plugins take it, with the weights of the other one."""
     import onnx_ir as ir
 
     from .plugin_graph import for_plugins
 
-    model = ir.load(folder / MODEL)
+    model = ir.load(source)
     for_plugins(model)
     (made / STRIPPED).write_bytes(bytes(ir.to_proto(model).SerializeToString()))
 

@@ -7,7 +7,6 @@ and the state where the prefill ends and at the end. `board/replay.py` makes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from ..board.replay import FOLDER, SCHEMA, run_calls
 from ..inputs import Arrays, cut, has_positions, per_position
 from ..load.loaded import Loaded
 from ..measure import data
-from ..runfolder import read_io, read_manifest
+from ..options import BundleOptions, Context
+from ..runfolder import RunFolder, RunOptions
 from ..sessions import OrtSession, TorchSession
 from ..verify.limits import PRECISION_LIMITS, drift_limits
 from ..verify.parts import Source
@@ -27,33 +27,29 @@ PREFILL = 128  # positions of the first call; levels are judged from 100 on
 STEPS = 32
 PIECES = (63, 1, 64, 65, 7)  # around the borders of chunks of 64
 LONG = 256
-HORIZON = 2048
 # ONNX Runtime's CPU provider computes half as FP32; a GPU rounds it, here and there at other places than
 # others.
 ROUNDING = {"onnxruntime": False, "tensorrt": True}
 
 
 def write_goldens(
-    folder: Path,
+    run: RunFolder,
     loaded: Loaded,
     out: Path,
+    options: BundleOptions = BundleOptions(),
+    context: Context = Context(),
     *,
-    source: Path | None = None,
     calibration: Arrays | None = None,
-    horizon: int = HORIZON,
-    threads: int = 0,
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Record the goldens of a run folder into `out`/goldens.
 
     Args:
-        folder: run folder that verified.
+        run: run folder that verified.
         loaded: its model.
-        source: held-out data, see `data.load`.
-        calibration: inputs (N, S, ...) of a calibration set, taken in their place.
-        horizon: positions of the stream.
-        threads: of ONNX Runtime.
-        progress: called with the name of each stage.
+        out: the bundle.
+        options: where held-out data are, and positions of the stream.
+        context: threads, and progress.
+        calibration: inputs (N, S, ...) of a calibration set, taken in the place of held-out data.
 
     Returns:
         What `goldens/goldens.json` holds: the calls, the limits, where inputs and reference come from.
@@ -61,11 +57,10 @@ def write_goldens(
     Raises:
         InputError: the data does not fit the model.
     """
-    io = read_io(folder)
-    options = read_manifest(folder).get("options", {})
+    io, horizon = run.io, options.horizon
     held_out = None
-    if source is not None and has_positions(io):
-        held_out = data.load(source, io, vocab_size=loaded.vocab_size, limit=horizon)
+    if options.data is not None and has_positions(io):
+        held_out = data.load(options.data, io, vocab_size=loaded.vocab_size, limit=horizon)
     sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
     inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
     length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
@@ -73,10 +68,10 @@ def write_goldens(
     calls = call_lengths(length) if io.states else [length]
     arrays: Arrays = {f"input/{name}": array for name, array in inputs.items()}
     for backend, rounding in ROUNDING.items():
-        progress(f"goldens: the export, for {backend}")
-        with OrtSession(folder, 1, threads, fused=False, rounding=rounding) as export:
+        context.progress(f"goldens: the export, for {backend}")
+        with OrtSession(run.path, 1, context.threads, fused=False, rounding=rounding) as export:
             arrays |= _recorded(backend, run_calls(export, inputs, calls))
-    progress("goldens: PyTorch in float64")
+    context.progress("goldens: PyTorch in float64")
     with TorchSession(loaded, 1, "float64") as reference:
         arrays |= _recorded("reference", run_calls(reference, inputs, calls, outputs=io.outputs))
     description = {
@@ -84,7 +79,7 @@ def write_goldens(
         "calls": calls,
         "inputs": sequences.kind,
         "reference": "PyTorch, float64",
-        "limits": {backend: limits_of(options, backend) for backend in ROUNDING},
+        "limits": {backend: limits_of(run.options, backend) for backend in ROUNDING},
     }
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     np.savez(out / FOLDER / "goldens.npz", **arrays)  # type: ignore[arg-type]
@@ -109,7 +104,7 @@ def call_lengths(length: int) -> list[int]:
     return calls + [LONG] * (left // LONG) + ([left % LONG] if left % LONG else [])
 
 
-def limits_of(options: Mapping[str, Any], backend: str) -> dict[str, float]:
+def limits_of(options: RunOptions, backend: str) -> dict[str, float]:
     """What a backend is held to: against what the export gave for it, and against the model in float64.
 
     Args:
@@ -117,7 +112,7 @@ def limits_of(options: Mapping[str, Any], backend: str) -> dict[str, float]:
         backend: "onnxruntime" makes the very same operations, so two ways of calling set the limit;
             "tensorrt" rounds at other places, which a recurrence carries on as it does the rounding itself.
     """
-    precisions = [p for p in (options.get("precision"), options.get("base")) if p and p != "fp32"]
+    precisions = [p for p in (options.precision, options.base) if p and p != "fp32"]
     far = drift_limits(*(precisions or ["fp32"]))
     same_output, same_state = far.output, far.state
     if precisions and backend == "onnxruntime":

@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..errors import GateError, UsageError
 from ..options import BenchOptions, Context
-from .common import checkpoint_argument, emit, load_for, run_options, source_options, spinner
-
-
-def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 on, separated by commas."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers from 1 on, such as 1,4")
-    return found
+from ..runfolder import RunFolder
+from .common import (
+    Source,
+    context_options,
+    emit,
+    json_option,
+    source_options,
+    spinner,
+    stage_options,
+)
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
-@checkpoint_argument
 @source_options
-@click.option("--batch", "batch", callback=counts, default="1", show_default=True, help="streams: 1,4")
-@click.option(
-    "--length", "length", callback=counts, default="512", show_default=True, help="of prefills: 128,512"
-)
-@click.option(
-    "--steps", type=click.IntRange(1), default=200, show_default=True, help="decode calls per contestant"
-)
-@click.option("--hz", type=click.FloatRange(0, min_open=True), help="also decode at this fixed rate")
+@stage_options(BenchOptions, leave=("compile_at",))
 @click.option("--no-compile", is_flag=True, help="leave torch.compile out, which takes minutes to compile")
-@click.option(
-    "--compile-limit", type=click.FloatRange(0), default=240, show_default=True, help="seconds, of all"
-)
 @click.option("--compile-all", is_flag=True, help="torch.compile at every batch, not only at the first")
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="two runs; A is the baseline"
 )
 @click.option("--fail-over", type=float, help="of --compare: exit 1 if an exported p50 grew by this factor")
-@run_options
+@context_options()
+@json_option
 def bench(
     run: Path | None,
-    checkpoint: str | None,
-    module: str | None,
-    weights: str | None,
+    source: Source,
+    options: BenchOptions,
+    context: Context,
     compare: tuple[Path, Path] | None,
     fail_over: float | None,
     as_json: bool,
-    **options: Any,
+    no_compile: bool,
+    compile_all: bool,
 ) -> None:
     """Time a verified run folder against PyTorch (eager, torch.compile) and the memory bandwidth.
 
@@ -68,16 +57,16 @@ def bench(
         raise UsageError("--fail-over belongs to --compare", "bench --compare A B --fail-over 1.1")
     if run is None:
         raise UsageError("no run folder is given", "bench RUN, or bench --compare A B")
-    from ..bench.bench import bench as bench_
+    from ..pipeline import stages
     from ..verify.verdict import require_verified
     from .tables_bench import show_bench
 
-    options["compile_at"] = _compile_at(options.pop("no_compile"), options.pop("compile_all"))
-    require_verified(run)
-    loaded = load_for(run, checkpoint, module, weights)
+    options = replace(options, compile_at=_compile_at(no_compile, compile_all))
+    opened = RunFolder.open(run)
+    require_verified(opened)
+    loaded = source.load_for(opened)
     with spinner() as stage:
-        threads = options.pop("threads")
-        result = bench_(run, loaded, BenchOptions(**options), Context(threads=threads, progress=stage))
+        result = stages.bench(opened, loaded, options, replace(context, progress=stage))
     emit(result.to_json(), as_json, lambda console: show_bench(console, result))
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ..targets import TARGETS
-from .common import command_line, emit, load_for, run_argument, source_options, spinner
-
-json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+from ..options import BundleOptions, Context
+from ..runfolder import RunFolder
+from .common import (
+    Source,
+    command_line,
+    emit,
+    json_option,
+    run_argument,
+    source_options,
+    spinner,
+    stage_options,
+)
 
 
 class _Bundle(click.Group):
     """`bundle RUN` makes one; other subcommands have a name."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.commands:
             args = ["make", *args]
         return super().resolve_command(ctx, args)
@@ -34,48 +43,22 @@ def bundle() -> None:
 
 @bundle.command()
 @run_argument
-@click.argument("checkpoint", required=False)
 @source_options
+@stage_options(BundleOptions)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="folder or .tar.gz; RUN/bundle by default")
-@click.option("--target", type=click.Choice(list(TARGETS)), help="the board it is meant for")
-@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the recorded streams")
-@click.option("--calib", help="calibration data, to record streams of where there is no --data")
-@click.option("--horizon", default=2048, help="positions of the recorded stream")
-@click.option("--license", "licence", help="of the weights, as an SPDX identifier")
 @click.option("--force", is_flag=True, help="replace an existing bundle")
 @json_option
 def make(
-    run: Path,
-    checkpoint: str | None,
-    module: str | None,
-    weights: str | None,
-    out: Path | None,
-    target: str | None,
-    data: Path | None,
-    calib: str | None,
-    horizon: int,
-    licence: str | None,
-    force: bool,
-    as_json: bool,
+    run: Path, source: Source, options: BundleOptions, out: Path | None, force: bool, as_json: bool
 ) -> None:
     """Make a bundle of RUN for a board: graph, plugins, recorded streams, deploy.py."""
     from ..pipeline import stages
 
-    loaded = load_for(run, checkpoint, module, weights)
+    opened = RunFolder.open(run)
+    loaded = source.load_for(opened)
     with spinner() as progress:
-        made = stages.bundle(
-            run,
-            loaded,
-            out or run / "bundle",
-            target=TARGETS[target] if target else None,
-            data=data,
-            calib=calib,
-            horizon=horizon,
-            licence=licence,
-            force=force,
-            command=command_line(),
-            progress=progress,
-        )
+        context = Context(command=command_line(), progress=progress)
+        made = stages.bundle(opened, loaded, out, options, context, force=force)
     emit({"bundle": str(made)}, as_json, lambda console: console.print(f"[green]bundle[/] {made}"))
 
 

@@ -1,65 +1,167 @@
-"""What commands share: options, loading the model of a run folder, progress, output."""
+"""What commands share: options made from the options classes, loading the model, progress, output."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import GateError
+from ..options import FILES, About, Context, Count, Options, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..load.loaded import Loaded
+    from ..runfolder import RunFolder
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-checkpoint_argument = click.argument("checkpoint", required=False)
 run_argument = click.argument("run", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
+out_option = click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create"
+)
+force_option = click.option("--force", is_flag=True, help="replace an existing run folder")
+threads_option = click.option("--threads", default=0, help="CPU threads; all cores by default")
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the command line names a model: CHECKPOINT, or --module with --weights."""
+
+    checkpoint: str | None
+    module: str | None
+    weights: str | None
+
+    def load(self, stateless: bool | None = None) -> Loaded:
+        """The model."""
+        from ..load.checkpoint import load
+
+        return load(self.checkpoint, self.module, self.weights, stateless=stateless)
+
+    def load_for(self, run: RunFolder) -> Loaded:
+        """The model of a run folder, in the form it was exported in; by default where the run came from."""
+        source = self
+        if self.checkpoint is None and self.module is None:
+            origin = run.origin
+            weights = self.weights or origin.get("weights")
+            source = Source(origin.get("checkpoint"), origin.get("module"), weights)
+        return source.load(run.options.stateless)
+
+
+RECORDED = Source(None, None, None)  # the model that a run folder records
 
 
 def source_options(command: F) -> F:
-    """How to load the model: CHECKPOINT, or --module with --weights."""
-    command = click.option("--module", help="factory of your own module, as package.module:function")(command)
-    return click.option("--weights", help="weights for --module (.safetensors or state_dict)")(command)
+    """Adds CHECKPOINT, --module and --weights; the command is given them as `source`."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, checkpoint: str | None, module: str | None, weights: str | None, **others: Any
+    ) -> Any:
+        return command(*args, source=Source(checkpoint, module, weights), **others)
+
+    added = click.option("--weights", help="weights for --module (.safetensors or state_dict)")(wrapped)
+    added = click.option("--module", help="factory of your own module, as package.module:function")(added)
+    return click.argument("checkpoint", required=False)(added)  # type: ignore[return-value]
 
 
-def horizon_options(command: F) -> F:
-    """How far the drift of a half or quantized export is followed."""
-    command = click.option("--horizon", type=int, help="positions of the drift; default 16000")(command)
-    return click.option("--free-horizon", type=int, help="of free-running drift; default: the same")(command)
+def stage_options(
+    kind: type[Options],
+    *,
+    required: tuple[str, ...] = (),
+    leave: tuple[str, ...] = (),
+    helps: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
+    """Adds the options of a stage; the command is given them as `options`.
+
+    Args:
+        kind: their class.
+        required: those without which the command is not run.
+        leave: those that the command adds itself, under other names.
+        helps: other words for some.
+    """
+    known = {name: about for name, about in kind.table().items() if name not in leave}
+    defaults = {f.name: f.default for f in fields(kind)}
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapped(*args: Any, **given: Any) -> Any:
+            values = {name: given.pop(name) for name in known}
+            values |= {name: given.pop(name) for name in leave if name in given}
+            return command(*args, options=kind.made_of(values), **given)
+
+        added: Any = wrapped
+        for name, about in reversed(known.items()):
+            words = (helps or {}).get(name, about.help)
+            added = _click_option(name, about, defaults[name], words, name in required)(added)
+        return added  # type: ignore[no-any-return]
+
+    return decorate
 
 
-def run_options(command: F) -> F:
-    """Options of everything that runs a model."""
-    command = click.option("--threads", default=0, help="CPU threads; all cores by default")(command)
-    return click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")(command)
+def context_options(*, seed: str = "") -> Callable[[F], F]:
+    """Adds --threads and, where `seed` says of what, --seed; the command is given `context`, a `Context`."""
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def wrapped(*args: Any, threads: int, seed: int = 0, **others: Any) -> Any:
+            context = Context(threads=threads, seed=seed, command=command_line())
+            return command(*args, context=context, **others)
+
+        added = threads_option(wrapped)
+        added = click.option("--seed", default=0, help=seed)(added) if seed else added
+        return added  # type: ignore[return-value]
+
+    return decorate
 
 
-def load(
-    checkpoint: str | None, module: str | None, weights: str | None, stateless: bool | None = None
-) -> Any:
-    from ..load.checkpoint import load
+def _click_option(name: str, about: About, default: Any, words: str, required: bool) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    if about.kind == "flag":
+        declaration = f"{flag}/--{about.off}" if about.off else flag
+        return click.option(declaration, name, is_flag=True, default=default, help=words)
+    shown = default is not MISSING and default is not None and default != ()
+    options: dict[str, Any] = {"default": default, "show_default": shown, "help": words}
+    if required:
+        options = {"required": True, "help": words}
+    if about.kind == "ints":
+        options["default"] = ",".join(map(str, default))
+        return click.option(flag, name, callback=counts, **options)
+    if about.kind == "texts":
+        options.pop("show_default")
+        return click.option(flag, name, multiple=True, **options)
+    return click.option(flag, name, type=_click_type(about), **options)
 
-    return load(checkpoint, module, weights, stateless=stateless)
+
+def _click_type(about: About) -> Any:
+    if about.choices:
+        return click.Choice(about.choices)
+    if about.kind == "int":
+        return click.INT if about.least is None else click.IntRange(int(about.least), min_open=about.above)
+    if about.kind == "number":
+        return click.FLOAT if about.least is None else click.FloatRange(about.least, min_open=about.above)
+    return click.Path(path_type=Path) if about.kind in FILES else click.STRING
 
 
-def load_for(run: Path, checkpoint: str | None, module: str | None, weights: str | None) -> Any:
-    """The model of a run folder, in the form it was exported in."""
-    from ..runfolder import read_manifest
-
-    manifest = read_manifest(run)
-    stateless = bool(manifest.get("options", {}).get("stateless"))
-    if checkpoint is None and module is None:
-        origin = manifest["origin"]
-        weights = weights or origin.get("weights")
-        return load(origin.get("checkpoint"), origin.get("module"), weights, stateless)
-    return load(checkpoint, module, weights, stateless)
+def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, separated by commas."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers from 1 on, such as 1,4")
+    return found
 
 
 def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
@@ -69,7 +171,8 @@ def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
         raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
-def emit(data: Any, as_json: bool, show: Callable[[Console], None]) -> None:
+def emit(data: object, as_json: bool, show: Callable[[Console], None]) -> None:
+    """Print a result as JSON on stdout, or as `show` does on a terminal."""
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return
@@ -79,33 +182,35 @@ def emit(data: Any, as_json: bool, show: Callable[[Console], None]) -> None:
 
 
 def command_line() -> str:
+    """What is recorded in manifests."""
     return shlex.join(["xlstm-export", *sys.argv[1:]])
 
 
 @contextlib.contextmanager
-def spinner() -> Iterator[Callable[[str], None]]:
+def spinner() -> Iterator[Progress]:
     """A spinner with the stage and the time it has taken, on stderr."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting")
         yield lambda stage: progress.update(task, description=stage)
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str) -> Iterator[Count]:
     """A bar with the time that is left, on stderr, for a loop of known length."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
@@ -115,6 +220,6 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

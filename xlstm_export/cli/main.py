@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import ExportError, SetupError
-from ..quantize.recipe import BASES, PRECISIONS
+from ..options import Context, DeployOptions, ExportOptions
 from ..targets import TARGETS
 from . import bench as cli_bench
 from . import bundle as cli_bundle
@@ -26,15 +27,17 @@ from . import precision as cli_precision
 from . import run as cli_flow
 from . import verify as cli_verify
 from .common import (
-    checkpoint_argument,
+    Source,
     command_line,
+    context_options,
     emit,
-    horizon_options,
-    load,
+    force_option,
+    json_option,
+    out_option,
     require_passed,
-    run_options,
     source_options,
     spinner,
+    stage_options,
 )
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -54,101 +57,81 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@checkpoint_argument
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
-def inspect(checkpoint: str | None, module: str | None, weights: str | None, as_json: bool) -> None:
+@json_option
+def inspect(source: Source, as_json: bool) -> None:
     """Show blocks, states and the roofline of CHECKPOINT, the tensors of a run folder, or a model.onnx."""
     from .. import runfolder
     from ..graph import info as graph_info
-    from . import tables as report
+    from . import tables
 
-    if checkpoint is not None and checkpoint.endswith(".onnx"):
-        info = graph_info.graph_info(Path(checkpoint))
-        emit(info.to_json(), as_json, lambda console: report.show_graph(console, info))
+    path = source.checkpoint
+    if path is not None and path.endswith(".onnx"):
+        info = graph_info.graph_info(Path(path))
+        emit(info.to_json(), as_json, lambda console: tables.show_graph(console, info))
         return
-    if checkpoint is not None and (Path(checkpoint) / runfolder.IO).is_file():
-        io = runfolder.read_io(Path(checkpoint))
-        emit(io.to_json(), as_json, lambda console: report.show_io(console, io))
+    if path is not None and (Path(path) / runfolder.IO).is_file():
+        io = runfolder.read_io(Path(path))
+        emit(io.to_json(), as_json, lambda console: tables.show_io(console, io))
         return
     from ..lift.model import spec_of
 
-    spec = spec_of(load(checkpoint, module, weights))
-    emit(_spec_json(spec), as_json, lambda console: report.show_model(console, spec))
+    spec = spec_of(source.load())
+    emit(_spec_json(spec), as_json, lambda console: tables.show_model(console, spec))
 
 
 @cli.command()
-@checkpoint_argument
 @source_options
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
-@click.option("--force", is_flag=True, help="replace an existing run folder")
-@click.option(
-    "--stateless/--streaming",
-    default=None,
-    help="every call starts fresh, or states are carried; default: as upstream uses the model",
-)
-@click.option("--last-logits", is_flag=True, help="compute the output for the last position only")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="type the weights are stored in; arithmetic stays FP32",
-)
-def export(
-    checkpoint: str | None, module: str | None, weights: str | None, out: Path, **options: Any
-) -> None:
+@out_option
+@force_option
+@stage_options(ExportOptions)
+def export(source: Source, out: Path, force: bool, options: ExportOptions) -> None:
     """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
-    from ..trace import export as trace
+    from ..pipeline import stages
 
     with spinner() as stage:
         stage("loading")
-        loaded = load(checkpoint, module, weights, options["stateless"])
-        folder = trace.export(loaded, out, command=command_line(), progress=stage, **options)
+        loaded = source.load(options.stateless)
+        context = Context(command=command_line(), progress=stage)
+        folder = stages.export(loaded, out, options, context, force=force)
     click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
 
 
 @cli.command()
-@checkpoint_argument
 @source_options
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create")
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="fp32",
-    show_default=True,
-    help="int8 also makes fp16",
-)
-@click.option("--base", type=click.Choice(BASES), help="type of what is not quantized; default fp16")
-@click.option("--recipe", type=click.Path(path_type=Path), help="recipe.yaml of `sensitivity`")
-@click.option("--calib", help="calibration data, as for `calibrate --data`")
-@click.option("--random-data", is_flag=True, help="calibrate on made-up data, which every report will say")
-@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
-@click.option("--target", type=click.Choice(list(TARGETS)), help="board to make a bundle for")
-@click.option("--license", "licence", help="of the weights, told in the bundle")
-@click.option("--force", is_flag=True, help="replace an existing run folder")
-@horizon_options
-@run_options
+@out_option
+@stage_options(DeployOptions)
+@force_option
+@click.option("--resume", is_flag=True, help="go on in the run folder: what has not changed is not repeated")
+@click.option("--dry-run", is_flag=True, help="show what would be done")
+@context_options()
+@json_option
 def deploy(
-    checkpoint: str | None,
-    module: str | None,
-    weights: str | None,
+    source: Source,
     out: Path,
-    target: str | None,
+    options: DeployOptions,
+    context: Context,
     as_json: bool,
-    **options: Any,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
 ) -> None:
     """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one go."""
-    from ..pipeline import deploy as pipeline
-    from . import tables as report
+    from ..pipeline.deploy import deploy as deploy_
+    from ..pipeline.runner import How
+    from . import tables
 
+    how = How(force=force, resume=resume, dry_run=dry_run)
     with spinner() as stage:
         stage("loading")
-        loaded = load(checkpoint, module, weights)
-        options["target"] = TARGETS[target] if target else None
-        result = pipeline.deploy(loaded, out, command=command_line(), progress=stage, **options)
-    emit(result.to_json(), as_json, lambda console: report.show_deploy(console, result))
-    require_passed(result.passed, result.folder, options["precision"])
+        loaded = source.load()
+        result = deploy_(loaded, out, options, replace(context, progress=stage), how)
+    if dry_run:
+        steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in result.outcomes]
+        emit(steps, as_json, lambda console: tables.show_outcomes(console, result.outcomes))
+        return
+    emit(result.to_json(), as_json, lambda console: tables.show_deploy(console, result))
+    require_passed(result.passed, result.folder, options.precision)
 
 
 cli.add_command(cli_flow.run)
@@ -232,7 +215,6 @@ def _spec_json(spec: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     from ..bench import roofline
-    from ..targets import TARGETS
 
     floors = {name: roofline.floor(spec, target).milliseconds for name, target in TARGETS.items()}
     return {**asdict(spec), "state_elements": spec.state_elements, "fp16_step_floor_ms": floors}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .common import spinner
+from .common import emit, spinner
 
 
 @click.command()
@@ -18,17 +17,25 @@ from .common import spinner
 @click.option("--force", is_flag=True, help="begin anew in an existing run folder")
 @click.option("--dry-run", is_flag=True, help="say what would be done")
 @click.option("--set", "changes", multiple=True, help="another value: stages.quantize.precision=fp16")
-def run(pipeline: Path, changes: tuple[str, ...], **options: Any) -> None:
+def run(
+    pipeline: Path,
+    changes: tuple[str, ...],
+    first: str | None,
+    last: str | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
     """Run PIPELINE, a YAML file: export, calibrate, sensitivity, quantize, verify, bench, bundle, report.
 
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
     weights), out, data, threads, stages. Behind `sensitivity`, `quantize` goes by the recipe it finds.
     """
-    from ..pipeline.runner import run_pipeline
+    from ..pipeline.runner import How, run_pipeline
     from ..pipeline.schema import read_pipeline
+    from .tables import show_outcomes
 
     read = read_pipeline(pipeline, changes)
     with spinner() as stage:
-        stages = run_pipeline(read, progress=stage, **options)
-    for done in stages:
-        click.echo(f"{done.name:11} {done.state:10} {done.folder}")
+        outcomes = run_pipeline(read, How(first, last, resume=resume, force=force, dry_run=dry_run), stage)
+    emit([], False, lambda console: show_outcomes(console, outcomes))

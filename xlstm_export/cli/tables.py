@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..checks import Verdict
     from ..graph.info import BlockInfo, GraphInfo
     from ..pipeline.deploy import Deployment
+    from ..pipeline.runner import Outcome
     from ..verify.bisect.search import Bisection
 
 EQUAL = ("equal to PyTorch", "NOT equal to PyTorch")
@@ -127,6 +129,14 @@ def show_deploy(console: Console, result: Deployment) -> None:
     console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
     for path in result.written:
         console.print(f"  {path}", highlight=False)
+
+
+def show_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """What became of each step of a pipeline."""
+    width = max([11, *(len(outcome.name) for outcome in outcomes)])
+    for outcome in outcomes:
+        line = f"{outcome.name:{width}} {outcome.state:10} {outcome.folder}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_doctor(console: Console, findings: list[Finding]) -> None:

@@ -2,92 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..options import Context, VerifyOptions
+from ..runfolder import RunFolder
 from .common import (
-    checkpoint_argument,
+    Source,
+    context_options,
     emit,
-    horizon_options,
-    load_for,
+    json_option,
     require_passed,
     run_argument,
-    run_options,
     source_options,
     spinner,
+    stage_options,
 )
+
+if TYPE_CHECKING:
+    from ..verify.bisect.replay import Runner
 
 
 @click.command()
 @run_argument
-@checkpoint_argument
 @source_options
-@click.option("--data", type=click.Path(path_type=Path), help="held-out data for the task metric")
-@click.option("--calib", help="calibration data, to take sequences from where there is no --data")
-@click.option("--metric", help="bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss")
-@click.option("--gate", type=click.Path(path_type=Path), help="YAML file with limits of your own")
-@click.option("--seed", default=0, help="of the inputs and the cuts of the stream")
-@click.option("--num-blocks", type=int, help="only the first blocks, all checks")
-@click.option("--per-block", is_flag=True, help="every block by itself: for models larger than the memory")
-@click.option("--bisect/--no-bisect", default=True, help="on failure, name the first value that is wrong")
-@horizon_options
-@run_options
-def verify(
-    run: Path, checkpoint: str | None, module: str | None, weights: str | None, as_json: bool, **options: Any
-) -> None:
+@stage_options(VerifyOptions)
+@context_options(seed="of the inputs and the cuts of the stream")
+@json_option
+def verify(run: Path, source: Source, options: VerifyOptions, context: Context, as_json: bool) -> None:
     """Compare a run folder with the model it was exported from; the exit code is the gate.
 
     CHECKPOINT may be left away: the manifest of the run folder names it.
     """
     from ..pipeline import stages
-    from . import tables as report
+    from . import tables
 
-    loaded = load_for(run, checkpoint, module, weights)
+    opened = RunFolder.open(run)
+    loaded = source.load_for(opened)
     with spinner() as stage:
-        context = Context(threads=options.pop("threads"), seed=options.pop("seed"), progress=stage)
-        result = stages.verify(run, loaded, VerifyOptions(**options), context)
-    emit(result.to_json(), as_json, lambda console: report.show_verify(console, result))
-    require_passed(result.passed, run, result.precision.get("precision", "fp32"))
+        verdict = stages.verify(opened, loaded, options, replace(context, progress=stage))
+    emit(verdict.to_json(), as_json, lambda console: tables.show_verify(console, verdict))
+    require_passed(verdict.passed, run, opened.precision)
 
 
 @click.command()
 @run_argument
-@checkpoint_argument
 @source_options
-@click.option("--seed", default=0, help="of the inputs")
 @click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime")
 @click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT plugin library; else bodies run")
-@run_options
+@context_options(seed="of the inputs")
+@json_option
 def bisect(
-    run: Path,
-    checkpoint: str | None,
-    module: str | None,
-    weights: str | None,
-    backend: str,
-    plugin: Path | None,
-    as_json: bool,
-    **options: Any,
+    run: Path, source: Source, backend: str, plugin: Path | None, context: Context, as_json: bool
 ) -> None:
     """Name the first block, then the first value, where a run folder leaves what it should be.
 
     Exit code 1 where there is such a place.
     """
+    from ..verify.bisect.replay import run_onnxruntime
     from ..verify.bisect.search import bisect as bisect_
-    from . import tables as report
+    from . import tables
 
+    runner: Runner = run_onnxruntime
     if backend == "tensorrt":
         from ..verify.bisect.on_tensorrt import tensorrt_runner
 
         runner = tensorrt_runner(plugin)
-    else:
-        from ..verify.bisect.replay import run_onnxruntime as runner
-    loaded = load_for(run, checkpoint, module, weights)
+    opened = RunFolder.open(run)
+    loaded = source.load_for(opened)
     with spinner() as stage:
-        found = bisect_(run, loaded, Context(progress=stage, **options), runner=runner)
-    emit(found.to_json(), as_json, lambda console: report.show_bisection(console, found))
+        found = bisect_(opened, loaded, replace(context, progress=stage), runner=runner)
+    emit(found.to_json(), as_json, lambda console: tables.show_bisection(console, found))
     require_passed(found.place is None, run)
 
 
@@ -97,11 +85,13 @@ def bisect(
 @click.option("--html", type=click.Path(path_type=Path), help="where to; default RUN/report.html")
 @click.option("--md", type=click.Path(path_type=Path), help="where to; default RUN/report.md")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="default RUN/report.json")
-def report(run: Path, **options: Any) -> None:
+def report(
+    run: Path, compare: Path | None, html: Path | None, md: Path | None, json_path: Path | None
+) -> None:
     """Write what is known of RUN as one HTML file that opens anywhere, as Markdown and as JSON."""
     from ..report.write import write_report
 
-    written = write_report(run, **options)
+    written = write_report(run, compare=compare, html=html, md=md, json_path=json_path)
     click.echo(written.verdict)
     for path in written.paths:
         click.echo(f"wrote {path}", err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError, SetupError, UsageError
+from ..options import GenerateOptions
 from ..sessions.protocol import Session
 from ..sessions.streams import BYTES, continue_tokens
 from ..specs import IoSpec
@@ -93,38 +94,32 @@ def codec_for(folder: Path, io: IoSpec) -> Codec:
 
 
 def generate(
-    session: Session,
-    io: IoSpec,
-    codec: Codec,
-    prompt: str,
-    *,
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    seed: int = 0,
+    session: Session, codec: Codec, prompt: str, options: GenerateOptions = GenerateOptions()
 ) -> Iterator[str]:
     """Continue `prompt`: pieces of text as the tokens are drawn.
 
     Args:
         session: of one stream, fresh or resumed; its state moves on.
-        io: of the run folder.
         codec: of `codec_for`.
         prompt: at least one token; read in one prefill.
-        tokens: how many to write.
-        temperature: of the draw; 0 takes the likeliest.
-        top_k: draw among so many of the likeliest only.
-        seed: equal seeds write equal texts.
+        options: how many tokens to write, and how they are drawn.
 
     Raises:
         UsageError: nothing to continue, or a token that the model does not know.
     """
-    given = codec.encode(prompt)
+    given, io = codec.encode(prompt), session.io
     size = io.outputs[0].shape[-1]
     if isinstance(size, int) and not all(0 <= token < size for token in given):
         raise UsageError(f"the prompt holds a token beyond the vocabulary of {size}", "give other tokens")
     names = (io.inputs[0].name, io.outputs[0].name)
     drawn = continue_tokens(
-        session, names, given, count=tokens, temperature=temperature, seed=seed, top_k=top_k
+        session,
+        names,
+        given,
+        count=options.tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        top_k=options.top_k,
     )
     for token in drawn:
         if piece := codec.feed(token):

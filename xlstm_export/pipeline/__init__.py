@@ -1,5 +1,5 @@
-"""The whole flow as a file: `schema.py` reads and checks it, `steps.py` is the table of stages, `runner.py`
-runs it.
+"""The whole flow as a file: `schema.py` reads and checks it, `table.py` is the table of stages, `runner.py`
+runs it; `deploy.py` is the default pipeline.
 
     model: {checkpoint: path/to/checkpoint}       # or {module: package.module:factory, weights: file}
     out: out/model

@@ -1,28 +1,36 @@
-"""All stages in a row: export, calibrate, quantize, verify, bench; and a table of what came out."""
+"""The default pipeline: export, calibrate, quantize, verify, bench, bundle; and what came out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.bench import bench
 from ..bench.result import BenchReport
 from ..checks import Verdict
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..load.loaded import Loaded
-from ..options import BenchOptions, Context, VerifyOptions
-from ..quantize.quantize import quantize
-from ..quantize.recipe import BASES, preset, read_recipe
-from ..report.write import write_report
-from ..runfolder import MODEL, MODEL_DATA
-from ..targets import Target
-from ..trace import export as trace
-from . import stages
+from ..options import (
+    BASES,
+    BenchOptions,
+    BundleOptions,
+    CalibrateOptions,
+    Context,
+    DeployOptions,
+    ExportOptions,
+    Options,
+    QuantizeOptions,
+    VerifyOptions,
+)
+from ..quantize.recipe import Recipe, preset, read_recipe
+from ..runfolder import MODEL, MODEL_DATA, VERDICT
+from ..targets import TARGETS
+from .plan import Pipeline, Step
+from .runner import How, Outcome, run_pipeline
+from .table import BUNDLE
 
-Progress = Callable[[str], None]
-BUNDLE = "bundle.tar.gz"
+FP32 = "fp32"
 ARTIFACTS = (
     *("model.onnx", "model.onnx.data", "io.json", "manifest.json", "recipe.yaml", "scales.json"),
     *("verify/report.json", "verify/drift.csv", "verify/drift.svg", "bench/bench.json", "report.html"),
@@ -50,10 +58,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What `deploy` did: FP32 first, what was asked for last; and the bundle, where a target was named."""
+    """What `deploy` did: FP32 first, what was asked for last; and the bundle, where a target was named.
+
+    Attributes:
+        variants: one per precision that was verified; empty in a dry run.
+        bundle: for the board, where one was named and what was asked for passed.
+        outcomes: what became of each step.
+    """
 
     variants: tuple[Variant, ...]
     bundle: Path | None = None
+    outcomes: tuple[Outcome, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -103,125 +118,112 @@ class Deployment:
 def deploy(
     loaded: Loaded,
     out: Path,
-    *,
-    precision: str = "fp32",
-    base: str | None = None,
-    recipe: Path | None = None,
-    calib: str | None = None,
-    random_data: bool = False,
-    data: Path | None = None,
-    target: Target | None = None,
-    licence: str | None = None,
-    horizon: int | None = None,
-    free_horizon: int | None = None,
-    force: bool = False,
-    threads: int = 0,
-    command: str = "",
-    progress: Progress = lambda stage: None,
+    options: DeployOptions = DeployOptions(),
+    context: Context = Context(),
+    how: How = How(),
 ) -> Deployment:
     """Export into `out`, verify, bench what verified; then the same in the precision asked for.
 
     Args:
         loaded: the model.
         out: run folder of the FP32 export; other precisions become subfolders of it.
-        precision: "int8" also makes "fp16", to be compared with.
-        base: of `preset`.
-        recipe: recipe.yaml, instead of the preset of `precision`.
-        calib: calibration data, see `calibration.sets.load`; needed where activations are quantized.
-        random_data: calibrate on made-up data instead, which every report then says.
-        data: held-out data for the task metric, and for the streams that are recorded in a bundle.
-        target: board to make a bundle for, of what was asked for, if it passed.
-        licence: of the weights, told in the bundle.
-        horizon, free_horizon: of `verify_precision`.
-        force: replace an existing run folder.
-        threads: of ONNX Runtime and PyTorch.
-        command: recorded in the manifests.
-        progress: called with the name of each stage.
+        options: precision and data. INT8 also makes FP16, to be compared with.
+        context: its command is recorded in the manifests.
+        how: resume, begin anew, dry run; see `runner.How`.
 
     Raises:
         UsageError: activations are to be quantized and there is no calibration data.
     """
-    chosen = read_recipe(recipe) if recipe is not None else preset(precision, base)
-    if precision not in ("fp32", chosen.precision):
-        raise UsageError(f"{recipe} is a recipe for {chosen.precision}, not for {precision}")
-    if chosen.needs_scales and calib is None and not random_data:
+    outcomes = run_pipeline(deploy_pipeline(loaded, out, options, context), how, context.progress)
+    done = [o for o in outcomes if o.state in ("done", "unchanged")]
+    verified = [] if how.dry_run else [o for o in done if o.name.startswith("verify")]
+    variants = tuple(_variant(outcome, done) for outcome in verified)
+    bundled = not how.dry_run and any(o.name == "bundle" for o in done)
+    bundle = variants[-1].folder / BUNDLE if bundled else None
+    return Deployment(variants, bundle, tuple(outcomes))
+
+
+def _variant(outcome: Outcome, done: list[Outcome]) -> Variant:
+    """A precision that was verified; what is unchanged is read from disk, timings are not."""
+    verdict = outcome.result
+    if not isinstance(verdict, Verdict):
+        path = outcome.folder / VERDICT
+        try:
+            verdict = Verdict.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read: {error!r}", "verify again") from error
+    timed = [o.result for o in done if o.variant == outcome.variant and isinstance(o.result, BenchReport)]
+    return Variant(outcome.variant, outcome.folder, verdict, timed[0] if timed else None)
+
+
+def deploy_pipeline(
+    loaded: Loaded, out: Path, options: DeployOptions = DeployOptions(), context: Context = Context()
+) -> Pipeline:
+    """The steps of `deploy`.
+
+    Raises:
+        UsageError: the options contradict each other, or calibration data are missing.
+    """
+    chosen = _recipe(options)
+    if options.target is not None and options.target not in TARGETS:
+        raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
+    steps = [Step("export", "export", ExportOptions(), variant=FP32)]
+    steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib))
+    if chosen.precision != FP32:
+        steps += _quantized(chosen, options)
+    if options.target is not None:
+        bundled = BundleOptions(
+            target=options.target, data=options.data, calib=options.calib, license=options.license
+        )
+        steps.append(Step("bundle", "bundle", bundled, variant=chosen.precision))
+    return Pipeline(
+        source=loaded.origin,
+        out=out,
+        steps=tuple(steps),
+        command=context.command,
+        threads=context.threads,
+        loaded=loaded,
+    )
+
+
+def _recipe(options: DeployOptions) -> Recipe:
+    chosen = read_recipe(options.recipe) if options.recipe else preset(options.precision, options.base)
+    if options.precision not in (FP32, chosen.precision):
+        raise UsageError(f"{options.recipe} is a recipe for {chosen.precision}, not for {options.precision}")
+    if chosen.needs_scales and options.calib is None and not options.random_data:
         raise UsageError(
             f"precision {chosen.precision} quantizes activations and needs calibration data",
             "give --calib DATA (or --random-data, which no report will hide)",
         )
-    folder = trace.export(loaded, out, force=force, command=command, progress=progress)
-    run = _Stages(loaded, data, calib, threads, command, progress)
-    variants = [run.finish("fp32", folder)]
-    if chosen.precision == "fp32" or not variants[0].verification.passed:
-        return run.bundled(Deployment(tuple(variants)), target, licence)
-    scales = None
+    return chosen
+
+
+def _quantized(chosen: Recipe, options: DeployOptions) -> list[Step]:
+    """The precision that was asked for, beside FP16."""
+    steps = []
     if chosen.needs_scales:
-
-        def count(done: int, total: int) -> None:
-            progress(f"calibrating, {done:,} of {total:,} positions")
-
-        scales = stages.calibrate(
-            folder,
-            loaded,
-            data=calib,
-            random_data=random_data,
-            avoid=data,
-            threads=threads,
-            progress=count,
-        )
-    recipes = [chosen] if chosen.precision in BASES else [preset("fp16"), chosen]
-    for one in recipes:
-        progress(f"{one.precision}: quantizing")
-        made = quantize(
-            folder, one, scales=scales if one.needs_scales else None, command=command, progress=progress
-        )
-        variants.append(run.finish(one.precision, made, horizon=horizon, free_horizon=free_horizon))
-    return run.bundled(Deployment(tuple(variants)), target, licence)
+        ranges = CalibrateOptions(data=options.calib, random_data=options.random_data, avoid=options.data)
+        steps.append(Step("calibrate", "calibrate", ranges, variant=chosen.precision))
+    asked = QuantizeOptions(recipe=options.recipe) if options.recipe else None
+    asked = asked or QuantizeOptions(precision=chosen.precision, base=options.base)
+    both = {} if chosen.precision in BASES else {"fp16": QuantizeOptions(precision="fp16")}
+    verified = VerifyOptions(
+        data=options.data,
+        calib=options.calib,
+        horizon=options.horizon,
+        free_horizon=options.free_horizon,
+    )
+    for precision, how in {**both, chosen.precision: asked}.items():
+        steps.append(Step(f"quantize-{precision}", "quantize", how, variant=precision))
+        steps += _judged(precision, verified)
+    return steps
 
 
-@dataclass(frozen=True)
-class _Stages:
-    """Verification and bench of one precision after another."""
-
-    loaded: Loaded
-    data: Path | None
-    calib: str | None
-    threads: int
-    command: str
-    progress: Progress
-
-    def finish(self, precision: str, folder: Path, **horizons: Any) -> Variant:
-        """Verify a run folder and time it if it passed."""
-
-        def say(what: str) -> Progress:
-            return lambda stage: self.progress(f"{precision}: {what}: {stage}")
-
-        options = VerifyOptions(data=self.data, calib=self.calib, **horizons)
-        context = Context(threads=self.threads, progress=say("verify"))
-        report = stages.verify(folder, self.loaded, options, context)
-        timing = None
-        if report.passed:
-            # torch.compile takes minutes; `bench` by itself includes it.
-            context = Context(threads=self.threads, progress=say("bench"))
-            timing = bench(folder, self.loaded, BenchOptions(compile_at="none"), context)
-        write_report(folder)
-        return Variant(precision, folder, report, timing)
-
-    def bundled(self, made: Deployment, target: Target | None, licence: str | None) -> Deployment:
-        """With a bundle of the precision that was asked for, where there is a board for it and it passed."""
-        if target is None or not made.passed:
-            return made
-        path = stages.bundle(
-            made.folder,
-            self.loaded,
-            made.folder / BUNDLE,
-            target=target,
-            data=self.data,
-            calib=self.calib,
-            licence=licence,
-            force=True,
-            threads=self.threads,
-            command=self.command,
-            progress=lambda stage: self.progress(f"bundle: {stage}"),
-        )
-        return replace(made, bundle=path)
+def _judged(precision: str, options: VerifyOptions) -> list[Step]:
+    """Verified, timed where that passed, and reported."""
+    # torch.compile takes minutes; `bench` by itself includes it.
+    return [
+        Step(f"verify-{precision}", "verify", options, variant=precision, stops=False),
+        Step(f"bench-{precision}", "bench", BenchOptions(compile_at="none"), variant=precision),
+        Step(f"report-{precision}", "report", Options(), variant=precision),
+    ]

@@ -1,139 +1,175 @@
-"""Run a pipeline, stage by stage; what is done and has not changed is not done again.
+"""Run a pipeline, step by step; what is done and has not changed is not done again.
 
-After each stage a record is written beside its results: a hash of everything it depended on, and the hashes
+After each step a record is written beside its results: a hash of everything it depended on, and the hashes
 of what it wrote. Results are written atomically by the stages themselves, and the record last, so a run
-that was killed at any moment repeats the stage it was in and no other.
+that was killed at any moment repeats the step it was in and no other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..atomic import sha256, write_json
+from ..checks import Verdict
 from ..errors import UsageError
+from ..options import FILES, Context, Options, Progress
 from ..runfolder import versions
-from ..sensitivity.report import FOLDER, RECIPE
-from .schema import Pipeline
-from .steps import FILES, STEPS, Context
+from .plan import Pipeline, Step
+from .table import STAGES, Done, Job
+
+if TYPE_CHECKING:
+    from ..load.loaded import Loaded
 
 RECORDS = ".pipeline"
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What became of a stage: "done", "unchanged", with `dry_run` "to do", behind --until "not asked"."""
+class How:
+    """How a pipeline is run.
+
+    Attributes:
+        first: this step and all after it are done even where nothing changed; those before must be done.
+        last: stop after this step.
+        resume: go on in an existing run folder.
+        force: begin anew in one.
+        dry_run: only report what would be done.
+    """
+
+    first: str | None = None
+    last: str | None = None
+    resume: bool = False
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step.
+
+    Attributes:
+        name, variant: of the step.
+        state: "done", "unchanged", "to do" in a dry run, "not asked" behind the last step asked for,
+            "left out" where what it needs did not verify.
+        folder: the run folder it worked on.
+        result: of the stage, where it was done.
+    """
 
     name: str
     state: str
     folder: Path
+    variant: str = ""
+    result: object = None
 
 
 def run_pipeline(
-    pipeline: Pipeline,
-    *,
-    first: str | None = None,
-    last: str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> list[Stage]:
-    """Run what a pipeline says.
+    pipeline: Pipeline, how: How = How(), progress: Progress = Context().progress
+) -> list[Outcome]:
+    """Run the steps of a pipeline.
 
     Args:
-        pipeline: of `read_pipeline`.
-        first: this stage and all after it are done even where nothing changed; those before must be done.
-        last: stop after this stage.
-        resume: go on in an existing run folder.
-        force: begin anew in one.
-        dry_run: only say what would be done.
-        progress: called with the name of each step.
+        pipeline: of `schema.read_pipeline` or `deploy.deploy_pipeline`.
+        how: which steps, and in which folder.
+        progress: called with the name of each step and of what it does.
 
     Raises:
-        UsageError: no such stage, or the run folder exists and neither `resume` nor `force` is set.
+        UsageError: no such step, or the run folder exists and neither `resume` nor `force` is set.
+        GateError: a verification that stops the run failed.
     """
-    names = list(pipeline.stages)
-    for name in (first, last):
+    names = [step.name for step in pipeline.steps]
+    for name in (how.first, how.last):
         if name is not None and name not in names:
             raise UsageError(f"the pipeline has no stage {name}", f"it has {', '.join(names)}")
-    if pipeline.out.exists() and not (resume or force or dry_run or first):
-        raise UsageError(f"{pipeline.out} exists", "--resume goes on there, --force begins anew")
-    run = _Run(pipeline, progress)
-    again = force
-    found: list[Stage] = []
-    for name in names:
-        again = again or name == first
-        inputs = run.inputs(name)
-        unchanged = not again and run.recorded(name, inputs)
-        if not unchanged and first is not None and names.index(name) < names.index(first):
-            raise UsageError(f"stage {name} is not done, or has changed", "leave --from away")
-        if not unchanged:
-            again = True  # everything behind it depends on it
-            if not dry_run:
-                run.do(name, inputs)
-        state = "unchanged" if unchanged else "to do" if dry_run else "done"
-        run.advance(name)
-        found.append(Stage(name, state, run.folder))
-        if name == last:
-            break
-    return [*found, *(Stage(name, "not asked", run.folder) for name in names[len(found) :])]
+    if pipeline.out.exists() and not (how.resume or how.force or how.dry_run or how.first):
+        raise UsageError(
+            f"{pipeline.out} already exists",
+            "choose another output folder, --resume to go on there, or --force to replace it",
+        )
+    return _Run(pipeline, how, progress).all()
 
 
 class _Run:
-    def __init__(self, pipeline: Pipeline, progress: Callable[[str], None]) -> None:
-        self._pipeline, self._progress = pipeline, progress
-        self.folder = pipeline.out  # the run folder so far; quantize moves on to another
+    def __init__(self, pipeline: Pipeline, how: How, progress: Progress) -> None:
+        self._pipeline, self._how, self._progress = pipeline, how, progress
+        self._folder = pipeline.out  # of the precision at hand
         self._before = ""  # hash of everything up to here
+        self._again = how.force
+        self._ended: set[str] = set()  # variants that did not verify
+        self._searched = any(step.stage == "sensitivity" for step in pipeline.steps)
 
-        @cache
-        def load() -> Any:
-            from ..load.checkpoint import load
+    def all(self) -> list[Outcome]:
+        found: list[Outcome] = []
+        for step in self._pipeline.steps:
+            found.append(self._one(step))
+            if step.name == self._how.last:
+                break
+        rest = self._pipeline.steps[len(found) :]
+        return [*found, *(Outcome(step.name, "not asked", self._folder, step.variant) for step in rest)]
 
-            model = pipeline.model
-            stateless = pipeline.stages["export"].get("stateless")
-            return load(
-                model.get("checkpoint"), model.get("module"), model.get("weights"), stateless=stateless
-            )
+    def _one(self, step: Step) -> Outcome:
+        if self._left_out(step):
+            return Outcome(step.name, "left out", self._folder, step.variant)
+        self._again = self._again or step.name == self._how.first
+        inputs = self._inputs(step)
+        unchanged = not self._again and self._recorded(step, inputs)
+        names = [other.name for other in self._pipeline.steps]
+        if not unchanged and self._how.first and names.index(step.name) < names.index(self._how.first):
+            raise UsageError(f"stage {step.name} is not done, or has changed", "leave --from away")
+        result: object = None
+        if not unchanged:
+            self._again = True  # everything behind it depends on it
+            if not self._how.dry_run:
+                result = self._do(step, inputs).result
+        state = "unchanged" if unchanged else "to do" if self._how.dry_run else "done"
+        self._advance(step)
+        if isinstance(result, Verdict) and not result.passed:
+            self._ended.add(step.variant)
+        return Outcome(step.name, state, self._folder, step.variant, result)
 
-        self._context = Context(
-            load,
-            pipeline.out,
-            pipeline.data,
-            f"xlstm-export run {pipeline.path}",
-            pipeline.threads,
-            progress,
-            pipeline.out / FOLDER / RECIPE if "sensitivity" in pipeline.stages else None,
-            pipeline.stages.get("calibrate", {}).get("data"),
+    def _left_out(self, step: Step) -> bool:
+        """Whether what a step needs did not verify; nothing is made of an FP32 export that did not."""
+        stage, base = STAGES[step.stage], self._pipeline.steps[0].variant
+        if base in self._ended and step.variant != base:
+            return True
+        return stage.verified and step.variant in self._ended
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        from ..load.checkpoint import load
+        from ..options import ExportOptions
+
+        if self._pipeline.loaded is not None:
+            return self._pipeline.loaded
+        source, first = self._pipeline.source, self._pipeline.steps[0].options
+        stateless = first.stateless if isinstance(first, ExportOptions) else None
+        return load(
+            source.get("checkpoint"), source.get("module"), source.get("weights"), stateless=stateless
         )
 
-    def inputs(self, name: str) -> str:
-        """Hash of all that a stage depends on: options, contents of files, versions, what came before."""
-        step, options = STEPS[name], self._pipeline.stages[name]
-        files = [str(options[key]) for key in options if step.keys[key] in FILES]
-        if name == "export":
-            files += [v for k, v in self._pipeline.model.items() if k in ("checkpoint", "weights")]
-        if step.reads_data and self._pipeline.data is not None:
-            files.append(str(self._pipeline.data))
-        told = [
-            name,
-            dict(options),
-            dict(self._pipeline.model),
+    def _inputs(self, step: Step) -> str:
+        """Hash of all that a step depends on: options, contents of files, versions, what came before."""
+        values, files = _plain(step.options)
+        if step.stage == "export":
+            files += [v for k, v in self._pipeline.source.items() if k in ("checkpoint", "weights")]
+        depends = [
+            step.stage,
+            values,
+            step.seed,
+            dict(self._pipeline.source),
             versions(),
             {file: _content(Path(file)) for file in files},
             self._before,
         ]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
-    def recorded(self, name: str, inputs: str) -> bool:
-        """Whether a stage was done with these inputs, and its results are as it left them."""
+    def _recorded(self, step: Step, inputs: str) -> bool:
+        """Whether a step was done with these inputs, and its results are as it left them."""
         try:
-            record = json.loads(self._record(name).read_text(encoding="utf-8"))
+            record = json.loads(self._record(step).read_text(encoding="utf-8"))
             folder = Path(record["folder"])
             return record["inputs"] == inputs and all(
                 sha256(folder / file) == digest for file, digest in record["outputs"].items()
@@ -141,35 +177,54 @@ class _Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
-    def do(self, name: str, inputs: str) -> None:
-        """Run a stage and write its record."""
-        self._progress(name)
-        context = self._context
-        told = replace(context, progress=lambda stage: self._progress(f"{name}: {stage}"))
-        self._record(name).unlink(missing_ok=True)
-        folder = STEPS[name].run(told, dict(self._pipeline.stages[name]), self.folder)
-        wrote = context.out if name in ("calibrate", "sensitivity") else folder
-        outputs = {str(path.relative_to(wrote)): sha256(path) for path in STEPS[name].writes(wrote)}
-        write_json(
-            self._record(name),
-            {"inputs": inputs, "folder": str(wrote), "outputs": outputs, "run": str(folder)},
+    def _do(self, step: Step, inputs: str) -> Done:
+        """Run a step and write its record; a verification that failed leaves none."""
+        self._progress(step.name)
+        stage = STAGES[step.stage]
+        context = Context(
+            threads=self._pipeline.threads,
+            seed=step.seed,
+            command=self._pipeline.command,
+            progress=lambda what: self._progress(f"{step.name}: {what}"),
+            count=lambda done, total: self._progress(f"{step.name}: {done:,} of {total:,}"),
         )
+        self._record(step).unlink(missing_ok=True)
+        job = Job(lambda: self._loaded, self._pipeline.out, self._folder, context, step.stops, self._searched)
+        done = stage.run(job, step.options)
+        if isinstance(done.result, Verdict) and not done.result.passed:
+            return done
+        wrote = self._pipeline.out if stage.on_base else done.folder
+        outputs = {name: sha256(wrote / name) for name in stage.writes}
+        record = {"inputs": inputs, "folder": str(wrote), "outputs": outputs, "run": str(done.folder)}
+        write_json(self._record(step), record)
+        return done
 
-    def advance(self, name: str) -> None:
-        """Go on behind a stage that is done; behind one that only would be, the folder stays."""
+    def _advance(self, step: Step) -> None:
+        """Go on behind a step that is done; behind one that only would be, the folder stays."""
         try:
-            record = json.loads(self._record(name).read_text(encoding="utf-8"))
-            self.folder = Path(record["run"])
-            # Reports with times in them are results nobody builds on.
-            if name in ("export", "calibrate", "sensitivity", "quantize"):
+            record = json.loads(self._record(step).read_text(encoding="utf-8"))
+            self._folder = Path(record["run"])
+            if STAGES[step.stage].builds:
                 self._before = hashlib.sha256(
                     json.dumps([self._before, record["inputs"], record["outputs"]], sort_keys=True).encode()
                 ).hexdigest()
         except (OSError, ValueError, KeyError):
             return
 
-    def _record(self, name: str) -> Path:
-        return self._pipeline.out / RECORDS / f"{name}.json"
+    def _record(self, step: Step) -> Path:
+        return self._pipeline.out / RECORDS / f"{step.name}.json"
+
+
+def _plain(options: Options) -> tuple[dict[str, object], list[str]]:
+    """Options as JSON holds them, and which of them are files that exist."""
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    known = options.table()
+    files = [
+        str(value)
+        for name, value in values.items()
+        if value is not None and (known[name].kind in (*FILES, "text")) and Path(str(value)).exists()
+    ]
+    return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}, files
 
 
 def _content(path: Path) -> str:

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..options import About, Options
 from ..targets import TARGETS
-from .steps import KINDS, STEPS
+from .plan import Pipeline, Step
+from .table import STAGES, Stage
 
 KEYS = ("model", "out", "data", "threads", "stages")
 MODEL = ("checkpoint", "module", "weights")
+SEED = About("of what the stage draws", "int")
+# In a file, torch.compile is asked for by a flag: at the first batch, or not at all.
+COMPILE = About("torch.compile at the first batch", "flag")
+COMPILED = {True: "first", False: "none"}
+
+# Kind of an option: what it is called, and whether a value of a file is one.
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "flag": ("true or false", lambda x: isinstance(x, bool)),
+    "int": ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
+    "number": ("a number", lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)),
+    "text": ("text", lambda x: isinstance(x, str) and bool(x)),
+    "file": ("the name of a file that exists", lambda x: isinstance(x, str) and Path(x).is_file()),
+    "path": ("the name of a file or folder that exists", lambda x: isinstance(x, str) and Path(x).exists()),
+    "texts": ("a list of text", lambda x: isinstance(x, list) and all(isinstance(e, str) for e in x)),
+    "ints": (
+        "a list of whole numbers",
+        lambda x: isinstance(x, list) and bool(x) and all(isinstance(e, int) and e > 0 for e in x),
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """What is to be done.
-
-    Attributes:
-        path: the file.
-        model: `checkpoint`, or `module` and maybe `weights`.
-        out: run folder.
-        data: held-out data.
-        threads: of the runtimes.
-        stages: name → options, in the order they run.
-    """
-
-    path: Path
-    model: Mapping[str, str]
-    out: Path
-    data: Path | None
-    threads: int
-    stages: Mapping[str, Mapping[str, Any]]
+def keys_of(stage: Stage) -> dict[str, About]:
+    """The keys that a pipeline file can give a stage."""
+    known = {name: about for name, about in stage.options.table().items() if about.only != "cli"}
+    if "compile_at" in known:
+        del known["compile_at"]
+        known["compile"] = COMPILE
+    return {**known, "seed": SEED} if stage.seeded else known
 
 
 def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
@@ -71,13 +79,20 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
         check.kind("data", data["data"], "file")
     check.kind("threads", data.get("threads", 0), "int")
     given = check.mapping("stages", data.get("stages"))
-    check.keys("stages", given, tuple(STEPS))
-    stages = {name: check.stage(name, given[name]) for name in STEPS if name in given}
+    check.keys("stages", given, tuple(STAGES))
+    stages = {name: check.stage(name, given[name]) for name in STAGES if name in given}
     if "export" not in stages:
-        check.fail("stages lacks export", "every flow begins with it; export: {}")
+        check.fail("stages lacks export", "every pipeline begins with it; export: {}")
     check.recipe(stages)
     held_out = Path(data["data"]) if data.get("data") is not None else None
-    return Pipeline(path, model, Path(data["out"]), held_out, int(data.get("threads", 0)), stages)
+    calib = stages.get("calibrate", {}).get("data")
+    return Pipeline(
+        source=model,
+        out=Path(data["out"]),
+        steps=tuple(check.step(name, values, held_out, calib) for name, values in stages.items()),
+        command=f"xlstm-export run {path}",
+        threads=int(data.get("threads", 0)),
+    )
 
 
 def _change(data: dict[str, Any], change: str) -> None:
@@ -139,13 +154,34 @@ class _Check:
             self.fail(f"stages.quantize has {what}", "quantize: {precision: int8}")
 
     def stage(self, name: str, value: Any) -> dict[str, Any]:
-        options = self.mapping(f"stages.{name}", {} if value is None else value)
-        self.keys(f"stages.{name}", options, tuple(STEPS[name].keys))
-        for key, given in options.items():
-            self.kind(f"stages.{name}.{key}", given, STEPS[name].keys[key])
-        for key in STEPS[name].needs:
-            if key not in options:
+        """The values of a stage, each of its kind."""
+        values = self.mapping(f"stages.{name}", {} if value is None else value)
+        known = keys_of(STAGES[name])
+        self.keys(f"stages.{name}", values, tuple(known))
+        for key, given in values.items():
+            self.kind(f"stages.{name}.{key}", given, known[key].kind)
+        for key in STAGES[name].needs:
+            if key not in values:
                 self.fail(f"stages.{name} lacks {key}", f"{name}: {{{key}: …}}")
-        if name == "bundle" and options.get("target") is not None and options["target"] not in TARGETS:
-            self.fail(f"stages.bundle.target is {options['target']!r}", f"there are {', '.join(TARGETS)}")
-        return options
+        if name == "bundle" and values.get("target") is not None and values["target"] not in TARGETS:
+            self.fail(f"stages.bundle.target is {values['target']!r}", f"there are {', '.join(TARGETS)}")
+        return values
+
+    def step(self, name: str, values: Mapping[str, Any], data: Path | None, calib: str | None) -> Step:
+        """A stage with its options; held-out and calibration data are those of the file."""
+        given = dict(values)
+        seed = int(given.pop("seed", 0))
+        kind = STAGES[name].options
+        known = kind.table()
+        if name == "calibrate":
+            given["avoid"] = data
+        elif "calib" in known:
+            given |= {"data": data, "calib": calib}
+        if name == "bench":
+            given["compile_at"] = COMPILED[bool(given.pop("compile", False))]
+        try:
+            options: Options = kind.made_of(given)
+        except UsageError as error:
+            self.fail(f"stages.{name}: {error.message}", error.hint or "")
+            raise
+        return Step(name, name, options, seed)

@@ -1,174 +1,196 @@
-"""Stages as the command line and `deploy` call them: a run folder, a model, and where the data is.
+"""The stages as functions: a run folder, its model, typed options, and the context that all of them carry.
 
-Each opens what it is given and calls one function of the library.
+Each opens what it is given and calls one function of the stage's own folder. The command line, the pipeline
+runner and the Python API call these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..load.loaded import Loaded
-from ..options import Context, SensitivityOptions, VerifyOptions
-from ..quantize.quantize import quantize
-from ..quantize.recipe import choose_recipe
+from ..options import (
+    BenchOptions,
+    BundleOptions,
+    CalibrateOptions,
+    Context,
+    ExportOptions,
+    QuantizeOptions,
+    SensitivityOptions,
+    VerifyOptions,
+)
 from ..runfolder import RunFolder
+from ..targets import TARGETS
 
 if TYPE_CHECKING:
+    from ..bench.result import BenchReport
     from ..calibration.scales import Scales
-    from ..calibration.sets import CalibrationSet
     from ..checks import Verdict
+    from ..load.loaded import Loaded
+    from ..report.write import Written
     from ..sensitivity import Sensitivity
 
-Count = Callable[[int, int], None]
+Run = RunFolder | Path
+BUNDLE = "bundle"
 
 
-def calibration_set(
+def export(
     loaded: Loaded,
-    folder: Path,
-    source: str | None,
-    *,
-    tokenizer: Path | None = None,
-    seed: int = 0,
-    avoid: Path | None = None,
-    **size: int | None,
-) -> CalibrationSet:
-    """See `calibration.sets.for_run`."""
-    from ..calibration import sets
-
-    return sets.for_run(loaded, folder, source, tokenizer=tokenizer, seed=seed, avoid=avoid, **size)
-
-
-def verify(
-    run: RunFolder | Path,
-    loaded: Loaded,
-    options: VerifyOptions = VerifyOptions(),
+    out: Path,
+    options: ExportOptions = ExportOptions(),
     context: Context = Context(),
-) -> Verdict:
-    """See `verify.verify.verify_run`."""
-    from ..verify.verify import verify_run
+    *,
+    force: bool = False,
+) -> Path:
+    """Write the run folder `out`; see `trace.export.export`."""
+    from ..trace.export import export as export_
 
-    return verify_run(run, loaded, options, context)
+    return export_(loaded, out, options, context, force=force)
 
 
 def calibrate(
-    folder: Path,
-    loaded: Loaded,
-    *,
-    data: str | None = None,
-    random_data: bool = False,
-    avoid: Path | None = None,
-    tokenizer: Path | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    method: str = "max",
-    percentile: float = 99.99,
-    resume: bool = True,
-    threads: int = 0,
-    progress: Count = lambda done, total: None,
+    run: Run, loaded: Loaded, options: CalibrateOptions = CalibrateOptions(), context: Context = Context()
 ) -> Scales:
     """Run an FP32 export over data and write `scales.json` into its run folder.
 
-    Args:
-        data: see `calibration.sets.load`.
-        random_data: made-up data instead.
-        Others: as in `calibration_set` and `calibration.observers.calibrate`.
-
     Raises:
         UsageError: neither data nor `random_data`, or both.
+        InputError: data or export are unusable.
     """
-    from ..calibration import observers
+    from ..calibration import observers, sets
 
-    if (data is None) != random_data:
+    if (options.data is not None) == options.random_data:
         raise UsageError(
-            "calibration needs data" if data is None else "--data and --random-data exclude each other",
+            "calibration needs data"
+            if options.data is None
+            else "--data and --random-data exclude each other",
             "give --data, or --random-data, which every report will say",
         )
-    chosen = calibration_set(
-        loaded, folder, data, tokenizer=tokenizer, seed=seed, avoid=avoid, samples=samples, length=length
+    run = RunFolder.of(run)
+    chosen = sets.for_run(
+        loaded,
+        run,
+        options.data,
+        sets.Selection(options.samples, options.length, context.seed, options.avoid),
+        tokenizer=options.tokenizer,
     )
-    return observers.calibrate(
-        folder,
-        chosen,
-        method=method,
-        percentile=percentile,
-        threads=threads,
-        resume=resume,
-        progress=progress,
-    )
+    return observers.calibrate(run, chosen, options, context)
 
 
-def bundle(folder: Path, loaded: Loaded, out: Path, *, calib: str | None = None, **options: Any) -> Path:
-    """`bundle.bundle`; streams are taken from the calibration data where there is no held-out data.
-
-    Args:
-        folder: run folder.
-        loaded: its model.
-        out: folder to make, or a file ending in .tar.gz.
-        calib: calibration data, see `calibration_set`.
-        options: of `bundle.bundle`.
-    """
-    from ..bundle import make as bundles
-
-    if calib is not None and options.get("data") is None:
-        options["calibration"] = calibration_set(loaded, folder, calib).inputs
-    return bundles.bundle(folder, loaded, out, **options)
-
-
-def quantize_run(
-    folder: Path,
-    loaded: Loaded | None = None,
-    *,
-    precision: str | None = None,
-    recipe: Path | None = None,
-    data: Path | None = None,
-    out: Path | None = None,
-    force: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
-    **choices: Any,
-) -> Path:
-    """`quantize.quantize` with the recipe that options describe and the ranges `calibrate` has written.
-
-    Args:
-        loaded: the model; needed with `data`.
-        data: what the drift of a state in half is measured on, as for `calibrate`.
-        choices: of `choose_recipe`.
-    """
-    from ..calibration.scales import Scales
-
-    chosen = choose_recipe(precision, recipe, **choices)
-    scales = Scales.read(folder) if chosen.needs_scales else None
-    judge = None
-    if data is not None and loaded is not None and chosen.state_dtype != "fp32":
-        from ..verify.drift_gate import state_judge
-
-        judge = state_judge(calibration_set(loaded, folder, str(data), samples=2).inputs)
-    return quantize(
-        folder, chosen, scales=scales, out=out, force=force, judge=judge, command=command, progress=progress
-    )
-
-
-def find_recipe(
-    run: RunFolder | Path,
+def sensitivity(
+    run: Run,
     loaded: Loaded,
     options: SensitivityOptions = SensitivityOptions(),
     context: Context = Context(),
 ) -> Sensitivity:
-    """`sensitivity.sensitivity` with the ranges `calibrate` has written, on data with the task's targets.
+    """The search for a recipe, with the ranges `calibrate` has written, on data with the task's targets.
 
     Raises:
         UsageError: there are no data.
     """
     from ..calibration.scales import Scales
-    from ..measure import data as evaluation
-    from ..sensitivity import sensitivity
+    from ..measure import data
+    from ..sensitivity import sensitivity as sensitivity_
 
     if options.data is None:
         raise UsageError("sensitivity needs data with the task's targets", "give --data")
     run = RunFolder.of(run)
-    targets = evaluation.load(options.data, run.io, vocab_size=loaded.vocab_size)
-    return sensitivity(run, options, context, data=targets, scales=Scales.read(run.path))
+    targets = data.load(options.data, run.io, vocab_size=loaded.vocab_size)
+    return sensitivity_(run, options, context, data=targets, scales=Scales.read(run.path))
+
+
+def quantize(
+    run: Run,
+    loaded: Loaded | None = None,
+    options: QuantizeOptions = QuantizeOptions(),
+    context: Context = Context(),
+    *,
+    out: Path | None = None,
+    force: bool = False,
+) -> Path:
+    """A run folder of another precision, by the recipe that options describe and the ranges of `calibrate`.
+
+    Args:
+        run: of `export`.
+        loaded: its model; needed with `options.data`.
+        options, context: as everywhere.
+        out: by default a subfolder of the run, named after the precision.
+        force: replace `out`, and accept a state that drifts, which is recorded.
+    """
+    from ..calibration import sets
+    from ..calibration.scales import Scales
+    from ..quantize.quantize import quantize as quantize_
+    from ..quantize.recipe import choose_recipe
+
+    run = RunFolder.of(run)
+    recipe = choose_recipe(options)
+    scales = Scales.read(run.path) if recipe.needs_scales else None
+    judge = None
+    if options.data is not None and loaded is not None and recipe.state_dtype != "fp32":
+        from ..verify.drift_gate import state_judge
+
+        stream = sets.for_run(loaded, run, str(options.data), sets.Selection(samples=2)).inputs
+        judge = state_judge(stream)
+    return quantize_(run, recipe, context, scales=scales, out=out, force=force, judge=judge)
+
+
+def verify(
+    run: Run, loaded: Loaded, options: VerifyOptions = VerifyOptions(), context: Context = Context()
+) -> Verdict:
+    """Compare a run folder with its model; see `verify.verify.verify_run`."""
+    from ..verify.verify import verify_run
+
+    return verify_run(run, loaded, options, context)
+
+
+def bench(
+    run: Run, loaded: Loaded, options: BenchOptions = BenchOptions(), context: Context = Context()
+) -> BenchReport:
+    """Time a verified run folder; see `bench.bench.bench`."""
+    from ..bench.bench import bench as bench_
+
+    return bench_(run, loaded, options, context)
+
+
+def bundle(
+    run: Run,
+    loaded: Loaded,
+    out: Path | None = None,
+    options: BundleOptions = BundleOptions(),
+    context: Context = Context(),
+    *,
+    force: bool = False,
+) -> Path:
+    """What a board needs of a verified run folder, as a folder or an archive.
+
+    Args:
+        run: run folder.
+        loaded: its model.
+        out: folder to make, or a file ending in .tar.gz; by default `bundle` in the run folder.
+        options, context: as everywhere. Streams are recorded of calibration data where there is no held-out
+            data.
+        force: replace `out`.
+
+    Raises:
+        UsageError: there is no such target.
+    """
+    from ..bundle.make import bundle as bundle_
+    from ..calibration import sets
+
+    if options.target is not None and options.target not in TARGETS:
+        raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
+    run = RunFolder.of(run)
+    calibration = None
+    if options.calib is not None and options.data is None:
+        calibration = sets.for_run(loaded, run, options.calib).inputs
+    return bundle_(
+        run, loaded, out or run.path / BUNDLE, options, context, calibration=calibration, force=force
+    )
+
+
+def report(run: Run) -> Written:
+    """Write the report of a run folder; see `report.write.write_report`."""
+    from ..report.write import write_report
+
+    return write_report(RunFolder.of(run).path)

@@ -25,6 +25,8 @@ from ..graph.files import load_graph
 from ..graph.sites import find_sites
 from ..graph.stored_types import DTYPES, widen_weights
 from ..ops import bodies as functions
+from ..options import Context
+from ..runfolder import RunFolder
 from ..specs import IoSpec
 from .fences import Fences, require_fences
 from .half import to_half
@@ -61,34 +63,32 @@ class Applied:
 
 
 def quantize(
-    folder: Path,
+    run: RunFolder | Path,
     recipe: Recipe,
+    context: Context = Context(),
     *,
     scales: Scales | None = None,
     out: Path | None = None,
     force: bool = False,
     judge: Judge | None = None,
-    command: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> Path:
     """Write a run folder with the precision of `recipe`.
 
     Args:
-        folder: run folder of an FP32 (or `--dtype bf16|fp16`) export.
+        run: run folder of an FP32 (or `--dtype bf16|fp16`) export.
         recipe: what every weight becomes.
+        context: its command is recorded in the manifest.
         scales: calibrated ranges; needed where the recipe quantizes activations.
-        out: default: a subfolder of `folder` named after the precision.
+        out: default: a subfolder of the run, named after the precision.
         force: replace an existing one, and write a narrow state that fails the drift gate (recorded).
         judge: holds a state that is stored in half against the FP32 run folder, see
             `verify.drift_gate.state_judge`; needed where the recipe asks for such a state.
-        command: recorded in the manifest.
-        progress: called with the name of each stage.
 
     Returns:
         The new run folder.
 
     Raises:
-        UsageError: `folder` is quantized already, or the recipe names sites that do not exist.
+        UsageError: the run is quantized already, or the recipe names sites that do not exist.
         InputError: the scales do not belong to this graph.
         BuildError: a fence or a rule of TensorRT is violated.
         GateError: the state drifts when it is stored in half, and `force` is not set.
@@ -98,14 +98,13 @@ def quantize(
             f"a state in {recipe.state_dtype} must pass the drift gate, which needs data",
             "give --data",
         )
-    folder = Path(folder)
-    manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
-    _require_base(folder, manifest)
-    out = folder / recipe.precision if out is None else Path(out)
+    run, progress = RunFolder.of(run), context.progress
+    _require_base(run)
+    out = run.path / recipe.precision if out is None else Path(out)
     progress("reading the graph")
-    model = load_graph(folder / runfolder.MODEL)
+    model = load_graph(run.model)
     if scales is not None:
-        scales.require_graph(manifest["files"][runfolder.MODEL]["sha256"])
+        scales.require_graph(run.files[runfolder.MODEL]["sha256"])
     progress("quantizing")
     applied = apply_recipe(model, recipe, scales)
     with atomic.staged(
@@ -113,19 +112,19 @@ def quantize(
     ) as staging:
         files.save(model, staging, progress)
         require_legal(staging / runfolder.MODEL)
-        atomic.write_json(staging / runfolder.IO, _with_state_dtype(io, recipe).to_json())
+        atomic.write_json(staging / runfolder.IO, _with_state_dtype(run.io, recipe).to_json())
         recipe.write(staging / RECIPE)
         if scales is not None:
             scales.write(staging)
-        for companion in _companions(folder, manifest):
+        for companion in _companions(run):
             shutil.copyfile(companion, staging / companion.name)
         progress("hashing")
-        entries = _entries(folder, out, manifest, recipe, applied, command)
+        entries = _entries(run, out, recipe, applied, context.command)
         entries["calibration"] = scales.data if scales is not None else None
         runfolder.write_manifest(staging, entries)
         if judge is not None and recipe.state_dtype != "fp32":
             progress("drift of the state")
-            entries["forced"] = _failed(judge(folder, staging, recipe), recipe, force)
+            entries["forced"] = _failed(judge(run.path, staging, recipe), recipe, force)
             runfolder.write_manifest(staging, entries)
     return out
 
@@ -175,10 +174,9 @@ def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) 
     return Applied(choices, tuple(smoothed), half_products, fences)
 
 
-def _require_base(folder: Path, manifest: dict[str, Any]) -> None:
-    precision = manifest.get("options", {}).get("precision")
-    if precision is not None:
-        raise UsageError(f"{folder} is {precision} already", "quantize the FP32 export it was made from")
+def _require_base(run: RunFolder) -> None:
+    if (precision := run.options.precision) is not None:
+        raise UsageError(f"{run.path} is {precision} already", "quantize the FP32 export it was made from")
 
 
 def _describe(model: ir.Model) -> None:
@@ -214,30 +212,28 @@ def _with_state_dtype(io: IoSpec, recipe: Recipe) -> IoSpec:
     return replace(io, states=states)
 
 
-def _companions(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+def _companions(run: RunFolder) -> list[Path]:
     """Tokenizer files and the like that came along with the checkpoint."""
     own = {runfolder.MODEL, runfolder.MODEL_DATA, runfolder.IO, runfolder.MANIFEST}
-    return [folder / name for name in manifest["files"] if name not in own and "/" not in name]
+    return [run.path / name for name in run.files if name not in own and "/" not in name]
 
 
-def _entries(
-    folder: Path, out: Path, manifest: dict[str, Any], recipe: Recipe, applied: Applied, command: str
-) -> dict[str, Any]:
+def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, command: str) -> dict[str, Any]:
     kinds = list(applied.choices.values())
     return {
         "command": command,
-        **{key: manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
-        "context_length": manifest.get("context_length"),
+        **{key: run.manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
+        "context_length": run.context_length,
         "options": {
-            **manifest.get("options", {}),
+            **run.manifest.get("options", {}),
             "precision": recipe.precision,
             "base": recipe.base,
             "state_dtype": recipe.state_dtype,
         },
         "quantized_from": {
-            "folder": os.path.relpath(folder, out),
-            "sha256": manifest["files"][runfolder.MODEL_DATA]["sha256"],
-            "graph_sha256": manifest["files"][runfolder.MODEL]["sha256"],
+            "folder": os.path.relpath(run.path, out),
+            "sha256": run.files[runfolder.MODEL_DATA]["sha256"],
+            "graph_sha256": run.files[runfolder.MODEL]["sha256"],
         },
         "max_drop": recipe.max_drop,
         "sites": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},

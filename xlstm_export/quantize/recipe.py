@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InputError, UsageError
+from ..options import BASES, PRECISIONS, QuantizeOptions
 
 if TYPE_CHECKING:
     from ..graph.sites import Site
 
 Choice = Literal["float", "int8", "int8-wo", "int4-wo"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-wo", "int4-wo")
-BASES = ("fp32", "bf16", "fp16")
 SCHEMA = 1
 MIN_GEMM = 16  # TensorRT has no INT8 kernels for products with fewer rows or columns of weights
 BLOCK = 128  # rows of a weight that share a scale of INT4; TensorRT takes 64 and 128
@@ -215,26 +214,21 @@ def _one_of(what: str, value: str, valid: Sequence[str]) -> None:
         raise UsageError(f"{what} {value!r} is unknown", f"one of {', '.join(valid)}")
 
 
-def choose_recipe(
-    precision: str | None,
-    recipe: Path | None,
-    *,
-    base: str | None = None,
-    exclude: Sequence[str] = (),
-    include: Sequence[str] = (),
-    smooth: float | None = None,
-    state_dtype: str | None = None,
-) -> Recipe:
+def choose_recipe(options: QuantizeOptions) -> Recipe:
     """The recipe that options describe.
 
     Raises:
         UsageError: neither a precision nor a recipe, or both.
     """
-    if (precision is None) == (recipe is None):
+    if (options.precision is None) == (options.recipe is None):
         raise UsageError("give --precision or --recipe", "a recipe says the precision itself")
-    chosen = read_recipe(recipe) if recipe is not None else preset(precision or "", base)
-    changes: dict[str, Any] = {"smooth": smooth, "state_dtype": state_dtype}
-    if recipe is not None:
-        changes["base"] = base
-    chosen = replace(chosen, **{name: value for name, value in changes.items() if value is not None})
-    return chosen.with_rules(exclude, include)
+    if options.recipe is None:
+        chosen = preset(options.precision or "", options.base)
+    else:
+        chosen = read_recipe(options.recipe)
+        chosen = replace(chosen, base=options.base or chosen.base)
+    if options.smooth is not None:
+        chosen = replace(chosen, smooth=options.smooth)
+    if options.state_dtype is not None:
+        chosen = replace(chosen, state_dtype=options.state_dtype)
+    return chosen.with_rules(options.exclude, options.include)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from .. import atomic, runfolder
-from ..errors import BuildError, UsageError
+from ..errors import BuildError
 from ..graph import stored_types
 from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
@@ -28,6 +28,7 @@ from ..lift import weights
 from ..lift.model import lift_model
 from ..load.loaded import Dims, Loaded
 from ..ops import bodies as functions
+from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .capture import quiet, torch_to_ir
@@ -42,25 +43,21 @@ IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18
 def export(
     loaded: Loaded,
     out: Path,
+    options: ExportOptions = ExportOptions(),
+    context: Context = Context(),
     *,
     force: bool = False,
-    stateless: bool | None = None,
-    last_logits: bool = False,
-    dtype: str = "fp32",
-    command: str = "",
-    progress: Callable[[str], None] = lambda stage: None,
 ) -> Path:
     """Export into the run folder `out`; the model's weights are never in memory all at once.
 
     Args:
         loaded: from `checkpoint.load`.
         out: created; replaced only with `force`.
-        stateless: leave the state inputs and outputs away; every call starts fresh. By default as
-            `Loaded.streams` says.
-        last_logits: compute the first output for the last position only.
-        dtype: type the matrices are stored in ("fp32", "bf16", "fp16"); arithmetic is FP32.
-        command: recorded in the manifest.
-        progress: called with the name of each stage.
+        options: `stateless` leaves the state inputs and outputs away, every call starts fresh; by default as
+            `Loaded.streams` says. `last_logits` computes the first output for the last position only.
+            `dtype` is the type the matrices are stored in; arithmetic is FP32.
+        context: its command is recorded in the manifest.
+        force: replace `out`.
 
     Returns:
         The run folder.
@@ -70,17 +67,16 @@ def export(
         InputError: a weight is damaged or does not fit `dtype`.
         UsageError, SetupError: see `runfolder.staged`.
     """
-    if dtype not in stored_types.DTYPES:
-        raise UsageError(f"no dtype {dtype!r}", f"one of {', '.join(stored_types.DTYPES)}")
-    stateless = not loaded.streams if stateless is None else stateless
+    options = _resolved(options, loaded)
+    dtype, progress = options.dtype, context.progress
     width = stored_types.DTYPES[dtype].itemsize
     needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
     with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
-        if not stateless and loaded.weights is None:
+        if not options.stateless and loaded.weights is None:
             progress("streaming")
             check_streams(loaded)
         progress("tracing")
-        model, spec = trace(loaded, stateless=stateless, last_logits=last_logits, dtype=dtype)
+        model, spec = trace(loaded, options)
         atomic.require_space(folder, stored_bytes(model))
         save(model, folder, progress)
         atomic.write_json(folder / runfolder.IO, spec.to_json())
@@ -90,22 +86,26 @@ def export(
         runfolder.write_manifest(
             folder,
             {
-                "command": command,
+                "command": context.command,
                 "model": loaded.name,
                 "origin": loaded.origin,
                 "checkpoint_sha256": loaded.sha256,
                 "context_length": loaded.context_length,
-                "options": {"stateless": stateless, "last_logits": last_logits, "dtype": dtype},
+                "options": asdict(options),
             },
         )
     return Path(out)
 
 
-def trace(
-    loaded: Loaded, *, stateless: bool | None = None, last_logits: bool = False, dtype: str = "fp32"
-) -> tuple[ir.Model, IoSpec]:
+def _resolved(options: ExportOptions, loaded: Loaded) -> ExportOptions:
+    """Without a choice, states are carried as upstream uses the model."""
+    return replace(options, stateless=not loaded.streams) if options.stateless is None else options
+
+
+def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.Model, IoSpec]:
     """The traced and cleaned graph, function bodies attached, and its description."""
-    stateless = not loaded.streams if stateless is None else stateless
+    options = _resolved(options, loaded)
+    stateless, dtype = bool(options.stateless), options.dtype
     loaded = loaded.stored_as(dtype)
     lifted = lift_model(loaded, values=False)
     streamed = loaded.weights is not None
@@ -128,7 +128,7 @@ def trace(
     nodes_before = sum(node.op_type != "Constant" for node in model.graph)
     fired = run_passes(model)
     fired[fold_weight_transposes.__name__] += folded
-    if last_logits:
+    if options.last_logits:
         keep_last_position(model, output_names[0])
     stored_types.narrow_weights(model, dtype)
     _clean(model)

@@ -23,7 +23,7 @@ from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.inputs import cut
 from xlstm_export.lift.model import lift_model, spec_of
 from xlstm_export.load import checkpoint
-from xlstm_export.options import BenchOptions, Context, VerifyOptions
+from xlstm_export.options import BenchOptions, Context, ExportOptions, VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 
@@ -44,7 +44,7 @@ def test_exported_and_verified(
     make: Callable[[], checkpoint.Loaded], stateless: bool, blocks: int, tmp_path: Path
 ) -> None:
     model = make()
-    out = trace.export(model, tmp_path / "out", stateless=stateless)
+    out = trace.export(model, tmp_path / "out", ExportOptions(stateless=stateless))
     report = verify.verify(out, model)
     assert [check for check in report.checks if not check.passed] == []
     assert len(spec_of(model).blocks) == blocks
@@ -59,7 +59,7 @@ def test_what_looks_ahead_is_not_exported_with_states(tmp_path: Path) -> None:
 
 def test_model_without_positions_cannot_be_asked_to_stream(tmp_path: Path) -> None:
     with refused(BuildError, "no input of Vision has positions", "--stateless"):
-        trace.export(vision(), tmp_path / "out", stateless=False)
+        trace.export(vision(), tmp_path / "out", ExportOptions(stateless=False))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from places import ROOT
 
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint
-from xlstm_export.options import Context, VerifyOptions
+from xlstm_export.options import CalibrateOptions, Context, ExportOptions, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -66,7 +66,7 @@ def diagonal(columns: Iterable[str]) -> list[Any]:
 def test_family(family: str, form: str, tmp_path: Path) -> None:
     stateless, dtype = FORMS[form]
     loaded = FAMILIES[family](tmp_path, stateless)
-    out = trace.export(loaded, tmp_path / "out", stateless=stateless, dtype=dtype)
+    out = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=stateless, dtype=dtype))
     assert bool(runfolder.read_io(out).states) != stateless
     report = verify.verify(out, loaded)
     assert [check for check in report.checks if not check.passed] == []
@@ -79,7 +79,7 @@ def exported(
     """A family's FP32 export, which the other precisions are made of."""
     folder = tmp_path_factory.mktemp("family")
     loaded = FAMILIES[request.param](folder, False)
-    return loaded, trace.export(loaded, folder / "run", stateless=False)
+    return loaded, trace.export(loaded, folder / "run", ExportOptions(stateless=False))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,11 @@ def test_family_in_other_precisions(exported: tuple[checkpoint.Loaded, Path], pr
     """Fences, rules of TensorRT, all ways of calling, NVIDIA's builder; ranges are from made-up data."""
     loaded, run = exported
     recipe = preset(precision)
-    scales = stages.calibrate(run, loaded, random_data=True, threads=1) if recipe.needs_scales else None
+    scales = (
+        stages.calibrate(run, loaded, CalibrateOptions(random_data=True), Context(threads=1))
+        if recipe.needs_scales
+        else None
+    )
     folder = quantize.quantize(run, recipe, scales=scales)
     report = verify_precision(folder, loaded, VerifyOptions(horizon=150, free_horizon=20), Context(threads=1))
     drift = [check for check in report.checks if ": level" in check.name or ": KL" in check.name]

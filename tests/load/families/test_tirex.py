@@ -28,6 +28,7 @@ from xlstm_export.lift.cells import tirex as tirex_cells
 from xlstm_export.lift.model import lift_model, spec_of, truncated
 from xlstm_export.load.families import tirex
 from xlstm_export.load.loaded import Loaded
+from xlstm_export.options import ExportOptions
 from xlstm_export.trace import export as trace
 
 pytest.importorskip("tirex", reason="pip install tirex-ts")
@@ -65,7 +66,9 @@ def streaming(folder: Path) -> Loaded:
 
 @pytest.fixture(scope="module")
 def stateless_export(stateless: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trace.export(stateless, tmp_path_factory.mktemp("out") / "stateless", stateless=True)
+    return trace.export(
+        stateless, tmp_path_factory.mktemp("out") / "stateless", ExportOptions(stateless=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -575,7 +578,7 @@ def test_weight_that_is_not_finite(tmp_path: Path, name: str) -> None:
     with refused(InputError, "model.ckpt", name, "nan", "earlier checkpoint"):
         _ = loaded.module
     with refused(InputError, "model.ckpt", name):
-        trace.export(loaded, tmp_path / "out", stateless=True)
+        trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True))
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from xlstm_export import distance as compare
 from xlstm_export.errors import InputError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.sessions import OrtSession, load_state, save_state
@@ -208,5 +209,5 @@ def test_weights_that_are_only_stored_in_half_are_left_to_the_runtime(
     small_loaded: checkpoint.Loaded, tmp_path: Path, dtype: str
 ) -> None:
     """Tables that are looked up included: such an export runs as it is, on its mapped file."""
-    folder = trace.export(small_loaded, tmp_path / "out", dtype=dtype)
+    folder = trace.export(small_loaded, tmp_path / "out", ExportOptions(dtype=dtype))
     assert not lower.needs_lowering(load_graph(folder / "model.onnx"))

@@ -22,7 +22,7 @@ from xlstm_export.calibration import observers, sets
 from xlstm_export import runfolder
 from xlstm_export.errors import UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.options import Context
+from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
 from xlstm_export.trace import export as trace
@@ -163,7 +163,7 @@ def calibrated(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     np.savez(folder.parent / "calib.npz", tokens=tokens)
     io = runfolder.read_io(folder)
     data = sets.load(str(folder.parent / "calib.npz"), io)
-    observers.calibrate(folder, data, threads=1, method="max")
+    observers.calibrate(folder, data, CalibrateOptions(method="max"), Context(threads=1))
     return folder
 
 

@@ -30,7 +30,7 @@ from ...lift import lift as cells
 from ...lift.model import lift_model
 from ...load.loaded import Loaded
 from ...load.made_up import random_inputs
-from ...options import Context
+from ...options import Context, ExportOptions
 from ...quantize import quantize
 from ...quantize.recipe import read_recipe
 from ...runfolder import MODEL, RunFolder
@@ -184,13 +184,8 @@ class _Search:
     def run(self) -> Bisection:
         self.progress("exporting the checkpoint again")
         made = self.source.options
-        exported = trace.export(
-            self.loaded,
-            self.scratch / "fresh",
-            stateless=made.stateless,
-            last_logits=made.last_logits,
-            dtype=made.dtype,
-        )
+        options = ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
+        exported = trace.export(self.loaded, self.scratch / "fresh", options)
         fresh = Side(exported, RunFolder.open(exported).io, self.threads)
         require_same_parts(self.candidate, fresh)
         precision = made.precision

@@ -1,0 +1,63 @@
+"""What a pipeline is: a model, a run folder, and steps in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..options import Options
+
+if TYPE_CHECKING:
+    from ..load.loaded import Loaded
+
+Source = Mapping[str, str]  # `checkpoint`, or `module` and maybe `weights`
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a pipeline with its options.
+
+    Attributes:
+        name: of its record; steps of one pipeline differ in it.
+        stage: key of `table.STAGES`.
+        options: of the stage.
+        seed: of what the stage draws.
+        variant: the precision it belongs to; what does not verify ends the steps of its variant.
+        stops: a verification that fails ends the whole run with an error. Otherwise it ends its variant, and
+            everything if the variant is the FP32 export.
+    """
+
+    name: str
+    stage: str
+    options: Options
+    seed: int = 0
+    variant: str = ""
+    stops: bool = True
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What is to be done.
+
+    Attributes:
+        source: how to load the model.
+        out: run folder of the FP32 export.
+        steps: in the order they run.
+        command: recorded in manifests. Resuming must not change it, so it does not name the options of a run.
+        threads: of the runtimes.
+        loaded: the model, where it is loaded already.
+    """
+
+    source: Source
+    out: Path
+    steps: tuple[Step, ...]
+    command: str
+    threads: int = 0
+    loaded: Loaded | None = field(default=None, compare=False)
+
+    @property
+    def stages(self) -> dict[str, Options]:
+        """Options by the names of the steps."""
+        return {step.name: step.options for step in self.steps}

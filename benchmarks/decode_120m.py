@@ -140,21 +140,23 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     moved = roofline.step_bytes(spec_of(loaded))
     moved_int8 = roofline.step_bytes(spec_of(loaded), bench.weight_bytes(folder / "int8", loaded))
     one = {"tokens": np.array([[17]])}
-    session = sessions.OrtSession(folder, 1, threads)
-    int8 = sessions.OrtSession(folder / "int8", 1, threads, rounding=False)
     eager = bench_peers.eager_step(loaded, one, 1)
-    bodies = sessions.OrtSession(folder, 1, threads, fused=False)
-    contestants = {
-        "exported": lambda: session.step(one),
-        "function_bodies": lambda: bodies.step(one),
-        "int8": lambda: int8.step(one),
-        "eager": eager.run,
-        "reading": bench_timing.bandwidth_probe(moved),
-        "reading_int8": bench_timing.bandwidth_probe(moved_int8),
-    }
-    if with_compile:
-        contestants["compiled"] = compiled_step(loaded)
-    timings = bench_timing.in_turns(contestants, calls=DECODE_CALLS)
+    with (
+        sessions.OrtSession(folder, 1, threads) as session,
+        sessions.OrtSession(folder / "int8", 1, threads, rounding=False) as int8,
+        sessions.OrtSession(folder, 1, threads, fused=False) as bodies,
+    ):
+        contestants = {
+            "exported": lambda: session.step(one),
+            "function_bodies": lambda: bodies.step(one),
+            "int8": lambda: int8.step(one),
+            "eager": eager.run,
+            "reading": bench_timing.bandwidth_probe(moved),
+            "reading_int8": bench_timing.bandwidth_probe(moved_int8),
+        }
+        if with_compile:
+            contestants["compiled"] = compiled_step(loaded)
+        timings = bench_timing.in_turns(contestants, calls=DECODE_CALLS)
     median = {name: timing.percentile(50) for name, timing in timings.items()}
     result: dict[str, Any] = {name: timing.to_json() for name, timing in timings.items()}
     result["recurrences"] = "fused operators" if session.fused else "function bodies"
@@ -193,15 +195,15 @@ def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     loaded = checkpoint.load_checkpoint(source)
-    session = sessions.OrtSession(folder, 1, threads)
     result: dict[str, Any] = {}
     for length in (512, 2048):
         inputs = {"tokens": np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))}
-        contestants = {
-            "exported": partial(session.prefill, inputs),
-            "eager": bench_peers.eager_prefill(loaded, inputs).run,
-        }
-        timings = bench_timing.in_turns(contestants, calls=1)
+        with sessions.OrtSession(folder, 1, threads) as session:
+            contestants = {
+                "exported": partial(session.prefill, inputs),
+                "eager": bench_peers.eager_prefill(loaded, inputs).run,
+            }
+            timings = bench_timing.in_turns(contestants, calls=1)
         ours, theirs = (timings[name].percentile(50) for name in contestants)
         result[str(length)] = {
             "exported_tokens_per_second": length / ours,
@@ -280,16 +282,18 @@ def prefill_alone(
     tokens = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))
     torch.set_num_threads(threads)
     if side == "exported":
-        session = sessions.OrtSession(folder, 1, threads)
-        session.prefill({"tokens": tokens[:, :64]})
-        start = time.perf_counter()
-        logits = session.prefill({"tokens": tokens})["logits"]
+        with sessions.OrtSession(folder, 1, threads) as session:
+            session.prefill({"tokens": tokens[:, :64]})
+            start = time.perf_counter()
+            logits = session.prefill({"tokens": tokens})["logits"]
+            seconds = time.perf_counter() - start
     else:
         with torch.no_grad():
             loaded.module(torch.from_numpy(tokens[:, :64]))
             start = time.perf_counter()
             logits = loaded.module(torch.from_numpy(tokens)).numpy()
-    return {"seconds": time.perf_counter() - start, "logits_bytes": logits.nbytes}
+            seconds = time.perf_counter() - start
+    return {"seconds": seconds, "logits_bytes": logits.nbytes}
 
 
 def say(what: str, figure: str, note: str = "") -> None:

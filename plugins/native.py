@@ -97,7 +97,7 @@ class NativeLibrary:
 
         Args:
             tensors: q, k, v, i, f, C0, n0, m0 and the results h, C, n, m, which are written.
-            scale, eps: as for `ops.mlstm`.
+            scale, eps: as for `ops.reference.mlstm`.
             workspace: tensor of at least `mlstm_workspace` bytes, where the kernels run on a GPU; host
                 memory is allocated when None.
             context: an address, see common/call.h; of a GPU's stream for instance.
@@ -120,7 +120,7 @@ class NativeLibrary:
 
         Args:
             tensors: x, R, R_scale (int8 only), bias, y0, c0, n0, m0 and the results y, y_n, c_n, n_n, m_n.
-            forget_max: as for `ops.slstm`.
+            forget_max: as for `ops.reference.slstm`.
             workspace, context: as for `mlstm`.
 
         Raises:

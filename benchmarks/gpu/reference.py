@@ -25,7 +25,7 @@ def mlstm(x: Tensors, *, scale: float, eps: float) -> tuple[Tensors, Tensors]:
 
     Args:
         x: q, k (B,S,H,Dk), v (B,S,H,Dv), i, f (B,S,H), C0 (B,H,Dk,Dv), n0 (B,H,Dk), m0 (B,H), any type.
-        scale, eps: see `xlstm_export.ops.mlstm`.
+        scale, eps: see `xlstm_export.ops.reference.mlstm`.
     """
     x = {name: tensor.double() for name, tensor in x.items()}
     # Row 0 of the leading axis is the recurrence, row 1 the same over absolute values.

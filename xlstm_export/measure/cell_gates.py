@@ -7,7 +7,7 @@ that time, so a candidate that remembers shorter than its reference has lost som
 shows.
 
 Gates are taken from the graph itself, at the inputs of its recurrence operators; stabilizers and
-normalizers are then computed from them in float64, by the recurrence as it is written in `ops.py`.
+normalizers are then computed from them in float64, by the recurrence as it is written in `ops/reference.py`.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ is therefore a product with a constant triangle.
 
 Each operator has two bodies. The sequence body takes any S and is what an exported file carries. The
 step body takes S = 1 only, has no Scan and no shape arithmetic; a session that decodes may put it in
-the place of the other. Both are written in the ONNX text format and compute what `ops.py` says, in
+the place of the other. Both are written in the ONNX text format and compute what `reference.py` says, in
 FP32. Casts from and to other element types are left out where everything is FP32 anyway.
 
-The texts are in `mlstm.py` and `slstm.py`. Touch a body together with `ops.py`; tests compare each with the
-FP64 recurrence.
+The texts are in `mlstm_body.py` and `slstm_body.py`. Change a body together with `reference.py`; tests
+compare each with the FP64 recurrence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Form = Literal["sequence", "step"]
 
 @cache
 def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.FunctionProto:
-    """FunctionProto of `XlstmMlstm`; see `ops.mlstm` for shapes.
+    """FunctionProto of `XlstmMlstm`; see `reference.mlstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.
@@ -49,7 +49,7 @@ def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.Funct
 
 @cache
 def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool = False) -> onnx.FunctionProto:
-    """FunctionProto of `XlstmSlstm`; see `ops.slstm` for shapes.
+    """FunctionProto of `XlstmSlstm`; see `reference.slstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.

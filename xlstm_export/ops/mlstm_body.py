@@ -6,7 +6,7 @@ import numpy as np
 
 from ..specs import CHUNK
 
-LOG_ZERO = "-1e30"  # as ops.LOG_ZERO
+LOG_ZERO = "-1e30"  # as reference.LOG_ZERO
 
 
 def _matrix(rows: np.ndarray) -> str:
@@ -27,9 +27,9 @@ def sequence() -> str:
     )
 
 
-# Notation of ops._mlstm_chunk: column 0 of the decay matrix is the incoming state, column j + 1 position
-# j. A chunk has L = min(64, S) positions, so a single position pays for a 1 x 2 decay matrix only. The
-# padding at the end of the last chunk has log forget 0 and log input -1e30: it cannot touch the state.
+# Notation of `_mlstm_chunk` in reference.py: column 0 of the decay matrix is the incoming state, column j + 1
+# position j. A chunk has L = min(64, S) positions, so a single position pays for a 1 x 2 decay matrix only.
+# The padding at the end of the last chunk has log forget 0 and log input -1e30: it cannot touch the state.
 _SEQUENCE = f"""
     zero = Constant <value = int64[1] {{0}}> ()
     one = Constant <value = int64[1] {{1}}> ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LOG_ZERO = "-1e30"  # as ops.LOG_ZERO
+LOG_ZERO = "-1e30"  # as reference.LOG_ZERO
 
 # The forget pre-activation is negated once for the whole sequence (in x, R and bias, which is exact),
 # because log sigmoid(f) = -softplus(-f). The rule "m' = i where n = 0" needs no test inside the loop:

@@ -34,7 +34,7 @@ def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> Non
     """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place.
 
     Args:
-        model: an exported graph, or what `precision/lower.py` makes of one.
+        model: an exported graph, or what `sessions/cpu/lower.py` makes of one.
         batch: number of streams.
         fused: leave the recurrence operators to kernels, see `fused.py`; else their step bodies are inlined.
     """

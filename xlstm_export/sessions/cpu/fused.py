@@ -2,7 +2,7 @@
 
 A function body is some thirty operators, each of which ONNX Runtime runs over all threads, and the step body
 moves the matrix memory four times. The kernels (`plugins/mlstm/cpu*`, `plugins/slstm/cpu*`) read and write it
-once, in place. They take FP32 only, which is what every graph is lowered to here (`precision/lower.py`).
+once, in place. They take FP32 only, which is what every graph is lowered to here (`sessions/cpu/lower.py`).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def to_float32(model: ir.Model, *, rounding: bool) -> int:
     they are read.
 
     Args:
-        model: a graph whose function bodies compute in FP32, as those of `functions/` do.
+        model: a graph whose function bodies compute in FP32, as those of `ops/bodies.py` do.
         rounding: whether values that were half are rounded to it; else half is FP32 by another name.
 
     Returns:

@@ -1,0 +1,415 @@
+"""What a stage writes is complete under its final name, or not there at all, whatever interrupts it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
+from refusals import refused
+
+from xlstm_export import atomic, runfolder
+from xlstm_export.errors import SetupError, UsageError
+from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
+from xlstm_export.trace import export as trace
+
+NOBODY = 65534
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    """The least a run folder holds."""
+    (folder / runfolder.MANIFEST).write_text("{}")
+    (folder / "content").write_text(text)
+
+
+def assert_hashes(folder: Path) -> None:
+    """The manifest lists every file beside it, with its hash and size."""
+    files = runfolder.read_manifest(folder)["files"]
+    assert sorted(files) == sorted(name for name in names(folder) if name != runfolder.MANIFEST)
+    for name, entry in files.items():
+        data = (folder / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stage(out: Path, *, error: BaseException | None = None, **options: Any) -> None:
+    """Write a run folder, or fail half-way."""
+    with atomic.staged(out, marker=runfolder.MANIFEST, **options) as folder:
+        fill(folder)
+        if error is not None:
+            raise error
+
+
+def refuse(out: Path, **options: Any) -> None:
+    """Try to; it must not come to writing."""
+    with atomic.staged(out, marker=runfolder.MANIFEST, **options):
+        pytest.fail("the block ran")
+
+
+# --- staged -------------------------------------------------------------------------------------------
+
+
+def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "below" / "out"
+    with atomic.staged(out, marker=runfolder.MANIFEST) as folder:
+        fill(folder)
+        assert folder.parent == out.parent  # same file system, so that the last step is one rename
+        assert not out.exists()
+    assert names(out) == ["content", runfolder.MANIFEST]
+    assert names(out.parent) == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, UsageError])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_changes_when_the_block_fails(
+    tmp_path: Path, error: type[BaseException], exists: bool
+) -> None:
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+        fill(out, "old")
+    with pytest.raises(error):
+        stage(out, force=True, error=error("stop"))
+    assert names(tmp_path) == (["out"] if exists else [])
+    assert not exists or (out / "content").read_text() == "old"
+
+
+def test_existing_folder_needs_force(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out, "old")
+    with refused(UsageError, str(out), "already exists"):
+        refuse(out)
+    assert (out / "content").read_text() == "old"
+    with atomic.staged(out, marker=runfolder.MANIFEST, force=True) as folder:
+        fill(folder)
+        assert (out / "content").read_text() == "old"  # until the new one is complete
+    assert (out / "content").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "verify").mkdir(parents=True)
+    fill(out)
+    stage(out, force=True)
+    assert names(out) == ["content", runfolder.MANIFEST]
+
+
+def test_force_spares_what_is_no_run_folder(tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with refused(UsageError, str(out), "not a run folder"):
+        refuse(out, force=True)
+    assert names(out) == ["thesis.tex"]
+    (out / "thesis.tex").unlink()
+    stage(out, force=True)  # an empty folder holds nothing to lose
+
+
+def test_force_does_not_replace_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("a file")
+    with refused(UsageError, str(out), "not a folder"):
+        refuse(out, force=True)
+    assert out.read_text() == "a file"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_folder_that_appears_meanwhile(tmp_path: Path, force: bool) -> None:
+    """An export takes minutes; what takes its name in that time is spared like what was there before."""
+    out = tmp_path / "out"
+    with refused(UsageError, str(out)), atomic.staged(out, marker=runfolder.MANIFEST, force=force) as folder:
+        fill(folder)
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2])
+def test_old_folder_survives_a_failed_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int
+) -> None:
+    """The old folder steps aside and the new one in: an error at either leaves the old one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    fill(out, "old")
+    calls = 0
+    rename = os.rename
+
+    def failing(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(type(error)):
+        stage(out, force=True)
+    assert (out / "content").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+# --- Places that cannot be written --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_folder_without_permission(mode: int) -> None:
+    """Not writable, and not even to be looked into. Root may do both, so it steps down for the attempt."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        closed = Path(name) / "closed"
+        closed.mkdir()
+        Path(name).chmod(0o755)
+        closed.chmod(mode)
+        stack.callback(closed.chmod, 0o755)
+        if os.geteuid() == 0:
+            os.seteuid(NOBODY)
+            stack.callback(os.seteuid, 0)
+        with refused(SetupError, str(closed / "out"), "Permission denied"):
+            refuse(closed / "out")
+
+
+@pytest.mark.parametrize("below", ["out", "deeper/out"])
+def test_output_below_a_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / below
+    with refused(SetupError, str(out), "cannot be written"):
+        refuse(out)
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 300])
+def test_name_that_is_too_long(tmp_path: Path, name: str) -> None:
+    """As a name of its own, or once the temporary suffix is added."""
+    limit = os.pathconf(tmp_path, "PC_NAME_MAX")
+    if len(name) + len(f"..{os.getpid()}.") + 8 <= limit:
+        pytest.skip(f"names of {limit} characters are allowed here")
+    with refused(SetupError, "name too long"):
+        refuse(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_file_system_without_folders_of_its_own() -> None:
+    with refused(SetupError, "/proc/out", "cannot be written"):
+        refuse(Path("/proc/out"))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small file system; skipped where that is not permitted."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    mounts = 0
+
+    def mount(options: str) -> Path:
+        nonlocal mounts
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not permitted")
+        mounts += 1
+        return folder
+
+    yield mount
+    for _ in range(mounts):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_read_only_file_system(mounted: Callable[[str], Path]) -> None:
+    out = mounted("ro,size=1m") / "out"
+    with refused(SetupError, str(out), "Read-only file system"):
+        refuse(out)
+
+
+def test_disk_that_is_full_is_seen_before_the_first_byte(mounted: Callable[[str], Path]) -> None:
+    folder = mounted("size=1m")
+    with refused(SetupError, str(folder), "1 MB free", "7 MB are needed"):
+        refuse(folder / "out", bytes_needed=7_000_000)
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("file", [runfolder.MODEL_DATA, runfolder.MODEL])
+def test_disk_that_fills_up(
+    mounted: Callable[[str], Path],
+    small_export: Path,
+    small_loaded: checkpoint.Loaded,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody else takes the space after it was checked: it ends in the weights, or in the graph."""
+    size = {path.name: path.stat().st_size for path in small_export.iterdir()}
+    if file == runfolder.MODEL_DATA:
+        space = size[runfolder.MODEL_DATA] // 2
+    else:
+        space = size[runfolder.MODEL_DATA] + size[runfolder.MODEL] // 2
+    folder = mounted(f"size={space}")
+    monkeypatch.setattr(atomic, "require_space", lambda folder, needed: None)
+    with refused(SetupError, str(folder / "out"), "disk is full"):
+        trace.export(small_loaded, folder / "out")
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_the_very_size_of_the_weights_is_checked_before_the_first_byte(
+    mounted: Callable[[str], Path],
+    small_loaded: checkpoint.Loaded,
+    tmp_path: Path,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As laid out in pages and in the type they are stored in, which is known once the graph is traced."""
+    whole = trace.export(small_loaded, tmp_path / "whole", ExportOptions(dtype=dtype))
+    folder = mounted(f"size={(whole / runfolder.MODEL_DATA).stat().st_size - 8192}")
+    monkeypatch.setattr(trace, "save", lambda *args: pytest.fail("a byte was written"))
+    with refused(SetupError, "MB are needed"):
+        trace.export(small_loaded, folder / "out", ExportOptions(dtype=dtype))
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_anywhere_in_the_block(tmp_path: Path, code: int) -> None:
+    with refused(SetupError, "disk is full"):
+        stage(tmp_path / "out", error=OSError(code, os.strerror(code)))
+    assert names(tmp_path) == []
+
+
+# --- Signals ------------------------------------------------------------------------------------------
+
+EXPORT = """
+import signal, sys, time
+from pathlib import Path
+from xlstm_export import runfolder
+from xlstm_export.load import checkpoint
+from xlstm_export.options import ExportOptions
+from xlstm_export.trace import export as trace
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are born deaf to Ctrl-C
+source, out, stop = sys.argv[1:]
+if stop == "before the rename":
+    write_manifest = runfolder.write_manifest
+    runfolder.write_manifest = lambda *args: (write_manifest(*args), time.sleep(600))
+trace.export(checkpoint.load_checkpoint(Path(source)), Path(out))
+"""
+
+
+def interrupted(source: Path, out: Path, number: signal.Signals, stop: str) -> Path:
+    """Run an export in a process of its own, end it by a signal, and return its temporary folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXPORT, str(source), str(out), stop],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wanted = "*" if stop == "at once" else f"*/{runfolder.MANIFEST}"
+        deadline = time.monotonic() + 300
+        while not (found := list(out.parent.glob(f".{out.name}.{process.pid}.{wanted}"))):
+            assert process.poll() is None, "the export ended before it could be interrupted"
+            assert time.monotonic() < deadline, "the export never started to write"
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.wait()
+    return found[0] if stop == "at once" else found[0].parent
+
+
+@pytest.mark.parametrize("stop", ["at once", "before the rename"])
+def test_killed_export(
+    small_checkpoint: Path, small_loaded: checkpoint.Loaded, tmp_path: Path, stop: str
+) -> None:
+    """SIGKILL leaves nothing under the final name, and the next export cleans up behind it."""
+    out = tmp_path / "out"
+    abandoned = interrupted(small_checkpoint, out, signal.SIGKILL, stop)
+    assert not out.exists()
+    assert names(tmp_path) == [abandoned.name]
+    if stop == "at once":
+        stage(out)
+    else:
+        trace.export(small_loaded, out)
+        assert_hashes(out)
+    assert names(tmp_path) == ["out"]
+
+
+def test_interrupted_export(small_checkpoint: Path, tmp_path: Path) -> None:
+    """Ctrl-C leaves nothing at all, not even for the next export to clean."""
+    interrupted(small_checkpoint, tmp_path / "out", signal.SIGINT, "at once")
+    assert names(tmp_path) == []
+
+
+def test_terminated_command(small_checkpoint: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a job scheduler sends it, cleans up like Ctrl-C."""
+    command = [sys.executable, "-c", "from xlstm_export.cli.main import main; main()", "export"]
+    process = subprocess.Popen(
+        [*command, str(small_checkpoint), "-o", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not names(tmp_path):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    assert names(tmp_path) == []
+
+
+def test_only_abandoned_folders_are_cleaned(tmp_path: Path) -> None:
+    """Not those of a living process, of another output folder, or of somebody else."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = [
+        f".out.{os.getpid()}.abcdefgh",  # in use
+        f".out.1.{gone.pid}.abcdefgh",  # of the folder `out.1`, whichever process 1 is
+        f".out.{gone.pid}.old",  # never came from here
+        ".out.99999999999.abcdefgh",
+        ".out.backup.abcdefgh",
+        f"out.{gone.pid}.abcdefgh",
+    ]
+    for name in (*kept, f".out.{gone.pid}.abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    stage(tmp_path / "out")
+    assert names(tmp_path) == sorted([*kept, "out"])
+
+
+def test_names_with_special_characters_are_cleaned_too(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".run[1]*.{gone.pid}.abcdefgh").mkdir()
+    stage(tmp_path / "run[1]*")
+    assert names(tmp_path) == ["run[1]*"]
+
+
+# --- Single files -------------------------------------------------------------------------------------
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    atomic.write_json(path, {"value": 1})
+    with pytest.raises(TypeError):
+        atomic.write_json(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert names(tmp_path) == ["report.json"]

@@ -93,7 +93,7 @@ def test_calls_hold_every_operand(structure: type, operator: Operator) -> None:
 
 def _attribute(symbol: str) -> str:
     """The name of `kEps`, from the header."""
-    match = re.search(rf'const Attribute {symbol}\{{"(\w+)"', source("common/attributes.h"))
+    match = re.search(rf'const Attribute {symbol}\{{\s*"(\w+)"', source("common/attributes.h"))
     assert match is not None, symbol
     return match[1]
 

@@ -13,7 +13,8 @@ import pytest
 from xlstm_export.board.replay import replay
 from xlstm_export.bundle.recordings import write_goldens
 from xlstm_export.load import checkpoint
-from xlstm_export.options import Context
+from xlstm_export.options import BundleOptions, Context
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession, Session
 from xlstm_export.trace.streaming import check_streams
 from xlstm_export.verify.drift_gate import state_judge
@@ -46,7 +47,8 @@ def test_recording_and_replay(
     small_export: Path, small_loaded: checkpoint.Loaded, tmp_path: Path, opened: list[Session]
 ) -> None:
     with all_closed(opened, 3):
-        write_goldens(small_export, small_loaded, tmp_path, horizon=140, threads=1)
+        run, options = RunFolder.open(small_export), BundleOptions(horizon=140)
+        write_goldens(run, small_loaded, tmp_path, options, Context(threads=1))
     with all_closed(opened, 2):
         replay(tmp_path, lambda: OrtSession(small_export, 1, 1), "onnxruntime")
 

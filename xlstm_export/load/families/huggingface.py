@@ -72,12 +72,7 @@ def load(path: Path) -> Loaded:
     _check_fields(config, xLSTMConfig, config_path)
     check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
     causal = not any(name.startswith("blocks.") for name in weights)
-    settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": weight_mode(weights), "use_cache": False}
-    # True: a Hugging Face model never hands states out unless it is given a cache.
-    settings["return_last_states"] = True
-    for ours, older in (("hidden_size", "embedding_dim"), ("num_hidden_layers", "num_blocks")):
-        if older in config:  # configs of the first releases have the older name only
-            settings.setdefault(ours, config[older])
+    settings = _settings(config, weight_mode(weights))
     try:
         model_config = xLSTMConfig(**settings)
         with torch.device("meta"):
@@ -109,6 +104,17 @@ def load(path: Path) -> Loaded:
         exact=full_precision_norms,
         companions=tuple(path / name for name in TOKENIZER if (path / name).is_file()),
     )
+
+
+def _settings(config: dict[str, Any], mode: str) -> dict[str, Any]:
+    """What the configuration class is given: PyTorch's own kernels, states handed out."""
+    settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": mode, "use_cache": False}
+    # True: a Hugging Face model never hands states out unless it is given a cache.
+    settings["return_last_states"] = True
+    for ours, older in (("hidden_size", "embedding_dim"), ("num_hidden_layers", "num_blocks")):
+        if older in config:  # configs of the first releases have the older name only
+            settings.setdefault(ours, config[older])
+    return settings
 
 
 def _check_fields(config: dict[str, Any], config_class: type, where: Path) -> None:

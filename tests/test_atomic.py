@@ -299,7 +299,6 @@ import signal, sys, time
 from pathlib import Path
 from xlstm_export import runfolder
 from xlstm_export.load import checkpoint
-from xlstm_export.options import ExportOptions
 from xlstm_export.trace import export as trace
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are born deaf to Ctrl-C

@@ -1,10 +1,46 @@
 """Put trained xLSTM models on edge devices: streaming ONNX, proven equal to PyTorch.
 
-The stages are plain functions, in the order data flows: `checkpoint.load`, `trace.export`,
-`verify.verify`, `bench.bench`. Nothing heavy is imported before a stage needs it.
+    import xlstm_export as xe
+
+    run = xe.export(module, example=example, out="out")
+    assert run.verify().passed
+    with run.session() as session:
+        outputs = session.prefill({"x": x})
+
+This is the whole public API; docs/api.md has a page on it. Nothing heavy is imported before it is needed.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import ExportError
+    from .pipeline.run import Run, export, open_run
+    from .sessions import Session
+
 __version__ = "0.1.0"
+__all__ = ["ExportError", "Run", "Session", "export", "open_run"]
+
+_PLACES = {
+    "ExportError": "errors",
+    "Run": "pipeline.run",
+    "Session": "sessions",
+    "export": "pipeline.run",
+    "open_run": "pipeline.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _find_in_checkout() -> None:

@@ -130,7 +130,7 @@ class Options:
     @classmethod
     def table(cls) -> dict[str, About]:
         """Name → what is known of it, in the order of definition."""
-        return {f.name: f.metadata["about"] for f in fields(cls)}
+        return {f.name: f.metadata["about"] for f in fields(cls) if "about" in f.metadata}
 
     @classmethod
     def made_of(cls: type[O], values: Mapping[str, object]) -> O:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..sessions.protocol import Session
 
+if TYPE_CHECKING:
+    from ..load.loaded import Loaded
+
 BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
 
 
-def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: int = 0) -> Session:
+def open_session(
+    folder: Path, backend: str, load: Callable[[], Loaded], threads: int = 0, batch: int = 1
+) -> Session:
     """Open what is in `folder`.
 
     Args:
@@ -20,6 +25,7 @@ def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: i
         backend: one of `BACKENDS`.
         load: gives the `Loaded` model, for PyTorch.
         threads: of ONNX Runtime.
+        batch: number of streams.
 
     Raises:
         UsageError: no such backend.
@@ -28,11 +34,11 @@ def open_session(folder: Path, backend: str, load: Callable[[], Any], threads: i
     if backend == "onnxruntime":
         from ..sessions.cpu.session import OrtSession
 
-        return OrtSession(folder, 1, threads, rounding=False)
+        return OrtSession(folder, batch, threads, rounding=False)
     if backend == "pytorch":
         from ..sessions.pytorch import TorchSession
 
-        return TorchSession(load(), 1, "float32")
+        return TorchSession(load(), batch, "float32")
     if backend == "tensorrt":
         from ..board.build import find_engine
         from ..runfolder import RunFolder

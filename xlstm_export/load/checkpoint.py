@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..errors import InputError, UsageError
 from .families import blocks, huggingface, large, tirex
-from .families.own import load_module
+from .families.own import load_live, load_module
 from .find import find_config, read_config
 from .loaded import Loaded
 
-__all__ = ["Loaded", "load", "load_checkpoint", "load_module"]
+__all__ = ["Loaded", "load", "load_checkpoint", "load_live", "load_module"]
 
 
 def load(

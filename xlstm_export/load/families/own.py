@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,19 +40,53 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
             module.load_state_dict(state)
         except RuntimeError as error:
             raise InputError(f"{weights} does not fit the module of {spec}: {error}") from error
+    origin = {"module": spec, **({"weights": str(weights)} if weights else {})}
+    return _loaded(module, (inputs, dims), f"--module {spec}", origin, weights)
+
+
+def load_live(
+    module: nn.Module, example: Tensor | Mapping[str, Tensor], dims: Mapping[str, Dims] | None = None
+) -> Loaded:
+    """A module that is in memory already; it is copied, and stays as it is.
+
+    Args:
+        module: the model.
+        example: example tensor (B, S, ...) of forward's first parameter, or one per parameter by name.
+        dims: symbolic shape of inputs that are not (B, S, ...), as in `load_module`.
+
+    Raises:
+        InputError: examples or dims do not fit the forward.
+    """
+    name = type(module).__name__
+    if isinstance(example, Tensor):
+        first = next(iter(inspect.signature(module.forward).parameters), None)
+        if first is None:
+            raise InputError(f"forward of {name} takes no inputs", "export a module that has one")
+        example = {first: example}
+    return _loaded(copy.deepcopy(module), (dict(example), dims or {}), name, {}, None)
+
+
+def _loaded(
+    module: nn.Module,
+    given: tuple[dict[str, Tensor], Mapping[str, Any]],
+    spec: str,
+    origin: dict[str, str],
+    weights: Path | None,
+) -> Loaded:
+    """A module with its example inputs and their dims, checked."""
     # Tracing happens on the CPU in float32, whatever device and type the factory chose.
     module = module.eval().cpu()
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()
     for name, parameter in module.named_parameters():
-        check_finite(weights or Path(spec), name, parameter.detach())
-    inputs, dims = _checked_inputs(module, inputs, dims, spec)
+        check_finite(weights or Path(spec.removeprefix("--module ")), name, parameter.detach())
+    inputs, dims = _checked_inputs(module, *given, spec)
     return Loaded(
         skeleton=module,
         inputs=inputs,
         output="y",
         name=type(module).__name__,
-        origin={"module": spec, **({"weights": str(weights)} if weights else {})},
+        origin=origin,
         files=(weights,) if weights else (),
         context_length=context_length(module),
         vocab_size=_vocab_size(module),
@@ -109,13 +144,13 @@ def _checked_inputs(
     unknown = sorted(set(inputs) - set(names))
     if unknown or names[: len(inputs)] != [n for n in names if n in inputs]:
         raise InputError(
-            f"--module {spec}: example inputs {sorted(inputs)} do not match forward({', '.join(names)})",
+            f"{spec}: example inputs {sorted(inputs)} do not match forward({', '.join(names)})",
             "give an example for each of forward's first parameters, by name",
         )
     strangers = sorted(map(str, set(dims) - set(inputs)))
     if strangers:
         raise InputError(
-            f"--module {spec}: dims given for {', '.join(strangers)}, which is no example input",
+            f"{spec}: dims given for {', '.join(strangers)}, which is no example input",
             f"the example inputs are {', '.join(inputs)}",
         )
     ordered = {name: inputs[name].cpu() for name in names if name in inputs}
@@ -127,7 +162,7 @@ def _checked_inputs(
         if len(set(found.values())) > 1:
             told = ", ".join(f"{name} {size}" for name, size in found.items())
             raise InputError(
-                f"--module {spec}: {letter} differs between the example inputs: {told}",
+                f"{spec}: {letter} differs between the example inputs: {told}",
                 "all inputs of one call have the same batch B and the same number of positions S",
             )
     return {name: _example(x, symbolic[name]) for name, x in ordered.items()}, symbolic
@@ -138,12 +173,12 @@ def _symbolic(name: str, example: Tensor, given: Any, spec: str) -> Dims:
     shape = tuple(example.shape)
     if 0 in shape:
         raise InputError(
-            f"--module {spec}: example input {name} of shape {shape} is empty", "every dimension needs a size"
+            f"{spec}: example input {name} of shape {shape} is empty", "every dimension needs a size"
         )
     if given is None:
         if len(shape) < 2:
             raise InputError(
-                f"--module {spec}: example input {name} has shape {shape}",
+                f"{spec}: example input {name} has shape {shape}",
                 "inputs are (B, S, ...): batch first, then sequence; others need dims beside them",
             )
         return ("B", "S", *shape[2:])
@@ -153,7 +188,7 @@ def _symbolic(name: str, example: Tensor, given: Any, spec: str) -> Dims:
         fits = fits and ((dim == "S" and axis == 1) or (type(dim) is int and dim == size))
     if not fits:
         raise InputError(
-            f"--module {spec}: dims of input {name} are {given!r}, its example has shape {shape}",
+            f"{spec}: dims of input {name} are {given!r}, its example has shape {shape}",
             '"B" first, "S" second if it has positions, and the sizes of the example for all others',
         )
     return dims

@@ -1,0 +1,300 @@
+"""The Python API: `export` gives a `Run`, whose methods are the stages.
+
+The keywords of a method are the options of its stage, as `options.py` defines them for the command line too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from ..errors import UsageError
+from ..options import (
+    PRECISIONS,
+    BenchOptions,
+    BundleOptions,
+    CalibrateOptions,
+    Context,
+    ExportOptions,
+    Options,
+    Progress,
+    QuantizeOptions,
+    VerifyOptions,
+)
+from ..runfolder import RunFolder
+from . import stages
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..bench.result import BenchReport
+    from ..calibration.scales import Scales
+    from ..checks import Verdict
+    from ..load.loaded import Loaded
+    from ..sessions import Session
+    from ..specs import IoSpec
+
+P = ParamSpec("P")
+S = TypeVar("S")
+O = TypeVar("O", bound=Options)  # noqa: E741
+R = TypeVar("R")
+
+
+def _keywords(
+    kind: Callable[P, O],
+) -> Callable[[Callable[[S, O], R]], Callable[Concatenate[S, P], R]]:
+    """A function of an object and options becomes one of the object and the options' fields."""
+
+    def decorate(function: Callable[[S, O], R]) -> Callable[Concatenate[S, P], R]:
+        @functools.wraps(function)
+        def call(first: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            return function(first, kind(*args, **kwargs))
+
+        _describe(call, function, kind)
+        return call
+
+    return decorate
+
+
+def _describe(call: object, function: Callable[..., object], kind: object) -> None:
+    """Signature and docstring as `help` shows them: the options, and what is known of each."""
+    if not (isinstance(kind, type) and issubclass(kind, Options)):
+        return
+    first = next(iter(inspect.signature(function).parameters.values()))
+    keywords = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=f.type,
+        )
+        for f in fields(kind)
+    ]
+    call.__signature__ = inspect.Signature([first, *keywords])  # type: ignore[attr-defined]
+    lines = [f"    {name}: {about.help}." for name, about in kind.table().items()]
+    call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keywords:", *lines])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export(ExportOptions):
+    """Options of `export`, and what it needs besides."""
+
+    out: Path | str
+    example: Tensor | Mapping[str, Tensor] | None = None
+    dims: Mapping[str, tuple[int | str, ...]] | None = None
+    weights: Path | str | None = None
+    force: bool = False
+    threads: int = 0
+    progress: Progress = field(default=Context().progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quantize(QuantizeOptions):
+    """Options of `quantize`, and where its result goes."""
+
+    out: Path | str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bundle(BundleOptions):
+    """Options of `bundle`, and where its result goes."""
+
+    out: Path | str | None = None
+    force: bool = False
+
+
+@_keywords(_Export)
+def export(model: nn.Module | Path | str, options: _Export) -> Run:
+    """Export a model into a new run folder.
+
+    Args:
+        model: a live nn.Module; the path of a checkpoint; or a factory, as "package.module:function".
+        out: run folder to create.
+        example: for a live module: an example tensor (B, S, ...) of forward's first parameter, or a dict with
+            one per parameter.
+        dims: for a live module: symbolic shape of inputs that are not (B, S, ...), `{"goal": ("B", 8)}`.
+        weights: for a factory: file with its weights.
+        force: replace an existing run folder.
+        threads: CPU threads of this run; all cores by default.
+        progress: called with the name of each step of this run.
+
+    Returns:
+        The run. Nothing is verified yet: `run.verify(...)`.
+
+    Raises:
+        ExportError: with `message`, `hint` and `exit_code`; see the classes in `xlstm_export.errors`.
+    """
+    context = Context(threads=options.threads, progress=options.progress)
+    loaded = _load(model, options)
+    chosen = ExportOptions(stateless=options.stateless, last_logits=options.last_logits, dtype=options.dtype)
+    folder = stages.export(loaded, Path(options.out), chosen, context, force=options.force)
+    return Run(folder, loaded, context)
+
+
+def open_run(
+    folder: Path | str,
+    *,
+    threads: int = 0,
+    progress: Progress = Context().progress,
+) -> Run:
+    """A run folder that was made before. Its model is loaded when a stage needs it, from where it came from.
+
+    Args:
+        folder: run folder of `export` or `quantize`.
+        threads: CPU threads of this run; all cores by default.
+        progress: called with the name of each step of this run.
+
+    Raises:
+        InputError: it is no run folder.
+    """
+    RunFolder.open(folder)
+    return Run(Path(folder), None, Context(threads=threads, progress=progress))
+
+
+class Run:
+    """A run folder and its model; the methods are the stages that follow the export.
+
+    Attributes:
+        path: the run folder.
+    """
+
+    def __init__(self, path: Path, loaded: Loaded | None, context: Context) -> None:
+        self.path = path
+        self._loaded, self._context = loaded, context
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.precision})"
+
+    @property
+    def io(self) -> IoSpec:
+        """Inputs, outputs and states of the graph."""
+        return self._folder.io
+
+    @property
+    def precision(self) -> str:
+        """Such as "fp32" or "int8"."""
+        return self._folder.precision
+
+    @_keywords(VerifyOptions)
+    def verify(self, options: VerifyOptions) -> Verdict:
+        """Compare the run with the model it was made from.
+
+        Returns:
+            The verdict: `passed`, `checks`, `metric`. It is written to `verify/report.json` too.
+        """
+        return stages.verify(self._folder, self._model, options, self._context)
+
+    @_keywords(CalibrateOptions)
+    def calibrate(self, options: CalibrateOptions) -> Scales:
+        """Run an FP32 export over data and write the ranges of its activations, `scales.json`."""
+        return stages.calibrate(self._folder, self._model, options, self._context)
+
+    def quantize(self, precision: Path | str, **keywords: object) -> Run:
+        """Make a run folder of another precision; see `quantize` of the command line for the keywords.
+
+        Args:
+            precision: such as "int8", or the path of a recipe.yaml.
+            keywords: of `options.QuantizeOptions`; `out`, by default a subfolder named after the precision;
+                `force` replaces it.
+
+        Returns:
+            The new run.
+        """
+        named = {"precision" if precision in PRECISIONS else "recipe": precision}
+        return self._quantize(**named, **keywords)  # type: ignore[arg-type]
+
+    @_keywords(_Quantize)
+    def _quantize(self, options: _Quantize) -> Run:
+        loaded = self._model if options.data is not None else self._loaded
+        out = None if options.out is None else Path(options.out)
+        made = stages.quantize(
+            self._folder, loaded, _as(QuantizeOptions, options), self._context, out=out, force=options.force
+        )
+        return Run(made, self._loaded, self._context)
+
+    @_keywords(BenchOptions)
+    def bench(self, options: BenchOptions) -> BenchReport:
+        """Time a verified run against PyTorch and the memory bandwidth; also in `bench/bench.json`."""
+        return stages.bench(self._folder, self._model, options, self._context)
+
+    def bundle(self, target: str | None = None, **keywords: object) -> Path:
+        """What a board needs of a verified run, as a folder or an archive.
+
+        Args:
+            target: the board, such as "orin-nano-8gb".
+            keywords: of `options.BundleOptions`; `out`, a folder or a file ending in .tar.gz, by default
+                `bundle` in the run folder; `force` replaces it.
+
+        Returns:
+            Where it is.
+        """
+        return self._bundle(target=target, **keywords)  # type: ignore[arg-type]
+
+    @_keywords(_Bundle)
+    def _bundle(self, options: _Bundle) -> Path:
+        out = None if options.out is None else Path(options.out)
+        chosen = _as(BundleOptions, options)
+        return stages.bundle(self._folder, self._model, out, chosen, self._context, force=options.force)
+
+    def report(self) -> Path:
+        """Write what is known of the run as one HTML file, and as Markdown and JSON beside it."""
+        return stages.report(self._folder).paths[0]
+
+    def session(self, batch: int = 1, *, backend: str = "onnxruntime") -> Session:
+        """A session that carries state from call to call; use it in a `with` block.
+
+        Args:
+            batch: number of streams.
+            backend: "onnxruntime", or "pytorch" for the model itself.
+
+        Raises:
+            UsageError: no such backend.
+        """
+        from ..inference.open import open_session
+
+        return open_session(self.path, backend, lambda: self._model, self._context.threads, batch)
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder.open(self.path)  # a stage may have written to it
+
+    @property
+    def _model(self) -> Loaded:
+        if self._loaded is None:
+            from ..load.checkpoint import load
+
+            run = self._folder
+            if not run.origin:
+                raise UsageError(
+                    f"{self.path} was exported from a module in memory", "keep the Run that export returned"
+                )
+            names = (run.origin.get(key) for key in ("checkpoint", "module", "weights"))
+            self._loaded = load(*names, stateless=run.options.stateless)
+        return self._loaded
+
+
+def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
+    from ..load import checkpoint
+
+    if not isinstance(model, str | Path):
+        if options.example is None:
+            raise UsageError("a live module needs an example input", "example=torch.zeros(1, 16, channels)")
+        if options.weights is not None:
+            raise UsageError("weights= belongs to a factory", "a live module has its weights")
+        return checkpoint.load_live(model, options.example, options.dims)
+    if options.example is not None or options.dims is not None:
+        raise UsageError("example= and dims= belong to a live module", "a factory returns them")
+    weights = None if options.weights is None else str(options.weights)
+    if ":" in str(model) and not Path(model).exists():
+        return checkpoint.load(None, str(model), weights, stateless=options.stateless)
+    return checkpoint.load(str(model), None, weights, stateless=options.stateless)
+
+
+def _as(kind: type[O], options: Options) -> O:
+    """The part of `options` that a stage takes."""
+    return kind.made_of({name: getattr(options, name) for name in kind.table()})

@@ -21,7 +21,7 @@ from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import observed_tensors
 from xlstm_export.load.checkpoint import Loaded
-from xlstm_export.options import ExportOptions
+from xlstm_export.options import CalibrateOptions, Context, ExportOptions
 from xlstm_export.runfolder import read_io
 from xlstm_export.trace import export as trace
 
@@ -120,7 +120,13 @@ def whole(small_export: Path, data: CalibrationSet) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def scales(small_export: Path, data: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Scales:
-    return calibrate(small_export, data, method="max", out=tmp_path_factory.mktemp("scales"), threads=1)
+    return calibrate(
+        small_export,
+        data,
+        CalibrateOptions(method="max"),
+        Context(threads=1),
+        out=tmp_path_factory.mktemp("scales"),
+    )
 
 
 def test_ranges_are_those_of_the_whole_sequence(scales: Scales, whole: dict[str, np.ndarray]) -> None:
@@ -155,7 +161,9 @@ def test_states_are_carried_on(
 ) -> None:
     """From a fresh state at every border the ranges would be others: the comparison above can tell."""
     late = CalibrationSet({"tokens": data.inputs["tokens"][:, 256:]}, "late")
-    cold = calibrate(small_export, late, method="max", out=tmp_path / "cold", threads=1)
+    cold = calibrate(
+        small_export, late, CalibrateOptions(method="max"), Context(threads=1), out=tmp_path / "cold"
+    )
     gaps = [
         abs(cold.tensors[name].max / np.abs(values[:, 256:]).max() - 1)
         for name, values in whole.items()
@@ -185,7 +193,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_same_bytes_whatever_the_threads(small_export: Path, data: CalibrationSet, tmp_path: Path) -> None:
     for threads in (1, 2):
-        calibrate(small_export, data, out=tmp_path / str(threads), threads=threads)
+        calibrate(small_export, data, context=Context(threads=threads), out=tmp_path / str(threads))
     assert files(tmp_path / "1") == files(tmp_path / "2")
     assert set(files(tmp_path / "1")) == {SCALES, CHANNELS}
 
@@ -203,11 +211,11 @@ def test_pieces_are_small_enough(
         return result
 
     monkeypatch.setattr(observers.ObservedGraph, "run", watched)
-    wide = calibrate(small_export, data, out=tmp_path / "wide", threads=1)
+    wide = calibrate(small_export, data, context=Context(threads=1), out=tmp_path / "wide")
     calls, before = len(largest), max(largest)
     largest.clear()
     monkeypatch.setattr(observers, "PIECE_BYTES", before // 10)
-    narrow = calibrate(small_export, data, out=tmp_path / "narrow", threads=1)
+    narrow = calibrate(small_export, data, context=Context(threads=1), out=tmp_path / "narrow")
     assert max(largest) <= before // 10
     assert len(largest) > 2 * calls
     for name, scale in wide.tensors.items():
@@ -219,7 +227,7 @@ def test_any_float_value_can_be_observed(small_export: Path, data: CalibrationSe
     names = [node.outputs[0].name or "" for node in load_graph(small_export / "model.onnx").graph
              if node.domain == "xlstm"]  # fmt: skip
     wanted = [*names, "logits", "past_0_m", "present_0_m"]
-    scales = calibrate(small_export, data, tensors=wanted, out=tmp_path, threads=1)
+    scales = calibrate(small_export, data, context=Context(threads=1), tensors=wanted, out=tmp_path)
     assert list(scales.tensors) == wanted
     assert scales.tensors["logits"].count == 5 * 300 * 256
 
@@ -235,7 +243,7 @@ def test_values_that_cannot_be_observed(small_export: Path, data: CalibrationSet
         with refused(UsageError, *words):
             calibrate(small_export, data, tensors=[name], out=tmp_path)
     with refused(UsageError, "'best'"):
-        calibrate(small_export, data, method="best", out=tmp_path)
+        calibrate(small_export, data, CalibrateOptions(method="best"), out=tmp_path)
 
 
 def test_nothing_to_do(small_export: Path, data: CalibrationSet, tmp_path: Path) -> None:
@@ -263,7 +271,7 @@ def test_a_graph_without_states_runs_whole_sequences(
 ) -> None:
     """All in one bucket; with zeros for states the graph is the same function."""
     folder = trace.export(small_loaded, tmp_path / "stateless", ExportOptions(stateless=True))
-    found = calibrate(folder, data, method="max", threads=1)
+    found = calibrate(folder, data, CalibrateOptions(method="max"), Context(threads=1))
     assert found.borders == (0,)
     ours, theirs = found.tensors.values(), scales.tensors.values()
     assert [len(scale.by_position) for scale in ours] == [1] * len(theirs)
@@ -272,7 +280,7 @@ def test_a_graph_without_states_runs_whole_sequences(
 
 
 def test_no_run_folder(data: CalibrationSet, tmp_path: Path) -> None:
-    with refused(InputError, "model.onnx"):
+    with refused(InputError, "manifest.json"):
         calibrate(tmp_path, data)
 
 
@@ -293,6 +301,10 @@ def test_nan_is_told_with_its_place(small_export: Path, data: CalibrationSet, tm
 # --- Interruptions --------------------------------------------------------------------------------------
 
 
+def how(options: dict[str, Any]) -> CalibrateOptions:
+    return CalibrateOptions(**{"method": "mse", **options})
+
+
 def interrupted(folder: Path, data: CalibrationSet, out: Path, at: int, **options: Any) -> None:
     """Stop as Ctrl-C does, once `at` positions are done."""
 
@@ -301,13 +313,14 @@ def interrupted(folder: Path, data: CalibrationSet, out: Path, at: int, **option
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(folder, data, out=out, batch=2, progress=stop, **options)
+        calibrate(folder, data, how(options), Context(count=stop), out=out, batch=2)
 
 
 def resumed(folder: Path, data: CalibrationSet, out: Path, **options: Any) -> list[int]:
     """Finish; the positions done at each call of progress."""
     seen: list[int] = []
-    calibrate(folder, data, out=out, batch=2, progress=lambda done, total: seen.append(done), **options)
+    context = Context(count=lambda done, total: seen.append(done))
+    calibrate(folder, data, how(options), context, out=out, batch=2)
     return seen
 
 
@@ -371,5 +384,5 @@ def test_a_damaged_file_is_told(small_export: Path, data: CalibrationSet, tmp_pa
     path.write_bytes(path.read_bytes()[:1000])
     with refused(InputError, partial.NAME, "delete it"):
         calibrate(small_export, data, out=tmp_path, batch=2)
-    calibrate(small_export, data, out=tmp_path, batch=2, resume=False)
+    calibrate(small_export, data, CalibrateOptions(resume=False), out=tmp_path, batch=2)
     assert set(files(tmp_path)) == {SCALES, CHANNELS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,11 +274,12 @@ number = 3
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "generators_of_a_user.py").write_text(MODULE)
     (tmp_path / "failing_on_import.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    return "generators_of_a_user"
+    yield "generators_of_a_user"
+    sys.modules.pop("generators_of_a_user", None)  # the next test has a folder of its own
 
 
 def test_generator_stops_when_there_are_enough(module: str) -> None:

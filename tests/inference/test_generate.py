@@ -14,6 +14,7 @@ from xlstm_export.inference.generate import Bytes, Numbers, codec_for, generate
 from xlstm_export.inference.open import open_session
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import GenerateOptions
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions.streams import choose
 from xlstm_export.specs import IoSpec, TensorSpec
 
@@ -22,7 +23,8 @@ TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
 
 def written(folder: Path, loaded: Loaded, backend: str, prompt: str = "Emma ", **options: object) -> str:
     session = open_session(folder, backend, lambda: loaded, 1)
-    return "".join(generate(session, prompt, GenerateOptions.made_of(options)))
+    codec = codec_for(folder, RunFolder.open(folder).io)
+    return "".join(generate(session, codec, prompt, GenerateOptions.made_of(options)))
 
 
 def test_backends_write_the_same(small_export: Path, small_loaded: Loaded) -> None:

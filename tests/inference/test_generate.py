@@ -23,8 +23,8 @@ TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
 
 def written(folder: Path, loaded: Loaded, backend: str, prompt: str = "Emma ", **options: object) -> str:
     session = open_session(folder, backend, lambda: loaded, 1)
-    codec = codec_for(folder, RunFolder.open(folder).io)
-    return "".join(generate(session, codec, prompt, GenerateOptions.made_of(options)))
+    io = RunFolder.open(folder).io
+    return "".join(generate(session, io, codec_for(folder, io), prompt, GenerateOptions.made_of(options)))
 
 
 def test_backends_write_the_same(small_export: Path, small_loaded: Loaded) -> None:

@@ -41,7 +41,7 @@ def generate(
             load_state(session, state)
         text = sys.stdin.read() if prompt == "-" else prompt
         start = time.perf_counter()
-        for piece in generate_(session, codec, text, options):
+        for piece in generate_(session, opened.io, codec, text, options):
             click.echo(piece, nl=False)
             sys.stdout.flush()
         click.echo()

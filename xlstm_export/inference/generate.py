@@ -94,12 +94,17 @@ def codec_for(folder: Path, io: IoSpec) -> Codec:
 
 
 def generate(
-    session: Session, codec: Codec, prompt: str, options: GenerateOptions = GenerateOptions()
+    session: Session,
+    io: IoSpec,
+    codec: Codec,
+    prompt: str,
+    options: GenerateOptions = GenerateOptions(),
 ) -> Iterator[str]:
     """Continue `prompt`: pieces of text as the tokens are drawn.
 
     Args:
         session: of one stream, fresh or resumed; its state moves on.
+        io: of the run folder; a session of PyTorch does not know the model's outputs.
         codec: of `codec_for`.
         prompt: at least one token; read in one prefill.
         options: how many tokens to write, and how they are drawn.
@@ -107,7 +112,7 @@ def generate(
     Raises:
         UsageError: nothing to continue, or a token that the model does not know.
     """
-    given, io = codec.encode(prompt), session.io
+    given = codec.encode(prompt)
     size = io.outputs[0].shape[-1]
     if isinstance(size, int) and not all(0 <= token < size for token in given):
         raise UsageError(f"the prompt holds a token beyond the vocabulary of {size}", "give other tokens")

@@ -239,7 +239,7 @@ WRONG: list[tuple[Callable[[nn.Module], Any], tuple[str, ...]]] = [
     (lambda cell: Double(), ("float64", "float32")),
     (lambda cell: BadKind(), ("'last one' cannot be part of a tensor's name",)),
     (lambda cell: Reserved(), ("state kind(s) n belong to the operators",)),
-    (lambda cell: Half(), ("keeps state 'last' as float16 (2, 1, 4), of past float32 (2, 1, 4)",)),
+    (lambda cell: Half(), ("keeps state 'last' as float16 (2, 1, 4), but its past is float32 (2, 1, 4)",)),
     (lambda cell: OneRow(), ("keeps state 'last' as float32 (1, 1, 4)",)),
     (lambda cell: Failing(), ("fails where the original runs: TypeError", "'gate'")),
     (lambda cell: Empty(), ("state 'last' has shape (0, 4)", "positive integers")),

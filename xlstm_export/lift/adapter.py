@@ -1,4 +1,4 @@
-"""What an adapter for a cell is made of: the registry, the base class, and the scope that carries states.
+"""Adapters for cells: the registry, the base class, and the scope that carries states through a forward pass.
 
 A replaced cell reads its past state from, and writes its present state to, the scope that `run_lifted`
 opens around one forward pass. A cell that is called several times in one pass has a state per call.
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import BuildError, UsageError
 
 AdapterFunction = Callable[[nn.Module], nn.Module]
-# Filled by `register` when modules are imported, by the path of the class: what one run registers is there
-# for the next one in the same process, as the class itself is.
+# Adapters by the path of their class. `register` adds to it when a module is imported, so an adapter lives as
+# long as the process, like the class it is for.
 ADAPTERS: dict[str, AdapterFunction] = {}
 
 
@@ -42,7 +42,7 @@ def register(class_path: str) -> Callable[[AdapterFunction], AdapterFunction]:
 
 
 def refuse(class_path: str, reason: str, hint: str) -> None:
-    """Stop at every module of that class: it looks like a known cell and computes something else."""
+    """Refuse every module of that class: it looks like a known cell but computes something else."""
 
     @register(class_path)
     def _(cell: nn.Module) -> nn.Module:
@@ -59,11 +59,11 @@ class RecurrentCell(nn.Module):
     """Base of the modules that replace a cell with state.
 
     Subclasses set the class attribute `cell` and pass `state_shapes`: state kind → shape without the batch
-    dimension. In `forward` they read every state with `past` and hand out its successor with `keep`. `heads`
+    dimension. In `forward` they read every past state with `past` and return the new one with `keep`. `heads`
     and `head_dim` describe the cell in listings.
 
     Raises:
-        BuildError: a state kind or shape cannot be used.
+        BuildError: a state kind or shape is not valid.
     """
 
     cell = ""
@@ -79,43 +79,38 @@ class RecurrentCell(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scope = _scope()
-        # By path, not by identity: torch.export runs copies of a module that stands in two places.
+        # By path and not by identity: torch.export runs copies of a module that is used in two places.
         call = scope.calls[self.path] = scope.calls.get(self.path, 0) + 1
         result = super().__call__(*args, **kwargs)
         lost = [kind for kind in self.state_shapes if (self.path, call, kind) not in scope.kept]
         if lost:
             raise BuildError(
-                f"{self.told} never keeps state {lost[0]!r}, which it declared",
-                f"call self.keep({lost[0]!r}, value) in forward: what is not handed out is lost",
+                f"{_label(self)} never keeps state {lost[0]!r}, which it declared",
+                f"call self.keep({lost[0]!r}, value) in forward, or the state is lost",
             )
         return result
-
-    @property
-    def told(self) -> str:
-        """Which cell, and whose adapter: the beginning of an error message."""
-        return f"{self.path or '<root>'}: adapter {self.adapter or type(self).__qualname__}"
 
     def past(self, kind: str) -> Tensor:
         """The incoming state (B, ...) of this call."""
         if kind not in self.state_shapes:
             raise BuildError(
-                f"{self.told} reads state {kind!r}, which it did not declare",
+                f"{_label(self)} reads state {kind!r}, which it did not declare",
                 f"it declared {', '.join(self.state_shapes) or 'none'}",
             )
         return _scope().past_of(self, kind)
 
     def keep(self, kind: str, value: Tensor) -> None:
-        """Hand out the new state (B, ...) of this call.
+        """Return the new state (B, ...) of this call.
 
         Raises:
-            BuildError: it was not declared, or not of this shape.
+            BuildError: the state was not declared, or was declared with another shape.
         """
         shape = self.state_shapes.get(kind)
         if shape is None or tuple(value.shape[1:]) != shape:
             declared = ", ".join(f"{k} (B, {', '.join(map(str, s))})" for k, s in self.state_shapes.items())
             found = ", ".join(map(str, value.shape[1:]))
             raise BuildError(
-                f"{self.told} keeps state {kind!r} of shape (B, {found})",
+                f"{_label(self)} keeps state {kind!r} of shape (B, {found})",
                 f"it declared {declared or 'no state'}",
             )
         scope = _scope()
@@ -123,13 +118,18 @@ class RecurrentCell(nn.Module):
         scope.keep(self, kind, value)
 
 
-# States of the operators. They mean something together only: C·exp(m) and n·exp(m), or c·exp(m), and are
-# compared as such, so none of the names is free for a state of another kind.
+def _label(cell: RecurrentCell) -> str:
+    """Path of a cell and the name of its adapter, for the beginning of an error message."""
+    return f"{cell.path or '<root>'}: adapter {cell.adapter or type(cell).__qualname__}"
+
+
+# States of the operators. Only their products have a meaning (C·exp(m) and n·exp(m), or c·exp(m)), and these
+# are compared. So an adapter cannot use one of these names for another kind of state.
 _STABILIZED = ({"C", "n", "m"}, {"c", "n", "m"})
 
 
 def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
-    """State shapes as declared, or an error that says what is wrong with them."""
+    """The declared state shapes, checked; raises BuildError where one is not valid."""
     if not owner.cell.isidentifier():  # type: ignore[attr-defined]
         raise BuildError(
             f"{owner.__qualname__} has no name for listings", 'set the class attribute, e.g. cell = "average"'
@@ -166,7 +166,7 @@ def run_lifted(
 ) -> tuple[Any, dict[str, Tensor]]:
     """One forward pass: the module's own result, and the present states by graph output name.
 
-    States are put into `present` as soon as they are known, where the caller gives one.
+    Where the caller gives `present`, every state is put into it as soon as it is computed.
     """
     scope = _Scope(past, {} if present is None else present)
     return _run(module, args, scope), scope.present
@@ -179,12 +179,12 @@ def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[
 
 
 def run_alone(cell: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Tensor) -> Any:
-    """One call of a replacement by itself from zero states, its own states checked in full.
+    """One call of a replaced cell alone, from zero states, with all checks of its states.
 
     Args:
-        cell: what an adapter returned.
-        args, kwargs: of the call.
-        like: an input of the model; its batch and device are those of the states.
+        cell: the module that an adapter returned.
+        args, kwargs: arguments of the call.
+        like: an input of the model; the states get its batch and device.
     """
     return _run(cell, args, _CheckingScope({}, batch=like.shape[0], like=like), kwargs)
 
@@ -224,7 +224,7 @@ class _Scope:
 
 @dataclass
 class _CountingScope(_Scope):
-    """Before states have names: every past is zero."""
+    """A scope for the time before states have names: every past state is zero."""
 
     batch: int = 1
     like: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -239,14 +239,15 @@ class _CountingScope(_Scope):
 
 
 class _CheckingScope(_CountingScope):
-    """A new state must be of the type and batch of the old one: they are one tensor to a runtime."""
+    """Require that a new state has the type and batch of the old one: a runtime keeps both in one tensor."""
 
     def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
         past = self.past_of(cell, kind)
         if (value.dtype, value.shape[0]) != (past.dtype, self.batch):
             raise BuildError(
-                f"{cell.told} keeps state {kind!r} as {_described(value)}, of past {_described(past)}",
-                "a state keeps its type and batch from call to call",
+                f"{_label(cell)} keeps state {kind!r} as {_described(value)}, "
+                f"but its past is {_described(past)}",
+                "a state must have the same type and batch in every call",
             )
 
 

@@ -1,8 +1,8 @@
-"""Does a replacement return what the original does? Asked of every adapter that is not our own.
+"""Check that a replaced cell returns what the original returns, for every adapter that a user wrote.
 
-The user's module runs once on the example inputs; every cell that has been replaced by a user's adapter is
-given the same arguments there and here. `verify` compares whole models later and in float64; this check is
-for an error message that names the cell.
+The user's module runs once on the example inputs. Each cell that a user's adapter replaces is then called
+with the arguments of the original. `verify` compares whole models later, in float64; this check exists for
+an error message that names the cell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .adapter import AdapterFunction, adapter_name, run_alone
 
 log = logging.getLogger(__name__)
 
-# Relative L2 of one cell in FP32. Rounding, and eps in another gauge, are below 1e-5.
+# Relative L2 of one cell in FP32. Rounding, and an eps that is added at another place, stay below 1e-5.
 LIMIT = 1e-4
 
 
@@ -48,13 +48,13 @@ def check_adapters(
     """Compare the result of every call of a cell that a user's adapter replaces.
 
     Args:
-        module: the user's; as it was afterwards.
-        lifted: the copy with the replacements.
-        replaced: path → (cell, adapter).
-        inputs: of forward.
+        module: the user's module; unchanged afterwards.
+        lifted: the copy with the replaced cells.
+        replaced: path → (original cell, adapter).
+        inputs: arguments of forward.
 
     Raises:
-        BuildError: structure, shape, type or values of a result differ, or the replacement fails.
+        BuildError: structure, shape, type or values of a result differ, or the replaced cell fails.
     """
     theirs = {path: entry for path, entry in replaced.items() if not is_built_in(entry[1])}
     if not theirs or module.training or any(x.is_meta for x in (*inputs, *module.parameters())):
@@ -69,7 +69,7 @@ def check_adapters(
         except Exception as error:
             raise BuildError(
                 f"{where} built a module that fails where the original runs: {type(error).__name__}: {error}",
-                "its forward takes what the original's takes",
+                "its forward must take the same arguments as the original's",
             ) from error
         _compare(where, "", call.result, found)
 
@@ -77,13 +77,13 @@ def check_adapters(
 def _original_calls(
     module: nn.Module, cells: Mapping[str, tuple[nn.Module, AdapterFunction]], inputs: Sequence[Tensor]
 ) -> list[_Call]:
-    """Arguments and result of every call of the cells, as far as the original runs here."""
+    """Arguments and result of every call of the cells; where the original fails, of the calls before that."""
     open_calls: list[_Call] = []
     calls: list[_Call] = []
 
     def watch(path: str, cell: nn.Module) -> list[Any]:
         def before(cell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Copies: the original may write into what it was given.
+            # Copies: the original may write into its arguments.
             open_calls.append(_Call(path, _copied(args), _copied(kwargs)))
 
         def after(cell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -100,7 +100,7 @@ def _original_calls(
     try:
         with torch.no_grad():
             module(*(x.clone() for x in inputs))
-    except Exception:  # it may need a GPU; whether the lifted module runs is asked elsewhere
+    except Exception:  # it may need a GPU; other code checks that the lifted module runs
         log.debug("the module as it was given does not run", exc_info=True)
     finally:
         for hook in hooks:

@@ -10,7 +10,7 @@ and register a function that builds it from the original::
     def _(cell: nn.Module) -> nn.Module:
         return MyLiftedCell(cell)
 
-`families/*_cells.py` do this for the published families; docs/adapters.md has an example of your own.
+`cells/*.py` do this for the published families; docs/adapters.md has an example for a user's own cell.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Lifted:
     Attributes:
         module: the copy; call it through `run_lifted`.
         blocks: its recurrent layers in the order of the module tree.
-        replaced: path → (the original cell, the adapter that replaced it), to build a replacement again.
-        outputs: what forward returns on the example inputs, unless there were none.
+        replaced: path → (original cell, adapter), so that the replacement can be built again.
+        outputs: what forward returns for the example inputs; None without example inputs.
     """
 
     module: nn.Module
@@ -97,7 +97,7 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
     lifted = copy_sharing_tensors(module, replacements).eval()
     if inputs:
         check_adapters(module, lifted, replaced, inputs)
-    # A cell may be of any kind of its own; but a convolution alone is no recurrent model.
+    # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
     if all(cell.cell == "conv" for _, cell in recurrent):
         _refuse_look_alikes(module, inputs)
         raise BuildError(
@@ -117,7 +117,7 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
 
 
 def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
-    """The replacement of a cell; whatever its adapter does wrong is told with the path."""
+    """The module that replaces a cell; errors of its adapter are reported with the path of the cell."""
     where = path or "<root>"
     try:
         replacement: Any = adapter(cell)
@@ -159,7 +159,7 @@ def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, 
     except BuildError:
         raise
     except Exception as error:
-        seen.refuse(paths)  # says more than how its kernel failed
+        seen.refuse(paths)  # a clearer message than that of the failed kernel
         raise BuildError(
             f"forward fails on the example inputs: {type(error).__name__}: {error}",
             "the example inputs must have the shapes forward expects",
@@ -169,7 +169,7 @@ def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, 
 
 
 def _refuse_look_alikes(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Name a recurrence that is called as a function, in a module without a known cell."""
+    """Refuse a recurrence that is called as a function, in a module without a known cell."""
     with torch.no_grad(), lookalikes.watch() as seen, contextlib.suppress(Exception):
         module(*inputs)
     seen.refuse({id(child): path for path, child in module.named_modules()})
@@ -210,14 +210,14 @@ def _recurs(module: nn.Module) -> bool:
 def _adapter_of(module: nn.Module) -> AdapterFunction | None:
     for cls in type(module).__mro__:
         adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
-        # A subclass with a forward of its own computes something we do not know.
+        # A subclass with its own forward computes something that the adapter does not know.
         if adapter is not None and type(module).forward is cls.forward:  # type: ignore[attr-defined]
             return adapter
     return None
 
 
-# Names of classes that carry a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
-# not those that only mention one, such as xLSTMHead. What slips through does not stream, which is noticed.
+# Class names of modules with a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
+# not names that only contain one, such as xLSTMHead. A cell that this misses fails the streaming check later.
 _LOOKS_RECURRENT = re.compile(
     r"(lstm|gru|rnn|sru|lru|recurrent|rwkv|mamba|ssm|^s4d?|^s5|hgrn|retnet|retention|delta_?net|time_?mix|cell)"
     r"_?(cell|layer|block|mixer|unit)?_?v?\d*$",
@@ -226,9 +226,9 @@ _LOOKS_RECURRENT = re.compile(
 
 
 def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
-    """Stop at a module that looks recurrent, is not known, and does not merely contain known ones.
+    """Refuse a module that looks recurrent, is not known, and does not merely contain known cells.
 
-    What derives from a known cell and was not replaced has a forward of its own: known to be recurrent.
+    A subclass of a known cell that was not replaced has its own forward. It is recurrent, and not known.
     """
     for path, child in module.named_modules():
         inside = any(parent == "" or path == parent or path.startswith(f"{parent}.") for parent in covered)
@@ -247,16 +247,16 @@ def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
 
 
 def _number(recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> tuple[BlockSpec, ...]:
-    """Cells with the same parent module form one block; blocks count in the order of the module tree.
+    """Group cells into blocks: cells with the same parent form one; the order is that of the module tree.
 
-    Every call in a forward pass carries a state of its own, so what is called twice forms two blocks.
+    Every call in a forward pass has its own state, so a parent that is called twice forms two blocks.
     """
     groups: dict[str, list[tuple[str, RecurrentCell]]] = {}
     for path, cell in recurrent:
         groups.setdefault(path.rpartition(".")[0], []).append((path, cell))
     blocks: list[BlockSpec] = []
     for members in groups.values():
-        # Two cells of one kind under one parent cannot share a block: their states would collide.
+        # Two cells of one kind under one parent get two blocks: their states would have the same names.
         for bundle in _split_by_kind(members):
             for call in range(max(calls.get(path, 1) for path, _ in bundle)):
                 index = len(blocks)

@@ -1,7 +1,7 @@
-"""Recurrences called as functions, out of libraries that are known for them.
+"""Detection of recurrences that a model calls as functions of known libraries.
 
-A module is recognized by its class; a function leaves no trace in a module. So the example run is watched:
-which functions run is all that is recorded, nothing of the user's or the library's is changed.
+A module is recognized by its class, but a function call leaves no trace in a module. So the example run is
+observed: it records which functions run, and changes nothing in the user's code or the library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import BuildError
 
-# Package or module → what is known of its functions.
+# Package or module → why its functions cannot be exported.
 LIBRARIES = {
     "flashrnn": "FlashRNN keeps the normalizer of its sLSTM at 1 or more, which is another function than the "
     "operator's, and its other cells have no operator",
@@ -44,7 +44,7 @@ class Seen:
     caller: nn.Module | None = field(default=None, repr=False)
 
     def refuse(self, paths: Mapping[int, str]) -> None:
-        """Raise BuildError if there was one; `paths` names modules by their id."""
+        """Raise BuildError if such a function ran; `paths` gives the path of a module by its id."""
         if not self.function:
             return
         path = paths.get(id(self.caller), "") or "<root>"
@@ -57,7 +57,7 @@ class Seen:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Seen]:
-    """See which functions of `LIBRARIES` the block calls, on this thread."""
+    """Context manager that records which functions of `LIBRARIES` the block calls, on this thread."""
     seen = Seen()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:

@@ -1,4 +1,4 @@
-"""A loaded model as its lifted form sees it: blocks, states, parameter counts, and its first blocks alone."""
+"""A loaded model in its lifted form: blocks, states and parameter counts; and a cut to its first blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def truncated(loaded: Loaded, num_blocks: int) -> Loaded:
     """The model with only the first blocks of its stack, head and embedding as they are.
 
     Raises:
-        UsageError: it has no stack of blocks, or no more than that many.
+        UsageError: the model has no stack of blocks, or not more than `num_blocks`.
     """
     stacks = block_stacks(lift_model(loaded, values=False).module)
     if len(stacks) != 1:

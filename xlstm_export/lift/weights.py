@@ -1,4 +1,4 @@
-"""Weights of a lifted model, read one at a time; stand-ins for those that are not in memory."""
+"""Weights of a lifted model, read one at a time, and placeholders for weights that are not in memory."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def hollow(module: nn.Module) -> nn.Module:
 class LiftedWeights:
     """Values of the lifted module's tensors by name, at most one cell of them in memory.
 
-    A replaced cell may store its weights in another form; the adapter is run again on the cell with its
-    weights in, so that adapters need to know nothing of all this.
+    A replaced cell may store its weights in another form. Then the adapter runs again on the original cell
+    with its weights loaded, so an adapter needs no code for this.
     """
 
     def __init__(self, loaded: Loaded, lifted: Lifted) -> None:

@@ -1,1 +1,1 @@
-"""A path or a factory becomes a model that can be lifted and traced."""
+"""Loading: from a path or a factory to a model that can be lifted and traced."""

@@ -1,7 +1,7 @@
 """A path → a model that can be lifted and traced: which family a checkpoint belongs to, and its loader.
 
-Two doors: `load_checkpoint` for the published families (see `families/`), `load_module` for a user's own
-nn.Module from a factory. Nothing is ever unpickled that could run code.
+Two entry points: `load_checkpoint` for the published families (see `families/`), `load_module` for a user's
+own nn.Module from a factory. No pickle that could run code is ever loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load(
     *,
     stateless: bool | None = None,
 ) -> Loaded:
-    """Either door, as the command line offers them.
+    """Load a model through one of the two entry points, by the options of the command line.
 
     Args:
         checkpoint: path of a checkpoint of a published family, or

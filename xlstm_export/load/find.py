@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint stand: config and weights in a folder."""
+"""Find the parts of a checkpoint in a folder: config and weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_weights(path: Path) -> tuple[Weights, tuple[Path, ...]]:
-    """The tensors of a checkpoint (a folder or a weight file) and the files they stand in.
+    """The tensors of a checkpoint (a folder or a weight file) and the files that hold them.
 
     A folder holds one weight file, shards with an index (`model.safetensors.index.json`), or shards
     numbered `model_0.safetensors`, `model_1.safetensors`, …

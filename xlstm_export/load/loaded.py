@@ -1,4 +1,4 @@
-"""What every door of `checkpoint` returns: a module, where its weights are, and how to call it."""
+"""The loaded model, as every loader returns it: a module, where its weights are, and how to call it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import InputError
 from .weights import Weights
 
 Dims = tuple[int | str, ...]
-# What the families' packages raise, each in its own place, when a config does not make sense to them.
+# Exceptions that the families' packages raise for a config that they do not accept.
 CONFIG_ERRORS = (
     *(AssertionError, ValueError, TypeError, AttributeError),
     *(ArithmeticError, LookupError, RuntimeError),
@@ -41,12 +41,13 @@ class Loaded:
         origin: how to load it again: checkpoint path, or module and weights.
         files: config and weight files, for their hashes.
         weights: the values of the skeleton's state_dict, read one at a time; None for a module that has them.
-        finish: called on the module once its weights are in: ties shared tensors, makes what no file stores.
-        exact: called on a copy of the module that serves as reference: switches off the rounding to less
-            than the weights' type that some upstream code does by itself.
+        finish: called on the module after its weights are loaded: ties shared tensors, and makes the tensors
+            that no file stores.
+        exact: called on the copy of the module that serves as reference: switches off rounding to a type
+            narrower than that of the weights, which some upstream code does by itself.
         dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
         companions: files carried along into the run folder (tokenizer).
-        streams: whether states are carried unless the user says otherwise.
+        streams: whether an export carries states by default.
     """
 
     skeleton: nn.Module
@@ -84,8 +85,8 @@ class Loaded:
     def stored_as(self, dtype: str) -> Loaded:
         """The model with its matrices (tensors of two dimensions or more) rounded to `dtype`.
 
-        An export in that type computes this model, in FP32 arithmetic; it is the very model where the
-        checkpoint is of that type already.
+        An export in that type computes this model, in FP32 arithmetic. Where the checkpoint has that type
+        already, nothing changes.
 
         Args:
             dtype: "fp32" (nothing changes), "bf16" or "fp16".
@@ -169,6 +170,6 @@ def check_fit(module: nn.Module, weights: Weights, where: Path, hint: str) -> No
 
 
 def context_length(module: nn.Module) -> int | None:
-    """The shortest context length any xLSTM part of the module was built for."""
+    """The shortest context length of the module's xLSTM parts."""
     found = (getattr(getattr(m, "config", None), "context_length", None) for m in module.modules())
     return min((n for n in found if isinstance(n, int) and n > 0), default=None)

@@ -24,7 +24,7 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
         if spec.dtype == "bool":
             inputs[spec.name] = rng.random((*lead, *rest)) < 0.5
         elif spec.name in integers:
-            # An embedding table says how many tokens there are, but not of which of several inputs.
+            # An embedding table gives the number of tokens; with several inputs it is not clear of which.
             high = loaded.vocab_size if len(integers) == 1 else None
             high = high or int(example.max()) + 1
             inputs[spec.name] = rng.integers(0, high, (*lead, *rest)).astype(spec.dtype)

@@ -1,7 +1,7 @@
 """Weight files → tensors: safetensors (one file or shards with an index), or torch files; no unpickling.
 
-`open_weights` returns name → `Weight`: shape and type of every tensor at once, values one tensor at a time
-and only while somebody holds them, so that a checkpoint may be larger than the memory.
+`open_weights` returns name → `Weight`: shape and type of every tensor at once, values one tensor at a time.
+Values are freed when the caller drops them, so a checkpoint may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Weight:
     """One tensor of a checkpoint; `read` fetches its values.
 
     Attributes:
-        path: the file it stands in.
+        path: the file that holds it.
         name: its name there.
     """
 
@@ -144,7 +144,7 @@ def _open_safetensors(path: Path) -> Weights:
 def _load_safetensor(path: Path, name: str) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
-    # Opened for every tensor: the mapping ends with it, and its pages do not add up to the whole file.
+    # Opened for every tensor: closing ends the mapping, so memory never holds pages of the whole file.
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)

@@ -1,7 +1,7 @@
 """The cells of the `xlstm` package (xLSTMBlockStack, xLSTMLMModel); importing this module registers them.
 
-Each class replaces one of the package's modules and computes what it computes, through the two operators
-where there is state. The package itself is not imported: classes are known by name.
+Each class replaces one module of the package and computes the same function, with the two operators where
+the module has a state. The package itself is not imported: classes are recognized by name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ...errors import BuildError
 from ...ops import reference as ops
 from ..adapter import RecurrentCell, register
 
-# Block-diagonal weights are merged up to this width: a 4 x 4 block is too small for any matrix unit,
-# while the zeros of a 64 x 64 one cost less than the call overhead they save.
+# Block-diagonal weights are merged up to this width. A 4 x 4 block is too small for any matrix unit; the
+# added zeros of a 64 x 64 block cost less time than the calls they save.
 BLOCK_WIDTH = 64
 
 
@@ -74,7 +74,7 @@ class LiftedSlstmCell(RecurrentCell):
         """x (B, S, 4·H·D) → y (B, H, S, D); the state lives in the graph, so none is returned."""
         if state is not None or lengths is not None:
             raise BuildError(
-                f"{self.path} is called with a state or lengths of the caller's own",
+                f"{self.path} is called with a state or with lengths",
                 "call the cell without them: the exported graph carries the state",
             )
         batch, length, _ = x.shape
@@ -106,7 +106,7 @@ class LiftedCausalConv1d(RecurrentCell):
         """x (B, S, D) → (B, S, D)."""
         if conv_state is not None or return_last_state:
             raise BuildError(
-                f"{self.path} is called with a state of the caller's own",
+                f"{self.path} is called with a state",
                 "call the convolution without it: the exported graph carries the state",
             )
         before = self.kernel - 1

@@ -1,7 +1,7 @@
 """The mLSTM layer of the 7B architecture (arXiv 2503.13427); importing this module registers it.
 
-`xlstm.xlstm_large` and `transformers` each have one. Heads are never transposed: the operator takes
-(B, S, H, D) as the projections give it.
+`xlstm.xlstm_large` and `transformers` each define this layer. Heads are never transposed: the operator takes
+(B, S, H, D), the layout of the projections' results.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LiftedLargeLayer(RecurrentCell):
         """x (B, S, E) → y (B, S, E); the state lives in the graph, so none is returned."""
         if state is not None:
             raise BuildError(
-                f"{self.path} is called with a state of the caller's own",
+                f"{self.path} is called with a state",
                 "call the layer without it: the exported graph carries the state",
             )
         q, k, v, o, i, f = self._projections(x)
@@ -64,7 +64,7 @@ class LiftedLargeLayer(RecurrentCell):
         return self.out_proj(torch.sigmoid(o) * h.reshape(*h.shape[:-2], self.heads * self.value_dim)), None
 
     def _projections(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, o and the capped gates i, f (B, S, ·); gate pre-activations stay apart from the rest."""
+        """q, k, v, o and the capped gates i, f (B, S, ·); gate pre-activations have their own product."""
         part: Any = self
         if self.fused:
             q, k, v, o = part.qkv_opreact(x).split(self.widths, dim=-1)
@@ -96,7 +96,7 @@ def _large_layer(layer: nn.Module) -> nn.Module:
     return LiftedLargeLayer(layer)
 
 
-# The backend does not know the sizes of its heads, so a layer of one's own is adapted as a whole.
+# The backend does not know its head sizes, so a user's layer that calls it is replaced as a whole.
 for _path in (
     "mlstm_kernels.torch.backend_module.mLSTMBackend",
     "transformers.models.xlstm.modeling_xlstm.xLSTMBackend",

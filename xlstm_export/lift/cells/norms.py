@@ -1,7 +1,8 @@
 """Norms of the xlstm_large, Hugging Face and TiRex models; importing this module registers them.
 
-Upstream computes them in FP32 whatever the type of the model (`x.float()`); here they follow the input, so
-that a float64 reference is one. RMSNorm is x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467, eq. 4).
+Upstream computes them in FP32 for every type of the model (`x.float()`). Here they compute in the type of the
+input, so that a reference in float64 has full precision. RMSNorm is x / sqrt(mean(x²) + eps) · weight
+(arXiv 1910.07467, eq. 4).
 """
 
 from __future__ import annotations

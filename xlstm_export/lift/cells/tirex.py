@@ -1,8 +1,8 @@
 """The recurrent layer of TiRex (`tirex-ts`; arXiv 2505.23719); importing this module registers it.
 
 It is an sLSTM (arXiv 2405.04517, section 2.2) whose four gates are head-wise projections of one input and
-whose forget pre-activation is clamped. Its norms stand in `norm_cells`. The package itself is not imported:
-classes are known by name.
+whose forget pre-activation is clamped. Its norms are in `norms.py`. The package itself is not imported:
+classes are recognized by name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ...errors import BuildError
 from ...ops import reference as ops
 from ..adapter import RecurrentCell, register
 
-# The cell lets no forget pre-activation above this through: log sigmoid(15) = -3e-7, beyond which the
-# results of a GPU become subnormal numbers.
+# The cell clamps forget pre-activations to at most this: log sigmoid(15) = -3e-7, and for larger arguments
+# the results of a GPU become subnormal numbers.
 FORGET_MAX = 15.0
 
 
@@ -58,7 +58,7 @@ class LiftedTirexCell(RecurrentCell):
     def _refuse_state(self, state: Tensor | None) -> None:
         if state is not None:
             raise BuildError(
-                f"{self.path} is called with a state of the caller's own",
+                f"{self.path} is called with a state",
                 "call it without one: the exported graph carries the state",
             )
 
@@ -69,8 +69,8 @@ class LiftedTirexLayer(LiftedTirexCell):
     def __init__(self, source: nn.Module) -> None:
         super().__init__(source.slstm_cell)  # type: ignore[arg-type]
         layer: Any = source
-        # The layer joins its projections in this order, and the cell reads the positions as i, f, z, o. So
-        # the weights called fgate feed the input gate: their place counts, not their name.
+        # The layer joins its projections in this order, and the cell reads them as i, f, z, o by position. So
+        # the weights named fgate feed the input gate: the position counts, not the name.
         gates = (layer.fgate, layer.igate, layer.zgate, layer.ogate)
         joined = torch.cat([gate.weight.detach().transpose(1, 2) for gate in gates], dim=-1)
         self.gate_weight = nn.Parameter(joined, False)  # (H, D, 4·D)

@@ -92,7 +92,7 @@ def _with_vanilla_backend(config: dict[str, Any]) -> dict[str, Any]:
     slstm = {} if block.get("slstm") is None else block["slstm"]
     if not isinstance(slstm, dict):
         return config  # refused where the dataclasses are filled
-    # The CUDA kernel clips states when this is set; the vanilla backend does not know how.
+    # The CUDA kernel clips states when this is set; the vanilla backend cannot.
     if slstm.get("backend", "cuda") == "cuda" and slstm.get("gradient_recurrent_clipval") is not None:
         raise BuildError(
             "sLSTM trained with the CUDA backend and gradient_recurrent_clipval is not supported",
@@ -129,7 +129,7 @@ def _slstm_to_vanilla(module: nn.Module, weights: Weights) -> Weights:
     """Bring sLSTM weights stored by the CUDA backend into the vanilla backend's order.
 
     Recurrent kernel: (H, D, 4·D) → (H, 4·D, D). Bias: (H, 4, D) flattened → (4, H, D) flattened. The
-    kernel's shape tells which one a file has, whatever its config says.
+    order in a file is known from the kernel's shape; the config may name the other backend.
     """
     weights = dict(weights)
     for path, cell in module.named_modules():

@@ -34,7 +34,7 @@ HARMLESS = frozenset(
         *("transformers_version", "architectures", "model_type", "_name_or_path", "auto_map"),
     ]
 )
-# Some of them change the function where they are set.
+# Those of them that change the function when they are set.
 MUST_BE_OFF = frozenset(["add_qk_norm", "add_post_norm"])
 
 
@@ -84,7 +84,8 @@ def load(path: Path) -> Loaded:
         ) from error
     finish = _leave
     if causal and model_config.tie_word_embeddings and (TABLE in weights) != (HEAD in weights):
-        # Stored once, under either name. Where both are stored they are two, whatever the config says.
+        # Tied tensors are stored once, under either name. Where both are stored they are not tied, even if
+        # the config ties them.
         finish = _tie
         _tie(module)
         shared = weights.get(TABLE) or weights[HEAD]
@@ -107,7 +108,7 @@ def load(path: Path) -> Loaded:
 
 
 def _settings(config: dict[str, Any], mode: str) -> dict[str, Any]:
-    """What the configuration class is given: PyTorch's own kernels, states handed out."""
+    """Arguments of the configuration class: PyTorch's own kernels, and states are returned."""
     settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": mode, "use_cache": False}
     # True: a Hugging Face model never hands states out unless it is given a cache.
     settings["return_last_states"] = True

@@ -13,7 +13,7 @@ from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit
 from ..weights import Weights
 
-# How upstream computes, not what: kernels that run everywhere, states and sums in FP32.
+# Settings that select upstream's implementation, not its function: portable kernels, states and sums in FP32.
 NATIVE = {
     "chunkwise_kernel": "chunkwise--native_autograd",
     "sequence_kernel": "native_sequence__native",
@@ -32,7 +32,7 @@ def matches(config: dict[str, Any]) -> bool:
 
 
 def load(path: Path) -> Loaded:
-    """Load an `xLSTMLarge`; either weight mode, whatever the config says: the tensors tell.
+    """Load an `xLSTMLarge`. The weight mode is known from the tensors; that of the config is not used.
 
     Raises:
         InputError: something is missing or damaged, or config and weights do not fit.
@@ -92,7 +92,7 @@ def check_kernel(kernel: str, where: Path) -> None:
 
 
 def full_precision_norms(module: torch.nn.Module) -> None:
-    """Upstream's norms reduce in FP32 even in a float64 model; a reference must not."""
+    """Make norms reduce in the type of their input, for a reference; upstream's reduce in FP32 always."""
     for part in module.modules():
         if hasattr(part, "force_float32_reductions"):
             part.force_float32_reductions = False  # type: ignore[assignment]

@@ -160,9 +160,9 @@ def _checked_inputs(
             name: x.shape[axis] for name, x in ordered.items() if symbolic[name][axis : axis + 1] == (letter,)
         }
         if len(set(found.values())) > 1:
-            told = ", ".join(f"{name} {size}" for name, size in found.items())
+            sizes = ", ".join(f"{name} {size}" for name, size in found.items())
             raise InputError(
-                f"{spec}: {letter} differs between the example inputs: {told}",
+                f"{spec}: {letter} differs between the example inputs: {sizes}",
                 "all inputs of one call have the same batch B and the same number of positions S",
             )
     return {name: _example(x, symbolic[name]) for name, x in ordered.items()}, symbolic
@@ -205,6 +205,6 @@ def _example(x: Tensor, dims: Dims) -> Tensor:
 
 
 def _vocab_size(module: nn.Module) -> int | None:
-    """Rows of the embedding table, where there is one and no doubt which."""
+    """Number of rows of the module's embedding tables, where all have the same."""
     tables = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
     return tables.pop() if len(tables) == 1 else None

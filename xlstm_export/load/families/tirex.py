@@ -43,8 +43,8 @@ HINT = (
 def matches(path: Path) -> bool:
     """Whether `load` is the loader for this path: a .ckpt file or a folder with model.ckpt.
 
-    Where a config beside it says that it may be of another family, the file is looked into, without
-    unpickling it.
+    Where there is a config beside the file, the model may be of another family: then the file is searched for
+    the keys of a TiRex model, without unpickling it.
     """
     file = _checkpoint_file(path)
     return file is not None and (find_config(path) is None or _names_a_forecaster(file))
@@ -138,8 +138,8 @@ def location_and_scale(context: Tensor) -> tuple[Tensor, Tensor]:
     count = known.to(context.dtype).sum((1, 2), keepdim=True)
     divisor = torch.where(count > 0, count, 1.0)
     rough = torch.where(known, context, 0.0).sum((1, 2), keepdim=True) / divisor
-    # The mean of equal values, rounded, is not always that value; then their spread would not be zero, and
-    # the scale a rounding error that no two runtimes agree on. The mean of what is left corrects it.
+    # The rounded mean of equal values is not always that value. Then their spread would not be zero, and the
+    # scale would be a rounding error that differs between runtimes. The mean of the residuals corrects it.
     rest = torch.where(known, context - rough, 0.0).sum((1, 2), keepdim=True) / divisor
     loc = rough + rest
     deviation = torch.where(known, context - loc, 0.0)
@@ -196,7 +196,7 @@ def _example(patch: int, streaming: bool) -> dict[str, Tensor]:
 
 
 def exact(module: nn.Module) -> None:
-    """Let the upstream code in `module` compute in the type of its weights.
+    """Make the upstream code in `module` compute in the type of its weights.
 
     The PyTorch backend of TiRex rounds the input, R and state of every step to bfloat16, and converts to
     float32 inside its recurrence and norms. Afterwards it is an independent reference, also in float64.
@@ -205,14 +205,14 @@ def exact(module: nn.Module) -> None:
 
     for cell in module.modules():
         if isinstance(cell, sLSTMCell):
-            # A bound method, so that a copy of the module calls it on its own cell.
+            # A bound method, so that in a copy of the module it is called on the copy's cell.
             cell._impl_torch = types.MethodType(_without_bfloat16, cell)
     module.register_forward_pre_hook(_keep_type)
     module.register_forward_hook(_plain_tensor)
 
 
 class _KeepsType(Tensor):
-    """A tensor that `.float()` leaves as it is; what is computed from it is one too."""
+    """A tensor whose `.float()` changes nothing; results of operations on it are such tensors too."""
 
     def float(self, *_: Any, **__: Any) -> Tensor:
         return self

@@ -7,7 +7,7 @@
     with run.session() as session:
         outputs = session.prefill({"x": x})
 
-This is the whole public API; docs/api.md has a page on it. Nothing heavy is imported before it is needed.
+This is the whole public API; docs/api.md describes it. PyTorch and ONNX are imported when first needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 
 
 def _find_in_checkout() -> None:
-    """Find `calibration` and `plugins` where they are not inside the package.
+    """Make `calibration` and `plugins` importable from a checkout, where they are outside the package.
 
     They are top-level folders of the source tree but subpackages here. The build of a wheel puts them inside;
     in a checkout, bare or installed as editable, they stand beside the package.

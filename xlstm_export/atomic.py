@@ -1,4 +1,4 @@
-"""Files and folders that appear complete under their name, or not at all."""
+"""Atomic writing: files and folders appear complete under their name, or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .errors import SetupError, UsageError
 
 NOT_WRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
-    # A parent that is no folder, a name the file system does not take, a file system without new folders.
+    # The parent is not a folder, the file system refuses the name, or it allows no new folders.
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT),
 )
 
@@ -30,8 +30,8 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
     Args:
         out: final folder.
         marker: name of a file that every folder of this kind holds; a folder without it is never replaced.
-        force: replace an existing one.
-        bytes_needed: refuse before the first byte when the disk has less room.
+        force: replace an existing folder.
+        bytes_needed: free space that is required before anything is written.
 
     Raises:
         UsageError: `out` exists and `force` is not set.
@@ -47,7 +47,7 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
         try:
             yield temporary
-            _check_free(out, marker, force)  # somebody else may have taken the name meanwhile
+            _check_free(out, marker, force)  # another process may have taken the name meanwhile
             _replace(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -55,7 +55,7 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise SetupError where the disk under `folder` has less than `needed` bytes of room."""
+    """Raise SetupError if the disk under `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise SetupError(
@@ -66,11 +66,11 @@ def require_space(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def readable_os_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals into errors a user can act on."""
+    """Turn errors of the file system into errors that a user can act on."""
     try:
         yield
     except OSError as error:
-        # NumPy tells a short write by its text alone: «16384 requested and 2048 written».
+        # NumPy reports a short write by its text alone: «16384 requested and 2048 written».
         short = error.errno is None and "requested and" in str(error)
         if short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SetupError(f"{path}: the disk is full", "free space and run again") from error
@@ -111,7 +111,7 @@ def sha256(path: Path) -> str:
 
 
 def _check_free(out: Path, marker: str, force: bool) -> None:
-    """Raise UsageError where something is that must not be replaced."""
+    """Raise UsageError if something exists at `out` that must not be replaced."""
     if out.exists() and not force:
         raise UsageError(
             f"{out} already exists", "choose another output folder, or pass --force to replace it"
@@ -119,7 +119,7 @@ def _check_free(out: Path, marker: str, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} exists and is not a folder", "choose another output folder")
     if out.is_dir() and any(out.iterdir()) and not (out / marker).exists():
-        # --force replaces run folders; it must not wipe somebody's home by a slip of the keyboard.
+        # --force replaces run folders only: a mistyped path must not delete other folders.
         raise UsageError(f"{out} is not a run folder (no {marker}), so --force does not replace it")
 
 
@@ -133,7 +133,7 @@ def _replace(temporary: Path, out: Path) -> None:
     try:
         os.rename(out, old / "old")
         os.rename(temporary, out)
-    except BaseException:  # nor may Ctrl-C between the two cost the old one
+    except BaseException:  # Ctrl-C between the two renames must not lose the old folder either
         if not out.exists():
             os.rename(old / "old", out)
         raise
@@ -142,8 +142,8 @@ def _replace(temporary: Path, out: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Delete temporary folders of processes that no longer live."""
-    # Exactly what mkdtemp made of our prefix: neither `.out.2023.old`, nor the folders of an `out.1`.
+    """Delete temporary folders of processes that no longer exist."""
+    # Only names that mkdtemp makes from this prefix: not `.out.2023.old`, not the folders of an `out.1`.
     ours = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,7}})\.[a-z0-9_]{{8}}")
     for path in out.parent.iterdir():
         match = ours.fullmatch(path.name)

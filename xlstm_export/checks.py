@@ -1,6 +1,5 @@
-"""What a verification consists of: comparisons with limits, and the report whose verdict is the exit code.
-
-Every limit stands in `LIMITS` with its reason.
+"""Checks and their verdict: comparisons with limits; whether all pass decides the exit code.
+The limits are in `verify/limits.py`, each with its reason.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Check:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Check:
-        """What `to_json` gave; null is NaN."""
+        """The inverse of `to_json`; null is read as NaN."""
         detail = {key: x for key, x in data.items() if key not in ("name", "passed", "value", "limit")}
         value, limit = (float("nan") if data[key] is None else float(data[key]) for key in ("value", "limit"))
         return Check(str(data["name"]), value, limit, detail)
@@ -51,10 +50,10 @@ class Verdict:
 
     checks: tuple[Check, ...]
     metric: dict[str, Any]
-    files: dict[str, Any]  # hashes of what exactly was verified
+    files: dict[str, Any]  # hashes and sizes of the verified files
     inputs: str = "made-up inputs"  # what the checks ran on
-    # Upstream's forward as it comes, in FP32 and with whatever rounding of its own: per output its distance
-    # (relative L2) from the float64 reference and from the export. Told, not judged.
+    # Upstream's own forward, unmodified, in FP32: per output its distance (relative L2) from the float64
+    # reference and from the export. Reported, without a limit.
     as_it_comes: dict[str, dict[str, float]] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)  # of `gates.Gates.to_json`
     bisect: dict[str, Any] = field(default_factory=dict)  # of `bisect.search.Bisection.to_json`, on failure
@@ -85,7 +84,7 @@ class Verdict:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Verdict:
-        """What `to_json` gave, as `verify/report.json` holds it."""
+        """The inverse of `to_json`, whose result `verify/report.json` holds."""
         return Verdict(
             checks=tuple(Check.from_json(check) for check in data["checks"]),
             metric=data["metric"],
@@ -100,7 +99,7 @@ class Verdict:
 
 
 def _finite(data: Any) -> Any:
-    """JSON has neither NaN nor Infinity: null instead, next to a `passed` that is false."""
+    """The data with null in place of NaN and Infinity, which JSON lacks; `passed` is false beside it."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -109,6 +108,11 @@ def _finite(data: Any) -> Any:
 
 
 def output_check(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> Check:
+    """Compare an output of the export with the expected one of the same shape, by relative L2.
+
+    Raises:
+        UsageError: the shapes differ.
+    """
     if found.shape != expected.shape:
         raise UsageError(
             f"{name}: the export gives shape {found.shape}, the model {expected.shape}",

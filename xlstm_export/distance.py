@@ -1,4 +1,4 @@
-"""Numbers that say how far two results are apart, and states compared as what they mean."""
+"""Distances between two results, and between recurrent states independently of their stabilizers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .specs import StateSpec
 
 @dataclass(frozen=True)
 class Difference:
-    """Candidate against reference, both taken as float64.
+    """Distance of a candidate from its reference, both in float64.
 
     Attributes:
         relative_l2: ‖a − b‖ / ‖b‖.
-        cosine: of the two flattened tensors; blind to scale.
-        norm_ratio: ‖a‖ / ‖b‖; what cosine cannot see.
-        max_abs: largest absolute error, `at` its index.
+        cosine: cosine of the two flattened tensors; it does not depend on scale.
+        norm_ratio: ‖a‖ / ‖b‖, the scale that the cosine ignores.
+        max_abs: largest absolute error; `at` is its index.
     """
 
     relative_l2: float
@@ -34,7 +34,7 @@ class Difference:
 
 
 def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare two tensors of one shape; a non-finite candidate is infinitely far away."""
+    """Compare two tensors of the same shape; a candidate with NaN or Inf has an infinite error."""
     a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
@@ -59,7 +59,7 @@ def gauge_free(
     """`state` expressed with the stabilizers m of `reference`.
 
     (C, n, m) and (C·eᵃ, n·eᵃ, m − a) are the same mLSTM state, likewise (c, n, m) of an sLSTM: only
-    C·eᵐ and n·eᵐ mean something. Both states then have the same m, so that raw tensors compare.
+    C·eᵐ and n·eᵐ have a meaning. With the same m in both states, their raw tensors can be compared.
 
     Args:
         state, reference: past name → (B, ...), of the same model.
@@ -82,7 +82,7 @@ def gauge_free(
             shift = shifts[spec.block]
             shift = shift.reshape(shift.shape + (1,) * (value.ndim - shift.ndim))
             with np.errstate(over="ignore", invalid="ignore"):
-                # A zero stays zero in every gauge, also where exp of the shift is out of range.
+                # Zero stays zero for every shift, also where exp of the shift is out of range.
                 zero = (value == 0.0) & np.isfinite(shift)
                 value = np.where(zero, 0.0, value * np.exp(shift))
         result[spec.past] = value

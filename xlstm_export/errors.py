@@ -1,14 +1,13 @@
-"""Every error a user can meet, with what to do about it and the exit code it ends in.
+"""The errors that a user can meet, each with a hint what to do and an exit code.
 
-Nothing but `ExportError` and its subclasses reaches a user of the CLI; any other exception is a bug
-and is reported as one.
+A user of the CLI meets only `ExportError` and its subclasses; any other exception is reported as a bug.
 """
 
 from __future__ import annotations
 
 
 class ExportError(Exception):
-    """Something is wrong that the user can act on.
+    """Base of all errors that a user can act on.
 
     Args:
         message: what is wrong and what was found.
@@ -24,7 +23,7 @@ class ExportError(Exception):
 
 
 class GateError(ExportError):
-    """A verification gate did not pass (exit code 1)."""
+    """A verification or comparison exceeds a limit (exit code 1)."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Inputs of a model as arrays: which of them have positions, cutting those, and making some up."""
+"""Inputs of a model as arrays: which of them have positions, and how to cut those."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def per_position(spec: TensorSpec) -> bool:
 
 
 def has_positions(io: IoSpec) -> bool:
-    """Whether any input is a sequence; a model without one computes each call for itself."""
+    """Whether any input is a sequence; without one, calls do not depend on each other."""
     return any(map(per_position, io.inputs))
 
 
 def cut(inputs: Mapping[str, np.ndarray], io: IoSpec, start: int, end: int) -> Arrays:
-    """Positions start … end - 1; what has no positions, a goal of the whole episode, goes along with all."""
+    """Positions start … end - 1; an input without positions is passed on whole, in every piece."""
     return {
         spec.name: np.ascontiguousarray(inputs[spec.name][:, start:end])
         if per_position(spec)

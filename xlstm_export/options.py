@@ -1,7 +1,7 @@
 """The options of every stage, each written once, and what all stages carry.
 
 The command line, the schema of pipeline files and the keywords of the Python API are made from these classes.
-A newcomer adds an option here, as one field, and reads it where the stage needs it.
+To add an option, add one field here and read it where the stage needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from .errors import UsageError
 
 Progress = Callable[[str], None]  # called with the name of each step
-Count = Callable[[int, int], None]  # called with what is done and how much there is
+Count = Callable[[int, int], None]  # called with the amount done and the total
 Kind = Literal["flag", "int", "number", "text", "file", "path", "texts", "ints"]
 T = TypeVar("T")
 O = TypeVar("O", bound="Options")  # noqa: E741
@@ -37,14 +37,14 @@ def _uncounted(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage carries.
+    """Settings that every stage needs, whatever its options.
 
     Attributes:
         threads: CPU threads of ONNX Runtime and PyTorch; 0 for all cores.
-        seed: of inputs that are made up or drawn.
-        command: recorded in manifests: the command that makes the same files again.
+        seed: seed of inputs that are made up or drawn.
+        command: the command that makes the same files again; recorded in manifests.
         progress: called with the name of each step.
-        count: called with what is done and how much there is, in loops of known length.
+        count: called with the amount done and the total, in loops of known length.
     """
 
     threads: int = 0
@@ -56,15 +56,15 @@ class Context:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of an option besides its name, type and default.
+    """Description of an option, besides its name, type and default.
 
     Attributes:
-        help: one line, for people.
-        kind: what a value must be, see `Kind`.
-        choices: the values there are; empty where any is possible.
-        least: the smallest number; `above` says that it is excluded.
+        help: help text, one line.
+        kind: kind of the values, see `Kind`.
+        choices: the allowed values; empty if all values of the kind are allowed.
+        least: the smallest allowed number; excluded if `above` is set.
         off: name of the flag that switches it off, for a flag that is on by default or has no default.
-        only: "cli" for what a pipeline file says elsewhere.
+        only: "cli" for an option that a stage of a pipeline file does not have.
     """
 
     help: str
@@ -109,7 +109,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of the options of a stage. Values are checked when it is made.
+    """Base of the options of a stage. Values are checked when an instance is made.
 
     Raises:
         UsageError: a value is none of the choices, or out of range.
@@ -129,12 +129,12 @@ class Options:
 
     @classmethod
     def table(cls) -> dict[str, About]:
-        """Name → what is known of it, in the order of definition."""
+        """Name → description of the option, in the order of definition."""
         return {f.name: f.metadata["about"] for f in fields(cls) if "about" in f.metadata}
 
     @classmethod
     def made_of(cls: type[O], values: Mapping[str, object]) -> O:
-        """Options from plain values, such as a pipeline file holds.
+        """Options from plain values, such as those of a pipeline file.
 
         Raises:
             UsageError: a name is unknown, or a value is wrong.
@@ -147,11 +147,11 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Of `export`."""
+    """Options of `export`."""
 
     stateless: bool | None = option(
         None,
-        "every call starts fresh, or states are carried; default: as upstream uses the model",
+        "start every call fresh, or carry states; default: as upstream uses the model",
         "flag",
         off="streaming",
     )
@@ -166,21 +166,25 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(Options):
-    """Of `calibrate`."""
+    """Options of `calibrate`."""
 
     data: str | None = option(
         None,
         "calibration data: .npz, folder of .npz, .npy, text, .csv, or package.module:generator",
         "path",
     )
-    random_data: bool = option(False, "made-up data, which every report will say", "flag")
-    avoid: Path | None = option(None, "held-out data, which must not overlap", "path", only="cli")
+    random_data: bool = option(False, "use made-up data; every report states it", "flag")
+    avoid: Path | None = option(
+        None, "held-out data; calibration data must not overlap with them", "path", only="cli"
+    )
     tokenizer: Path | None = option(None, "tokenizer.json for text", "file")
-    samples: int | None = option(None, "sequences to use; by default up to 32", "int")
+    samples: int | None = option(None, "sequences to use; default: at most 32", "int")
     length: int | None = option(None, "positions per sequence", "int")
-    method: str = option("max", "max, percentile, entropy or mse", "text")
-    percentile: float = option(99.99, "for the method of this name", "number")
-    resume: bool = option(True, "go on where an interrupted run stopped", "flag", off="restart", only="cli")
+    method: str = option("max", "how ranges are chosen: max, percentile, entropy or mse", "text")
+    percentile: float = option(99.99, "percentile of the method percentile", "number")
+    resume: bool = option(
+        True, "continue where an interrupted run stopped", "flag", off="restart", only="cli"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,111 +194,127 @@ class CalibrateOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(Options):
-    """Of `sensitivity`."""
+    """Options of `sensitivity`."""
 
-    data: Path | None = option(None, "data with the task's targets, not held-out", "file")
-    precision: str = option("int8", "what weights become", "text", choices=SEARCHED)
-    base: str = option("fp16", "type of the rest", "text", choices=BASES)
-    max_drop: float = option(0.005, "of the task metric, relative to FP32", "number")
-    horizon: int = option(4096, "positions after which drift is measured", "int")
-    jobs: int = option(-1, "candidates at once; -1: one per core", "int")
+    data: Path | None = option(None, "data with the task's targets; not the held-out data", "file")
+    precision: str = option("int8", "precision of quantized weights", "text", choices=SEARCHED)
+    base: str = option("fp16", "type of what is not quantized", "text", choices=BASES)
+    max_drop: float = option(0.005, "largest drop of the task metric, relative to FP32", "number")
+    horizon: int = option(4096, "position of the stream at which drift is measured", "int")
+    jobs: int = option(-1, "candidates measured at once; -1: one per core", "int")
     dask: str | None = option(
         None, "scheduler of a Dask cluster to measure candidates on, tcp://host:port", "text", only="cli"
     )
-    resume: bool = option(True, "keep the candidates measured before", "flag", off="restart", only="cli")
+    resume: bool = option(
+        True, "keep the candidates that an earlier run measured", "flag", off="restart", only="cli"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(Options):
-    """Of `quantize`."""
+    """Options of `quantize`."""
 
-    precision: str | None = option(None, "what a recipe would say", "text", choices=PRECISIONS)
+    precision: str | None = option(None, "precision with its default recipe", "text", choices=PRECISIONS)
     recipe: Path | None = option(None, "recipe.yaml, instead of --precision", "file")
     base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
-    exclude: tuple[str, ...] = option((), "regular expression: weights to keep in the base type", "texts")
-    include: tuple[str, ...] = option((), "regular expression: weights to quantize all the same", "texts")
-    smooth: float | None = option(None, "strength of the migration of ranges into weights, 0 to 1", "number")
+    exclude: tuple[str, ...] = option(
+        (), "weights to keep in the base type, as a regular expression", "texts"
+    )
+    include: tuple[str, ...] = option(
+        (), "weights to quantize although the recipe keeps them, as a regular expression", "texts"
+    )
+    smooth: float | None = option(
+        None, "share of activation ranges that is moved into weights, 0 to 1", "number"
+    )
     state_dtype: str | None = option(None, "type the matrix memory C is stored in", "text", choices=BASES)
-    data: Path | None = option(None, "for --state-dtype: what the drift is measured on", "path")
+    data: Path | None = option(None, "with --state-dtype: data to measure the drift on", "path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """Of `verify`."""
+    """Options of `verify`."""
 
     data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
     calib: str | None = option(
-        None, "calibration data, to take sequences from where there is no --data", "text", only="cli"
+        None, "calibration data to take sequences from if there is no --data", "text", only="cli"
     )
     metric: str | None = option(
-        None, "bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss", "text"
+        None, "task metric: bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss", "text"
     )
-    gate: Path | None = option(None, "YAML file with limits of your own", "file")
-    num_blocks: int | None = option(None, "only the first blocks, all checks", "int")
-    per_block: bool = option(False, "every block by itself: for models larger than the memory", "flag")
-    bisect: bool = option(True, "on failure, name the first value that is wrong", "flag", off="no-bisect")
-    horizon: int | None = option(None, "positions of the drift; default 16000", "int")
-    free_horizon: int | None = option(None, "of free-running drift; default: the same", "int")
+    gate: Path | None = option(None, "YAML file with your own limits", "file")
+    num_blocks: int | None = option(
+        None, "verify only this many blocks, the first ones, with all checks", "int"
+    )
+    per_block: bool = option(False, "verify block by block, for models larger than the memory", "flag")
+    bisect: bool = option(True, "on failure, find the first value that is wrong", "flag", off="no-bisect")
+    horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
+    free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(Options):
-    """Of `bench`."""
+    """Options of `bench`."""
 
-    batch: tuple[int, ...] = option((1,), "streams: 1,4", "ints", least=1)
-    length: tuple[int, ...] = option((512,), "of prefills: 128,512", "ints", least=1)
-    steps: int = option(200, "decode calls per contestant", "int", least=1)
-    hz: float | None = option(None, "also decode at this fixed rate", "number", least=0, above=True)
-    compile_at: str = option(
-        "first", "torch.compile at none, the first or all of the batches", "text", choices=COMPILE_AT
+    batch: tuple[int, ...] = option((1,), "batch sizes to time, such as 1,4", "ints", least=1)
+    length: tuple[int, ...] = option(
+        (512,), "lengths of the prefills to time, such as 128,512", "ints", least=1
     )
-    compile_limit: float = option(240.0, "seconds that torch.compile may take in all", "number", least=0)
+    steps: int = option(200, "decode calls per contestant", "int", least=1)
+    hz: float | None = option(
+        None, "also time decoding at this fixed rate, calls per second", "number", least=0, above=True
+    )
+    compile_at: str = option(
+        "first", "batch sizes to time torch.compile at: none, the first, or all", "text", choices=COMPILE_AT
+    )
+    compile_limit: float = option(240.0, "seconds that torch.compile may take in total", "number", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleOptions(Options):
-    """Of `bundle`."""
+    """Options of `bundle`."""
 
-    target: str | None = option(None, "the board it is meant for", "text")
+    target: str | None = option(None, "board that the bundle is for", "text")
     data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
     calib: str | None = option(
-        None, "calibration data, to record streams of where there is no --data", "text", only="cli"
+        None, "calibration data for the recorded streams if there is no --data", "text", only="cli"
     )
     horizon: int = option(2048, "positions of the recorded stream", "int")
-    license: str | None = option(None, "of the weights, as an SPDX identifier", "text")
+    license: str | None = option(None, "license of the weights, as an SPDX identifier", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeployOptions(Options):
-    """Of `deploy`, which runs all stages."""
+    """Options of `deploy`, which runs all stages."""
 
-    precision: str = option("fp32", "int8 also makes fp16", "text", choices=PRECISIONS)
+    precision: str = option("fp32", "precision; int8 and int4 also make fp16", "text", choices=PRECISIONS)
     base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
     recipe: Path | None = option(None, "recipe.yaml of `sensitivity`", "file")
     calib: str | None = option(None, "calibration data, as for `calibrate --data`", "text")
-    random_data: bool = option(False, "calibrate on made-up data, which every report will say", "flag")
+    random_data: bool = option(False, "calibrate on made-up data; every report states it", "flag")
     data: Path | None = option(None, "held-out data for the task metric", "path")
     target: str | None = option(None, "board to make a bundle for", "text")
-    license: str | None = option(None, "of the weights, reported in the bundle", "text")
-    horizon: int | None = option(None, "positions of the drift; default 16000", "int")
-    free_horizon: int | None = option(None, "of free-running drift; default: the same", "int")
+    license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
+    horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
+    free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Options):
-    """Of `generate`."""
+    """Options of `generate`."""
 
-    tokens: int = option(200, "how many to write", "int", least=0)
-    temperature: float = option(0.8, "0: likeliest", "number", least=0)
-    top_k: int | None = option(None, "draw among the likeliest only", "int", least=1)
-    seed: int = option(0, "equal seeds write equal texts", "int")
+    tokens: int = option(200, "tokens to generate", "int", least=0)
+    temperature: float = option(
+        0.8, "temperature of the draw; 0: always the likeliest token", "number", least=0
+    )
+    top_k: int | None = option(None, "draw among this many likeliest tokens only", "int", least=1)
+    seed: int = option(0, "seed of the draw; equal seeds give equal texts", "int")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastOptions(Options):
-    """Of `forecast`."""
+    """Options of `forecast`."""
 
-    columns: str | None = option(None, "names of the columns the model reads, in its order: a,b,c", "text")
-    every: bool = option(False, "the forecast after each row, not only the last", "flag")
-    plot: Path | None = option(None, "picture to write, .svg", "path")
-    target: str | None = option(None, "column that is forecast, for the plot; default the first", "text")
+    columns: str | None = option(None, "columns that the model reads, in its order: a,b,c", "text")
+    every: bool = option(False, "write the forecast after each row, not only after the last", "flag")
+    plot: Path | None = option(None, "plot to write, .svg", "path")
+    target: str | None = option(None, "column that is forecast, for the plot; default: the first", "text")

@@ -1,4 +1,4 @@
-"""The run folder: what a stage writes appears under its final name complete, or not at all.
+"""The run folder, which the stages write to and read from; see `atomic` for how files are written.
 
 Layout: `manifest.json` (what made the files, their SHA-256), `model.onnx` + `model.onnx.data`, `io.json`,
 and one folder per later stage (`verify/`, `bench/`).
@@ -22,12 +22,12 @@ from .specs import IoSpec
 SCHEMA = 1
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
 VERDICT = "verify/report.json"
-MAPPINGS = ("options", "origin", "quantized_from")  # entries of a manifest that are looked into
+MAPPINGS = ("options", "origin", "quantized_from")  # entries of a manifest that must be JSON objects
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run folder was made with; `precision` is None for what `export` writes.
+    """Options that a run folder was made with; `precision` is None for what `export` writes.
 
     Attributes:
         stateless: every call starts fresh.
@@ -61,13 +61,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A finished run folder: opened once, read once, passed on.
+    """A finished run folder, read once and passed from stage to stage.
 
     Attributes:
         path: the folder.
-        manifest: `manifest.json`, plain data.
+        manifest: content of `manifest.json`.
         io: inputs, outputs and states.
-        options: what it was made with.
+        options: options it was made with.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class RunFolder:
         """Read the manifest and io.json.
 
         Raises:
-            InputError: it is no run folder, or one of the two is damaged.
+            InputError: it is not a run folder, or one of the two files is damaged.
         """
         path = Path(folder)
         manifest = read_manifest(path)
@@ -88,7 +88,7 @@ class RunFolder:
 
     @staticmethod
     def of(run: RunFolder | Path | str) -> RunFolder:
-        """The run itself, or the one in a folder."""
+        """`run` itself if it is open already; else open the folder."""
         return run if isinstance(run, RunFolder) else RunFolder.open(run)
 
     @property
@@ -103,17 +103,17 @@ class RunFolder:
 
     @property
     def precision(self) -> str:
-        """What reports call it: that of the recipe, or "fp32"."""
+        """Precision of the recipe, or "fp32"; the name that reports use."""
         return self.options.precision or "fp32"
 
     @property
     def last_only(self) -> frozenset[str]:
-        """Outputs that hold the last position of a call only."""
+        """Outputs that hold only the last position of a call."""
         return frozenset(x.name for x in self.io.outputs[:1] if self.options.last_logits)
 
     @property
     def files(self) -> Mapping[str, Any]:
-        """Name → hash and size, as they were when the folder was made."""
+        """Name → hash and size of each file when the folder was made."""
         files: Mapping[str, Any] = self.manifest["files"]
         return files
 
@@ -131,11 +131,11 @@ class RunFolder:
 
     @property
     def verdict(self) -> Path:
-        """Where `verify` writes."""
+        """The file that `verify` writes."""
         return self.path / VERDICT
 
     def hashes(self) -> dict[str, Any]:
-        """`files` as they are now; see `hashes`."""
+        """Name → hash and size of each file now; see `hashes`."""
         return hashes(self.path)
 
 
@@ -150,10 +150,10 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def hashes(folder: Path) -> dict[str, Any]:
-    """`files` of the manifest as they are now; equal to it while nobody has touched them.
+    """Hash and size of each file of the manifest now; equal to the manifest's `files` if nothing has changed.
 
     Raises:
-        InputError: `folder` is no run folder, or a file is gone.
+        InputError: `folder` is not a run folder, or a file is missing.
     """
     try:
         return {
@@ -165,7 +165,7 @@ def hashes(folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes the artifacts; packages that are absent are left out."""
+    """Versions of the packages that affect the written files; packages that are absent are left out."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("xlstm-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "xlstm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -177,7 +177,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished run folder.
 
     Raises:
-        InputError: `folder` is no run folder, or its manifest cannot be read.
+        InputError: `folder` is not a run folder, or its manifest cannot be read.
     """
     data = _read_json(folder, MANIFEST)
     files = data.get("files")

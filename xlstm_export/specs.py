@@ -52,7 +52,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One recurrent layer: where it sits in the user's module and what it holds."""
+    """One recurrent layer: its path in the user's module, and its states."""
 
     index: int
     path: str
@@ -64,7 +64,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What `inspect` prints and the roofline is computed from."""
+    """Description of a model: what `inspect` prints, and what the roofline is computed from."""
 
     name: str
     parameters: int
@@ -96,11 +96,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class IoSpec:
-    """What `io.json` holds: everything a caller must know to run an exported graph.
+    """Interface of an exported graph: everything a caller needs to run it; stored as `io.json`.
 
     Attributes:
-        inputs, outputs: the model's own tensors, states not included.
-        states: past → present pairs, carried from call to call; all-zero is a fresh start.
+        inputs, outputs: the model's own tensors, without the states.
+        states: past → present pairs, carried from call to call; all zero at the start of a stream.
     """
 
     inputs: tuple[TensorSpec, ...]

@@ -227,7 +227,7 @@ def test_figures_follow_from_timings() -> None:
 def test_a_busy_machine_is_told(busy: float | None, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
     report = BenchReport({"busy_cores": busy}, {}, 1, (cell(),))
     bench_report.show_bench(Console(width=80), report)
-    assert ("others used this machine" in capsys.readouterr().out) is warns
+    assert ("other processes used this machine" in capsys.readouterr().out) is warns
 
 
 def test_memory_that_cannot_be_measured_is_none(tmp_path: Path) -> None:

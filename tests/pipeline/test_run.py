@@ -64,7 +64,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 def test_help_shows_the_options() -> None:
     signature = inspect.signature(xe.Run.verify)
     assert [name for name in signature.parameters if name != "self"] == list(VerifyOptions.table())
-    assert "gate: YAML file with limits of your own." in (xe.Run.verify.__doc__ or "")
+    assert "gate: YAML file with your own limits." in (xe.Run.verify.__doc__ or "")
     assert "dtype: type the weights are stored in" in (xe.export.__doc__ or "")
 
 

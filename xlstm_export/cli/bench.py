@@ -1,4 +1,4 @@
-"""The command that times an export, or holds two such runs against each other."""
+"""The command that times an export, or compares two timed runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from .common import (
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @source_options
 @stage_options(BenchOptions, leave=("compile_at",))
-@click.option("--no-compile", is_flag=True, help="leave torch.compile out, which takes minutes to compile")
-@click.option("--compile-all", is_flag=True, help="torch.compile at every batch, not only at the first")
+@click.option("--no-compile", is_flag=True, help="do not time torch.compile, which takes minutes to compile")
+@click.option("--compile-all", is_flag=True, help="time torch.compile at every batch, not only at the first")
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="two runs; A is the baseline"
 )
-@click.option("--fail-over", type=float, help="of --compare: exit 1 if an exported p50 grew by this factor")
+@click.option(
+    "--fail-over",
+    type=float,
+    help="with --compare: exit 1 if the median of an export grew by more than this factor",
+)
 @context_options()
 @json_option
 def bench(
@@ -46,7 +50,7 @@ def bench(
 ) -> None:
     """Time a verified run folder against PyTorch (eager, torch.compile) and the memory bandwidth.
 
-    With --compare A B nothing runs: two run folders, or their bench.json, are held against each other.
+    With --compare A B nothing is timed: two run folders, or their bench.json, are compared.
     """
     if compare is not None:
         if run is not None:
@@ -87,5 +91,5 @@ def _compare(before: Path, after: Path, fail_over: float | None, as_json: bool) 
         raise GateError(
             f"the export is more than {fail_over:g} times slower in {len(made.slower)} cell(s), the first is "
             f"{mode} of {length} at batch {batch}",
-            "machines drift: look at PyTorch's ratios beside it, and run both again",
+            "the machine may be slower: compare PyTorch's ratios in the same table, and run both again",
         )

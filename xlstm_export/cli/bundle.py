@@ -1,4 +1,4 @@
-"""Commands of bundles: bundle, and its verification."""
+"""Commands of bundles: make one, verify one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .common import (
 
 
 class _Bundle(click.Group):
-    """`bundle RUN` makes one; other subcommands have a name."""
+    """A group whose default subcommand is `make`, so that `bundle RUN` makes a bundle."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -45,7 +45,9 @@ def bundle() -> None:
 @run_argument
 @source_options
 @stage_options(BundleOptions)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="folder or .tar.gz; RUN/bundle by default")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="folder or .tar.gz to create; default: RUN/bundle"
+)
 @click.option("--force", is_flag=True, help="replace an existing bundle")
 @json_option
 def make(

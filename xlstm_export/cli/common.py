@@ -49,7 +49,10 @@ class Source:
         return load(self.checkpoint, self.module, self.weights, stateless=stateless)
 
     def load_for(self, run: RunFolder) -> Loaded:
-        """The model of a run folder, in the form it was exported in; by default where the run came from."""
+        """The model of a run folder, streaming or stateless as the run is.
+
+        Where no model is named, it is the one that the run folder records.
+        """
         source = self
         if self.checkpoint is None and self.module is None:
             origin = run.origin
@@ -62,7 +65,7 @@ RECORDED = Source(None, None, None)  # the model that a run folder records
 
 
 def source_options(command: F) -> F:
-    """Adds CHECKPOINT, --module and --weights; the command is given them as `source`."""
+    """Adds CHECKPOINT, --module and --weights; the command receives them as `source`."""
 
     @functools.wraps(command)
     def wrapped(
@@ -82,13 +85,13 @@ def stage_options(
     leave: tuple[str, ...] = (),
     helps: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
-    """Adds the options of a stage; the command is given them as `options`.
+    """Adds the options of a stage; the command receives them as `options`.
 
     Args:
-        kind: their class.
-        required: those without which the command is not run.
-        leave: those that the command adds itself, under other names.
-        helps: other words for some.
+        kind: class of the options.
+        required: names of the options that must be given.
+        leave: names of the options that the command adds itself, under other names.
+        helps: help texts that replace those of the class, by name.
     """
     known = {name: about for name, about in kind.table().items() if name not in leave}
     defaults = {f.name: f.default for f in fields(kind)}
@@ -110,7 +113,7 @@ def stage_options(
 
 
 def context_options(*, seed: str = "") -> Callable[[F], F]:
-    """Adds --threads and, where `seed` says of what, --seed; the command is given `context`, a `Context`."""
+    """Adds --threads and, where `seed` is its help text, --seed; the command receives both as `context`."""
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
@@ -165,14 +168,14 @@ def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[
 
 
 def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
-    """Raise GateError, which is exit code 1, unless a verdict is good."""
+    """Raise GateError (exit code 1) unless the verification has passed."""
     if not passed:
         what = "equal to the PyTorch model" if precision == "fp32" else "within the limits of its precision"
         raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
 def emit(data: object, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Print a result as JSON on stdout, or as `show` does on a terminal."""
+    """Print a result: as JSON on stdout, or by calling `show`, for people."""
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return
@@ -182,13 +185,13 @@ def emit(data: object, as_json: bool, show: Callable[[Console], None]) -> None:
 
 
 def command_line() -> str:
-    """What is recorded in manifests."""
+    """The command line of this process, as manifests record it."""
     return shlex.join(["xlstm-export", *sys.argv[1:]])
 
 
 @contextlib.contextmanager
 def spinner() -> Iterator[Progress]:
-    """A spinner with the stage and the time it has taken, on stderr."""
+    """A spinner on stderr that shows the stage and the elapsed time."""
     from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -201,7 +204,7 @@ def spinner() -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Count]:
-    """A bar with the time that is left, on stderr, for a loop of known length."""
+    """A progress bar on stderr that shows the remaining time, for a loop of known length."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

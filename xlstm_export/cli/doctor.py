@@ -30,7 +30,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """One thing that was examined.
 
     Attributes:
         status: "ok", "missing" (the main job cannot run) or "optional".
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine; imports nothing heavy."""
+    """Examine this machine, without importing large packages."""
     findings = [_python()]
     for distribution, (module, purpose, action, needed) in PACKAGES.items():
         version = _version(distribution, module)
@@ -112,7 +112,9 @@ def _recurrences() -> Finding:
         return Finding(name, "missing", error.message, error.hint)
     if library is None:
         command = "xlstm-export plugins build --only ort-cpu"
-        return Finding(name, "optional", "function bodies of standard operators: right, and slower", command)
+        return Finding(
+            name, "optional", "function bodies of standard operators: correct, but slower", command
+        )
     if problem := inventory.loading_problem(library):
         return Finding(name, "missing", f"the fused operators do not load: {problem}", f"remove {library}")
     return Finding(name, "ok", f"fused operators: {library}")

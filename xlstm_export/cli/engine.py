@@ -12,16 +12,18 @@ from .common import emit
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--max-length", default=512, show_default=True, help="positions of a prefill call")
-@click.option("--max-batch", default=1, show_default=True, help="streams")
-@click.option("--workspace", type=int, help="MiB for the builder; default: half of what is free")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="of TensorRT's builder")
+@click.option("--max-length", default=512, show_default=True, help="most positions of a prefill call")
+@click.option("--max-batch", default=1, show_default=True, help="most streams of a call")
+@click.option("--workspace", type=int, help="memory for the builder, MiB; default: half of the free memory")
+@click.option(
+    "--optimization-level", type=click.IntRange(0, 5), help="optimization level of TensorRT's builder"
+)
 @click.option("--function-bodies", is_flag=True, help="build without the plugin")
 @click.option("--dry-run", is_flag=True, help="show what would be built; needs neither TensorRT nor a GPU")
 @click.option(
-    "--for", "version", help="TensorRT version that --dry-run is for", default="10.3.0", show_default=True
+    "--for", "version", help="TensorRT version that --dry-run assumes", default="10.3.0", show_default=True
 )
-@click.option("--emit-script", is_flag=True, help="print the same build as a trtexec command")
+@click.option("--emit-script", is_flag=True, help="print the trtexec command of the same build")
 @click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
 def build(
     bundle: Path, dry_run: bool, version: str, emit_script: bool, as_json: bool, **options: Any

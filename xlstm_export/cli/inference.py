@@ -1,4 +1,4 @@
-"""Commands that run what was exported: generate, forecast."""
+"""Commands that run an exported model: generate, forecast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .common import RECORDED, run_argument, stage_options, threads_option
 
 BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
 backend_option = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="what runs it"
+    "--backend", type=click.Choice(BACKENDS), default="onnxruntime", show_default=True, help="runtime"
 )
 
 
@@ -22,13 +22,17 @@ backend_option = click.option(
 @run_argument
 @click.option("--prompt", required=True, help="text to continue; - reads it from standard input")
 @stage_options(GenerateOptions)
-@click.option("--state", type=click.Path(path_type=Path), help="state to resume from, if there, and to save")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="file of the state: resumed from if it exists, then written",
+)
 @backend_option
 @threads_option
 def generate(
     run: Path, prompt: str, options: GenerateOptions, state: Path | None, backend: str, threads: int
 ) -> None:
-    """Continue a prompt with the language model in RUN, as it is written."""
+    """Continue a prompt with the language model in RUN; text is printed as it is generated."""
     from ..inference.generate import codec_for
     from ..inference.generate import generate as generate_
     from ..inference.open import open_session
@@ -61,7 +65,7 @@ def generate(
 def forecast(
     run: Path, source: Path, out: Path, options: ForecastOptions, backend: str, threads: int
 ) -> None:
-    """Forecast what follows the rows of a CSV file with the model in RUN."""
+    """Forecast the rows that follow a CSV file, with the model in RUN."""
     from ..inference import forecast as forecasts
     from ..inference.open import open_session
     from ..plot.file import require_svg

@@ -102,7 +102,9 @@ def export(source: Source, out: Path, force: bool, options: ExportOptions) -> No
 @out_option
 @stage_options(DeployOptions)
 @force_option
-@click.option("--resume", is_flag=True, help="go on in the run folder: what has not changed is not repeated")
+@click.option(
+    "--resume", is_flag=True, help="continue in the run folder; stages whose inputs are unchanged are skipped"
+)
 @click.option("--dry-run", is_flag=True, help="show what would be done")
 @context_options()
 @json_option
@@ -116,7 +118,7 @@ def deploy(
     resume: bool,
     dry_run: bool,
 ) -> None:
-    """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one go."""
+    """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one run."""
     from ..pipeline.deploy import deploy as deploy_
     from ..pipeline.runner import How
     from . import tables
@@ -152,21 +154,21 @@ cli.add_command(cli_plugins.plugins)
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
 def doctor(as_json: bool) -> None:
-    """Say what is installed, what is missing, and what to do."""
+    """Show what is installed, what is missing, and how to install it."""
     from dataclasses import asdict
 
-    from . import tables as report
+    from . import tables
     from .doctor import examine
 
     findings = examine()
-    emit([asdict(f) for f in findings], as_json, lambda console: report.show_doctor(console, findings))
+    emit([asdict(f) for f in findings], as_json, lambda console: tables.show_doctor(console, findings))
     if any(f.status == "missing" for f in findings):
         raise SetupError("something needed is missing", "see the last column above")
 
 
 @contextmanager
 def debug_log() -> Iterator[None]:
-    """Write to stderr what the package logs: errors that it goes on after, with their tracebacks."""
+    """Write the package's log to stderr: errors that were handled, with their tracebacks."""
     log, handler = logging.getLogger("xlstm_export"), logging.StreamHandler()
     before = log.level
     log.addHandler(handler)
@@ -182,7 +184,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: run a command; errors become a message and an exit code."""
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
-    if args is None:  # a process of its own: being asked to end must clean up like Ctrl-C
+    if args is None:  # own process: SIGTERM must clean up as Ctrl-C does
         signal.signal(signal.SIGTERM, _terminated)
     try:
         cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False)
@@ -208,7 +210,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _terminated(number: int, frame: object) -> None:
-    sys.exit(128 + number)  # through every `finally`
+    sys.exit(128 + number)  # an exception, so that every `finally` runs
 
 
 def _spec_json(spec: Any) -> dict[str, Any]:

@@ -17,20 +17,22 @@ only_option = click.option(
 
 @click.group()
 def plugins() -> None:
-    """Build the recurrences as fused kernels: for ONNX Runtime, TensorRT, or alone.
+    """Build, list and test the fused kernels of the recurrences, for ONNX Runtime and TensorRT.
 
-    Exports run without; they run faster with.
+    Exports run without them, but slower.
     """
 
 
 @plugins.command()
 @only_option
 @click.option("--sm", help="GPUs to build for, as 87,110; default: this machine's, else all targets")
-@click.option("--cuda", type=click.Path(path_type=Path), help="CUDA toolkit; default: the one that is found")
-@click.option("--tensorrt", type=click.Path(path_type=Path), help="unpacked TensorRT, for its headers")
+@click.option("--cuda", type=click.Path(path_type=Path), help="CUDA toolkit; default: search for one")
+@click.option(
+    "--tensorrt", type=click.Path(path_type=Path), help="folder of an unpacked TensorRT; its headers are used"
+)
 @json_option
 def build(only: str | None, sm: str | None, cuda: Path | None, tensorrt: Path | None, as_json: bool) -> None:
-    """Compile what this machine can build, or --only some, into the cache."""
+    """Compile into the cache the kinds that this machine can build, or those of --only."""
     from ..plugins import build as builder
     from ..plugins.toolchain import parse_sms
     from . import tables_plugins as report_plugins
@@ -45,7 +47,7 @@ def build(only: str | None, sm: str | None, cuda: Path | None, tensorrt: Path | 
 @plugins.command(name="list")
 @json_option
 def list_(as_json: bool) -> None:
-    """Show what is built, for what, and whether it fits the sources and loads."""
+    """Show what is built, for which target, whether it is up to date, and whether it loads."""
     from ..plugins.inventory import inventory
     from . import tables_plugins as report_plugins
 
@@ -56,10 +58,10 @@ def list_(as_json: bool) -> None:
 
 @plugins.command()
 @only_option
-@click.option("--seed", default=0, help="of the random calls")
+@click.option("--seed", default=0, help="seed of the random calls")
 @json_option
 def test(only: str | None, seed: int, as_json: bool) -> None:
-    """Run what is built, as far as it can run here, against the recurrence in float64."""
+    """Compare the built libraries that can run here with the recurrence in float64."""
     from ..plugins.selftest import selftest
     from . import tables_plugins as report_plugins
 

@@ -28,7 +28,7 @@ from .common import (
 @run_argument
 @source_options
 @stage_options(CalibrateOptions)
-@context_options(seed="of the choice of sequences")
+@context_options(seed="seed of the choice of sequences")
 @json_option
 def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Context, as_json: bool) -> None:
     """Run an FP32 export over data and write the ranges of its activations (scales.json)."""
@@ -45,9 +45,11 @@ def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Con
 @click.command()
 @run_argument
 @stage_options(QuantizeOptions)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="default: RUN/<precision>")
 @click.option(
-    "--force", is_flag=True, help="replace an existing folder; accept a state that drifts (recorded)"
+    "-o", "--out", type=click.Path(path_type=Path), help="run folder to create; default: RUN/<precision>"
+)
+@click.option(
+    "--force", is_flag=True, help="replace an existing folder; accept a state that drifts, which is recorded"
 )
 def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool) -> None:
     """Make an FP16, BF16, INT8 or INT4 run folder of an FP32 one."""
@@ -67,7 +69,7 @@ def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool)
 @run_argument
 @source_options
 @stage_options(SensitivityOptions, required=("data",))
-@click.option("--seed", default=0, help="of the sampled positions")
+@click.option("--seed", default=0, help="seed of the sampled positions")
 @json_option
 def sensitivity(run: Path, source: Source, options: SensitivityOptions, seed: int, as_json: bool) -> None:
     """Find out which weights can be integers, by task metric and drift; writes recipe.yaml."""

@@ -1,4 +1,4 @@
-"""The command that runs the whole flow from a file."""
+"""The command that runs a pipeline file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from .common import emit, spinner
 
 @click.command()
 @click.argument("pipeline", type=click.Path(path_type=Path))
-@click.option("--from", "first", help="do this stage and all after it again")
+@click.option("--from", "first", help="repeat this stage and all after it")
 @click.option("--until", "last", help="stop after this stage")
-@click.option("--resume", is_flag=True, help="go on in the run folder: what has not changed is not repeated")
-@click.option("--force", is_flag=True, help="begin anew in an existing run folder")
-@click.option("--dry-run", is_flag=True, help="say what would be done")
-@click.option("--set", "changes", multiple=True, help="another value: stages.quantize.precision=fp16")
+@click.option(
+    "--resume", is_flag=True, help="continue in the run folder; stages whose inputs are unchanged are skipped"
+)
+@click.option("--force", is_flag=True, help="start over in an existing run folder")
+@click.option("--dry-run", is_flag=True, help="show what would be done")
+@click.option(
+    "--set", "changes", multiple=True, help="replace a value of the file: stages.quantize.precision=fp16"
+)
 def run(
     pipeline: Path,
     changes: tuple[str, ...],
@@ -29,7 +33,7 @@ def run(
     """Run PIPELINE, a YAML file: export, calibrate, sensitivity, quantize, verify, bench, bundle, report.
 
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
-    weights), out, data, threads, stages. Behind `sensitivity`, `quantize` goes by the recipe it finds.
+    weights), out, data, threads, stages. After `sensitivity`, `quantize` uses the recipe that it found.
     """
     from ..pipeline.runner import How, run_pipeline
     from ..pipeline.schema import read_pipeline

@@ -64,46 +64,46 @@ def show_io(console: Console, io: IoSpec) -> None:
     console.print(table)
 
 
-def show_verify(console: Console, report: Verdict) -> None:
-    """Every check with its error; the verdict last. Fits a terminal of 80 columns."""
-    if report.precision:
-        show_precision(console, report)
+def show_verify(console: Console, verdict: Verdict) -> None:
+    """Every check with its error; the result last. Fits a terminal of 80 columns."""
+    if verdict.precision:
+        show_precision(console, verdict)
     table = Table(
         "check", "rel. L2", "1-cos", "ratio-1", "max |error| at", "", box=None, padding=(0, 1, 0, 0)
     )
-    for check in report.checks:
+    for check in verdict.checks:
         d = check.detail
         cosine = f"{1 - d['cosine']:.0e}" if "cosine" in d else ""
         ratio = f"{d['norm_ratio'] - 1:.0e}" if "norm_ratio" in d else ""
         where = f"{d['max_abs']:.0e} ({','.join(map(str, d['at']))})" if "at" in d else ""
         table.add_row(check.name, f"{check.value:.1e}", cosine, ratio, where, MARK[check.passed])
     console.print(table)
-    for check in report.checks:
+    for check in verdict.checks:
         if not check.passed:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
-    if report.bisect:
-        console.print(escape(report.bisect["sentence"]), highlight=False)
-    if report.metric:
-        m = report.metric
+    if verdict.bisect:
+        console.print(escape(verdict.bisect["sentence"]), highlight=False)
+    if verdict.metric:
+        m = verdict.metric
         against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"
         expected = m.get("pytorch_float64", m.get("fp32"))
         console.print(
             f"{m['name']} on {m['positions']:,} held-out positions: "
             f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         )
-    for name, far in report.as_it_comes.items():
+    for name, far in verdict.as_it_comes.items():
         console.print(
-            f"{name}: PyTorch as it comes (FP32) is {far['from_float64']:.1e} from float64 and "
+            f"{name}: PyTorch, unmodified (FP32), is {far['from_float64']:.1e} from float64 and "
             f"{far['from_export']:.1e} from the export"
         )
-    failed = sum(not check.passed for check in report.checks)
-    good, bad = ("within its limits", "NOT within its limits") if report.precision else EQUAL
-    verdict = good if report.passed else f"{bad}: {failed} check(s) failed"
-    console.print(f"{MARK[report.passed]} {len(report.checks)} checks on {report.inputs}: {verdict}")
+    failed = sum(not check.passed for check in verdict.checks)
+    good, bad = ("within its limits", "NOT within its limits") if verdict.precision else EQUAL
+    result = good if verdict.passed else f"{bad}: {failed} check(s) failed"
+    console.print(f"{MARK[verdict.passed]} {len(verdict.checks)} checks on {verdict.inputs}: {result}")
 
 
 def show_bisection(console: Console, found: Bisection) -> None:
-    """Error of each block by itself; the place last."""
+    """Error of each block by itself, then the first value that differs."""
     table = Table("block", "path", "error", "worst", box=None, padding=(0, 1, 0, 0))
     for block in found.blocks:
         table.add_row(str(block.block), escape(block.path), f"{block.error:.1e}", escape(block.tensor))
@@ -112,7 +112,7 @@ def show_bisection(console: Console, found: Bisection) -> None:
 
 
 def show_deploy(console: Console, result: Deployment) -> None:
-    """Verification and bench of each precision, what was written where, and all of them side by side."""
+    """Verification and bench of each precision, all precisions side by side, and the files written."""
     for variant in result.variants:
         if len(result.variants) > 1:
             console.rule(variant.precision)
@@ -132,7 +132,7 @@ def show_deploy(console: Console, result: Deployment) -> None:
 
 
 def show_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """What became of each step of a pipeline."""
+    """The state of each step of a pipeline."""
     width = max([11, *(len(outcome.name) for outcome in outcomes)])
     for outcome in outcomes:
         line = f"{outcome.name:{width}} {outcome.state:10} {outcome.folder}"
@@ -140,7 +140,7 @@ def show_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 
 def show_doctor(console: Console, findings: list[Finding]) -> None:
-    """What was found and what to do."""
+    """What was found on this machine, and what to do."""
     colors = {"ok": "green", "missing": "bold red", "optional": "yellow"}
     table = Table("", "status", "found", "do")
     for f in findings:
@@ -170,7 +170,7 @@ def show_graph(console: Console, info: GraphInfo) -> None:
 
 
 def _runs(blocks: tuple[BlockInfo, ...]) -> list[tuple[str, BlockInfo]]:
-    """Equal blocks in a row as one line: a large model has dozens."""
+    """Consecutive equal blocks joined into one row: a large model has dozens."""
     runs: list[list[BlockInfo]] = []
     for block in blocks:
         last = runs[-1][-1] if runs else None

@@ -1,4 +1,4 @@
-"""Figures of `bench`, and the comparison of two runs, as tables for a terminal of 80 columns."""
+"""Results of `bench`, and the comparison of two runs, as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..bench.result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, BenchRepor
 if TYPE_CHECKING:
     from ..bench.compare import Comparison
 
-BUSY = 0.25  # cores; PyTorch's threads wait for each other when part of one is taken away
+BUSY = 0.25  # cores used by other processes; more than this makes PyTorch's threads wait for each other
 NAMES = {
     EXPORTED: "exported",
     BODIES: "function bodies",
@@ -48,13 +48,13 @@ def show_bench(console: Console, report: BenchReport) -> None:
     busy = report.environment.get("busy_cores")
     if busy is not None and busy > BUSY:
         console.print(
-            f"[bold red]others used this machine[/] ({busy:.1f} cores before the first call): "
+            f"[bold red]other processes used this machine[/] ({busy:.1f} cores before the first call): "
             "measure again when it is idle"
         )
 
 
 def show_comparison(console: Console, made: Comparison) -> None:
-    """Ratios per cell and contestant, what only one side has, and what differs between the machines."""
+    """Ratios per cell and contestant, cells of one run only, and differences between the machines."""
     console.print(f"A {made.before}\nB {made.after}; ratios are B / A, above 1 is slower", highlight=False)
     table = Table("ms per call", box=None, padding=(0, 1, 0, 0))
     for name in ("A p50", "B p50", "ratio", "A p99", "B p99", "ratio"):
@@ -81,12 +81,12 @@ def show_comparison(console: Console, made: Comparison) -> None:
         return
     different = Table("differs", "A", "B", box=None, padding=(0, 1, 0, 0))
     for key, (one, other) in made.differences.items():
-        different.add_row(escape(key), escape(_told(one)), escape(_told(other)))
+        different.add_row(escape(key), escape(_text(one)), escape(_text(other)))
     console.print(different)
 
 
 def format_bytes(count: float) -> str:
-    """Three digits and a decimal unit."""
+    """A size with three digits and a decimal unit (10³ based)."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -99,7 +99,7 @@ def _title(mode: str, batch: int, length: int) -> str:
 
 
 def _ms(value: float) -> str:
-    """Four digits at least."""
+    """Milliseconds with at least four digits."""
     return f"{value:.{max(0, 4 - len(str(int(value))))}f}"
 
 
@@ -125,12 +125,12 @@ def _memory(memory: dict[str, int | None]) -> str:
         "weight_bytes": "weights",
         "state_bytes_per_stream": "state per stream",
     }
-    told = [
+    parts = [
         f"{text} {format_bytes(size)}"
         for name, text in names.items()
         if (size := memory.get(name)) is not None
     ]
-    return f"memory of a process with the export alone: {', '.join(told)}"
+    return f"memory of a process with the export alone: {', '.join(parts)}"
 
 
 def _machine(report: BenchReport) -> str:
@@ -142,7 +142,7 @@ def _machine(report: BenchReport) -> str:
     )
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "—"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""What is built, and how its tests went, as tables for the terminal."""
+"""Built plugin libraries, and the results of their tests, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATUS = {"pass": "[green]pass[/]", "fail": "[bold red]FAIL[/]", "skipped": "[ye
 
 
 def show_built(console: Console, libraries: Sequence[Library]) -> None:
-    """Path of each library, and where it does not run."""
+    """Path of each library, and warnings about machines it does not run on."""
     for library in libraries:
         how = "built" if library.fresh else "already built"
         gpus = f" for sm {', '.join(map(str, library.sms))}" if library.sms else ""
@@ -52,7 +52,7 @@ def show_inventory(console: Console, entries: Sequence[Entry]) -> None:
 
 
 def show_checks(console: Console, checks: Sequence[Check]) -> None:
-    """Every check with its error; the verdict last."""
+    """Every check with its error; the numbers of passed, failed and skipped checks last."""
     table = Table("library", "check", "rel. L2", "limit", "", "", box=None, padding=(0, 1, 0, 0))
     for check in checks:
         error = "" if check.error is None else f"{check.error:.1e}"

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from ..sensitivity import Sensitivity
     from ..sensitivity.search import Candidate
 
-ALONE = 16  # weights shown, the most harmful first
+ALONE = 16  # weights that are shown, the most harmful first
 NAME = 28  # characters of a weight's path in a table
-TRENDS = 8  # tensors whose range moves most, shown in the table
+TRENDS = 8  # tensors that are shown, those whose range changes most
 DRIFT_HORIZON = 4000
 
 
 def show_scales(console: Console, scales: Scales) -> None:
-    """What was observed, and the activations whose range moves most along a sequence."""
+    """The observed ranges, and the activations whose range changes most along a sequence."""
     from ..calibration.scales import bucket_labels, trend
 
     data = scales.data
@@ -45,14 +45,14 @@ def show_scales(console: Console, scales: Scales) -> None:
 
 
 def show_precision(console: Console, report: Verdict) -> None:
-    """What a half or quantized export is, and its drift along one stream."""
+    """Precision, base and sites of a half or quantized export, and its drift along one stream."""
     about = report.precision
     sites = ", ".join(f"{count} {kind}" for kind, count in about["sites"].items())
     console.print(f"{about['precision']} on {about['base']} ({sites}) against {about['reference']}")
     if about["random_calibration"]:
         console.print("[bold red]calibrated on made-up data[/]")
-    for told in about["forced"]:
-        console.print(f"[bold red]forced:[/] {told}")
+    for what in about["forced"]:
+        console.print(f"[bold red]forced:[/] {what}")
     drift = about["drift"]
     if not drift:
         return
@@ -65,11 +65,13 @@ def show_precision(console: Console, report: Verdict) -> None:
         table.add_row(f"{mode}: {name}", *cells, "—" if growth is None else f"{growth:.2f}×")
     console.print(table)
     if drift["repeated"]:
-        console.print(f"the data ({drift['positions']:,} positions) began anew after their end")
+        console.print(
+            f"the data ({drift['positions']:,} positions) were repeated: they are shorter than the horizon"
+        )
 
 
 def show_sensitivity(console: Console, found: Sensitivity) -> None:
-    """What each weight does alone, the most harmful first, and the recipe beside what needs no search."""
+    """The harm of each weight alone, largest first, and the recipe beside those that need no search."""
     table = Table("alone", "drop", "drift", "state", "growth", "kept as", title="each weight alone")
     for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
         table.add_row(_short(name), *_evidence(candidate), found.choices[name])
@@ -84,7 +86,7 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
 
 
 def _short(name: str) -> str:
-    """The end of a path: all of them begin alike."""
+    """The end of a path, which is what distinguishes it from others."""
     return name if len(name) <= NAME else "…" + name[-NAME + 1 :]
 
 
@@ -104,7 +106,7 @@ def show_variants(console: Console, result: Deployment) -> None:
 
 
 def _metric_name(result: Deployment) -> str:
-    """Name of the task metric, or what stands in its place."""
+    """Name of the task metric, or "task metric" where there is none."""
     return str(result.variants[0].verification.metric.get("name", "task metric"))
 
 

@@ -1,4 +1,4 @@
-"""Commands that judge a run folder: verify, bisect where it fails, and the report of it all."""
+"""Commands that check a run folder: verify, bisect (find the failing place), report."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 @run_argument
 @source_options
 @stage_options(VerifyOptions)
-@context_options(seed="of the inputs and the cuts of the stream")
+@context_options(seed="seed of the inputs and of the cuts of the stream")
 @json_option
 def verify(run: Path, source: Source, options: VerifyOptions, context: Context, as_json: bool) -> None:
-    """Compare a run folder with the model it was exported from; the exit code is the gate.
+    """Compare a run folder with the model it was exported from; exit code 1 if a check fails.
 
-    CHECKPOINT may be left away: the manifest of the run folder names it.
+    CHECKPOINT may be omitted: the manifest of the run folder names it.
     """
     from ..pipeline import stages
     from . import tables
@@ -51,16 +51,23 @@ def verify(run: Path, source: Source, options: VerifyOptions, context: Context, 
 @click.command()
 @run_argument
 @source_options
-@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime")
-@click.option("--plugin", type=click.Path(path_type=Path), help="TensorRT plugin library; else bodies run")
-@context_options(seed="of the inputs")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    help="runtime of the run folder",
+)
+@click.option(
+    "--plugin", type=click.Path(path_type=Path), help="TensorRT plugin library; default: function bodies"
+)
+@context_options(seed="seed of the inputs")
 @json_option
 def bisect(
     run: Path, source: Source, backend: str, plugin: Path | None, context: Context, as_json: bool
 ) -> None:
-    """Name the first block, then the first value, where a run folder leaves what it should be.
+    """Find the first block, and the first value in it, that differs from the reference.
 
-    Exit code 1 where there is such a place.
+    Exit code 1 if there is such a value.
     """
     from ..verify.bisect.replay import run_onnxruntime
     from ..verify.bisect.search import bisect as bisect_
@@ -81,14 +88,16 @@ def bisect(
 
 @click.command()
 @run_argument
-@click.option("--compare", type=click.Path(path_type=Path), help="another run folder, side by side")
-@click.option("--html", type=click.Path(path_type=Path), help="where to; default RUN/report.html")
-@click.option("--md", type=click.Path(path_type=Path), help="where to; default RUN/report.md")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="default RUN/report.json")
+@click.option("--compare", type=click.Path(path_type=Path), help="run folder to compare with, side by side")
+@click.option("--html", type=click.Path(path_type=Path), help="HTML file to write; default RUN/report.html")
+@click.option("--md", type=click.Path(path_type=Path), help="Markdown file to write; default RUN/report.md")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="JSON file to write; default RUN/report.json"
+)
 def report(
     run: Path, compare: Path | None, html: Path | None, md: Path | None, json_path: Path | None
 ) -> None:
-    """Write what is known of RUN as one HTML file that opens anywhere, as Markdown and as JSON."""
+    """Write the report of RUN: one self-contained HTML file, Markdown and JSON."""
     from ..report.write import write_report
 
     written = write_report(run, compare=compare, html=html, md=md, json_path=json_path)

@@ -1,5 +1,5 @@
-"""The whole flow as a file: `schema.py` reads and checks it, `table.py` is the table of stages, `runner.py`
-runs it; `deploy.py` is the default pipeline.
+"""Pipelines: `schema.py` reads and checks a pipeline file, `table.py` is the table of stages, `runner.py`
+runs them, `deploy.py` is the default pipeline. A pipeline file looks like this:
 
     model: {checkpoint: path/to/checkpoint}       # or {module: package.module:factory, weights: file}
     out: out/model
@@ -7,7 +7,7 @@ runs it; `deploy.py` is the default pipeline.
     stages:
       export: {}
       calibrate: {data: train.txt}
-      quantize: {precision: int8}                 # or {}, behind `sensitivity: {data: train.txt}`
+      quantize: {precision: int8}                 # or {}, after `sensitivity: {data: train.txt}`
       verify: {horizon: 4000}
       bench: {}
       bundle: {target: orin-nano-8gb}

@@ -1,4 +1,4 @@
-"""The default pipeline: export, calibrate, quantize, verify, bench, bundle; and what came out of it."""
+"""`deploy`, the default pipeline: export, calibrate, quantize, verify, bench, bundle; and its result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ARTIFACTS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One precision of the model; `benchmark` is None when verification failed: then nothing is timed."""
+    """Results of one precision; `benchmark` is None if verification failed: then nothing is timed."""
 
     precision: str
     folder: Path
@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def model_bytes(self) -> int:
-        """Graph and weights."""
+        """Size of graph and weights."""
         return sum((self.folder / name).stat().st_size for name in (MODEL, MODEL_DATA))
 
     @property
@@ -58,12 +58,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What `deploy` did: FP32 first, what was asked for last; and the bundle, where a target was named.
+    """Result of `deploy`.
 
     Attributes:
-        variants: one per precision that was verified; empty in a dry run.
-        bundle: for the board, where one was named and what was asked for passed.
-        outcomes: what became of each step.
+        variants: one per verified precision, FP32 first, the requested one last; empty in a dry run.
+        bundle: path of the bundle; None without a target, or if the requested precision failed.
+        outcomes: state of each step.
     """
 
     variants: tuple[Variant, ...]
@@ -72,7 +72,7 @@ class Deployment:
 
     @property
     def folder(self) -> Path:
-        """The run folder of the precision that was asked for."""
+        """The run folder of the requested precision."""
         return self.variants[-1].folder
 
     @property
@@ -85,13 +85,13 @@ class Deployment:
 
     @property
     def written(self) -> list[Path]:
-        """Of all precisions."""
+        """Files of all precisions, and the bundle."""
         bundles = [] if self.bundle is None else [self.bundle]
         return [path for variant in self.variants for path in variant.written] + bundles
 
     @property
     def passed(self) -> bool:
-        """FP32 equals PyTorch, and the precision that was asked for is within its limits."""
+        """FP32 equals PyTorch, and the requested precision is within its limits."""
         return self.variants[0].verification.passed and self.verification.passed
 
     def to_json(self) -> dict[str, Any]:
@@ -122,14 +122,14 @@ def deploy(
     context: Context = Context(),
     how: How = How(),
 ) -> Deployment:
-    """Export into `out`, verify, bench what verified; then the same in the precision asked for.
+    """Export into `out`, verify, and bench if that passed; then the same in the requested precision.
 
     Args:
         loaded: the model.
         out: run folder of the FP32 export; other precisions become subfolders of it.
-        options: precision and data. INT8 also makes FP16, to be compared with.
-        context: its command is recorded in the manifests.
-        how: resume, begin anew, dry run; see `runner.How`.
+        options: precision and data. INT8 and INT4 also make FP16, for comparison.
+        context: threads, progress, and the command that manifests record.
+        how: resume, start over, dry run; see `runner.How`.
 
     Raises:
         UsageError: activations are to be quantized and there is no calibration data.
@@ -144,7 +144,7 @@ def deploy(
 
 
 def _variant(outcome: Outcome, done: list[Outcome]) -> Variant:
-    """A precision that was verified; what is unchanged is read from disk, timings are not."""
+    """Results of a verified precision; an unchanged verdict is read from disk, timings are not."""
     verdict = outcome.result
     if not isinstance(verdict, Verdict):
         path = outcome.folder / VERDICT
@@ -193,13 +193,13 @@ def _recipe(options: DeployOptions) -> Recipe:
     if chosen.needs_scales and options.calib is None and not options.random_data:
         raise UsageError(
             f"precision {chosen.precision} quantizes activations and needs calibration data",
-            "give --calib DATA (or --random-data, which no report will hide)",
+            "give --calib DATA (or --random-data, which every report states)",
         )
     return chosen
 
 
 def _quantized(chosen: Recipe, options: DeployOptions) -> list[Step]:
-    """The precision that was asked for, beside FP16."""
+    """Steps of the requested precision, and of FP16 beside a quantized one."""
     steps = []
     if chosen.needs_scales:
         ranges = CalibrateOptions(data=options.calib, random_data=options.random_data, avoid=options.data)
@@ -220,8 +220,8 @@ def _quantized(chosen: Recipe, options: DeployOptions) -> list[Step]:
 
 
 def _judged(precision: str, options: VerifyOptions) -> list[Step]:
-    """Verified, timed where that passed, and reported."""
-    # torch.compile takes minutes; `bench` by itself includes it.
+    """Steps that verify a precision, time it if that passed, and write its report."""
+    # Without torch.compile, which takes minutes; the command `bench` includes it.
     return [
         Step(f"verify-{precision}", "verify", options, variant=precision, stops=False),
         Step(f"bench-{precision}", "bench", BenchOptions(compile_at="none"), variant=precision),

@@ -1,4 +1,4 @@
-"""What a pipeline is: a model, a run folder, and steps in the order they run."""
+"""A pipeline as data: a model, a run folder, and steps in the order they run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..options import Options
 if TYPE_CHECKING:
     from ..load.loaded import Loaded
 
-Source = Mapping[str, str]  # `checkpoint`, or `module` and maybe `weights`
+Source = Mapping[str, str]  # keys: `checkpoint`, or `module` and optionally `weights`
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Step:
     """One stage of a pipeline with its options.
 
     Attributes:
-        name: of its record; steps of one pipeline differ in it.
+        name: name of the step and of its record, unique in the pipeline.
         stage: key of `table.STAGES`.
-        options: of the stage.
-        seed: of what the stage draws.
-        variant: the precision it belongs to; what does not verify ends the steps of its variant.
-        stops: a verification that fails ends the whole run with an error. Otherwise it ends its variant, and
+        options: options of the stage.
+        seed: seed of the stage's random draws.
+        variant: the precision it belongs to; a failed verification ends the steps of its variant.
+        stops: a failed verification ends the whole run with an error. Otherwise it ends its variant, and
             everything if the variant is the FP32 export.
     """
 
@@ -39,15 +39,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What is to be done.
+    """A model and the steps to run on it.
 
     Attributes:
         source: how to load the model.
         out: run folder of the FP32 export.
         steps: in the order they run.
         command: recorded in manifests. Resuming must not change it, so it does not name the options of a run.
-        threads: of the runtimes.
-        loaded: the model, where it is loaded already.
+        threads: CPU threads of the runtimes.
+        loaded: the model, if it is loaded already.
     """
 
     source: Source
@@ -59,5 +59,5 @@ class Pipeline:
 
     @property
     def stages(self) -> dict[str, Options]:
-        """Options by the names of the steps."""
+        """Options by name of the step."""
         return {step.name: step.options for step in self.steps}

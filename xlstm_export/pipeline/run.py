@@ -47,7 +47,7 @@ R = TypeVar("R")
 def _keywords(
     kind: Callable[P, O],
 ) -> Callable[[Callable[[S, O], R]], Callable[Concatenate[S, P], R]]:
-    """A function of an object and options becomes one of the object and the options' fields."""
+    """A decorator: the function's options become keywords, one per field of the options class."""
 
     def decorate(function: Callable[[S, O], R]) -> Callable[Concatenate[S, P], R]:
         @functools.wraps(function)
@@ -61,7 +61,7 @@ def _keywords(
 
 
 def _describe(call: object, function: Callable[..., object], kind: object) -> None:
-    """Signature and docstring as `help` shows them: the options, and what is known of each."""
+    """Set the signature and docstring that `help` shows: each option with its help text."""
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return
     first = next(iter(inspect.signature(function).parameters.values()))
@@ -81,7 +81,7 @@ def _describe(call: object, function: Callable[..., object], kind: object) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class _Export(ExportOptions):
-    """Options of `export`, and what it needs besides."""
+    """Options of `export`, and the other keywords of the API's `export`."""
 
     out: Path | str
     example: Tensor | Mapping[str, Tensor] | None = None
@@ -94,7 +94,7 @@ class _Export(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantize(QuantizeOptions):
-    """Options of `quantize`, and where its result goes."""
+    """Options of `quantize`, and the folder of its result."""
 
     out: Path | str | None = None
     force: bool = False
@@ -102,7 +102,7 @@ class _Quantize(QuantizeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Bundle(BundleOptions):
-    """Options of `bundle`, and where its result goes."""
+    """Options of `bundle`, and the folder or file of its result."""
 
     out: Path | str | None = None
     force: bool = False
@@ -142,7 +142,7 @@ def open_run(
     threads: int = 0,
     progress: Progress = Context().progress,
 ) -> Run:
-    """A run folder that was made before. Its model is loaded when a stage needs it, from where it came from.
+    """Open an existing run folder. Its model is loaded from its origin when a stage needs it.
 
     Args:
         folder: run folder of `export` or `quantize`.
@@ -150,7 +150,7 @@ def open_run(
         progress: called with the name of each step of this run.
 
     Raises:
-        InputError: it is no run folder.
+        InputError: it is not a run folder.
     """
     RunFolder.open(folder)
     return Run(Path(folder), None, Context(threads=threads, progress=progress))
@@ -177,7 +177,7 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """Such as "fp32" or "int8"."""
+        """Name of the precision, such as "fp32" or "int8"."""
         return self._folder.precision
 
     @_keywords(VerifyOptions)
@@ -199,8 +199,8 @@ class Run:
 
         Args:
             precision: such as "int8", or the path of a recipe.yaml.
-            keywords: of `options.QuantizeOptions`; `out`, by default a subfolder named after the precision;
-                `force` replaces it.
+            keywords: fields of `options.QuantizeOptions`; `out`, by default a subfolder named after the
+                precision; `force` replaces it.
 
         Returns:
             The new run.
@@ -223,15 +223,15 @@ class Run:
         return stages.bench(self._folder, self._model, options, self._context)
 
     def bundle(self, target: str | None = None, **keywords: object) -> Path:
-        """What a board needs of a verified run, as a folder or an archive.
+        """Make a bundle of a verified run for a board, as a folder or an archive.
 
         Args:
             target: the board, such as "orin-nano-8gb".
-            keywords: of `options.BundleOptions`; `out`, a folder or a file ending in .tar.gz, by default
-                `bundle` in the run folder; `force` replaces it.
+            keywords: fields of `options.BundleOptions`; `out`, a folder or a file ending in .tar.gz, by
+                default `bundle` in the run folder; `force` replaces it.
 
         Returns:
-            Where it is.
+            Path of the bundle.
         """
         return self._bundle(target=target, **keywords)  # type: ignore[arg-type]
 
@@ -242,7 +242,7 @@ class Run:
         return stages.bundle(self._folder, self._model, out, chosen, self._context, force=options.force)
 
     def report(self) -> Path:
-        """Write what is known of the run as one HTML file, and as Markdown and JSON beside it."""
+        """Write the report of the run as one HTML file, and as Markdown and JSON beside it."""
         return stages.report(self._folder).paths[0]
 
     def session(self, batch: int = 1, *, backend: str = "onnxruntime") -> Session:
@@ -296,5 +296,5 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
 
 
 def _as(kind: type[O], options: Options) -> O:
-    """The part of `options` that a stage takes."""
+    """The fields of `options` that belong to the stage, as its own options class."""
     return kind.made_of({name: getattr(options, name) for name in kind.table()})

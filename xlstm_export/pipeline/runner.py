@@ -1,8 +1,8 @@
-"""Run a pipeline, step by step; what is done and has not changed is not done again.
+"""Run a pipeline step by step; steps that are done and whose inputs are unchanged are skipped.
 
-After each step a record is written beside its results: a hash of everything it depended on, and the hashes
-of what it wrote. Results are written atomically by the stages themselves, and the record last, so a run
-that was killed at any moment repeats the step it was in and no other.
+After each step a record is written beside its results: a hash of everything it depends on, and the hashes of
+the files it wrote. The stages write their results atomically, and the record is written last. So a run that
+was killed at any moment repeats only the step it was in.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ RECORDS = ".pipeline"
 
 @dataclass(frozen=True)
 class How:
-    """How a pipeline is run.
+    """Which steps of a pipeline are run, and how an existing run folder is treated.
 
     Attributes:
-        first: this step and all after it are done even where nothing changed; those before must be done.
+        first: repeat this step and all after it, even if unchanged; the steps before must be done already.
         last: stop after this step.
-        resume: go on in an existing run folder.
-        force: begin anew in one.
+        resume: continue in an existing run folder.
+        force: start over in an existing run folder.
         dry_run: only report what would be done.
     """
 
@@ -49,14 +49,14 @@ class How:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step.
+    """Result of a step.
 
     Attributes:
-        name, variant: of the step.
-        state: "done", "unchanged", "to do" in a dry run, "not asked" behind the last step asked for,
-            "left out" where what it needs did not verify.
+        name, variant: those of the step.
+        state: "done"; "unchanged"; "to do" in a dry run; "not asked" after the last requested step;
+            "left out" if a run folder that it needs has failed verification.
         folder: the run folder it worked on.
-        result: of the stage, where it was done.
+        result: result of the stage; None if it was not run.
     """
 
     name: str
@@ -72,7 +72,7 @@ def run_pipeline(
     """Run the steps of a pipeline.
 
     Args:
-        pipeline: of `schema.read_pipeline` or `deploy.deploy_pipeline`.
+        pipeline: as `schema.read_pipeline` or `deploy.deploy_pipeline` make it.
         how: which steps, and in which folder.
         progress: called with the name of each step and of what it does.
 
@@ -87,7 +87,7 @@ def run_pipeline(
     if pipeline.out.exists() and not (how.resume or how.force or how.dry_run or how.first):
         raise UsageError(
             f"{pipeline.out} already exists",
-            "choose another output folder, --resume to go on there, or --force to replace it",
+            "choose another output folder, --resume to continue there, or --force to replace it",
         )
     return _Run(pipeline, how, progress).all()
 
@@ -95,10 +95,10 @@ def run_pipeline(
 class _Run:
     def __init__(self, pipeline: Pipeline, how: How, progress: Progress) -> None:
         self._pipeline, self._how, self._progress = pipeline, how, progress
-        self._folder = pipeline.out  # of the precision at hand
-        self._before = ""  # hash of everything up to here
+        self._folder = pipeline.out  # run folder of the current precision
+        self._before = ""  # hash of all steps so far
         self._again = how.force
-        self._ended: set[str] = set()  # variants that did not verify
+        self._ended: set[str] = set()  # variants that failed verification
         self._searched = any(step.stage == "sensitivity" for step in pipeline.steps)
 
     def all(self) -> list[Outcome]:
@@ -118,10 +118,10 @@ class _Run:
         unchanged = not self._again and self._recorded(step, inputs)
         names = [other.name for other in self._pipeline.steps]
         if not unchanged and self._how.first and names.index(step.name) < names.index(self._how.first):
-            raise UsageError(f"stage {step.name} is not done, or has changed", "leave --from away")
+            raise UsageError(f"stage {step.name} is not done, or has changed", "run without --from")
         result: object = None
         if not unchanged:
-            self._again = True  # everything behind it depends on it
+            self._again = True  # all later steps depend on it
             if not self._how.dry_run:
                 result = self._do(step, inputs).result
         state = "unchanged" if unchanged else "to do" if self._how.dry_run else "done"
@@ -131,7 +131,7 @@ class _Run:
         return Outcome(step.name, state, self._folder, step.variant, result)
 
     def _left_out(self, step: Step) -> bool:
-        """Whether what a step needs did not verify; nothing is made of an FP32 export that did not."""
+        """Whether a run folder that the step needs, its own or the FP32 export, has failed verification."""
         stage, base = STAGES[step.stage], self._pipeline.steps[0].variant
         if base in self._ended and step.variant != base:
             return True
@@ -151,7 +151,7 @@ class _Run:
         )
 
     def _inputs(self, step: Step) -> str:
-        """Hash of all that a step depends on: options, contents of files, versions, what came before."""
+        """Hash of all that a step depends on: options, contents of files, versions, earlier steps."""
         values, files = _plain(step.options)
         if step.stage == "export":
             files += [v for k, v in self._pipeline.source.items() if k in ("checkpoint", "weights")]
@@ -167,7 +167,7 @@ class _Run:
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
     def _recorded(self, step: Step, inputs: str) -> bool:
-        """Whether a step was done with these inputs, and its results are as it left them."""
+        """Whether a step was done with these inputs, and its results are unchanged since."""
         try:
             record = json.loads(self._record(step).read_text(encoding="utf-8"))
             folder = Path(record["folder"])
@@ -178,7 +178,7 @@ class _Run:
             return False
 
     def _do(self, step: Step, inputs: str) -> Done:
-        """Run a step and write its record; a verification that failed leaves none."""
+        """Run a step and write its record; a failed verification leaves no record."""
         self._progress(step.name)
         stage = STAGES[step.stage]
         context = Context(
@@ -200,7 +200,7 @@ class _Run:
         return done
 
     def _advance(self, step: Step) -> None:
-        """Go on behind a step that is done; behind one that only would be, the folder stays."""
+        """Set the current run folder to the result of a step, if the step has been done."""
         try:
             record = json.loads(self._record(step).read_text(encoding="utf-8"))
             self._folder = Path(record["run"])
@@ -216,7 +216,7 @@ class _Run:
 
 
 def _plain(options: Options) -> tuple[dict[str, object], list[str]]:
-    """Options as JSON holds them, and which of them are files that exist."""
+    """Options as JSON values, and the names of those that are existing files."""
     values = {f.name: getattr(options, f.name) for f in fields(options)}
     known = options.table()
     files = [

@@ -1,4 +1,4 @@
-"""A pipeline file, read and checked as a whole before anything runs."""
+"""Pipeline files: a file is read and checked as a whole before anything runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .table import STAGES, Stage
 
 KEYS = ("model", "out", "data", "threads", "stages")
 MODEL = ("checkpoint", "module", "weights")
-SEED = About("of what the stage draws", "int")
-# In a file, torch.compile is asked for by a flag: at the first batch, or not at all.
-COMPILE = About("torch.compile at the first batch", "flag")
+SEED = About("seed of the stage's random draws", "int")
+# In a file, torch.compile is switched by a flag: timed at the first batch, or not at all.
+COMPILE = About("time torch.compile at the first batch", "flag")
 COMPILED = {True: "first", False: "none"}
 
-# Kind of an option: what it is called, and whether a value of a file is one.
+# Kind of an option → its name in messages, and a test of values.
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "flag": ("true or false", lambda x: isinstance(x, bool)),
     "int": ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
@@ -49,12 +49,12 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline file.
 
     Args:
-        path: YAML.
-        changes: of `--set`: `stages.quantize.precision=fp16`, the value in YAML.
+        path: YAML file.
+        changes: values of `--set`, such as `stages.quantize.precision=fp16`; the value is YAML.
 
     Raises:
-        InputError: it cannot be read, or says what is not possible; unknown keys list those there are.
-        UsageError: a change is none.
+        InputError: it cannot be read, or a key or value is not allowed; the hint lists the known keys.
+        UsageError: a change has another form.
     """
     import yaml
 
@@ -63,7 +63,7 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}", "see `xlstm-export run --help`") from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds no mapping", f"its keys are {', '.join(KEYS)}")
+        raise InputError(f"{path} is not a YAML mapping", f"its keys are {', '.join(KEYS)}")
     for change in changes:
         _change(data, change)
     check = _Check(path)
@@ -100,7 +100,7 @@ def _change(data: dict[str, Any], change: str) -> None:
 
     name, equals, text = change.partition("=")
     if not equals or not name:
-        raise UsageError(f"--set {change}: no such form", "--set stages.quantize.precision=fp16")
+        raise UsageError(f"--set {change}: expected KEY=VALUE", "--set stages.quantize.precision=fp16")
     *parents, last = name.split(".")
     place: Any = data
     for parent in parents:
@@ -114,7 +114,7 @@ def _change(data: dict[str, Any], change: str) -> None:
 
 
 class _Check:
-    """What is said of a file that does not fit."""
+    """Checks of a pipeline file; the first one that fails raises InputError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -139,13 +139,13 @@ class _Check:
         words, fits = KINDS[kind]
         try:
             good = fits(value)
-        except (OSError, ValueError):  # a name no file can have
+        except (OSError, ValueError):  # not a possible file name
             good = False
         if not good:
             self.fail(f"{where} is {value!r}", f"expected {words}")
 
     def recipe(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
-        """What `quantize` goes by is given exactly once."""
+        """Exactly one of precision, recipe and the stage `sensitivity` defines what `quantize` does."""
         quantize = stages.get("quantize")
         given = [key for key in ("precision", "recipe") if quantize and key in quantize]
         found = ["the stage sensitivity"] if "sensitivity" in stages else []
@@ -154,7 +154,7 @@ class _Check:
             self.fail(f"stages.quantize has {what}", "quantize: {precision: int8}")
 
     def stage(self, name: str, value: Any) -> dict[str, Any]:
-        """The values of a stage, each of its kind."""
+        """The values of a stage, checked: known keys, each of its kind, none missing."""
         values = self.mapping(f"stages.{name}", {} if value is None else value)
         known = keys_of(STAGES[name])
         self.keys(f"stages.{name}", values, tuple(known))
@@ -168,7 +168,7 @@ class _Check:
         return values
 
     def step(self, name: str, values: Mapping[str, Any], data: Path | None, calib: str | None) -> Step:
-        """A stage with its options; held-out and calibration data are those of the file."""
+        """The step of a stage; held-out and calibration data are those of the whole file."""
         given = dict(values)
         seed = int(given.pop("seed", 0))
         kind = STAGES[name].options

@@ -1,7 +1,7 @@
-"""The stages as functions: a run folder, its model, typed options, and the context that all of them carry.
+"""The stages as functions of a run folder, its model, typed options and the shared context.
 
-Each opens what it is given and calls one function of the stage's own folder. The command line, the pipeline
-runner and the Python API call these.
+Each opens the run folder and calls one function of the stage's own folder. The command line, the pipeline
+runner and the Python API call these functions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def calibrate(
             "calibration needs data"
             if options.data is None
             else "--data and --random-data exclude each other",
-            "give --data, or --random-data, which every report will say",
+            "give --data, or --random-data, which every report states",
         )
     run = RunFolder.of(run)
     chosen = sets.for_run(
@@ -84,10 +84,10 @@ def sensitivity(
     options: SensitivityOptions = SensitivityOptions(),
     context: Context = Context(),
 ) -> Sensitivity:
-    """The search for a recipe, with the ranges `calibrate` has written, on data with the task's targets.
+    """Search for a recipe, on data with the task's targets and with the ranges that `calibrate` wrote.
 
     Raises:
-        UsageError: there are no data.
+        UsageError: no data are given.
     """
     from ..calibration.scales import Scales
     from ..measure import data
@@ -109,13 +109,14 @@ def quantize(
     out: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """A run folder of another precision, by the recipe that options describe and the ranges of `calibrate`.
+    """Make a run folder of another precision, by the recipe that the options describe.
 
     Args:
-        run: of `export`.
+        run: FP32 run folder of `export`, with the ranges of `calibrate` if activations are quantized.
         loaded: its model; needed with `options.data`.
-        options, context: as everywhere.
-        out: by default a subfolder of the run, named after the precision.
+        options: options of the stage.
+        context: shared settings.
+        out: folder to make; by default a subfolder of the run, named after the precision.
         force: replace `out`, and accept a state that drifts, which is recorded.
     """
     from ..calibration import sets
@@ -162,18 +163,18 @@ def bundle(
     *,
     force: bool = False,
 ) -> Path:
-    """What a board needs of a verified run folder, as a folder or an archive.
+    """Make a bundle of a verified run folder for a board, as a folder or an archive.
 
     Args:
         run: run folder.
         loaded: its model.
         out: folder to make, or a file ending in .tar.gz; by default `bundle` in the run folder.
-        options, context: as everywhere. Streams are recorded of calibration data where there is no held-out
-            data.
+        options: options of the stage. Streams are recorded on calibration data if there are no held-out data.
+        context: shared settings.
         force: replace `out`.
 
     Raises:
-        UsageError: there is no such target.
+        UsageError: the target is unknown.
     """
     from ..bundle.make import bundle as bundle_
     from ..calibration import sets

@@ -1,6 +1,7 @@
-"""The table of stages: what each takes, what it calls, what it writes, in the order they can run.
+"""The table of stages, in the order they can run: their options, what they call, what they write.
 
-`deploy` and pipeline files are lists of these. Add a stage here: one entry, and its options in `options.py`.
+`deploy` and pipeline files are lists of stages. To add a stage, add an entry here and its options in
+`options.py`.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ RECIPE, EVIDENCE = "sensitivity/recipe.yaml", "sensitivity/evidence.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What a step works on.
+    """Inputs of a step.
 
     Attributes:
-        load: gives the model; it is read once.
+        load: returns the model, which is read once.
         base: run folder of the FP32 export.
-        folder: run folder of the precision at hand.
-        context: as everywhere.
-        stops: whether a verification that fails raises.
-        searched: `sensitivity` has found a recipe, which `quantize` goes by unless its options name one.
+        folder: run folder of the current precision.
+        context: shared settings.
+        stops: whether a failed verification raises.
+        searched: `sensitivity` has found a recipe; `quantize` uses it unless its options name one.
     """
 
     load: Callable[[], Loaded]
@@ -56,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a step leaves: the run folder from then on, and the result of its stage."""
+    """Output of a step: the run folder for the next steps, and the result of its stage."""
 
     folder: Path
     result: object = None
@@ -64,18 +65,17 @@ class Done:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage.
+    """A stage of the pipeline.
 
     Attributes:
         options: class of its options.
-        run: does it.
-        writes: the files it leaves behind, in the folder it works on or made.
-        on_base: it works on the FP32 export whatever precision is at hand.
-        verified: it needs that what it works on has verified.
-        builds: later steps depend on what it writes. Reports, and results with times in them, are results
-            that nobody builds on.
-        seeded: a pipeline file may give it a seed.
-        needs: options that must be given in a pipeline file.
+        run: function that runs it.
+        writes: the files it writes, relative to the folder it works on or makes.
+        on_base: it works on the FP32 export, whatever the current precision.
+        verified: the run folder that it works on must have passed verification.
+        builds: later steps depend on the files it writes; false for reports and timings.
+        seeded: it takes a seed in a pipeline file.
+        needs: options that are required in a pipeline file.
     """
 
     options: type[Options]
@@ -89,7 +89,7 @@ class Stage:
 
 
 def _export(job: Job, options: Options) -> Done:
-    # The runner has asked for the folder to be replaced, or found that there is none.
+    # Forced: the runner has checked that the folder is new or may be replaced.
     made = stages.export(job.load(), job.base, cast(ExportOptions, options), job.context, force=True)
     return Done(made)
 
@@ -112,10 +112,10 @@ def _quantize(job: Job, options: Options) -> Done:
 
 
 def _verify(job: Job, options: Options) -> Done:
-    """A candidate is held against the FP32 export, which must have been verified itself."""
+    """A candidate is compared with the FP32 export, which must have been verified itself."""
     chosen = cast(VerifyOptions, options)
     if job.folder != job.base and not _is_verified(job.base):
-        # Its limits are its own, and it does not drift.
+        # Without the gate file and the horizons, which are for the candidate.
         base = VerifyOptions(data=chosen.data, calib=chosen.calib, metric=chosen.metric)
         _require(stages.verify(job.base, job.load(), base, job.context), job.base)
     verdict = stages.verify(job.folder, job.load(), chosen, job.context)
@@ -137,7 +137,7 @@ def _is_verified(folder: Path) -> bool:
 def _require(verdict: Verdict, folder: Path) -> None:
     if not verdict.passed:
         failed = next(check.name for check in verdict.checks if not check.passed)
-        raise GateError(f"{folder}: {failed} is beyond its limit", f"details: {folder}/{VERDICT}")
+        raise GateError(f"{folder}: {failed} exceeds its limit", f"details: {folder}/{VERDICT}")
 
 
 def _bench(job: Job, options: Options) -> Done:

@@ -1,4 +1,4 @@
-"""What the two verifications of a whole model share, that of an FP32 export and that of a lower precision."""
+"""Base of the two verifications of a whole model: of an FP32 export, and of a lower precision."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .ways import StreamChecks
 
 
 class Verification:
-    """A run folder and a model, opened for checks.
+    """A run folder and a model, opened for verification.
 
     Args:
         run: run folder.
         loaded: the model, with its weights as the run folder stores them.
-        options: `data` and `metric`.
-        context: the seed of inputs and of the cuts of the stream; threads.
-        calibration: inputs (N, S, ...) of a calibration set, which are used where there are no data.
-        limits: "output", "state" and "rows" of the ways of calling the export.
+        options: `data` and `metric` are used here.
+        context: threads; the seed of the inputs and of the cuts of the stream.
+        calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
+        limits: limits "output", "state" and "rows" for the ways of calling the export.
 
     Attributes:
-        data: held-out data, where there are any.
-        source: where sequences come from.
-        streams: the ways of calling the export; `streams.inputs` is what most checks run on.
+        data: held-out data, or None.
+        source: source of the sequences.
+        streams: the ways of calling the export; most checks run on `streams.inputs`.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -56,7 +56,7 @@ class Verification:
         self.streams = StreamChecks(run, self.source.batch, self.expected, limits, rng, context.threads)
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
-        """Outputs and state after so many positions of `streams.inputs`, from a fresh start."""
+        """Expected outputs and state after `length` positions of `streams.inputs`, from a fresh start."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class Verification:
         self.streams.close()
 
     def check_streams(self) -> list[Check]:
-        """All ways of calling the export."""
+        """Run the checks of all ways of calling the export."""
         checks: list[Check] = []
         for name, stage in self.streams.stages():
             self.context.progress(name)
@@ -76,9 +76,9 @@ def require_same_model(run: RunFolder, loaded: Loaded, states: Iterable[StateSpe
     """Raise UsageError unless the run folder has the model's inputs and, where given, its states.
 
     Args:
-        run: run folder. One that was exported without states has none to compare.
+        run: run folder. States are not compared if it was exported without any.
         loaded: the model.
-        states: of the model.
+        states: states of the model.
     """
     same = [x.name for x in run.io.inputs] == list(loaded.inputs)
     if states is not None and run.io.states:

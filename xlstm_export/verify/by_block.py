@@ -1,9 +1,8 @@
-"""Verification of models that do not fit the memory: block by block, or with the first blocks only.
+"""Verification of models that do not fit the memory, block by block.
 
 `verify_per_block` goes through the whole depth with the weights of one block in memory. Three parties, as in
 `verify`: upstream's own blocks and the lifted ones, both in float64, and the exported graph, cut at the ends
-of its blocks. `verify_first_blocks` runs the whole of `verify` on a truncated model against the same blocks
-of the exported graph.
+of its blocks. The alternative is `first_blocks.verify_first_blocks`.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from .streamed import Streamed
 
 BATCH = 2
 LENGTH = CHUNK + 6
-# How much further from float64 than PyTorch's own FP32 the typical error over the depth may be: twice the
-# largest ratio seen. Measured 0.9 to 1.4 up to 16 blocks of width 1024, and 4.3 on 32 blocks of width 4096
-# for a reason that is not known (Tanh in double precision changes nothing). This check is coarse: one weight
-# with its sign flipped gives 4.5 on 16 blocks and passes here. The checks of each block alone find it.
+# Limit of the candidate's typical error over the whole depth, relative to that of PyTorch in FP32: twice the
+# largest measured ratio. Measured were 0.9 to 1.4 up to 16 blocks of width 1024, and 4.3 on 32 blocks of
+# width 4096, for an unknown reason (Tanh in double precision changes nothing). This check is coarse: one
+# weight with its sign flipped gives 4.5 on 16 blocks and passes here. The checks of each block alone find it.
 PYTORCH_FP32 = 8.0
 PIECES = (1, CHUNK - 1, 1, 5)  # the same positions with the state carried; sums to LENGTH
 
@@ -54,13 +53,13 @@ def verify_per_block(
 
     Each block is checked alone (both sides start from the reference's input to it), in one call and in
     pieces with the state carried, and as part of the whole depth (the candidate starts from its own result),
-    where PyTorch's FP32 result sets the measure.
+    where the limit is relative to the error of PyTorch in FP32.
 
     Args:
         run: run folder.
         loaded: the checkpoint it was exported from; its weights are read part by part.
-        options: `gate` holds limits in place of the built-in ones; no other is read here.
-        context: its seed is of the inputs.
+        options: `gate` replaces built-in limits; no other option is used here.
+        context: shared settings; the seed is for the inputs.
 
     Returns:
         The verdict, also written to `verify/per_block.json`.
@@ -82,7 +81,7 @@ def verify_per_block(
 
 
 class _PerBlock:
-    """All three parties, and what has been found so far.
+    """State of a verification by block: the three parties, and the checks so far.
 
     Args:
         run: run folder.
@@ -104,19 +103,23 @@ class _PerBlock:
         if not self.stack or len(self.stack) != self.candidate.blocks:
             raise UsageError(
                 f"{run.path} has {self.candidate.blocks} blocks, the model {len(self.stack)}",
-                "verify against the checkpoint it was made from; only a stack of blocks can be verified so",
+                "verify against the checkpoint it was made from; --per-block needs a stack of blocks",
             )
         rng = np.random.default_rng(context.seed)
         self.length = min(LENGTH, loaded.context_length or LENGTH)
         self.inputs = random_inputs(loaded, self.io, BATCH, LENGTH, rng)
         self.found: list[Check] = []
-        self.depth: list[tuple[str, Difference, float]] = []  # the candidate's own way, typical error last
+        self.depth: list[
+            tuple[str, Difference, float]
+        ] = []  # name, difference, typical error of the candidate on its own results
         self.hidden: list[np.ndarray] = []
-        self.own = {name: x.copy() for name, x in self.inputs.items()}  # the candidate's way to this block
+        self.own = {
+            name: x.copy() for name, x in self.inputs.items()
+        }  # the candidate's own result before this block
         self.present: dict[str, Tensor] = {}
 
     def checks(self) -> list[Check]:
-        """Reference and candidate in lockstep, then upstream's own blocks against the reference."""
+        """Compare candidate with reference block by block, then upstream's own blocks with the reference."""
         result = self._reference()
         self._head(result)
         return [*self._lift(result), *self.found, *self._depth(result)]
@@ -136,7 +139,7 @@ class _PerBlock:
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
 
     def _compare_block(self, index: int, result: Tensor) -> None:
-        """The candidate's block on the reference's input, whole and in pieces, and on its own."""
+        """Check a block on the reference's input, whole and in pieces, and on the candidate's own input."""
         self.progress(f"block {index + 1} of {len(self.stack)}")
         reference = result.numpy()
         session = self.candidate.open(index)
@@ -184,7 +187,7 @@ class _PerBlock:
             self._note_depth(f"whole depth: {name}", own[name], expected)
 
     def _lift(self, result: Arrays) -> list[Check]:
-        """The lifted blocks against upstream's, both float64 and with the weights as they are exported."""
+        """Compare the lifted blocks with upstream's, both in float64 with the exported weights."""
         hidden, outputs = self._upstream(torch.float64)
         limit = LIMITS["lift"]
         return [
@@ -202,7 +205,7 @@ class _PerBlock:
         self.depth.append((name, difference(found, reference), typical_error(found, reference)))
 
     def _depth(self, result: Arrays) -> list[Check]:
-        """Errors that grow from block to block grow in any FP32 arithmetic; PyTorch's tells how much."""
+        """Check the error over the depth; it grows in any FP32 arithmetic, so PyTorch's is the measure."""
         hidden, outputs = self._upstream(torch.float32)
         theirs = [
             *(typical_error(x, self._start(y)) for x, y in zip(hidden, self.hidden, strict=True)),
@@ -252,7 +255,7 @@ class _PerBlock:
         return x if name in self.whole else x[:, start:end]
 
     def _start(self, x: np.ndarray) -> np.ndarray:
-        """The positions that upstream computes, whose forward may stop at its context length."""
+        """The first positions, up to the context length, where upstream's forward may stop."""
         return x[:, : self.length]
 
     def _tensors(self, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -263,9 +266,8 @@ class _PerBlock:
 def typical_error(found: np.ndarray, reference: np.ndarray) -> float:
     """Relative L2 error of a position, the median over all of them; infinite where a result is not finite.
 
-    Over many blocks rounding grows most at a few ill-conditioned positions, where one implementation is by
-    chance several times off the other; what is typical does not hang on chance. That no position is wrong is
-    for the checks of each block to say.
+    Over many blocks rounding grows most at a few ill-conditioned positions. There two implementations differ
+    by chance; the median does not depend on these positions. The checks of each block cover every position.
     """
     if not np.isfinite(found).all():
         return float("inf")

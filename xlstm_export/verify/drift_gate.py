@@ -1,4 +1,4 @@
-"""The drift along a stream, held against its limits."""
+"""Checks of the drift along a stream: level and growth of errors, with limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .limits import DriftLimits, drift_limits
 
 
 def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recipe], list[Check]]:
-    """What `quantize` asks of a state that is stored in half: no drift along `stream`.
+    """The check that `quantize` makes of a state that is stored in half: no drift along `stream`.
 
     Args:
         stream: inputs by name (B, S, ...).
@@ -37,12 +37,12 @@ def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recip
 def drift_checks(drift: Drift, limits: DriftLimits) -> list[Check]:
     """Level and growth of outputs and of each block's states, in both modes.
 
-    A check of states stands for the block, with its worst tensor in the detail. Where an output fails, its
-    detail names the first block that does. State-forced errors are told, not judged.
+    There is one check of states per block; its detail names the worst tensor. The detail of an output that
+    fails names the first block whose states fail. State-forced errors are reported, without a limit.
 
     Args:
         drift: what was measured.
-        limits: of the candidate's precision, from `DRIFT_LIMITS`.
+        limits: limits of the candidate's precision, from `DRIFT_LIMITS`.
     """
     checks: list[Check] = []
     for mode in dict.fromkeys(s.mode for s in drift.series):
@@ -63,12 +63,12 @@ def drift_checks(drift: Drift, limits: DriftLimits) -> list[Check]:
 
 
 def first_failing_block(checks: Sequence[Check]) -> int | None:
-    """The lowest block whose states fail; None where none do."""
+    """Index of the first block whose states fail; None if there is none."""
     return min((c.detail["block"] for c in checks if not c.passed and "block" in c.detail), default=None)
 
 
 def _pair(name: str, group: Sequence[Series], level: float, limits: DriftLimits) -> list[Check]:
-    """Level and growth of the worst of some tensors."""
+    """Checks of level and growth, for the worst tensor of a group."""
     worst = max(group, key=lambda s: _largest(s, s.errors)[0])
     grown = max(group, key=lambda s: judged_growth(s, limits.floor))
     detail = {"tensor": grown.tensor, "from": grown.horizons[grown.base], "to": grown.horizons[-1]}
@@ -92,7 +92,7 @@ def _level(name: str, series: Series, values: Sequence[float], limit: float) -> 
 
 
 def _largest(series: Series, values: Sequence[float]) -> tuple[float, int]:
-    """The largest value of those that count, and its horizon; infinite where any value is no number."""
+    """The largest judged value and its horizon; infinite if any value is not finite."""
     last = series.horizons[-1]
     counted = []
     for value, horizon in zip(values, series.horizons, strict=True):

@@ -1,4 +1,4 @@
-"""A model checked on its first blocks only."""
+"""Verification of the first blocks of a model, for models that do not fit the memory."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def verify_first_blocks(
     *,
     calibration: Arrays | None = None,
 ) -> Verdict:
-    """`verify` on the first blocks of an export, head included; nothing is exported again.
+    """Verify the first blocks of an export and its head; nothing is exported again.
 
     Args:
         run: run folder of the whole model.
         loaded: the whole model.
-        options: `num_blocks` says how many blocks of the stack are kept; the others as in `verify`.
+        options: `num_blocks` is the number of blocks that are kept; the other options as in `verify`.
         context, calibration: as in `verify`.
 
     Raises:
-        UsageError: the model has no stack of blocks, or fewer, or `num_blocks` is not given.
+        UsageError: the model has no stack, or fewer blocks, or `num_blocks` is not given.
     """
     run, count = RunFolder.of(run), options.num_blocks
     if count is None:
-        raise UsageError("it is not said how many blocks are verified", "give --num-blocks")
+        raise UsageError("the number of blocks to verify is missing", "give --num-blocks")
     with _truncated(run, count) as part:
         verdict = verify(part, truncated(loaded, count), options, context, calibration=calibration)
     write_json(run.verdict.with_name(f"first-{count}-blocks.json"), verdict.to_json())
@@ -54,7 +54,7 @@ def verify_first_blocks(
 
 @contextmanager
 def _truncated(run: RunFolder, num_blocks: int) -> Iterator[Path]:
-    """A run folder with the first blocks of the graph, on the very weight file of `run`."""
+    """A temporary run folder with the first blocks of the graph, which shares the weight file of `run`."""
     model = graph_cut.first_blocks(files.load_graph(run.model), num_blocks)
     kept = {value.name for value in model.graph.inputs}
     states = tuple(state for state in run.io.states if state.past in kept)

@@ -1,8 +1,8 @@
-"""Is the exported graph the PyTorch model? Checks with limits; the verdict is the exit code.
+"""Verification of an FP32 export: checks that the graph equals the PyTorch model, with limits.
 
 Three parties: the user's own module in float64 (upstream), the same module with its cells lifted, in
-float64 (reference: it also has states, and goes beyond the context length), and the exported graph
-(candidate). Every limit stands in `limits.py` with its reason.
+float64 (reference: it also has states, and runs beyond the context length), and the exported graph
+(candidate). The limits are in `limits.py`, each with its reason.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def verify(
     Args:
         run: run folder.
         loaded: the checkpoint it was exported from.
-        options: with `data`, real sequences are used for all checks; `metric` is by default what the targets
-            suggest; `gate` holds limits in place of the built-in ones. The others are of `verify_run`.
-        context: its seed is of the inputs and the cuts of the stream.
-        calibration: inputs (N, S, ...) of a calibration set, which are used where there are no data.
+        options: with `data`, held-out sequences are used for all checks; the default of `metric` depends on
+            the targets; `gate` replaces built-in limits. The other options are used by `verify_run`.
+        context: shared settings; the seed is for the inputs and for the cuts of the stream.
+        calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -51,14 +51,14 @@ def verify(
     """
     run = RunFolder.of(run)
     gate = None if options.gate is None else read_gate(options.gate)
-    # Weights as they are stored: rounding them is the exporter's choice, computing with them its duty.
+    # The reference has the weights as they are stored: their rounding is chosen, the arithmetic is verified.
     loaded = loaded.stored_as(run.options.dtype)
     with closing(_Fp32(run, loaded, options, context, calibration)) as checked:
         return finish(checked.verdict(), run.verdict, gate)
 
 
 class _Fp32(Verification):
-    """The reference in float64, and its results."""
+    """Verification against the reference in float64."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class _Fp32(Verification):
         if self.io.states:
             progress("long stream")
             checks += self.check_long()
-        progress("upstream as it comes")
+        progress("upstream, unmodified")
         as_it_comes = self.as_it_comes()
         found, check = audited(self.run, self.source.stretch(), self.context)
         checks += check
@@ -108,14 +108,14 @@ class _Fp32(Verification):
         )
 
     def check_lift(self) -> list[Check]:
-        """The lifted module is the user's module: nothing was rewritten but the cells."""
+        """The lifted module gives the outputs of the user's module, both in float64."""
         length = min(max(self.lengths), self.limit_context)
         ours = self.expected(length)[0]
         theirs = self._upstream(length)
         return [output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
 
     def as_it_comes(self) -> dict[str, dict[str, float]]:
-        """Upstream in FP32, as its users run it, against the float64 reference and the export."""
+        """Distance of upstream in FP32, unmodified, from the float64 reference and from the export."""
         length = min(max(self.lengths), self.limit_context)
         theirs = self._forward(self.loaded.module, length, double=False)
         reference = self._upstream(length)
@@ -142,7 +142,7 @@ class _Fp32(Verification):
         return checks
 
     def check_long(self) -> list[Check]:
-        """Past the context length of training, where upstream's own forward stops."""
+        """A stream beyond the context length of training, where upstream's own forward stops."""
         length = 2 * min(self.limit_context, 1024) + 7
         inputs = self.source.batch(length)
         self.reference.reset()
@@ -160,7 +160,7 @@ class _Fp32(Verification):
         return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
-        """Of the reference."""
+        """Outputs and state of the reference after `length` positions."""
         if length not in self._expected:
             self.reference.reset()
             outputs = self.reference.prefill(cut(self.inputs, self.io, 0, length))
@@ -168,7 +168,7 @@ class _Fp32(Verification):
         return self._expected[length]
 
     def _upstream(self, length: int) -> Arrays:
-        """The user's own forward in float64 on a copy; it has no state and knows nothing of us."""
+        """Outputs of the user's own forward, in float64 on an unmodified copy without states."""
         if self._double is None:
             module = copy.deepcopy(self.loaded.module)
             self.loaded.exact(module)

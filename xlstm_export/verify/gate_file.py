@@ -1,12 +1,12 @@
-"""A gate file: limits of one's own in place of the built-in ones, by the names of the checks.
+"""Gate files: the user's limits in place of built-in ones, by names of checks.
 
     limits:
       "MASE on held-out data": 0.002      # relative change
       "teacher-forced: block * states: level": 0.05
       "memory length: *": 0.1
 
-Names are those of the verification's report; `*`, `?` and `[…]` stand for what they stand for in a shell.
-Where several patterns fit, the last one counts. What was loosened is reported, beside the limit it replaced.
+Names are those in `verify/report.json`; `*`, `?` and `[…]` are wildcards as in a shell. If several patterns
+fit, the last one counts. Replaced limits are reported beside the new ones.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EXAMPLE = 'limits: {"memory length: *": 0.1}'
 
 @dataclass(frozen=True)
 class Gate:
-    """Limits by pattern, and where they come from."""
+    """Limits by pattern of names, and the file they come from."""
 
     source: str
     sha256: str
     limits: Mapping[str, float]
 
     def apply(self, verdict: Verdict) -> Verdict:
-        """The verdict by these limits.
+        """The verdict with these limits.
 
         Raises:
             InputError: a pattern fits no check.
@@ -43,7 +43,7 @@ class Gate:
         for pattern in self.limits:
             if not fnmatch.filter(names, pattern):
                 raise InputError(
-                    f"{self.source}: no check is called {pattern!r}", f"there are {', '.join(names)}"
+                    f"{self.source}: no check matches {pattern!r}", f"there are {', '.join(names)}"
                 )
         checks = tuple(self._judged(check) for check in verdict.checks)
         about = {"file": self.source, "sha256": self.sha256, "limits": dict(self.limits)}
@@ -63,7 +63,7 @@ def read_gate(path: Path) -> Gate:
     """Read a gate file.
 
     Raises:
-        InputError: it cannot be read, or is not of that form.
+        InputError: it cannot be read, or has another form.
     """
     import yaml
 
@@ -76,7 +76,7 @@ def read_gate(path: Path) -> Gate:
         ) from error
     if not isinstance(data, dict) or set(data) != {"limits"} or not isinstance(data["limits"], dict):
         raise InputError(
-            f"{path} has no `limits`, or has more than these", f"a gate file looks like this: {EXAMPLE}"
+            f"{path} must hold `limits` and nothing else", f"a gate file looks like this: {EXAMPLE}"
         )
     limits = {}
     for pattern, limit in data["limits"].items():

@@ -1,4 +1,4 @@
-"""What verifications share: held-out data and its metric, gates of cells, how a verdict is written."""
+"""Parts that the verifications share: held-out data and metric, gates of cells, writing the verdict."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from ..specs import IoSpec
 from .gate_file import Gate
 from .ways import BATCH, RAGGED
 
-GATE_POSITIONS = 2048  # of one stream, whose gates are looked at
+GATE_POSITIONS = 2048  # positions of one stream at which the gates are examined
 HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
 def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None) -> EvalData | None:
-    """The held-out data, if there are any.
+    """Load the held-out data; None without a path.
 
     Raises:
-        UsageError: the export cannot stream through them, or a metric without data.
-        InputError: they do not fit the model.
+        UsageError: the export cannot stream, or a metric is named without data.
+        InputError: the data do not fit the model.
     """
     if path is None:
         if metric is not None:
             raise UsageError(f"--metric {metric} needs --data", evaluation.PICTURE)
         return None
     if not io.states:
-        raise UsageError("--data needs an export with states", "a stateless one cannot stream through it")
+        raise UsageError(
+            "--data needs an export with states", "a stateless export cannot stream through data"
+        )
     if not all(map(per_position, io.inputs)):
         raise UsageError("--data needs a model all of whose inputs are (B, S, ...)")
     return evaluation.load(path, io, vocab_size=loaded.vocab_size, metric=metric)
@@ -49,16 +51,16 @@ def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None)
 def metric_checks(
     data: EvalData, found: Arrays, expected: Arrays, against: str, limits: Mapping[str, float]
 ) -> tuple[list[Check], dict[str, Any]]:
-    """By how much the task's metric is another, and how far logits agree.
+    """Checks of the change of the task's metric and, for logits, of KL divergence and first choices.
 
     Args:
-        data: of the task.
+        data: held-out data of the task.
         found, expected: outputs of candidate and reference.
-        against: what the reference is called in the report.
+        against: name of the reference in the report.
         limits: "metric" (relative), "kl" (nats) and "top1" (share of positions).
 
     Returns:
-        The checks, and the report's `metric`.
+        The checks, and the entry `metric` of the verdict.
     """
     reference, score = data.score(expected), data.score(found)
     change = (score - reference) / max(abs(reference), np.finfo(np.float64).tiny)
@@ -69,7 +71,7 @@ def metric_checks(
         "drop": -change if data.higher_is_better else change,
         "positions": data.rows * data.length,
     }
-    # A difference of infinities, or a metric that is NaN on both sides, proves nothing and fails.
+    # A difference of infinities, or a metric that is NaN on both sides, gives NaN, which fails.
     checks = [Check(f"{data.metric} on held-out data", abs(change), limits["metric"], dict(metric))]
     if data.classes:
         metric["kl"], metric["other_first_choice"] = agreement(found[data.output], expected[data.output])
@@ -81,17 +83,17 @@ def metric_checks(
 
 
 class Source:
-    """Where the sequences of a verification come from: held-out data, else given ones, else made up.
+    """Source of the sequences of a verification: held-out data, else calibration data, else made-up ones.
 
-    A trained model sees nothing like made-up tokens in its life, so ranges that were calibrated on data do
-    not fit them: a quantized model fails on them whatever it is worth.
+    Made-up tokens do not resemble the data that a model is trained and calibrated on. The calibrated ranges
+    do not fit them, so that even a good quantized model fails on them.
 
     Args:
         loaded: the model, whose example inputs made-up ones resemble.
         io: its inputs.
-        rng: chooses stretches and makes up inputs.
+        rng: generator that chooses stretches and makes up inputs.
         data: held-out data.
-        calibration: inputs (N, S, ...) of a calibration set; taken where there is no `data`.
+        calibration: inputs (N, S, ...) of a calibration set; used if there is no `data`.
     """
 
     def __init__(
@@ -110,18 +112,18 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What a report of the short checks calls it: they need sequences of some length."""
+        """Name of the source that the short checks use; short sequences of data cannot serve them."""
         real = self._sequences is not None and self._sequences.length > max(RAGGED)
         return self.kind if real else MADE_UP
 
     def batch(self, length: int) -> Arrays:
-        """(BATCH, length, ...): from random places, made up where the sequences are not that long."""
+        """Inputs (BATCH, length, ...) from random places; made up if the sequences are shorter."""
         if self._sequences is not None and self._sequences.length > length:
             return self._sequences.sample(BATCH, length, self._rng)
         return random_inputs(self._loaded, self._io, BATCH, length, self._rng)
 
     def streams(self, count: int, length: int) -> Arrays:
-        """(count, S, ...), one stream each; S is `length` if made up, else what there is."""
+        """Inputs (count, S, ...), one stream each; S is `length` if made up, else the length of the data."""
         if self._sequences is not None:
             return self._sequences.streams(count)
         return random_inputs(self._loaded, self._io, count, length, self._rng)
@@ -134,7 +136,7 @@ class Source:
 
 
 def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, list[Check]]:
-    """The gates of an export along a stream; that all of it are numbers is a check."""
+    """The gates of an export along a stream, and a check that all stabilizers are finite."""
     gates = audit(run, inputs, context)
     heads = [head for block in gates.blocks for head in block.heads]
     broken = sum(not np.isfinite([h.m_min, h.m_max, h.smallest_normalizer]).all() for h in heads)
@@ -142,7 +144,7 @@ def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, li
 
 
 def finish(verdict: Verdict, path: Path, gate: Gate | None) -> Verdict:
-    """Judge by the gate file, if there is one, and write the verdict."""
+    """Apply the limits of the gate file, if there is one, and write the verdict."""
     if gate is not None:
         verdict = gate.apply(verdict)
     write_json(path, verdict.to_json())

@@ -1,8 +1,8 @@
-"""Is a quantized or half export good enough, and does it stay so? Checks with limits, as `verify` for FP32.
+"""Verification of a half or quantized export: checks of accuracy and of drift along a stream, with limits.
 
 The reference is the FP32 model: the export it was made from, where that has been verified, else PyTorch in
-FP32. Rounding sets a candidate apart from it, so two questions take the place of one: do the ways of calling
-the candidate agree with each other, and how far is it from FP32 in the task's metric and along one stream.
+FP32. A candidate differs from it by rounding, so there are two questions: whether the ways of calling the
+candidate agree with each other, and how far it is from FP32, in the task's metric and along one stream.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .parts import audited, finish, metric_checks
 from .verdict import require_verified
 from .ways import BATCH
 
-DRIFT_ROWS = 2  # streams the drift is measured over
-MADE_UP_DRIFT = 4096  # positions of a made-up stream, which then begins anew
+DRIFT_ROWS = 2  # streams that drift is measured on
+MADE_UP_DRIFT = 4096  # positions of a made-up stream, which is then repeated
 
 
 def verify_precision(
@@ -55,12 +55,12 @@ def verify_precision(
     Args:
         run: run folder.
         loaded: the checkpoint its FP32 export was made from.
-        options: `data` are also what the drift is measured on; `metric` is by default what the targets
-            suggest; `gate` holds limits in place of the built-in ones. `horizon` is the longest stream of the
-            drift, in positions, 16,000 by default, and `free_horizon` that of the free-running mode, which
-            goes step by step, by default the same. The others are of `verify_run`.
-        context: its seed is of the inputs and the cuts of the stream.
-        calibration: inputs (N, S, ...) of a calibration set, which are used where there are no data.
+        options: drift is measured on `data`; the default of `metric` depends on the targets; `gate` replaces
+            built-in limits. `horizon` is the length in positions of the stream that drift is measured on,
+            16,000 by default; `free_horizon` is that of the free-running mode, which goes step by step, by
+            default the same. The other options are used by `verify_run`.
+        context: shared settings; the seed is for the inputs and for the cuts of the stream.
+        calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -75,12 +75,12 @@ def verify_precision(
 
 @dataclass(frozen=True)
 class Reference:
-    """The FP32 model a candidate is held against.
+    """The FP32 model that a candidate is compared with.
 
     Attributes:
-        name: what it is, for the report.
-        open: makes a session of some streams.
-        folder: its run folder, where it is an export.
+        name: name in the report.
+        open: opens a session with a given number of streams.
+        folder: its run folder; None if it is the PyTorch model.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Reference:
 
 
 def fp32_reference(run: RunFolder | Path, loaded: Loaded, threads: int = 0) -> Reference:
-    """The FP32 export that `run` was made from if it has passed `verify`, else PyTorch in FP32."""
+    """Choose the reference: the FP32 export `run` was made from if it passed `verify`, else PyTorch FP32."""
     run = RunFolder.of(run)
     made_from = run.manifest.get("quantized_from", {})
     base = (run.path / made_from.get("folder", "")).resolve()
@@ -105,7 +105,7 @@ def fp32_reference(run: RunFolder | Path, loaded: Loaded, threads: int = 0) -> R
 
 
 class _Precision(Verification):
-    """The FP32 reference, the limits of the precision, and the candidate's own results."""
+    """Verification against the FP32 reference, with the limits of the precision."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Precision(Verification):
         self.reference = fp32_reference(run, loaded, context.threads)
 
     def verdict(self) -> Verdict:
-        """All checks; the drift is also written as a table and a picture."""
+        """Run all checks; the drift is also written as a table and a plot."""
         run = self.run
         self.context.progress("fences and rules of TensorRT")
         checks = self.check_graph()
@@ -148,7 +148,7 @@ class _Precision(Verification):
         return Verdict(tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about)
 
     def check_graph(self) -> list[Check]:
-        """The fences are proven again, on the very file; and what TensorRT's parser would refuse."""
+        """Check the written graph: its fences, and the rules of TensorRT's parser."""
         path = self.run.model
         fences = check_fences(load_graph(path), DTYPES[self.run.options.state_dtype])
         detail = {"proven": fences.proven, "violations": list(fences.violations[:20])}
@@ -159,7 +159,7 @@ class _Precision(Verification):
         ]
 
     def measure(self) -> Drift:
-        """Error against FP32 along one stream, on real data where there is enough of it."""
+        """Measure the error against FP32 along one stream, on real data if they are long enough."""
         rows = DRIFT_ROWS
         horizon = self.options.horizon or HORIZONS[-1]
         inputs = self.source.streams(rows, min(horizon, MADE_UP_DRIFT))
@@ -176,7 +176,7 @@ class _Precision(Verification):
             return measure_drift(reference, candidate, inputs, plan, context)
 
     def check_level(self) -> list[Check]:
-        """Without a stream to drift along: one call against FP32."""
+        """For a model that does not stream: compare one call with FP32."""
         with self.reference.open(BATCH) as session:
             reference = session.prefill(self.streams.inputs)
         found = self.expected(max(self.streams.lengths))[0]
@@ -184,7 +184,7 @@ class _Precision(Verification):
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
-        """By how much the task's metric got worse, or merely other, than that of FP32."""
+        """Checks of the change of the task's metric against FP32, and the metric itself."""
         piece = 1 if self.run.last_only else PIECE
         with self.reference.open(data.rows) as reference:
             expected = data.run(reference, piece)
@@ -194,7 +194,7 @@ class _Precision(Verification):
         return metric_checks(data, found, expected, "fp32", limits)
 
     def check_gates(self) -> tuple[dict[str, Any], list[Check]]:
-        """Stabilizers, and how long each head remembers beside FP32."""
+        """Stabilizers, and the memory length of each head compared with FP32."""
         inputs = self.source.stretch()
         found, checks = audited(self.run, inputs, self.context)
         if self.reference.folder is None:
@@ -203,7 +203,7 @@ class _Precision(Verification):
         return found.to_json(expected), checks + memory_checks(found, expected, self.limits.memory)
 
     def describe(self, drift: Drift | None) -> dict[str, Any]:
-        """What the report says beyond checks."""
+        """Facts for the verdict besides the checks: precision, base, reference, sites, drift."""
         run, manifest = self.run, self.run.manifest
         return {
             "precision": run.precision,
@@ -217,7 +217,7 @@ class _Precision(Verification):
         }
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
-        """The candidate's own, of one call."""
+        """Outputs and state of the candidate itself, after one call of `length` positions."""
         if length not in self._own:
             with OrtSession(self.run.path, BATCH, self.threads, fused=False) as session:
                 outputs = session.prefill(cut(self.streams.inputs, self.io, 0, length))
@@ -230,7 +230,7 @@ def _steps(horizon: int) -> tuple[int, ...]:
 
 
 def drift_at(verdict: Verdict, horizon: int) -> float | None:
-    """The teacher-forced error of the first output at a horizon; None where it was not measured."""
+    """The teacher-forced error of the first output at a horizon; None if it was not measured."""
     drift = (verdict.precision or {}).get("drift")
     for row in drift["rows"] if drift else ():
         if row["mode"] == TEACHER and row["block"] is None and row["horizon"] == horizon:

@@ -1,4 +1,4 @@
-"""An exported graph as one ONNX Runtime session per block, one open at a time; states made when asked for."""
+"""An exported graph as one ONNX Runtime session per block, of which one is open at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..specs import StateSpec
 
 
 class FreshStates(Mapping[str, Tensor]):
-    """Fresh float64 states, made when they are asked for: all of them at once may not fit the memory."""
+    """Fresh float64 states, each created when it is read: all of them at once may not fit the memory."""
 
     def __init__(self, states: tuple[StateSpec, ...], batch: int) -> None:
         self._shapes = {s.past: (batch, *s.shape) for s in states}
@@ -36,17 +36,17 @@ class FreshStates(Mapping[str, Tensor]):
 
 
 class Segments:
-    """The blocks of an exported graph, for a fixed batch; the one after the last is the head."""
+    """The blocks of an exported graph, for a fixed batch; the head follows the last block."""
 
     def __init__(self, run: RunFolder, batch: int, threads: int) -> None:
         self._folder, self._io, self._batch, self._threads = run.path, run.io, batch, threads
         self.blocks = len(graph_cut.boundaries(files.load_graph(run.model)))
 
     def open(self, index: int) -> Segment:
-        """A session over one block.
+        """Open a session on one block.
 
         Raises:
-            InputError: the runtime does not take it.
+            InputError: the runtime cannot load it.
         """
         import onnxruntime
 
@@ -84,7 +84,7 @@ class Segment:
         return np.concatenate(results, axis=1), state
 
     def run_outputs(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """One call; inputs the segment does not read are left away."""
+        """Run one call; inputs that the segment does not read are ignored."""
         names = [x.name for x in self._session.get_outputs()]
         wanted = {x.name for x in self._session.get_inputs()}
         inputs = {name: x for name, x in inputs.items() if name in wanted}

@@ -1,4 +1,4 @@
-"""A model run in PyTorch with the weights of one part at a time: for models that do not fit the memory."""
+"""Runs a PyTorch model with the weights of one part at a time, for models that do not fit the memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Streamed:
 
     Args:
         module: on the meta device; a copy is used.
-        read: the values of a parameter or buffer by its name in `module`.
+        read: returns a parameter or buffer, by its name in `module`.
         dtype: type of the computation.
         stack: paths of the blocks.
-        finish: called on every part once its stored tensors are in; makes what no file stores.
-        after: called with the index of a block and its result, when the block's weights are gone.
+        finish: called on every part after its stored tensors are loaded; computes tensors no file stores.
+        after: called with the index of a block and its result, after the block's weights are dropped.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Streamed:
         finish: Callable[[nn.Module], None] = lambda part: None,
         after: Callable[[int, Tensor], None] = lambda index, result: None,
     ) -> None:
-        # In the type of the computation also while empty: forward may look at a weight's type.
+        # Empty weights have the type of the computation too: forward may read a weight's type.
         self.module = copy.deepcopy(module).to(dtype)
         self._read, self._dtype, self._finish, self._after = read, dtype, finish, after
         blocks = list(stack)

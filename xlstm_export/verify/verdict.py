@@ -10,8 +10,8 @@ from ..runfolder import RunFolder, hashes
 
 
 def require_verified(run: RunFolder | Path) -> None:
-    """Raise GateError unless `verify` passed on exactly these files."""
-    folder = RunFolder.of(run).path  # or it is no run folder at all
+    """Raise GateError unless `verify` has passed on exactly the present files."""
+    folder = RunFolder.of(run).path  # raises InputError if it is not a run folder
     try:
         report = json.loads((folder / "verify" / "report.json").read_text())
     except (OSError, ValueError, RecursionError):

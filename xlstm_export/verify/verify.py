@@ -1,4 +1,4 @@
-"""The verification that fits a run folder, and where one that fails goes wrong."""
+"""`verify`: choose the verification that fits a run folder; on failure, find the first wrong value."""
 
 from __future__ import annotations
 
@@ -29,24 +29,23 @@ def verify_run(
     *,
     calibration: Arrays | None = None,
 ) -> Verdict:
-    """The verification that was asked for: of the whole, of the first blocks, or block by block; that of
-    `verify_precision` for a half or quantized run folder.
+    """Verify a run folder: as a whole, its first blocks, or block by block, as the options say.
 
-    Where the whole fails, the place where it leaves its reference is searched for, unless `options.bisect` is
-    off.
+    A half or quantized run folder is verified by `verify_precision`. If the verification of a whole model
+    fails, the first value that differs from the reference is searched for, unless `options.bisect` is off.
 
     Args:
         run: run folder.
         loaded: the checkpoint it was exported from.
-        options: what is verified, and on which data.
-        context: as everywhere; the seed is of the inputs and the cuts of the stream.
-        calibration: inputs (N, S, ...) of a calibration set, to take sequences from where there are no data;
-            by default those of `options.calib`.
+        options: options of the stage.
+        context: shared settings; the seed is for the inputs and for the cuts of the stream.
+        calibration: inputs (N, S, ...) of a calibration set, to take sequences from if there are no held-out
+            data; by default those of `options.calib`.
 
     Raises:
         UsageError: the options exclude each other.
         InputError: data or gate file cannot be used.
-        SetupError: the whole was asked for and does not fit the memory.
+        SetupError: the model is to be verified as a whole and does not fit the memory.
     """
     run = RunFolder.of(run)
     if calibration is None and options.calib is not None and options.data is None:
@@ -57,7 +56,7 @@ def verify_run(
         return verdict
     try:
         found = search.bisect(run, loaded, replace(context, seed=0)).to_json()
-    except ExportError as error:  # the verdict stands without it
+    except ExportError as error:  # the verdict is valid without the place
         found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
     verdict = replace(verdict, bisect=found)
     write_json(run.verdict, verdict.to_json())
@@ -67,7 +66,7 @@ def verify_run(
 def _verified(
     run: RunFolder, loaded: Loaded, options: VerifyOptions, context: Context, calibration: Arrays | None
 ) -> Verdict:
-    """The verdict of the verification that fits."""
+    """Run the verification that fits, and return its verdict."""
     in_parts = options.per_block or options.num_blocks is not None
     if run.options.precision is not None:
         if in_parts:
@@ -79,7 +78,7 @@ def _verified(
         )
     if options.per_block:
         if options.num_blocks is not None or options.data is not None or calibration is not None:
-            raise UsageError("--per-block goes with none of --num-blocks, --data and --calib")
+            raise UsageError("--per-block cannot be combined with --num-blocks, --data or --calib")
         return verify_per_block(run, loaded, options, context)
     if options.num_blocks is not None:
         return verify_first_blocks(run, loaded, options, context, calibration=calibration)
@@ -88,14 +87,17 @@ def _verified(
 
 
 def _require_memory(loaded: Loaded) -> None:
-    """The model in float32, twice in float64 (upstream and lifted), and packed weights of the runtime."""
+    """Raise SetupError if verifying the whole model does not fit the memory.
+
+    It takes the weights in float32, twice in float64 (upstream and lifted), and packed by the runtime.
+    """
     needed = sum(t.numel() for t in loaded.skeleton.parameters()) * (4 + 2 * 8 + 2 * 4)
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return
-    # What the system caches of files is free for the asking, but how much of it is not known everywhere.
+    # Total instead of free memory: the part that file caches would give back is not known on every system.
     if needed > max(available, total * 0.8):
         raise SetupError(
             f"verifying {loaded.name} as a whole takes about {needed / 1e9:.0f} GB of memory, "

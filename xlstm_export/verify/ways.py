@@ -1,7 +1,7 @@
-"""The ways of calling an export must agree: at once, step by step, in pieces, resumed, beside others, reset.
+"""Checks that all ways of calling an export agree: at once, by steps, in pieces, resumed, batched, reset.
 
-What they must agree with is the caller's: the float64 reference where an export must equal PyTorch, the
-export's own single call where rounding sets it apart from PyTorch.
+The caller gives the expected result: of the float64 reference for an export that must equal PyTorch, of the
+export's own single call for one that differs from PyTorch by rounding.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Expected = Callable[[int], tuple[Arrays, Arrays]]
 
 
 class StreamChecks:
-    """Checks of one run folder.
+    """Checks of the ways of calling one run folder.
 
     Args:
         run: run folder.
-        make_inputs: gives (BATCH, S, ...) by name, for a given S.
-        expected: outputs and state after a given number of positions of `inputs` from a fresh start.
+        make_inputs: returns inputs (BATCH, S, ...) by name, for a given S.
+        expected: returns outputs and state after a given number of positions of `inputs`, from a fresh start.
         limits: "output", "state" and "rows", relative L2.
-        rng: of the cuts of the stream.
-        threads: of ONNX Runtime.
+        rng: generator for the cuts of the stream.
+        threads: CPU threads of ONNX Runtime.
 
     Attributes:
-        candidate: the file as it is, function bodies included: what other runtimes see of it.
-        lengths: of the calls that are tried.
-        inputs: of the longest of them.
+        candidate: session on the file itself, with function bodies, as other runtimes run it.
+        lengths: lengths of the calls that are tried.
+        inputs: inputs of the longest call.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StreamChecks:
         self.folder, self.io, self.threads = run.path, run.io, threads
         self.limits, self.last_only, self.rng = limits, run.last_only, rng
         self._make_inputs, self._expected = make_inputs, expected
-        # Without an input that has positions there is one way to call the model.
+        # Without an input that has positions there is only one way to call the model.
         self.lengths = RAGGED if has_positions(run.io) else (1,)
         self.inputs = make_inputs(max(self.lengths))
         self.candidate = OrtSession(run.path, BATCH, threads, fused=False)
@@ -82,7 +82,7 @@ class StreamChecks:
         return self._streamed("step", [1] * length, self.candidate, self.candidate.step)
 
     def check_chunked(self) -> list[Check]:
-        """The same positions in pieces that do not respect chunk borders."""
+        """The same positions in pieces that do not end at chunk borders."""
         length = max(RAGGED)
         random_cuts = np.sort(self.rng.choice(np.arange(1, length), size=5, replace=False))
         pieces = np.diff([0, *random_cuts, length]).tolist()
@@ -101,7 +101,7 @@ class StreamChecks:
             ]
 
     def check_resumed(self) -> list[Check]:
-        """State saved to disk in mid-stream, loaded into a new session, stream continued there."""
+        """State saved to disk within the stream, loaded into a new session, which continues the stream."""
         length = max(RAGGED)
         middle = CHUNK + 5
         self.candidate.reset()
@@ -118,7 +118,7 @@ class StreamChecks:
         return self.compare("resumed", outputs, expected, state, found, ends=[middle, length])
 
     def check_rows(self) -> list[Check]:
-        """A row gives the same results alone, and does not feel what the others compute."""
+        """A row gives the same results alone, and does not depend on the other rows."""
         length = min(CHUNK + 1, max(self.lengths))
         inputs = cut(self.inputs, self.io, 0, length)
         self.candidate.reset()
@@ -144,7 +144,7 @@ class StreamChecks:
         return checks
 
     def check_reset(self) -> list[Check]:
-        """Reset leaves nothing behind, also of single rows while the others go on."""
+        """Reset clears the state, also of single rows while the others continue."""
         inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
         with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
             expected = fresh.prefill(inputs)
@@ -171,7 +171,7 @@ class StreamChecks:
     def _streamed(
         self, name: str, pieces: Sequence[int], session: OrtSession, call: Callable[[Arrays], Arrays]
     ) -> list[Check]:
-        """The shared inputs in pieces from a fresh start, through a session's `step` or `prefill`."""
+        """Checks of the inputs run in pieces from a fresh start, through a session's `step` or `prefill`."""
         session.reset()
         parts: list[Arrays] = []
         start = 0
@@ -186,7 +186,7 @@ class StreamChecks:
         return self.compare(name, outputs, expected, state, session.state(), ends=ends)
 
     def _joined(self, parts: Sequence[Arrays]) -> Arrays:
-        """Results of consecutive calls as if of one: those of a whole sequence are the last call's."""
+        """Outputs of consecutive calls joined; an output of a whole sequence is that of the last call."""
         return {
             x.name: np.concatenate([p[x.name] for p in parts], x.shape.index("S") if "S" in x.shape else 1)
             if "S" in x.shape or x.name in self.last_only
@@ -203,7 +203,7 @@ class StreamChecks:
         found_state: Arrays | None = None,
         ends: Sequence[int] | None = None,
     ) -> list[Check]:
-        """Outputs and, where the graph has states, the worst gauge-free state."""
+        """Checks of the outputs and, if the graph has states, of the worst gauge-free state."""
         checks = []
         for spec in self.io.outputs:
             wanted = expected[spec.name]
@@ -224,5 +224,5 @@ class StreamChecks:
 
 
 def _pieces(length: int) -> list[int]:
-    """Lengths around the chunk border, the last ragged."""
+    """Lengths of the pieces: around the chunk border; the last one takes the rest."""
     return [1, CHUNK - 1, 1, CHUNK, length - 2 * CHUNK - 1]

@@ -1,5 +1,5 @@
-"""Where a candidate leaves its reference: the first block, then the first tensor, and what is wrong with it.
+"""Find where a candidate differs from its reference: the first block, the first tensor in it, and why.
 
-`search.py` says in which order what is compared with what, `replay.py` runs both sides from the same inputs
+`search.py` defines what is compared, and in which order; `replay.py` runs both sides from the same inputs
 and states, `why.py` compares what a node reads.
 """

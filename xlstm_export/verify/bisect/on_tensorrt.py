@@ -1,8 +1,8 @@
-"""Blocks in TensorRT, inner values marked as outputs. Not run on hardware: tested with stand-ins.
+"""Runs blocks in TensorRT, with inner values as outputs. Tested with stand-ins only, not on hardware.
 
-Each call builds an engine for exactly its shapes, so nothing is tuned, and what is compared is what
-TensorRT makes of the graph. Marking a value as an output keeps the builder from fusing across it: an error
-that disappears so is one of a fusion, and the block's own result, which has no marks, still shows it.
+Each call builds an engine for exactly its shapes, without tuning. A value that is marked as an output cannot
+be fused with others. If that makes an error disappear, a fusion causes it; the block's own result, which is
+computed without marks, still shows it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORKSPACE = 512 << 20
 
 
 def tensorrt_runner(plugin: Path | None = None, *, tensorrt: Any = None, cuda: Cuda | None = None) -> Runner:
-    """What `bisect` runs the candidate with.
+    """A runner for `bisect` that runs the candidate in TensorRT.
 
     Args:
         plugin: library with the recurrence plugins; None to run their function bodies.
@@ -47,7 +47,7 @@ def tensorrt_runner(plugin: Path | None = None, *, tensorrt: Any = None, cuda: C
         given = {name: np.ascontiguousarray(x) for name, x in feed.items() if name in names}
         recurrences = sum(node.domain == OP_DOMAIN for node in model.graph)
         if plugin is not None:
-            drop_bodies(model)  # before TensorRT 10.7 a body would win over the plugin
+            drop_bodies(model)  # before 10.7 TensorRT prefers a function body to the plugin
         with tempfile.TemporaryDirectory(prefix=".bisect.", dir=folder) as name:
             path = Path(name) / MODEL
             path.write_bytes(ir.to_proto(model).SerializeToString())
@@ -67,13 +67,13 @@ def _execute(trt: Any, cuda: Cuda, content: bytes, given: Arrays, outputs: list[
     _runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     _engine = _runtime.deserialize_cuda_engine(content)
     if _engine is None:
-        raise BuildError("TensorRT does not take the engine it built", "see its message above")
+        raise BuildError("TensorRT cannot load the engine it built", "see its message above")
     addresses: list[int] = []
     stream = cuda.stream()
     try:
         context = _engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(0, stream):
-            raise BuildError("TensorRT makes no execution context", "free memory")
+            raise BuildError("TensorRT cannot create an execution context", "free memory")
         done = []
         for name, array in given.items():
             addresses.append(cuda.allocate(array.nbytes))

@@ -1,4 +1,4 @@
-"""A graph's blocks, each run from the inputs and states of the reference, with all of their inner values."""
+"""Replay of the blocks of a graph, each from the reference's inputs and states, with all inner values."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ...sessions.cpu.round_half import HALF
 from ...specs import IoSpec
 
 FLOATS = frozenset((ir.DataType.FLOAT, *HALF))
-# What quantization puts beside a value of the FP32 graph stands for that value.
+# Name suffixes of values that quantization adds; each corresponds to a value of the FP32 graph.
 STAND_INS = (".dequantized", ".half", ".float")
 
-# Runs a graph on the weights of a folder: its outputs by name.
+# Runs a graph with the weights of a folder; returns its outputs by name.
 Runner = Callable[[ir.Model, Path, Mapping[str, np.ndarray], int], Arrays]
 
 
 def run_onnxruntime(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int) -> Arrays:
-    """In ONNX Runtime on the CPU; half is rounded, integers are exact, as in `OrtSession`.
+    """Run a graph in ONNX Runtime on the CPU; half is rounded, integers are exact, as in `OrtSession`.
 
     Raises:
-        BuildError: the runtime stopped.
-        InputError: it does not take the graph.
+        BuildError: the runtime failed.
+        InputError: the runtime cannot load the graph.
     """
     session = open_graph(model, folder, threads)
     names = [x.name for x in session.get_outputs()]
@@ -52,11 +52,11 @@ class Side:
     """One of the two graphs.
 
     Attributes:
-        folder: of its graph and weights.
+        folder: folder of its graph and weights.
         io: its inputs, outputs and states.
-        threads: of the runner.
-        run: what runs it.
-        blocks: of the stack; 0 where the model has none, and is looked at as a whole.
+        threads: CPU threads of the runner.
+        run: the runner.
+        blocks: number of blocks of the stack; 0 if there is no stack: the model is then one block.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Side:
         return files.load_graph(self.folder / MODEL)
 
     def part(self, index: int) -> ir.Model:
-        """Block `index` as a graph of its own, the head at the end; the whole where there is no stack."""
+        """Block `index` as a graph of its own, the head last; the whole graph if there is no stack."""
         return graph_cut.segment(self.graph(), index) if self.blocks else self.graph()
 
     def whole(self, feed: Mapping[str, np.ndarray]) -> Arrays:
@@ -83,7 +83,7 @@ class Side:
         return {**found, **{name: found[given] for name, given in given_as.items()}}
 
     def outputs(self, index: int, feed: Mapping[str, np.ndarray]) -> Arrays:
-        """What a block gives."""
+        """Outputs of a block."""
         return self.run(self.part(index), self.folder, feed, self.threads)
 
     def values(self, index: int, feed: Mapping[str, np.ndarray], names: Sequence[str]) -> Arrays:
@@ -106,9 +106,9 @@ def float_values(model: ir.Model) -> list[str]:
 
 
 def pairs(candidate: ir.Model, reference: ir.Model) -> Iterator[tuple[str, str]]:
-    """Values of the candidate and what they are to equal in the reference, in the candidate's order.
+    """Pairs of values that should be equal, in candidate and reference, in the candidate's order.
 
-    A stored weight that comes out of a DequantizeLinear is no pair: its product is.
+    A stored weight that comes out of a DequantizeLinear is not paired; its product is.
     """
     known = set(float_values(reference))
     for name in float_values(candidate):
@@ -133,7 +133,7 @@ def state_errors(found: Arrays, expected: Arrays, io: IoSpec) -> dict[str, float
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Relative L2; infinite where the candidate is no number and the reference is."""
+    """Relative L2; infinite if the candidate is not finite where the reference is."""
     a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if a.shape != b.shape:
         return math.inf

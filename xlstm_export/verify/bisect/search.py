@@ -1,4 +1,4 @@
-"""Bisection: what is compared with what, and in which order.
+"""Bisection: find the first value of a run folder that differs from its reference. The order is:
 
 1. The candidate against the same thing made again: the checkpoint exported by this version and, for a half or
    quantized candidate, quantized by the candidate's own recipe and ranges. Both run the same operators, so
@@ -6,9 +6,9 @@
 2. Where that finds nothing, the fault is in how the candidate is made. A half or quantized one is compared
    with FP32, block by block, at limits of its precision; an FP32 one with the PyTorch module in float64.
 
-Blocks are replayed from the reference's input to them and the reference's state after some positions, so
-that a block is not blamed for what came into it. Inside the first block that differs all values are
-compared, in the order they are computed, and the first is named.
+Each block is replayed from the reference's input and the reference's state after some positions, so that
+errors of earlier blocks do not count. Inside the first block that differs all values are compared, in the
+order they are computed, and the first one that differs is named.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ WARM = 64  # positions after which states are taken
 LENGTH = 32  # positions that are replayed
 BATCH = 2
 EXACT = 1e-6  # the same operators on the same values
-# Of a block, or a value in it, from FP32 inputs: about four times the largest seen in two trained models.
+# Limit for a block, or a value in it, from FP32 inputs: about four times the largest of two trained models.
 NOISE = {"fp16": 3e-3, "bf16": 0.02, "int8": 0.2, "int8-wo": 0.04, "int4-wo": 0.3}
-RAW_STATES = ("_C", "_n", "_m", "_c")  # of lower precision they mean nothing each by itself
+RAW_STATES = ("_C", "_n", "_m", "_c")  # in lower precision these cannot be compared one by one
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """Relative L2 of a block's result and states, whichever is worse; the last "block" is the head."""
+    """Error of a block: relative L2 of its result or its states, whichever is worse; the head is the last."""
 
     block: int
     path: str
@@ -61,13 +61,13 @@ class BlockError:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the candidate leaves the reference.
+    """The first value of the candidate that differs from the reference.
 
     Attributes:
-        block, path: the block, and where it is in the module.
-        node, op_type: what computes the value.
-        tensor: its name; `error` (relative L2) exceeds `limit`.
-        why: what is wrong with the node, as far as the graphs tell.
+        block, path: index of the block, and its path in the module.
+        node, op_type: the node that computes the value.
+        tensor: name of the value; its `error` (relative L2) exceeds `limit`.
+        why: what is wrong with the node, as far as the graphs show it.
     """
 
     block: int
@@ -82,13 +82,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found.
+    """Result of a bisection.
 
     Attributes:
-        place: None where no block by itself differs.
-        against: what the candidate was compared with.
+        place: the first value that differs; None if no block by itself differs.
+        against: name of the reference.
         blocks: error of each block by itself, as far as the search went.
-        note: what else is to be known.
+        note: a remark about the comparison.
     """
 
     place: Place | None
@@ -103,7 +103,7 @@ class Bisection:
         return {**place, **about, "blocks": blocks}
 
     def sentence(self) -> str:
-        """For people."""
+        """The result as one sentence."""
         if self.place is None:
             return f"no block by itself differs from {self.against}{'; ' + self.note if self.note else ''}"
         p = self.place
@@ -120,14 +120,14 @@ def bisect(
     inputs: Mapping[str, np.ndarray] | None = None,
     runner: Runner = run_onnxruntime,
 ) -> Bisection:
-    """Name the first block, then the first value, where a run folder leaves what it should be.
+    """Find the first block of a run folder, and the first value in it, that differs from the reference.
 
     Args:
         run: run folder of `export` or `quantize`.
         loaded: the checkpoint it was made from.
-        context: its seed is of inputs that are made up.
+        context: shared settings; the seed is for made-up inputs.
         inputs: each (B, S, ...) with at least `WARM` + `LENGTH` positions; made up by default.
-        runner: what runs the candidate.
+        runner: runs the candidate.
 
     Raises:
         UsageError: the folder was not made from this model.
@@ -145,9 +145,9 @@ class _Search:
     Args:
         source: the candidate's run folder.
         loaded: the checkpoint it was made from.
-        candidate: the same folder as something that runs.
-        inputs, context: of `bisect`.
-        scratch: where what is made again is written.
+        candidate: the same folder as a `Side`.
+        inputs, context: as in `bisect`.
+        scratch: folder for the files that are made again.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class _Search:
             feed: Arrays = {**self.inputs, **past}
             if index:
                 feed[f"hidden_{index - 1}"] = whole[f"hidden_{index - 1}"]
-            # The same cut on both sides: another one may round otherwise, which integers do not forgive.
+            # Both sides are cut at the same place: another cut may round differently, which changes integers.
             expected = reference.outputs(index, feed) if exact else whole
             found = self.candidate.outputs(index, self._as_candidate(feed))
             errors.append(self._block_error(index, found, expected, exact))
@@ -267,7 +267,7 @@ class _Search:
         expected = reference.values(index, feed, sorted({b for _, b in both}))
         errors = {a: error(found[a], expected[b]) for a, b in both}
         beyond = [(a, b) for a, b in both if errors[a] > limit]
-        # Small errors may add up to a large one: then the largest is named.
+        # Small errors may add up to a large one: then the value with the largest error is named.
         name, base = beyond[0] if beyond else max(both, key=lambda pair: errors[pair[0]])
         producers = {v.name: node for node in ours.graph for v in node.outputs}
         originals = {v.name: node for node in theirs.graph for v in node.outputs}
@@ -288,7 +288,7 @@ class _Search:
         return Place(index, block.path, node.name or "", node.op_type, name, errors[name], limit, why)
 
     def _against_pytorch(self) -> Bisection:
-        """The candidate's blocks from PyTorch's input to them and its states, both float64."""
+        """Compare the candidate's blocks with PyTorch in float64, from PyTorch's inputs and states."""
         with TorchSession(self.loaded, BATCH, "float64") as session:
             if self.first:
                 session.prefill(self.warm)
@@ -323,7 +323,7 @@ class _Search:
         return {s.past: np.zeros((BATCH, *s.shape), s.dtype) for s in side.io.states}
 
     def _as_candidate(self, feed: Arrays) -> Arrays:
-        """States in the type that the candidate stores them in."""
+        """The inputs with states in the type that the candidate stores them in."""
         types = {s.past: s.dtype for s in self.candidate.io.states}
         return {name: x.astype(types[name]) if name in types else x for name, x in feed.items()}
 

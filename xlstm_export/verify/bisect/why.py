@@ -1,4 +1,4 @@
-"""What is wrong with the node that gives the first value that differs, as far as the two graphs tell."""
+"""Explain what is wrong with the node of the first value that differs, by comparing the two graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from .replay import STAND_INS, error
 
 FP16_MAX = 65504.0
-ENOUGH = 3  # differences that are named
+ENOUGH = 3  # most differences that are named
 
 
 def explain(
@@ -21,14 +21,14 @@ def explain(
     weight: Callable[[str], np.ndarray],
     limit: float,
 ) -> str:
-    """In words; empty where node and weights are as they should be.
+    """Explanation in words; empty if node and weights are as expected.
 
     Args:
         ours: node of the candidate.
-        theirs: the reference's, None where the candidate's is one that quantization put in.
-        found, expected: the values it gives, and those it should give.
-        weight: the FP32 value of what a DequantizeLinear of the candidate makes of a stored weight, by name.
-        limit: relative L2 beyond which a weight is called wrong; 0 for any difference.
+        theirs: node of the reference; None if quantization has added the candidate's node.
+        found, expected: the values that the node gives, and those it should give.
+        weight: returns the dequantized value of a stored weight of the candidate, by name.
+        limit: relative L2 beyond which a weight counts as wrong; 0 for any difference.
     """
     if theirs is None:
         return _stand_in(ours, expected)
@@ -41,7 +41,7 @@ def explain(
 
 
 def _stand_in(node: ir.Node, expected: np.ndarray) -> str:
-    """A Q/DQ pair or a Cast around a value of the model."""
+    """Explain an added node: a Q/DQ pair or a Cast around a value of the model."""
     largest = float(np.abs(expected).max())
     if node.op_type == "DequantizeLinear":
         scale = _constant(node.inputs[1])
@@ -64,7 +64,7 @@ def _attributes(ours: ir.Node, theirs: ir.Node) -> list[str]:
 
 
 def _operands(ours: ir.Node, theirs: ir.Node) -> list[str]:
-    """Values it reads, by the names they have in the reference; weights are looked at by value."""
+    """Differences of the values that are read, by names of the reference; weights compare by value."""
     a, b = (
         [base_name(v) for v in node.inputs if v is not None and _constant(v) is None]
         for node in (ours, theirs)
@@ -141,7 +141,7 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def base_name(value: ir.Value) -> str:
-    """The name of the value of the FP32 graph that a value stands for."""
+    """Name of the value of the FP32 graph that corresponds to a value."""
     name = value.name or ""
     while name.endswith(STAND_INS):
         name = name.rpartition(".")[0]

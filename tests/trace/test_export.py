@@ -420,9 +420,11 @@ def load_custom(combine: Callable[..., Any], **inputs: Tensor) -> checkpoint.Loa
     return checkpoint.Loaded(skeleton=module, inputs=inputs, output="y", name="Custom", origin={})
 
 
-def export_and_compare(loaded: checkpoint.Loaded, folder: Path, **options: Any) -> OrtSession:
+def export_and_compare(
+    loaded: checkpoint.Loaded, folder: Path, options: ExportOptions | None = None
+) -> OrtSession:
     """Export, and compare every output with the module's own in float64 on other sizes than the example's."""
-    trace.export(loaded, folder, **options)
+    trace.export(loaded, folder, options or ExportOptions())
     session = OrtSession(folder, batch=3)
     generator = torch.Generator().manual_seed(4)
     inputs = {n: torch.randn(3, 21, *x.shape[2:], generator=generator) for n, x in loaded.inputs.items()}
@@ -470,7 +472,7 @@ def test_last_logits_cut_the_first_output_only(tmp_path: Path) -> None:
         hidden = m.norm(m.cell(x, x, x))
         return m.head(hidden), hidden
 
-    session = export_and_compare(load_custom(combine), tmp_path / "out", last_logits=True)
+    session = export_and_compare(load_custom(combine), tmp_path / "out", ExportOptions(last_logits=True))
     assert [o.shape[1] for o in session.io.outputs] == [1, "S"]
 
 

@@ -1,8 +1,7 @@
-"""An exported graph cut at the ends of its blocks, weights left where they are.
+"""Cut an exported graph at the ends of its blocks; the weights stay in their file.
 
-Tracing names the value at the end of block k of the residual stack `hidden_<k>`. A graph can therefore be
-run block by block (`segment`), or with its first blocks only (`first_blocks`), on the exported weight file
-itself.
+Tracing gives the value at the end of block k of the residual stack the name `hidden_<k>`. So a graph can be
+run block by block (`segment`), or with its first blocks only (`first_blocks`), on the exported weight file.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def _is_state(value: ir.Value) -> bool:
 
 
 def _part(value: ir.Value) -> int:
-    """The block an output is computed in: one behind the last boundary it needs."""
+    """The block that computes an output: the one after the last boundary that the output depends on."""
     seen: set[ir.Node] = set()
     todo, last = [value], -1
     while todo:
@@ -110,7 +109,7 @@ def _set_outputs(graph: ir.Graph, outputs: list[ir.Value]) -> None:
 
 
 def _drop_unused(model: ir.Model, inputs: set[str]) -> None:
-    """Remove what no output needs: nodes, weights, and those of `inputs` that nobody reads."""
+    """Remove what no output needs: nodes, weights, and those of `inputs` that no node reads."""
     common.RemoveUnusedNodesPass()(model)
     graph = model.graph
     for value in list(graph.inputs):

@@ -1,8 +1,8 @@
-"""Element types of every value of an ONNX graph, also a wrong one, from ONNX's own operator schemas.
+"""Element types of every value of an ONNX graph, valid or not, from ONNX's operator schemas.
 
-A checker must not trust what an exporter believes, and must not stop at the first mismatch as ONNX's
-inference does: where operands disagree, the first one's type goes on. Bodies of functions are gone through
-once per combination of argument types, because the files carry no types for what is inside.
+A checker cannot rely on the types that an exporter declared, and must not stop at the first mismatch as
+ONNX's inference does: where operands disagree, the type of the first one is used. Function bodies are
+walked once per combination of argument types, because a file has no types for the values inside them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _BY_NAME = {
 
 @dataclass(frozen=True)
 class TypedNode:
-    """A node with the types of what it reads and gives; None where a type is unknown or an input left away.
+    """A node with the types of its inputs and outputs; None for an unknown type or an input left out.
 
     Attributes:
-        where: its name, behind those of the calls and Scans around it.
+        where: its name, after the names of the calls and Scans around it.
         scope: graph or function it is in.
-        shared: inputs that ONNX wants to be of one type: variable of the schema → their indices.
+        shared: inputs that must have one type: type variable of the ONNX schema → their indices.
     """
 
     node: ir.Node
@@ -59,7 +59,7 @@ class _Walker:
         self._calls: dict[tuple[Any, ...], tuple[Type, ...]] = {}
 
     def graph(self, scope: ir.Graph | ir.Function, types: dict[ir.Value, ir.DataType], where: str) -> None:
-        """Walk one scope; `types` has those of its inputs and of what it sees outside, and gains its own."""
+        """Walk one scope. `types` has the types of its inputs and of outer values; those found are added."""
         if isinstance(scope, ir.Graph):
             for value in scope.initializers.values():
                 if value not in types and value.const_value is not None:
@@ -133,7 +133,7 @@ class _Walker:
 
 
 def label(node: ir.Node) -> str:
-    """What to call a node in a message: its name or, without one, what it gives."""
+    """Label of a node for messages: its name or, without one, its operator and first output."""
     return node.name or f"{node.op_type} → {node.outputs[0].name}"
 
 

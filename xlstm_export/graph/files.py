@@ -32,9 +32,9 @@ def load_graph(path: Path, *, checked: bool = True) -> ir.Model:
 
 
 def _check(proto: onnx.ModelProto, folder: Path) -> None:
-    """Raise whatever is wrong with a graph, or with where its weights should be.
+    """Raise an error where a graph is not valid, or its weights are not where it refers to.
 
-    ONNX's own check of a file on disk takes no weights that have a second name in the file system.
+    ONNX's own check of a file on disk rejects weight files that have a second name (a hard link).
     """
     stored = [x for x in proto.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
     for tensor in stored:
@@ -57,7 +57,7 @@ ALIGNMENT = 4096  # external tensors start on a page, so that a runtime can map 
 
 
 def stored_bytes(model: ir.Model) -> int:
-    """What `save` writes at least: every weight of a page or more starts on a page."""
+    """The least number of bytes that `save` writes: every weight of a page or more starts on a page."""
     sizes = [v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT if size >= ALIGNMENT else size for size in sizes)
 
@@ -87,7 +87,7 @@ def save(model: ir.Model, folder: Path, progress: Callable[[str], None] = lambda
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Number the nodes, and leave out what can be inferred: it only makes files differ between versions."""
+    """Number the nodes, and leave out inferable types and shapes: these differ between versions of torch."""
     keep = {*model.graph.inputs, *model.graph.outputs}
     for index, node in enumerate(model.graph):
         node.name = f"{node.op_type}_{index}"

@@ -1,7 +1,7 @@
-"""What an exported graph consists of: nodes per block, operators, weights, the passes that made it so.
+"""Summary of an exported graph: nodes per block, operators, weights, and the passes that fired.
 
-Works on any model.onnx, in a run folder or not. Weights are counted from what the file says of them; their
-data is never opened.
+Works on any model.onnx, in a run folder or not. Weights are counted from their entries in the file; their
+data is never read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What `graph_info` finds. `nodes_before` and `passes` are empty where the file does not tell."""
+    """The result of `graph_info`. `nodes_before` and `passes` are empty where the file has no record."""
 
     inputs: tuple[ValueInfo, ...]
     outputs: tuple[ValueInfo, ...]
@@ -98,15 +98,17 @@ def _load(path: Path) -> ir.Model:
         raise InputError(f"cannot read {path}: {error.strerror or error}", hint) from error
     except (DecodeError, ValueError) as error:
         raise InputError(f"{path} is not an ONNX file, or was cut off", hint) from error
-    # A file cut between two fields parses: something is missing then.
+    # A file that was cut off between two fields still parses, but lacks one of these.
     if not proto.graph.node or not proto.graph.output or not proto.opset_import:
-        raise InputError(f"{path} holds no whole ONNX graph", hint)
+        raise InputError(f"{path} holds no complete ONNX graph", hint)
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir raises whatever the damage leads to
         raise InputError(f"the graph in {path} is damaged: {_innermost(error)}", hint) from error
     if any(v is not None and _undefined(v, model.graph) for node in model.graph for v in node.inputs):
-        raise InputError(f"{path} holds no whole ONNX graph: a node reads a value nobody computes", hint)
+        raise InputError(
+            f"{path} holds no complete ONNX graph: a node reads a value that none computes", hint
+        )
     return model
 
 
@@ -136,15 +138,17 @@ def _weight_bytes(graph: ir.Graph) -> dict[str, int]:
 
 def _passes(model: ir.Model) -> dict[str, int]:
     try:
-        told = json.loads(model.metadata_props.get(PASSES_KEY, "{}"))
+        recorded = json.loads(model.metadata_props.get(PASSES_KEY, "{}"))
     except json.JSONDecodeError:
         return {}
-    return {str(k): v for k, v in told.items() if isinstance(v, int)} if isinstance(told, dict) else {}
+    if not isinstance(recorded, dict):
+        return {}
+    return {str(k): v for k, v in recorded.items() if isinstance(v, int)}
 
 
 def _nodes_before(model: ir.Model) -> int | None:
-    told = model.metadata_props.get(NODES_BEFORE_KEY, "")
-    return int(told) if told.isdecimal() else None
+    recorded = model.metadata_props.get(NODES_BEFORE_KEY, "")
+    return int(recorded) if recorded.isdecimal() else None
 
 
 # --- blocks -----------------------------------------------------------------------------------------
@@ -202,7 +206,10 @@ def _needed(value: ir.Value, known: dict[ir.Node, int]) -> list[ir.Node]:
 
 
 def _stream_start(end: ir.Value) -> ir.Value | None:
-    """The value a residual stream starts from: up the Adds one of whose operands leads to the other."""
+    """The value a residual stream starts from, found upwards through its residual Adds.
+
+    In a residual Add, one operand is computed from the other.
+    """
     value, seen = end, None
     while (node := value.producer()) is not None and node.op_type == "Add":
         skips = [

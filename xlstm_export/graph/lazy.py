@@ -1,8 +1,8 @@
-"""Weights of a graph that are computed when they are written: shape and type now, values once, then gone.
+"""Lazy weights of a graph: shape and type are known, values are computed when the file is written.
 
-A model may be larger than the memory. Graph passes therefore never ask a large initializer for its values;
-they replace it by a tensor derived from it (transposed, joined, converted), whose values are computed from
-its sources while the file is written, one tensor at a time.
+A model may be larger than the memory. So graph passes never read the values of a large initializer. They
+replace it by a tensor derived from it (transposed, joined, converted), whose values are computed from its
+sources while the file is written, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALL = 1 << 16
 def lazy(
     compute: Callable[[], np.ndarray], dtype: ir.DataType, shape: Sequence[int], name: str
 ) -> ir.LazyTensor:
-    """A tensor whose values `compute` returns each time they are asked for, as `dtype` and of `shape`."""
+    """A tensor of `dtype` and `shape` whose values `compute` returns, each time they are read."""
     return ir.LazyTensor(
         lambda: ir.Tensor(np.asarray(compute(), order="C"), dtype=dtype, name=name),
         dtype=dtype,

@@ -23,7 +23,7 @@ _HIDDEN = re.compile(rf"{PREFIX}(\d+)$")
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a weight matrix meets an activation.
+    """One place where a graph reads a weight matrix, multiplied by an activation or looked up.
 
     Attributes:
         name: path of the weight in the user's module, without `.weight`.
@@ -32,7 +32,7 @@ class Site:
         block: how many blocks of the residual stack lie before it.
         op_type: operator that reads the weight (MatMul, Gemm, Gather, XlstmSlstm).
         weight: name of the initializer.
-        activation: name of the value that meets it; for a look-up the indices.
+        activation: name of the value that it is multiplied by; for a look-up the indices.
         output: name of the operator's first result.
         shape: of the weight as it is stored.
         channel_axis: axis of the weight that is the output channel, for scales per channel.
@@ -102,7 +102,7 @@ def find_sites(model: ir.Model) -> tuple[Site, ...]:
 
 
 def observed_tensors(model: ir.Model) -> tuple[str, ...]:
-    """Names of the activations whose ranges calibration must know: what meets the weight of a product."""
+    """Names of the activations whose ranges calibration must measure: those multiplied by a weight."""
     names = [site.activation for site in find_sites(model) if site.op_type in ("MatMul", "Gemm")]
     return tuple(dict.fromkeys(names))
 
@@ -133,7 +133,7 @@ def stored_weight(value: ir.Value | None) -> ir.Value | None:
 
 
 def gate_nodes(model: ir.Model) -> set[ir.Node]:
-    """What computes gate pre-activations: from the recurrences back to the products, these included."""
+    """The nodes that compute gate pre-activations, from the recurrences back to the products, inclusive."""
     found: set[ir.Node] = set()
     todo = [
         node.inputs[index]
@@ -153,7 +153,7 @@ def gate_nodes(model: ir.Model) -> set[ir.Node]:
 
 
 def _is_product(node: ir.Node) -> bool:
-    """Whether a node reads a stored weight, be it as it is or as integers."""
+    """Whether a node reads a stored weight, in floating point or as integers."""
     index = weight_input(node)
     value = node.inputs[index] if index is not None else None
     source = value.producer() if value is not None else None

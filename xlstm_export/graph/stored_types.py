@@ -109,7 +109,7 @@ def converted(source: ir.TensorProtocol, target: ir.DataType, name: str) -> ir.T
 
 
 def widen_weights(model: ir.Model) -> int:
-    """The opposite of `narrow_weights`: FP32 initializers (widened when they are read), no Casts.
+    """The inverse of `narrow_weights`: FP32 initializers (widened when they are read), no Casts.
 
     Returns:
         How many initializers were stored narrow.

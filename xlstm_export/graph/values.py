@@ -1,4 +1,4 @@
-"""Questions that several passes ask about values, and the one way they name and make new ones."""
+"""Helpers of the graph passes: properties of values, and the creation of new values and names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def recurrence(node: ir.Node) -> Operator | None:
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads `value`, and reads it once."""
+    """The only reader of `value`, where it reads the value once; else None."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
@@ -87,7 +87,7 @@ def constant(array: Sequence[int] | np.ndarray) -> ir.Node:
 
 
 def typed(value: ir.Value, like: ir.Value, shape: Sequence[Any] | None) -> ir.Value:
-    """`value` with the element type of `like` and `shape`, which later passes ask for."""
+    """`value` with the element type of `like` and with `shape`, which later passes need."""
     value.type = like.type
     value.shape = None if shape is None else ir.Shape(shape)
     return value
@@ -102,5 +102,5 @@ def fresh_name(graph: ir.Graph, name: str) -> str:
 
 
 def count_nodes(graph: ir.Graph) -> int:
-    """Nodes that compute something; constants come and go."""
+    """Number of nodes without Constant nodes, whose number differs from pass to pass."""
     return sum(node.op_type != "Constant" for node in graph)

@@ -1,14 +1,14 @@
 """The two recurrence operators as ONNX function bodies of standard operators (opset 18).
 
-With these bodies a file runs in ONNX Runtime and imports in TensorRT where no plugin exists. What a
-body may use is limited by TensorRT 10.3's parser: Scan but no If on the sequence length, no CumSum
-(it becomes a loop), no ReduceLogSumExp (it overflows), no Trilu. A sum over the positions of a chunk
-is therefore a product with a constant triangle.
+With these bodies a file runs in ONNX Runtime, and in TensorRT without plugins. TensorRT 10.3's parser
+limits the operators of a body: Scan but no If on the sequence length, no CumSum (it becomes a loop), no
+ReduceLogSumExp (it overflows), no Trilu. So a sum over the positions of a chunk is a product with a
+constant triangular matrix.
 
 Each operator has two bodies. The sequence body takes any S and is what an exported file carries. The
-step body takes S = 1 only, has no Scan and no shape arithmetic; a session that decodes may put it in
-the place of the other. Both are written in the ONNX text format and compute what `reference.py` says, in
-FP32. Casts from and to other element types are left out where everything is FP32 anyway.
+step body takes S = 1 only, and has no Scan and no shape arithmetic; a session that decodes may use it
+instead. Both are written in the ONNX text format and compute the functions of `reference.py` in FP32. Casts
+from and to other element types are left out where everything is FP32.
 
 The texts are in `mlstm_body.py` and `slstm_body.py`. Change a body together with `reference.py`; tests
 compare each with the FP64 recurrence.
@@ -110,10 +110,10 @@ def _function(operator: Operator, body: str, cast: bool) -> onnx.FunctionProto:
 
 
 def _finish_body(proto: onnx.FunctionProto) -> onnx.FunctionProto:
-    # No Scan body may name one value as two of its outputs: ONNX Runtime 1.32 then mixes up the others.
+    # No Scan body may have one value as two of its outputs: ONNX Runtime 1.32 then confuses the others.
     function = ir.serde.deserialize_function(proto)
-    # TensorRT's parser before 10.8 reads a value of the graph instead, where one has a parameter's name; and
-    # many a model has an input x.
+    # Where a value of the graph has the name of a parameter, TensorRT's parser before 10.8 reads that value
+    # instead; and many models have an input x.
     for value in function.inputs:
         value.name = f"{function.name}_{value.name}"
     model = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10, functions=[function])

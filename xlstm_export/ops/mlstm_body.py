@@ -28,8 +28,8 @@ def sequence() -> str:
 
 
 # Notation of `_mlstm_chunk` in reference.py: column 0 of the decay matrix is the incoming state, column j + 1
-# position j. A chunk has L = min(64, S) positions, so a single position pays for a 1 x 2 decay matrix only.
-# The padding at the end of the last chunk has log forget 0 and log input -1e30: it cannot touch the state.
+# position j. A chunk has L = min(64, S) positions, so a single position needs a 1 x 2 decay matrix only.
+# The padding at the end of the last chunk has log forget 0 and log input -1e30: it does not change the state.
 _SEQUENCE = f"""
     zero = Constant <value = int64[1] {{0}}> ()
     one = Constant <value = int64[1] {{1}}> ()

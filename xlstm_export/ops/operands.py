@@ -1,8 +1,8 @@
 """The operands of the two recurrence operators: names, order, shapes, types, and which of them are states.
 
-Nothing else numbers an operand by hand: function bodies, graph rewrites, the audit of cell gates and the
-calls of native libraries all ask this table. The C++ adapters (`plugins/adapters`) declare the same; tests
-compare.
+This table is the only place in Python where operands have positions: function bodies, graph rewrites, the
+audit of cell gates and the calls of native libraries use it. The C++ adapters (`plugins/adapters`) declare
+the same operands; tests compare the two.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-# Operands of one kind have one element type. "f32": always FP32. "io": what goes in and comes out at each
-# position. "state": a state that may be stored narrower. "weight": a matrix, int8 where its scale is given.
+# All operands of one kind have one element type. "f32": always FP32. "io": inputs and outputs of each
+# position. "state": a state that may be stored in 16 bits. "weight": a matrix, int8 where its scale is given.
 Kind = Literal["f32", "io", "state", "weight"]
 
 
@@ -55,7 +55,7 @@ class Operator:
         name: ONNX op_type, in the domain `specs.OP_DOMAIN`.
         cell: the kind of cell, as in `specs.BlockSpec`.
         inputs, outputs: in their order.
-        attributes: those with a number, and what a function body computes with where a node has none.
+        attributes: numeric attributes, each with the value that a function body uses where a node has none.
     """
 
     name: str

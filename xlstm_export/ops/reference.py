@@ -1,7 +1,7 @@
 """The two recurrence operators: readable PyTorch reference and ONNX symbol.
 
-Every other implementation (ONNX function body, CUDA kernel, CPU custom op) computes what stands here
-and is tested against the same FP64 recurrence. Equations: xLSTM, arXiv 2405.04517, section 2.2
+Every other implementation (ONNX function body, CUDA kernel, CPU custom op) computes these functions and
+is tested against the same FP64 recurrence. Equations: xLSTM, arXiv 2405.04517, section 2.2
 (sLSTM) and 2.3 (mLSTM), in the stabilized form of appendix A. Gate inputs are pre-activations
 (un-squashed), an all-zero state is a fresh start, and a sequence may have any length S ≥ 1.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from .operands import MLSTM, SLSTM, Operator
 
-# Stands for "no contribution" in log space. Finite, so that a difference of two is a number.
+# Means "no contribution" in log space. Finite, so that the difference of two such values is not NaN.
 LOG_ZERO = -1e30
 
 MlstmState = tuple[Tensor, Tensor, Tensor]  # C (B,H,Dk,Dv), n (B,H,Dk), m (B,H)
@@ -61,8 +61,8 @@ def mlstm_step(
     q, k, v, i, f = (x[:, 0] for x in (q, k, v, i, f))
     lf = F.logsigmoid(f)  # (B, H)
     m_new = torch.maximum(lf + m, i)
-    # lf + (m - m') rather than (lf + m) - m': where m' = lf + m was rounded, the rounding error comes
-    # back in the difference and the decay compensates it, so that it does not add up over the stream.
+    # lf + (m - m') rather than (lf + m) - m': where m' = lf + m was rounded, the difference contains the
+    # rounding error, and the decay compensates it. So the errors do not add up over the stream.
     forget = torch.exp(lf + (m - m_new))[..., None]  # (B, H, 1)
     kI = torch.exp(i - m_new)[..., None] * k  # (B, H, Dk)
     C_new = forget[..., None] * C + kI[..., None] * v[..., None, :]
@@ -76,7 +76,7 @@ def mlstm_step(
 def mlstm_sequence(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
 ) -> tuple[Tensor, MlstmState]:
-    """`mlstm` as S single steps: slow, and the form everything else is judged by."""
+    """`mlstm` as S single steps: slow, and the reference for all other forms."""
     outputs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t, i_t, f_t = (x[:, t : t + 1] for x in (q, k, v, i, f))
@@ -189,8 +189,8 @@ def slstm_step(
     # n = 0 marks a fresh unit: its m is no stabilizer yet and must not enter the maximum.
     m_new = torch.where(n == 0, i, torch.maximum(i, lf + m))
     input_gate = torch.exp(i - m_new)
-    # Order of the sum: see mlstm_step. Both gates are at most 1 but for rounding, and that bit must not be
-    # cut off: it is what compensates the rounding of m. A fresh unit has nothing to keep.
+    # Order of the sum: see mlstm_step. Both gates are at most 1, except for rounding. They must not be
+    # clamped to 1: the excess compensates the rounding of m. A fresh unit has nothing to keep.
     forget_gate = torch.where(n == 0, 0.0, torch.exp(lf + (m - m_new)))
     c_new = forget_gate * c + input_gate * torch.tanh(z)
     n_new = forget_gate * n + input_gate

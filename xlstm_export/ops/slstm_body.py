@@ -1,4 +1,4 @@
-"""Text of the two bodies of `XlstmSlstm`; `CLAMP` stands for what `forget_max` does."""
+"""Text of the two bodies of `XlstmSlstm`; `CLAMP` is replaced by the operator that applies `forget_max`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ LOG_ZERO = "-1e30"  # as reference.LOG_ZERO
 
 # The forget pre-activation is negated once for the whole sequence (in x, R and bias, which is exact),
 # because log sigmoid(f) = -softplus(-f). The rule "m' = i where n = 0" needs no test inside the loop:
-# max(input gate, forget gate) = 1 at every position, so n >= 1 from the first one on, and before it a
-# stabilizer of -1e30 makes i win the maximum and the forget gate zero. Neither gate can exceed 1 then.
+# max(input gate, forget gate) = 1 at every position, so n >= 1 from the first one on. Before the first one
+# the stabilizer is -1e30, so that the maximum is i and the forget gate is zero. Neither gate exceeds 1 then.
 _CELL = """
             gates = Add(x_c, Ry)
             i_c, minus_f, z_c, o_c = Split <axis = -1, num_outputs = 4> (gates)

@@ -1,1 +1,1 @@
-"""A lifted module becomes an ONNX graph with its weights beside it."""
+"""Tracing: from a lifted module to an ONNX graph with its weights beside it."""

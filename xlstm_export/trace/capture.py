@@ -1,4 +1,4 @@
-"""A torch module → an ONNX graph as torch's exporter gives it: named, with free dimensions, not cleaned."""
+"""From a torch module to the ONNX graph of torch's exporter: named, with free dimensions, not yet cleaned."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ..load.loaded import Dims
 from ..ops import bodies as functions
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
-# Operators without side effects whose translation, composite or not, is that of their parts. What known
-# models use; any other has the whole module traced a second time, which costs no more than time.
+# Operators without side effects that translate to the same nodes as their decomposition. These are the ones
+# that known models use. Any other operator makes the whole module be traced a second time, which costs time
+# only.
 AS_THEY_ARE = frozenset(
     f"aten.{name}"
     for name in (
@@ -46,17 +47,17 @@ def torch_to_ir(
     output_names: list[str],
     states: tuple[Any, ...],
 ) -> ir.Model:
-    """What torch's exporter makes of a lifted module.
+    """Trace a lifted module with torch's exporter.
 
     Args:
-        wrapper: takes inputs and past states, gives outputs and present states, all positional.
-        example, past: what it is traced with.
-        dims: of each input: numbers, or letters for the axes that stay free.
-        input_names, output_names: of the graph, states apart.
+        wrapper: takes inputs and past states, returns outputs and present states, all positional.
+        example, past: inputs and past states to trace with.
+        dims: dimensions of each input: numbers, or letters for the axes that stay free.
+        input_names, output_names: names in the graph, without those of the states.
         states: lifted states, in order.
 
     Raises:
-        BuildError: the module cannot be traced; with what torch said last.
+        BuildError: the module cannot be traced; the message ends with torch's innermost error.
     """
     dynamic = torch.export.Dim.DYNAMIC
     named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
@@ -83,9 +84,9 @@ def torch_to_ir(
             cause = cause.__cause__
         if isinstance(cause, BuildError):
             raise cause from None
-        told = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
+        details = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
         raise BuildError(
-            f"tracing failed: {type(cause).__name__}: {told[:400]}",
+            f"tracing failed: {type(cause).__name__}: {details[:400]}",
             "forward must not branch on tensor values; --debug shows where it stopped",
         ) from error
     assert program is not None
@@ -94,16 +95,17 @@ def torch_to_ir(
 
 @contextlib.contextmanager
 def _decomposed_where_needed() -> Iterator[None]:
-    """Let torch's exporter trace a module once instead of twice.
+    """Context manager: torch's exporter traces a module once instead of twice.
 
-    It traces a second time to take composite operators apart and to make in-place ones functional, which
-    is more than half of the time of an export. Where each operator of the first trace is translated as it
-    is, both graphs are the same.
+    The exporter traces a second time to decompose composite operators and to make in-place ones functional,
+    which takes more than half of the time of an export. Where every operator of the first trace can be
+    translated directly, both traces give the same graph.
 
-    The one place that replaces a method of torch, for the time of one export: `torch.onnx.export` has no
-    option to leave the second trace out. It also takes the program of `torch.export.export`, which is public
-    too, but does not give the same: only while it traces itself is `torch.onnx.is_in_onnx_export()` true, on
-    which modules and `ops.reference` depend, are sizes of 0 and 1 dynamic, and is strict mode tried as well.
+    This is the only place that replaces a method of torch, for the duration of one export:
+    `torch.onnx.export` has no option to skip the second trace. It also accepts a program of
+    `torch.export.export`, but the result is not the same. Only when it traces by itself is
+    `torch.onnx.is_in_onnx_export()` true (modules and `ops.reference` depend on it), are sizes of 0 and 1
+    dynamic, and is strict mode tried as well.
     """
     decompose = ExportedProgram.run_decompositions
 
@@ -117,8 +119,8 @@ def _decomposed_where_needed() -> Iterator[None]:
         ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
 
 
-def _cast(x: Any, dtype: int, **told: Any) -> Any:
-    """Translation of `aten.to.dtype`, which torch has only for what it is made of."""
+def _cast(x: Any, dtype: int, **ignored: Any) -> Any:
+    """Translation of `aten.to.dtype`; torch has translations only for the operators it decomposes into."""
     from onnxscript import opset18
 
     return opset18.Cast(x, to=dtype)

@@ -1,4 +1,4 @@
-"""A module with lifted state → one ONNX graph that serves prefill and decode.
+"""From a module with lifted state to one ONNX graph that serves prefill and decode.
 
 `export` writes `model.onnx`, its weights as external data, `io.json` and `manifest.json`. The same
 checkpoint and options give the same bytes.
@@ -53,17 +53,17 @@ def export(
     Args:
         loaded: from `checkpoint.load`.
         out: created; replaced only with `force`.
-        options: `stateless` leaves the state inputs and outputs away, every call starts fresh; by default as
-            `Loaded.streams` says. `last_logits` computes the first output for the last position only.
-            `dtype` is the type the matrices are stored in; arithmetic is FP32.
-        context: its command is recorded in the manifest.
+        options: `stateless` leaves out the state inputs and outputs, so that every call starts from zero
+            states; the default is taken from `Loaded.streams`. `last_logits` computes the first output for
+            the last position only. `dtype` is the type the matrices are stored in; arithmetic is FP32.
+        context: the command in it is recorded in the manifest.
         force: replace `out`.
 
     Returns:
         The run folder.
 
     Raises:
-        BuildError: the module cannot be lifted or traced, or does not stream and is not to be stateless.
+        BuildError: the module cannot be lifted or traced; or it does not stream and `stateless` is not set.
         InputError: a weight is damaged or does not fit `dtype`.
         UsageError, SetupError: see `runfolder.staged`.
     """
@@ -98,7 +98,7 @@ def export(
 
 
 def _resolved(options: ExportOptions, loaded: Loaded) -> ExportOptions:
-    """Without a choice, states are carried as upstream uses the model."""
+    """The options with `stateless` filled in: by default, states are carried as upstream does it."""
     return replace(options, stateless=not loaded.streams) if options.stateless is None else options
 
 
@@ -123,7 +123,9 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
         graph_weights.attach_weights(model, loaded, lifted)
     else:
         _make_contiguous(model)
-    folded = fold_weight_transposes(model)  # before constants are folded, or small weights lose their names
+    folded = fold_weight_transposes(
+        model
+    )  # before constants are folded: folding would remove the names of small weights
     _simplify(model)
     nodes_before = sum(node.op_type != "Constant" for node in model.graph)
     fired = run_passes(model)
@@ -168,16 +170,16 @@ class _Streaming(nn.Module):
         else:
             states = {s.past: t for s, t in zip(self._states, past, strict=True)}
         result, present = cells.run_lifted(self.module, inputs, states)
-        # Clones, so that an input that is handed through becomes an output of its own.
+        # Clones, so that an input that is returned unchanged becomes a separate output.
         outputs = tuple(t.clone() for t in cells.named_outputs(result, "y").values())
         return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
 
 
 def _mark_boundaries(module: nn.Module) -> None:
-    """Have every block of the residual stack mark its result, so that the graph can be cut behind it."""
+    """Make every block of the residual stack mark its result, so that the graph can be cut behind it."""
     stack = [block for _, blocks in cells.block_stacks(module) for block in blocks]
     if any(len(cell.blocks) > 1 for cell in module.modules() if isinstance(cell, cells.RecurrentCell)):
-        return  # a block that is called twice has no place of its own in the graph
+        return  # a block that is called twice has no single place in the graph
     for index, block in enumerate(stack):
         block.register_forward_hook(partial(_mark, index))
 
@@ -200,7 +202,7 @@ def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:
 
 
 def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
-    """Weights carry the names of the user's module; dimensions are called B and S."""
+    """Give weights the names of the user's module, and dimensions the names B and S."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith(prefix):
@@ -218,7 +220,7 @@ def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
     for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
-    # States share the batch of the inputs: say so at their outputs too, where tracing lost it.
+    # States have the batch of the inputs: state outputs declare it too, where tracing lost it.
     for value in graph.outputs:
         if value.shape is not None and value.name is not None and value.name.startswith("present_"):
             value.shape = ir.Shape(["B", *list(value.shape)[1:]])
@@ -234,7 +236,7 @@ def _renamed(dim: Any, symbols: dict[str, str]) -> int | str | None:
 
 
 def _make_contiguous(model: ir.Model) -> None:
-    """Users' parameters and buffers may be strided views; what is written to a file may not."""
+    """Make weights contiguous: users' parameters may be strided views, and tensors in a file may not."""
     for value in model.graph.initializers.values():
         assert value.const_value is not None
         array = value.const_value.numpy()
@@ -251,7 +253,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _clean(model: ir.Model) -> None:
-    """Drop what carries no meaning: metadata with source paths, dead nodes, duplicates, names of nodes."""
+    """Remove metadata with source paths, dead nodes, duplicates and the names of nodes."""
     for graph_pass in (
         common.ClearMetadataAndDocStringPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -271,7 +273,7 @@ def _clean(model: ir.Model) -> None:
 
 
 def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states: tuple[Any, ...]) -> None:
-    """A tensor has one name in a graph: an output that is another output too has lost its own."""
+    """Require distinct outputs: a tensor has one name in a graph, so it cannot be two outputs."""
     found = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
     if found != [*inputs, *outputs, *(s.present for s in states)]:
         raise BuildError(

@@ -1,7 +1,7 @@
-"""Can a model be streamed? Whatever it remembers must be in the states of its cells.
+"""Check whether a model can be streamed: all its memory must be in the states of its cells.
 
-A bidirectional pass, a mean over the sequence, positions counted from its end or a recurrence that is not
-known as one give other results when a sequence arrives in pieces. Such a model has a stateless export only.
+A bidirectional pass, a mean over the sequence, positions counted from its end, or an unknown recurrence give
+other results when a sequence arrives in pieces. Such a model can only be exported with --stateless.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..sessions import TorchSession
 log = logging.getLogger(__name__)
 
 LENGTH, FIRST = 12, 5
-# Relative L2. FP32 rounding through the models at hand is below 1e-6 and what looks ahead changes outputs by
-# more than 1e-2; `verify` judges in float64 what lies between.
+# Relative L2. FP32 rounding in the tested models is below 1e-6, and a model that looks ahead changes outputs
+# by more than 1e-2. `verify` decides in float64 about values in between.
 LIMIT = 1e-4
 HINT = (
     "export with --stateless; or make a cell of what has to be remembered, with a state of its own "
@@ -60,7 +60,7 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
     for name, expected in whole.items():
         found = _joined([piece[name] for piece in pieces], (first, length - first))
         if found.shape != expected.shape or not np.isfinite(expected).all():
-            continue  # tracing and verification have better words for it
+            continue  # tracing and verification report it with clearer messages
         gap = difference(found, expected).relative_l2
         if gap > LIMIT:
             raise BuildError(
@@ -83,7 +83,7 @@ def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays
 
 
 def _joined(parts: list[np.ndarray], lengths: tuple[int, ...]) -> np.ndarray:
-    """Parts joined along the axis as long as the pieces; what has none is the last call's."""
+    """Outputs of the pieces, joined along the axis of positions; without one, that of the last piece."""
     for axis in range(1, parts[0].ndim):
         if tuple(part.shape[axis] for part in parts) == lengths:
             return np.concatenate(parts, axis=axis)

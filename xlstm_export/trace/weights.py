@@ -1,7 +1,8 @@
-"""The weights of a traced graph: read from the checkpoint while the graph is written, in the type asked for.
+"""Weights of a traced graph, read from the checkpoint while the graph is written, in the requested type.
 
-A model whose weights are not in memory is traced with stand-ins (`hollow`). `attach_weights` then gives every
-initializer its values: at once where passes may want to look at them, otherwise when the file is written.
+A model whose weights are not in memory is traced with placeholders (`hollow`). `attach_weights` then gives
+every initializer its values: small ones at once, since passes may read them; the others when the file is
+written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..load.loaded import Loaded
 
 
 def attach_weights(model: ir.Model, loaded: Loaded, lifted: Lifted) -> None:
-    """Replace the stand-ins among the initializers of `model` by what the checkpoint holds."""
+    """Replace the placeholders among the initializers of `model` by the tensors of the checkpoint."""
     values = LiftedWeights(loaded, lifted)
     named = _tensors(lifted.module)
     for name, value in model.graph.initializers.items():

@@ -1,8 +1,8 @@
 """Graph passes: one short function per file, whose docstring lists its cases, and the order they run in.
 
-A pass takes a model, changes it in place and returns how often it fired. None asks a large weight for its
-values. All but those in `ROUNDING` keep every bit of what the graph computes as it is written; ONNX
-Runtime's own fusions then find more to do, and round in their own way.
+A pass takes a model, changes it in place and returns how often it fired. No pass reads the values of a large
+weight. All passes except those in `ROUNDING` keep every bit of the results, if the graph is computed as
+written. ONNX Runtime then finds more fusions of its own, which may round differently.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .sink_splits import sink_splits
 
 Pass = Callable[[ir.Model], int]
 
-# In this order, again and again until none fires. Each takes something away that no other brings back
-# (nodes, steps of a chain, shapes that are computed), so this ends.
+# Run in this order, repeatedly, until none fires. Each pass removes something that no other adds again
+# (nodes, steps of a chain, computed shapes), so this ends.
 PASSES: tuple[Pass, ...] = (
     fold_weight_transposes,
     cancel_casts,
@@ -50,16 +50,16 @@ PASSES: tuple[Pass, ...] = (
 ROUNDING = frozenset({"fuse_layer_norm", "canonical_rms_norm"})
 
 
-# Models of all families need two rounds, 24 blocks deep too: one that fires and one that finds nothing.
-# Longer chains of a user's own operators may need more; where there is no end, passes undo each other.
+# Models of all families need two rounds, also with 24 blocks: one that fires and one that finds nothing.
+# Longer chains of a user's operators may need more. Beyond this limit, two passes must be undoing each other.
 MAX_ROUNDS = 50
 
 
 def run_passes(model: ir.Model, order: Sequence[Pass] | None = None) -> dict[str, int]:
     """Apply the passes in place until none fires any more, `name_boundaries` at the end.
 
-    Values must carry their shapes, as tracing leaves them, and dimensions their names. Inputs and outputs
-    stay what they are, and the graph is well-formed after every pass; both is checked (`conditions.py`).
+    Values must have their shapes, as tracing gives them, and dimensions their names. Inputs and outputs do
+    not change, and the graph is well-formed after every pass; both are checked (`conditions.py`).
 
     Args:
         model: changed in place.
@@ -69,7 +69,7 @@ def run_passes(model: ir.Model, order: Sequence[Pass] | None = None) -> dict[str
         How often each pass fired, by name, in the order they run.
 
     Raises:
-        BuildError: a pass broke the graph, or they do not come to an end.
+        BuildError: a pass broke the graph, or the passes do not end.
     """
     order = PASSES if order is None else order
     before = require_traced(model)

@@ -2,9 +2,9 @@
 
 Cases:
 1. Cast to the type the value has already: its readers read its input. Not at a graph output.
-2. Cast of a Cast to a type that holds every value of the type before (float16 → float32 → float16): one
-   Cast of the first's input, and none by case 1 where the types are equal.
-3. Down and up again (float32 → float16 → float32) rounds on purpose: left alone.
+2. Cast of a Cast whose type holds every value of the type before it (float16 → float32 → float16): one Cast
+   of the first's input; where the types are equal, case 1 removes that too.
+3. To a narrower type and back (float32 → float16 → float32), which rounds: left alone.
 """
 
 from __future__ import annotations

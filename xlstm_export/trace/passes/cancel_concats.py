@@ -1,4 +1,4 @@
-"""Concats that only put together what was taken apart, or that could run before a Reshape.
+"""Concats that only rejoin the parts of a Split, or that could run before a Reshape.
 
 Cases, all along one axis:
 1. All parts of a Split, in order, next to each other in a Concat: the Split's input in their place.

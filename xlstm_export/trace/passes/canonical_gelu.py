@@ -1,7 +1,7 @@
-"""The exact GELU in an order runtimes know: x · (1 + erf(x / √2)) · ½.
+"""The exact GELU in the order that runtimes recognize: x · (1 + erf(x / √2)) · ½.
 
-torch writes x · (½ · (1 + erf(x / √2))), which ONNX Runtime does not make one kernel of. Halving is exact, so
-both orders give the same bits.
+torch writes x · (½ · (1 + erf(x / √2))), which ONNX Runtime does not fuse into one kernel. Halving is exact,
+so both orders give the same bits.
 
 Cases:
 1. x · (½ · a), where a = erf(x / √2) + 1 and both products are read once: (x · a) · ½.

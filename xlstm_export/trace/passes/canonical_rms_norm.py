@@ -1,11 +1,12 @@
-"""RMS norm in the form runtimes know: Pow(x, 2), ReduceMean, Add, Sqrt, Div.
+"""RMS norm in the form that runtimes recognize: Pow(x, 2), ReduceMean, Add, Sqrt, Div.
 
-ONNX Runtime makes one kernel of it, at half the time of a decode step's norm; opset 18 has no operator.
+ONNX Runtime fuses it into one kernel, which halves the time of the norms in a decode step. Opset 18 has no
+operator for it.
 
 Cases:
-1. x · (1 / sqrt(v)): x / sqrt(v), one node less and one rounding less.
+1. x · (1 / sqrt(v)): x / sqrt(v), with one node and one rounding less.
 2. x · x under a mean over one axis whose root divides x by case 1: Pow(x, 2), equal to the bit.
-3. A reciprocal or a root that others read too: left alone.
+3. A reciprocal or a root that other nodes read too: left alone.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Port = tuple[str, ir.DataType | None, int | None]  # name, element type, number 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a caller sees of a graph. No pass may change it."""
+    """The interface of a graph: its inputs and outputs. No pass may change it."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -29,7 +29,7 @@ def require_traced(model: ir.Model) -> Interface:
     """The precondition: inputs and outputs have types and shapes, and the graph is well-formed.
 
     Raises:
-        BuildError: it is not so.
+        BuildError: the precondition does not hold.
     """
     found = interface_of(model.graph)
     for name, dtype, rank in (*found.inputs, *found.outputs):
@@ -47,7 +47,7 @@ def require_kept(model: ir.Model, before: Interface, graph_pass: str) -> None:
         graph_pass: name of the pass, for the error.
 
     Raises:
-        BuildError: it is not so.
+        BuildError: the postcondition does not hold.
     """
     after = interface_of(model.graph)
     # Outputs that the module returns twice become one value. That is no defect of a pass: the export refuses

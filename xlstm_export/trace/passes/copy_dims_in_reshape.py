@@ -4,11 +4,11 @@ A zero copies the dimension of the data, so the shape becomes a constant and the
 goes away.
 
 Cases:
-1. The shape is a Concat of pieces, each a constant or `Shape(start, end)` of a graph input, and every
-   such piece stands at the index of the dimension it reads, where the data has the same symbol: zero.
+1. The shape is a Concat of pieces, each a constant or `Shape(start, end)` of a graph input. Every such Shape
+   is at the index of the dimension it reads, and the data has the same symbol at that index: zero.
 2. A piece that reads a dimension the data does not have at that index: the node is left alone.
-3. `allowzero=1` is dropped together with it (TensorRT 10.3 does not need to know it then).
-4. Where tracing lost the shape of the result, it is written down: later passes ask for it.
+3. `allowzero=1` is removed from such a node, so TensorRT 10.3 does not need to support it.
+4. Where tracing lost the shape of the result, the pass sets it: later passes need it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _note_shape(node: ir.Node, target: list[int]) -> None:
 
 
 def constant_target(data: ir.Value, shape: ir.Value) -> list[int] | None:
-    """The target [0, 0, constants] that says what `shape` says of `data`; None where none does."""
+    """The target [0, 0, constants] that is equivalent to `shape` for `data`; None where there is none."""
     concat = shape.producer()
     if concat is None or concat.op_type != "Concat" or data.shape is None:
         return None

@@ -1,8 +1,8 @@
-"""What nobody reads goes away, and so does Identity.
+"""Removal of nodes and initializers that are not read, and of Identity.
 
 Cases:
 1. A node none of whose outputs is read, and an initializer that is not.
-2. An optional output that is not read: its name becomes empty, which tells a runtime not to compute it.
+2. An optional output that is not read: its name becomes empty, so that a runtime does not compute it.
 3. Identity: its readers read its input. It stays between a graph input and a graph output, and where both
    its ends are graph outputs.
 """

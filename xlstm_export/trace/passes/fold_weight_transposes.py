@@ -3,8 +3,8 @@
 Cases:
 1. An initializer consumed only by Transpose nodes of one permutation: replaced by an initializer named
    `<weight>.T`. The data is permuted while the file is written.
-2. A 2-D initializer that others use too (weights tied with an embedding table) and whose transpose feeds
-   only MatMuls: each MatMul becomes Reshape → Gemm(transB=1) → Reshape on the one stored copy.
+2. A 2-D initializer that other nodes read too (weights tied with an embedding table) and whose transpose
+   feeds only MatMuls: each MatMul becomes Reshape → Gemm(transB=1) → Reshape on the one stored copy.
 3. Anything else is left alone.
 """
 

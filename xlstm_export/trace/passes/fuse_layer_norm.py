@@ -7,9 +7,9 @@ Cases, in FP32:
 2. LayerNormalization whose scale is ones, read by one Mul with a constant of the normalized width: the
    constant becomes the scale. The same with Add where there is no bias. A following weight of another
    shape, (H, D) over heads, stays a Mul.
-3. Values that others read too, other axes, other element types: left alone.
+3. Values that other nodes read too, other axes, other element types: left alone.
 
-Results differ by rounding: the sums run in another order.
+Results differ by rounding: the sums are computed in another order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...graph.values import constant, fresh_name, integers, only_reader, produce
 
 
 def fuse_layer_norm(model: ir.Model) -> int:
-    """Apply the pass in place; returns how many norms were found and how many weights were taken in."""
+    """Apply the pass in place; returns the number of norms found plus the number of weights merged."""
     count = 0
     for node in list(model.graph):
         count += _fuse_decomposed(model.graph, node)
@@ -91,7 +91,7 @@ def _mean_input(value: ir.Value | None, x: ir.Value) -> ir.Value | None:
         return None
     if view is None:
         return mean.inputs[0] if mean.attributes.get_int("keepdims", 1) else None
-    # The variance lost its last dimension and gets it back: (0, 0, H, 1) or the like.
+    # The variance lost its last dimension and a view adds it again: (0, 0, H, 1) or similar.
     target, rank = integers(view.inputs[1]), len(x.shape) if x.shape is not None else -1
     copies = target is not None and len(target) == rank and target[-1] == 1
     kept = copies and all(want in (0, size(x, i)) for i, want in enumerate(target[:-1]))  # type: ignore[index]

@@ -3,14 +3,15 @@
 Cases:
 1. MatMul(x, W1), MatMul(x, W2), ... whose 2-D weights of one type are used nowhere else: one MatMul with
    the weights side by side, then one Split.
-2. Each followed by an Add of a 1-D bias that alone reads it: the biases are joined too, one Add before
+2. Each is followed by an Add of a 1-D bias, its only reader: the biases are joined too, with one Add before
    the Split. Products with and without bias are not mixed.
 3. 3-D weights (one matrix per block of channels) with equal first dimensions: the same, along the last
-   axis, where the products have 2 columns or more and no more than 128 rows. ONNX Runtime does not pack
-   such weights, sums more rows than that in pieces whose size depends on the width, and single columns by
-   another kernel; within these bounds, and for all 2-D weights, the result is equal to the bit.
+   axis, where the products have at least 2 columns and at most 128 rows. Within these bounds, and for all
+   2-D weights, the result is equal to the bit. Beyond them it is not: ONNX Runtime does not pack such
+   weights, sums more rows in pieces whose size depends on the width, and has another kernel for a single
+   column.
 4. Products that reach the gate inputs `i`, `f` of XlstmMlstm through elementwise and shape operators only
-   are fused among themselves and never with others: gates stay FP32 at every precision.
+   are fused with each other and never with other products: gates stay FP32 at every precision.
 5. Products that are graph outputs, and weights used twice: left alone.
 """
 

@@ -1,12 +1,12 @@
-"""Compute an output for the last position only: prefill then pays for the head once, not S times.
+"""Compute an output for the last position only: prefill then runs the head for one position, not for S.
 
 Cases:
-1. Walking up from the output, every operator that treats positions alike and has one computed input
-   (products with weights, norms over later axes, elementwise functions) is passed over.
-2. The chain Reshape → Gemm → Reshape of a tied head is passed over as one step.
-3. At the first other operator, and at a value that somebody else reads too, a Slice of the last position
-   is put in, and the chain reads it instead.
-4. Where nothing could be passed over, the output itself is sliced.
+1. Going up from the output, the pass skips every operator that treats all positions alike and has one
+   computed input (products with weights, norms over later axes, elementwise functions).
+2. The chain Reshape → Gemm → Reshape of a tied head is skipped as one step.
+3. At the first other operator, and at a value that another node reads too, a Slice of the last position is
+   inserted, and the chain reads it instead.
+4. Where nothing could be skipped, the output itself is sliced.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def keep_last_position(model: ir.Model, output: str) -> None:
 
 
 def _read_only_by(value: ir.Value, chain: list[ir.Node], result: ir.Value) -> bool:
-    """Whether nobody but the chain would see that `value` holds the last position only."""
+    """Whether only the chain reads `value`, so that it may hold the last position only."""
     return (value is result or not value.is_graph_output()) and all(use.node in chain for use in value.uses())
 
 
@@ -101,7 +101,7 @@ def _tied_head(back: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
     lead = _producer(concat.inputs[0], "Shape") if concat else None
     if gemm is None or flat is None or concat is None or lead is None or lead.inputs[0] is not flat.inputs[0]:
         return None
-    # The target shape must read the cut x as well, so that nobody else may read it.
+    # The target shape must be computed from the sliced x too, so no other node may read it.
     if any(len(list(node.outputs[0].uses())) > 1 for node in (gemm, flat, concat, lead)):
         return None
     x = flat.inputs[0]

@@ -1,14 +1,14 @@
-"""Reshapes with constant targets, at any batch and length: chains become one, those that do nothing go away.
+"""Reshapes with constant targets, at any batch and length: chains become one, and those without effect none.
 
 A zero in a target copies the dimension of the data at its own index.
 
 Cases:
-1. Reshape of a Reshape: it reads the first's input, with a target that says the same of it. A zero stays
-   one where the new input has the same dimension at that index, or becomes the number it stands for; a −1
-   becomes the number it stands for where that is known. The first stays where others read it too.
-2. A target that cannot be said of the new input, or two −1: left alone.
+1. Reshape of a Reshape: it reads the first's input, with an equivalent target. A zero stays zero where the
+   new input has the same dimension at that index; otherwise it becomes that dimension's number. A −1 becomes
+   its number where that is known. The first Reshape stays where other nodes read it too.
+2. No equivalent target exists, or it would have two −1: left alone.
 3. Reshape to the shape the data has: its readers read the data. Not at a graph output.
-4. `allowzero=1` with a zero in the target asks for an empty dimension: left alone.
+4. `allowzero=1` with a zero in the target means an empty dimension: left alone.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ def _read_through(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _target_from(first: ir.Node, node: ir.Node) -> list[int] | None:
-    """What `node`'s target says, said of the input of `first`."""
+    """The target for `node` that gives the same result on the input of `first`; None where there is none."""
     target, before = _target(node), _target(first)
     if target is None:
         return None
-    said: list[int] = []
+    merged: list[int] = []
     for index, want in enumerate(target):
         if want == -1:
             known = size(node.outputs[0], index)
-            said.append(-1 if known is None or known == 0 else known)
+            merged.append(-1 if known is None or known == 0 else known)
         elif want > 0:
-            said.append(want)
+            merged.append(want)
         elif (known := size(node.inputs[0], index)) is not None:
-            said.append(known)
+            merged.append(known)
         elif _copied(first, before, index):
-            said.append(0)
+            merged.append(0)
         else:
             return None  # case 2
-    return said if said.count(-1) <= 1 else None
+    return merged if merged.count(-1) <= 1 else None
 
 
 def _copied(first: ir.Node, target: list[int] | None, index: int) -> bool:
@@ -94,5 +94,5 @@ def _keeps_shape(node: ir.Node) -> bool:
     if source is None or source.shape is None or target is None or len(source.shape) != len(target):
         return False
     kept = [want == 0 or size(source, index) == want for index, want in enumerate(target)]
-    # With all other dimensions kept, -1 can only mean the one that is left.
+    # All other dimensions are kept, so -1 can only mean this one.
     return all(kept) or (kept.count(False) == 1 and target[kept.index(False)] == -1)

@@ -1,6 +1,6 @@
 """The value at the end of each block is called `hidden_<block>`, so that a graph can be cut there.
 
-Tracing marks it with a node `xlstm::Boundary`, which no other pass looks through. This pass runs last.
+Tracing marks it with a node `xlstm::Boundary`, which no other pass moves across. This pass runs last.
 
 Cases:
 1. A marked value that is computed in the graph takes the name; readers of the marker read it.

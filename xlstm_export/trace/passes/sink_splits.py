@@ -40,7 +40,7 @@ def _equal_readers(split: ir.Node) -> list[ir.Node] | None:
 
 
 def _signature(node: ir.Node, part: ir.Value) -> tuple[object, ...] | None:
-    """Equal for two nodes that do the same to their part."""
+    """A key that is equal for two nodes that do the same to their part."""
     if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
         return None
     attributes = tuple(sorted((name, str(a.value)) for name, a in node.attributes.items()))

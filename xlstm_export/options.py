@@ -62,7 +62,7 @@ class About:
         help: help text, one line.
         kind: kind of the values, see `Kind`.
         choices: the allowed values; empty if all values of the kind are allowed.
-        least: the smallest allowed number; excluded if `above` is set.
+        least, most: the smallest and the largest allowed number; the smallest is excluded if `above` is set.
         off: name of the flag that switches it off, for a flag that is on by default or has no default.
         only: "cli" for an option that a stage of a pipeline file does not have.
     """
@@ -71,6 +71,7 @@ class About:
     kind: Kind
     choices: tuple[str, ...] = ()
     least: float | None = None
+    most: float | None = None
     above: bool = False
     off: str | None = None
     only: Literal["cli"] | None = None
@@ -79,16 +80,17 @@ class About:
         """Raise UsageError for a value that is none of the choices, or out of range."""
         if self.choices and value not in self.choices:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(self.choices)}")
-        if self.least is None:
-            return
         for number in value if isinstance(value, tuple) else (value,):
-            if (
-                not isinstance(number, (int, float))
-                or number < self.least
-                or (self.above and number == self.least)
-            ):
-                bound = "above" if self.above else "at least"
-                raise UsageError(f"{name} is {value!r}", f"{bound} {self.least:g}")
+            if isinstance(number, int | float) and not self._in_range(number):
+                raise UsageError(f"{name} is {value!r}", self._range())
+
+    def _in_range(self, number: float) -> bool:
+        low = self.least is None or (number > self.least if self.above else number >= self.least)
+        return low and (self.most is None or number <= self.most)
+
+    def _range(self) -> str:
+        low = [] if self.least is None else [f"{'above' if self.above else 'at least'} {self.least:g}"]
+        return ", ".join([*low, *([] if self.most is None else [f"at most {self.most:g}"])])
 
 
 def option(
@@ -98,12 +100,13 @@ def option(
     *,
     choices: Sequence[str] = (),
     least: float | None = None,
+    most: float | None = None,
     above: bool = False,
     off: str | None = None,
     only: Literal["cli"] | None = None,
 ) -> T:
     """A field of an options class; see `About`."""
-    about = About(help, kind, tuple(choices), least, above, off, only)
+    about = About(help, kind, tuple(choices), least, most, above, off, only)
     return field(default=default, metadata={"about": about})
 
 
@@ -283,6 +286,21 @@ class BundleOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BuildOptions(Options):
+    """Options of `build`, which makes a TensorRT engine of a bundle."""
+
+    max_length: int = option(512, "most positions of a prefill call", "int")
+    max_batch: int = option(1, "most streams of a call", "int")
+    workspace: int | None = option(
+        None, "memory for the builder, MiB; default: half of the free memory", "int"
+    )
+    optimization_level: int | None = option(
+        None, "optimization level of TensorRT's builder", "int", least=0, most=5
+    )
+    function_bodies: bool = option(False, "build without the plugin", "flag")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeployOptions(Options):
     """Options of `deploy`, which runs all stages."""
 
@@ -296,6 +314,19 @@ class DeployOptions(Options):
     license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
     horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
     free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
+
+
+@dataclass(frozen=True, kw_only=True)
+class How(Options):
+    """Which steps of a pipeline are run, and how an existing run folder is treated."""
+
+    first: str | None = option(None, "repeat this stage and all after it", "text")
+    last: str | None = option(None, "stop after this stage", "text")
+    resume: bool = option(
+        False, "continue in the run folder; stages whose inputs are unchanged are skipped", "flag"
+    )
+    force: bool = option(False, "start over in an existing run folder", "flag")
+    dry_run: bool = option(False, "show what would be done", "flag")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from xlstm_export.plugins import locate
 from xlstm_export.atomic import sha256, write_json
 from xlstm_export.board import build
 from xlstm_export.errors import BuildError, InputError, SetupError
+from xlstm_export.options import BuildOptions
 from xlstm_export.runfolder import IO, MANIFEST, MODEL, read_io
 
 V103, V1016, V11 = (10, 3, 0), (10, 16, 1), (11, 4, 1)
@@ -59,7 +60,7 @@ def test_plugins_have_a_graph_of_their_own(bundle: Path) -> None:
     """Before 10.7 a function body wins over the plugin, so it must not be in the file."""
     for version in (V103, V1016):
         assert build.plan_build(bundle, version, FREE).model.name == build.STRIPPED
-    bodies = build.plan_build(bundle, V103, FREE, function_bodies=True)
+    bodies = build.plan_build(bundle, V103, FREE, BuildOptions(function_bodies=True))
     assert (bodies.model.name, bodies.plugin, bodies.recurrences) == (MODEL, None, 0)
     with refused(SetupError, "10.2.0 is too old", "10.3"):
         build.plan_build(bundle, (10, 2, 0), FREE)
@@ -67,7 +68,7 @@ def test_plugins_have_a_graph_of_their_own(bundle: Path) -> None:
 
 def test_workspace_is_half_of_what_is_free(bundle: Path) -> None:
     assert build.plan_build(bundle, V103, FREE).workspace == 2 << 30
-    assert build.plan_build(bundle, V103, FREE, workspace_mib=512).workspace == 512 << 20
+    assert build.plan_build(bundle, V103, FREE, BuildOptions(workspace=512)).workspace == 512 << 20
 
 
 def test_two_profiles_in_one_engine(small_export: Path) -> None:
@@ -79,7 +80,7 @@ def test_two_profiles_in_one_engine(small_export: Path) -> None:
 
 
 def test_the_plan_as_a_command_line(bundle: Path) -> None:
-    plan = build.plan_build(bundle, V103, FREE, workspace_mib=300, optimization_level=2)
+    plan = build.plan_build(bundle, V103, FREE, BuildOptions(workspace=300, optimization_level=2))
     line = plan.trtexec(10)
     for word in (
         "--onnx=model.stripped.onnx",

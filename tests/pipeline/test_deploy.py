@@ -12,9 +12,8 @@ from rich.console import Console
 from xlstm_export.cli import tables as report
 from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.load.checkpoint import Loaded
-from xlstm_export.options import Context, DeployOptions
+from xlstm_export.options import Context, DeployOptions, How
 from xlstm_export.pipeline import deploy as pipeline
-from xlstm_export.pipeline.runner import How
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.verify import limits
 from xlstm_export.verify.bisect import search

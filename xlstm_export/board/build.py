@@ -17,6 +17,7 @@ from typing import Any
 
 from ..atomic import sha256, staged, write_json
 from ..errors import BuildError, InputError, SetupError
+from ..options import BuildOptions
 from ..plugins import build as plugin_builder
 from ..plugins import locate
 from ..runfolder import MANIFEST, MODEL, read_io
@@ -86,12 +87,7 @@ def plan_build(
     bundle: Path,
     version: tuple[int, ...],
     free_bytes: int,
-    *,
-    max_length: int = 512,
-    max_batch: int = 1,
-    workspace_mib: int | None = None,
-    optimization_level: int | None = None,
-    function_bodies: bool = False,
+    options: BuildOptions = BuildOptions(),
     plugin: Path | None = None,
 ) -> Plan:
     """Decide what is built of a bundle.
@@ -100,10 +96,7 @@ def plan_build(
         bundle: its folder.
         version: of TensorRT.
         free_bytes: memory of the device that is free now; on a Jetson the CPU's memory too.
-        max_length: positions of a prefill call.
-        max_batch: streams.
-        workspace_mib: MiB the builder may use; half of what is free by default.
-        function_bodies: build without the plugin: slower, and nothing has to be compiled.
+        options: how. Without the plugin an engine is slower, and nothing has to be compiled.
         plugin: library to use instead of the one that is found.
 
     Raises:
@@ -117,6 +110,7 @@ def plan_build(
         )
     io = read_io(bundle)
     manifest = integrity.read(bundle)
+    function_bodies = options.function_bodies
     if not function_bodies and plugin is None:
         plugin = find_plugin(bundle)
     # Before 10.7 a function body in the file wins over a plugin of the same name; and plugins read integers
@@ -125,10 +119,10 @@ def plan_build(
     return Plan(
         model,
         None if function_bodies else plugin,
-        profile_shapes(io, max_length, max_batch),
+        profile_shapes(io, options.max_length, options.max_batch),
         0 if function_bodies else int(manifest["recurrences"]),
-        (workspace_mib or max(64, free_bytes // 2 // MIB)) * MIB,
-        optimization_level,
+        (options.workspace or max(64, free_bytes // 2 // MIB)) * MIB,
+        options.optimization_level,
         {"model": manifest["files"][model.name]["sha256"], "plugin": manifest["plugin_abi"][KIND]},
     )
 
@@ -173,19 +167,19 @@ def find_plugin(bundle: Path) -> Path:
 
 def build_engine(
     bundle: Path,
+    options: BuildOptions = BuildOptions(),
     *,
     say: Callable[[str], None] = print,
     tensorrt: Any = None,
     cuda: Cuda | None = None,
-    **options: Any,
 ) -> Path:
     """Build the engine of a bundle for this machine.
 
     Args:
         bundle: its folder.
+        options: how.
         say: told the phase and the time, now and then.
         tensorrt, cuda: stand-ins for tests.
-        options: of `plan_build`.
 
     Returns:
         Path of the engine.
@@ -197,7 +191,7 @@ def build_engine(
     trt = tensorrt if tensorrt is not None else import_tensorrt()
     cuda = cuda or Cuda()
     version = version_of(trt)
-    plan = plan_build(bundle, version, cuda.free_bytes(), **options)
+    plan = plan_build(bundle, version, cuda.free_bytes(), options)
     folder = bundle / ENGINES / f"sm{cuda.sm()}-trt{_dotted(version)}"
     cache = folder.with_name(f"{folder.name}.{TIMINGS}")
     log = logger(trt)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..atomic import write_json
 from ..errors import ExportError, GateError, SetupError, UsageError
+from ..options import BuildOptions
 from ..runfolder import RunFolder
 from ..sessions import streams, timing
 from ..sessions.protocol import Session, load_state, save_state
@@ -110,14 +111,13 @@ def _build(options: Any) -> None:
     else:
         from .build import build_engine
 
-        path = build_engine(
-            options.bundle,
-            say=lambda line: print(line, file=sys.stderr),
+        chosen = BuildOptions(
             max_length=options.max_length,
-            workspace_mib=options.workspace,
+            workspace=options.workspace,
             optimization_level=options.optimization_level,
             function_bodies=options.function_bodies,
         )
+        path = build_engine(options.bundle, chosen, say=lambda line: print(line, file=sys.stderr))
     _say(options, {"built": str(path), "seconds": time.monotonic() - start}, f"built {path}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..board import build as board_build
 from ..board import integrity
 from ..errors import UsageError
+from ..options import BuildOptions
 
 ASSUMED_FREE = 4 << 30  # bytes, where there is no device to ask
 
@@ -42,18 +43,14 @@ class DryRun:
 def dry_run(
     bundle: Path,
     version: str,
-    *,
-    workspace: int | None = None,
-    function_bodies: bool = False,
-    **options: Any,
+    options: BuildOptions = BuildOptions(),
 ) -> DryRun:
     """What `build` would do for a TensorRT version, without TensorRT, a GPU or a compiled plugin.
 
     Args:
         bundle: its folder.
         version: of TensorRT, as "10.3.0".
-        workspace: MiB.
-        function_bodies, options: as for `board.build.plan_build`.
+        options: as for `board.build.plan_build`.
 
     Raises:
         UsageError: the version is none.
@@ -67,17 +64,15 @@ def dry_run(
         bundle,
         numbers,
         ASSUMED_FREE,
-        workspace_mib=workspace,
-        function_bodies=function_bodies,
+        options,
         plugin=Path("libxlstm_trt.so"),
-        **options,
     )
     return DryRun(plan, plan.trtexec(numbers[0]))
 
 
 def build(
-    bundle: Path, *, workspace: int | None = None, say: Callable[[str], None] = print, **options: Any
+    bundle: Path, options: BuildOptions = BuildOptions(), *, say: Callable[[str], None] = print
 ) -> Path:
     """Check a bundle, then build its engine for this machine; see `board.build.build_engine`."""
     integrity.check(bundle)
-    return board_build.build_engine(bundle, workspace_mib=workspace, say=say, **options)
+    return board_build.build_engine(bundle, options, say=say)

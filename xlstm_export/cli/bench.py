@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +13,7 @@ from ..errors import GateError, UsageError
 from ..options import BenchOptions, Context
 from ..runfolder import RunFolder
 from .common import (
+    F,
     Source,
     context_options,
     emit,
@@ -21,12 +24,29 @@ from .common import (
 )
 
 
+def _compile_flags(command: F) -> F:
+    """Adds the two flags that say at which batches torch.compile runs; `compile_at` of the options."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, no_compile: bool, compile_all: bool, **others: Any) -> Any:
+        if no_compile and compile_all:
+            raise UsageError("--no-compile and --compile-all contradict each other")
+        at = "none" if no_compile else "all" if compile_all else "first"
+        return command(*args, compile_at=at, **others)
+
+    flag = click.option(
+        "--compile-all", is_flag=True, help="time torch.compile at every batch, not only the first"
+    )
+    added = flag(wrapped)
+    none = click.option("--no-compile", is_flag=True, help="do not time torch.compile, which takes minutes")
+    return none(added)  # type: ignore[return-value]
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @source_options
+@_compile_flags
 @stage_options(BenchOptions, leave=("compile_at",))
-@click.option("--no-compile", is_flag=True, help="do not time torch.compile, which takes minutes to compile")
-@click.option("--compile-all", is_flag=True, help="time torch.compile at every batch, not only at the first")
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="two runs; A is the baseline"
 )
@@ -45,8 +65,6 @@ def bench(
     compare: tuple[Path, Path] | None,
     fail_over: float | None,
     as_json: bool,
-    no_compile: bool,
-    compile_all: bool,
 ) -> None:
     """Time a verified run folder against PyTorch (eager, torch.compile) and the memory bandwidth.
 
@@ -65,19 +83,12 @@ def bench(
     from ..verify.verdict import require_verified
     from .tables_bench import show_bench
 
-    options = replace(options, compile_at=_compile_at(no_compile, compile_all))
     opened = RunFolder.open(run)
     require_verified(opened)
     loaded = source.load_for(opened)
     with spinner() as stage:
         result = stages.bench(opened, loaded, options, replace(context, progress=stage))
     emit(result.to_json(), as_json, lambda console: show_bench(console, result))
-
-
-def _compile_at(none: bool, all_: bool) -> str:
-    if none and all_:
-        raise UsageError("--no-compile and --compile-all contradict each other")
-    return "none" if none else "all" if all_ else "first"
 
 
 def _compare(before: Path, after: Path, fail_over: float | None, as_json: bool) -> None:

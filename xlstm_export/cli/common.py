@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,15 +83,15 @@ def stage_options(
     *,
     required: tuple[str, ...] = (),
     leave: tuple[str, ...] = (),
-    helps: Mapping[str, str] | None = None,
+    into: str = "options",
 ) -> Callable[[F], F]:
-    """Adds the options of a stage; the command receives them as `options`.
+    """Adds the options of a stage; the command receives them as one object.
 
     Args:
         kind: class of the options.
         required: names of the options that must be given.
         leave: names of the options that the command adds itself, under other names.
-        helps: help texts that replace those of the class, by name.
+        into: parameter of the command that receives the object.
     """
     known = {name: about for name, about in kind.table().items() if name not in leave}
     defaults = {f.name: f.default for f in fields(kind)}
@@ -101,12 +101,11 @@ def stage_options(
         def wrapped(*args: Any, **given: Any) -> Any:
             values = {name: given.pop(name) for name in known}
             values |= {name: given.pop(name) for name in leave if name in given}
-            return command(*args, options=kind.made_of(values), **given)
+            return command(*args, **{into: kind.made_of(values)}, **given)
 
         added: Any = wrapped
         for name, about in reversed(known.items()):
-            words = (helps or {}).get(name, about.help)
-            added = _click_option(name, about, defaults[name], words, name in required)(added)
+            added = _click_option(name, about, defaults[name], name in required)(added)
         return added  # type: ignore[no-any-return]
 
     return decorate
@@ -128,15 +127,15 @@ def context_options(*, seed: str = "") -> Callable[[F], F]:
     return decorate
 
 
-def _click_option(name: str, about: About, default: Any, words: str, required: bool) -> Callable[[F], F]:
+def _click_option(name: str, about: About, default: Any, required: bool) -> Callable[[F], F]:
     flag = "--" + name.replace("_", "-")
     if about.kind == "flag":
         declaration = f"{flag}/--{about.off}" if about.off else flag
-        return click.option(declaration, name, is_flag=True, default=default, help=words)
+        return click.option(declaration, name, is_flag=True, default=default, help=about.help)
     shown = default is not MISSING and default is not None and default != ()
-    options: dict[str, Any] = {"default": default, "show_default": shown, "help": words}
+    options: dict[str, Any] = {"default": default, "show_default": shown, "help": about.help}
     if required:
-        options = {"required": True, "help": words}
+        options = {"required": True, "help": about.help}
     if about.kind == "ints":
         options["default"] = ",".join(map(str, default))
         return click.option(flag, name, callback=counts, **options)
@@ -150,7 +149,10 @@ def _click_type(about: About) -> Any:
     if about.choices:
         return click.Choice(about.choices)
     if about.kind == "int":
-        return click.INT if about.least is None else click.IntRange(int(about.least), min_open=about.above)
+        if about.least is None:
+            return click.INT
+        most = None if about.most is None else int(about.most)
+        return click.IntRange(int(about.least), most, min_open=about.above)
     if about.kind == "number":
         return click.FLOAT if about.least is None else click.FloatRange(about.least, min_open=about.above)
     return click.Path(path_type=Path) if about.kind in FILES else click.STRING

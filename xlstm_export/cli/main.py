@@ -16,7 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import ExportError, SetupError
-from ..options import Context, DeployOptions, ExportOptions
+from ..options import Context, DeployOptions, ExportOptions, How
 from ..targets import TARGETS
 from . import bench as cli_bench
 from . import bundle as cli_bundle
@@ -101,11 +101,7 @@ def export(source: Source, out: Path, force: bool, options: ExportOptions) -> No
 @source_options
 @out_option
 @stage_options(DeployOptions)
-@force_option
-@click.option(
-    "--resume", is_flag=True, help="continue in the run folder; stages whose inputs are unchanged are skipped"
-)
-@click.option("--dry-run", is_flag=True, help="show what would be done")
+@stage_options(How, leave=("first", "last"), into="how")
 @context_options()
 @json_option
 def deploy(
@@ -114,21 +110,17 @@ def deploy(
     options: DeployOptions,
     context: Context,
     as_json: bool,
-    force: bool,
-    resume: bool,
-    dry_run: bool,
+    how: How,
 ) -> None:
     """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one run."""
     from ..pipeline.deploy import deploy as deploy_
-    from ..pipeline.runner import How
     from . import tables
 
-    how = How(force=force, resume=resume, dry_run=dry_run)
     with spinner() as stage:
         stage("loading")
         loaded = source.load()
         result = deploy_(loaded, out, options, replace(context, progress=stage), how)
-    if dry_run:
+    if how.dry_run:
         steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in result.outcomes]
         emit(steps, as_json, lambda console: tables.show_outcomes(console, result.outcomes))
         return

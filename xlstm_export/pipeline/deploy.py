@@ -19,6 +19,7 @@ from ..options import (
     Context,
     DeployOptions,
     ExportOptions,
+    How,
     Options,
     QuantizeOptions,
     VerifyOptions,
@@ -27,7 +28,7 @@ from ..quantize.recipe import Recipe, preset, read_recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
 from ..targets import TARGETS
 from .plan import Pipeline, Step
-from .runner import How, Outcome, run_pipeline
+from .runner import Outcome, run_pipeline
 from .table import BUNDLE
 
 FP32 = "fp32"
@@ -129,7 +130,7 @@ def deploy(
         out: run folder of the FP32 export; other precisions become subfolders of it.
         options: precision and data. INT8 and INT4 also make FP16, for comparison.
         context: threads, progress, and the command that manifests record.
-        how: resume, start over, dry run; see `runner.How`.
+        how: resume, start over, dry run; see `options.How`.
 
     Raises:
         UsageError: activations are to be quantized and there is no calibration data.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..atomic import sha256, write_json
 from ..checks import Verdict
 from ..errors import UsageError
-from ..options import FILES, Context, Options, Progress
+from ..options import FILES, Context, How, Options, Progress
 from ..runfolder import versions
 from .plan import Pipeline, Step
 from .table import STAGES, Done, Job
@@ -26,25 +26,6 @@ if TYPE_CHECKING:
     from ..load.loaded import Loaded
 
 RECORDS = ".pipeline"
-
-
-@dataclass(frozen=True)
-class How:
-    """Which steps of a pipeline are run, and how an existing run folder is treated.
-
-    Attributes:
-        first: repeat this step and all after it, even if unchanged; the steps before must be done already.
-        last: stop after this step.
-        resume: continue in an existing run folder.
-        force: start over in an existing run folder.
-        dry_run: only report what would be done.
-    """
-
-    first: str | None = None
-    last: str | None = None
-    resume: bool = False
-    force: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,8 @@ def quantize(
         BuildError: a fence or a rule of TensorRT is violated.
         GateError: the state drifts when it is stored in half, and `force` is not set.
     """
-    if recipe.state_dtype != "fp32" and judge is None:
-        raise UsageError(
-            f"a state in {recipe.state_dtype} must pass the drift gate, which needs data",
-            "give --data",
-        )
     run, progress = RunFolder.of(run), context.progress
-    _require_base(run)
+    _require(run, recipe, judge)
     out = run.path / recipe.precision if out is None else Path(out)
     progress("reading the graph")
     model = load_graph(run.model)
@@ -174,7 +169,12 @@ def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) 
     return Applied(choices, tuple(smoothed), half_products, fences)
 
 
-def _require_base(run: RunFolder) -> None:
+def _require(run: RunFolder, recipe: Recipe, judge: Judge | None) -> None:
+    """Raise UsageError for what cannot be quantized, or not be judged."""
+    if recipe.state_dtype != "fp32" and judge is None:
+        raise UsageError(
+            f"a state in {recipe.state_dtype} must pass the drift gate, which needs data", "give --data"
+        )
     if (precision := run.options.precision) is not None:
         raise UsageError(f"{run.path} is {precision} already", "quantize the FP32 export it was made from")
 

@@ -22,9 +22,8 @@ from xlstm_export.board import integrity
 from xlstm_export.bundle import make as bundles
 from xlstm_export.errors import GateError, InputError, UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.options import BundleOptions
+from xlstm_export.options import BundleOptions, ExportOptions
 from xlstm_export.specs import OP_DOMAIN
-from xlstm_export.targets import TARGETS
 from xlstm_export.trace import export as trace
 
 HORIZON = 500
@@ -48,7 +47,7 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, checkpoint
 @pytest.fixture(scope="module")
 def made(verified: tuple[Path, checkpoint.Loaded], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "made"
-    target = TARGETS["orin-nano-8gb"]
+    target = "orin-nano-8gb"
     return bundles.bundle(
         *verified, out, options=BundleOptions(horizon=HORIZON, target=target, license="MIT")
     )
@@ -219,7 +218,7 @@ def test_deploy_needs_numpy_and_onnxruntime_only(own: Path, lean: Path) -> None:
 def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path) -> None:
     checkpoint_folder = models.make(tmp_path / "checkpoint", num_blocks=1, slstm_at=[0], embedding_dim=32)
     loaded = checkpoint.load_checkpoint(checkpoint_folder, stateless=option == "stateless" or None)
-    run = trace.export(loaded, tmp_path / "run", **{option: True})
+    run = trace.export(loaded, tmp_path / "run", ExportOptions.made_of({option: True}))
     atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
     made = bundles.bundle(run, loaded, tmp_path / "made", BundleOptions(horizon=HORIZON))
     done = deploy(made, lean, "verify", "--backend", "onnxruntime")

@@ -17,13 +17,14 @@ from ..sessions.cpu.lower import MEMORY
 from ..sessions.cpu_graph import FOLDER, INDEX, SCHEMA, CpuGraph
 
 
-def write_prepared(run: RunFolder, out: Path) -> None:
+def write_prepared(run: RunFolder | Path, out: Path) -> None:
     """Write the four graphs of a run folder, one stream for decoding, half computed as FP32, into `out`/cpu.
 
     Args:
         run: run folder.
         out: folder that holds the same `model.onnx.data`.
     """
+    run = RunFolder.of(run)
     folder, io = run.path, run.io
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     entries = {}

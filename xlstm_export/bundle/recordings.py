@@ -33,7 +33,7 @@ ROUNDING = {"onnxruntime": False, "tensorrt": True}
 
 
 def write_goldens(
-    run: RunFolder,
+    run: RunFolder | Path,
     loaded: Loaded,
     out: Path,
     options: BundleOptions = BundleOptions(),
@@ -57,6 +57,7 @@ def write_goldens(
     Raises:
         InputError: the data does not fit the model.
     """
+    run = RunFolder.of(run)
     io, horizon = run.io, options.horizon
     held_out = None
     if options.data is not None and has_positions(io):

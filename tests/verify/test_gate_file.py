@@ -31,7 +31,7 @@ def test_own_limits_decide(tmp_path: Path) -> None:
 
 
 def test_a_pattern_without_a_check_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no check is called 'stpe: ") as caught:
+    with pytest.raises(InputError, match="no check matches 'stpe: ") as caught:
         read_gate(gate(tmp_path, 'limits: {"stpe: logits": 1}')).apply(REPORT)
     assert "step: logits" in str(caught.value.hint)
 

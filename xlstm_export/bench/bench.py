@@ -1,7 +1,7 @@
 """Decode and prefill of an export over batches and lengths, against PyTorch and the memory bandwidth.
 
-All contestants of a cell are timed in turns in one run, so that a machine whose speed drifts slows all of
-them alike; ratios are what to quote. What did not verify is not timed.
+All contestants of a cell are timed in turns in one run, so that changes in the machine's speed affect all of
+them alike. Quote the ratios. Only verified exports are timed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .timing import ROUNDS, Call, bandwidth_probe, in_turns, probe_bytes
 
 log = logging.getLogger(__name__)
 
-READING = "reading"  # the bandwidth probe, no contestant
-PREFILL_SECONDS = 0.2  # of one contestant's calls in a round; a longer call is a round
-PREFILL_CALLS = 10  # per round at most
+READING = "reading"  # the bandwidth probe, which is not a contestant
+PREFILL_SECONDS = 0.2  # time of one contestant's calls in a round; at least one call
+PREFILL_CALLS = 10  # most calls per round
 
 
 def bench(
@@ -56,9 +56,9 @@ def bench(
         run: run folder.
         loaded: the checkpoint it was exported from, which PyTorch runs.
         options: `length` is cut to the model's context length. A model whose inputs have no positions has one
-            kind of call, which is then timed twice, as prefill and as step. `hz` is decoded at the first
-            batch, `steps` calls. `compile_limit` is for all compilations together.
-        context: its threads are those of all contestants.
+            kind of call, which is then timed twice, as prefill and as step. The fixed rate `hz` is timed at
+            the first batch, with `steps` calls. `compile_limit` is for all compilations together.
+        context: shared settings; all contestants use its number of threads.
 
     Raises:
         GateError: the export has not passed `verify` since it was made.
@@ -76,7 +76,7 @@ def bench(
 
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """PyTorch's number of threads, which belongs to the process; it is put back."""
+    """Set PyTorch's number of threads for the block; it is global to the process and restored at the end."""
     import torch
 
     before = torch.get_num_threads()
@@ -90,7 +90,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
 def _measure(
     run: RunFolder, loaded: Loaded, options: BenchOptions, context: Context, threads: int
 ) -> BenchReport:
-    about = environment(threads)  # before anything runs, and others are seen
+    about = environment(threads)  # first, while no work of this process hides that of others
     timed = _Run(run, loaded, options, context, threads)
     lengths = _cut_lengths(options, run.io, loaded)
     cells: list[Cell] = []
@@ -116,16 +116,16 @@ def _measure(
 
 
 def weight_bytes(run: RunFolder | Path, loaded: Loaded) -> float:
-    """Bytes per parameter as they are stored, scales included."""
+    """Stored bytes per parameter, scales included."""
     run = RunFolder.of(run)
     if run.options.precision is None:
-        return 4.0  # whatever is stored, an FP32 export reads FP32
+        return 4.0  # an FP32 export reads FP32, whatever type is stored
     return _stored_bytes(run) / spec_of(loaded).parameters
 
 
 @dataclass
 class _Run:
-    """What is being timed: the sessions of one batch at a time, and who could not take part so far."""
+    """State of a bench run: the sessions of the current batch, and the contestants skipped so far."""
 
     run: RunFolder
     loaded: Loaded
@@ -143,18 +143,20 @@ class _Run:
 
     @contextmanager
     def open(self, batch: int, *, first: bool) -> Iterator[None]:
-        """Sessions of a batch while the block runs."""
+        """Open the sessions of a batch for the block."""
         when = self.options.compile_at
         self.batch, self.compiling = batch, when == "all" or (when == "first" and first)
         with ExitStack() as owned:
-            # On a CPU half is FP32: to round every value as a device would is for verification only.
+            # Half is timed as FP32 on a CPU: rounding every value as a device does is for verification only.
             self.session = owned.enter_context(OrtSession(self.run, batch, self.threads, rounding=False))
             self.bodies = None
             if self.session.fused:
                 bodies = OrtSession(self.run, batch, self.threads, rounding=False, fused=False)
                 self.bodies = owned.enter_context(bodies)
             else:
-                self.skip(BODIES, "the fused operators are not built here: what is exported runs the bodies")
+                self.skip(
+                    BODIES, "the fused operators are not built here, so the export itself runs the bodies"
+                )
             self.moved = step_bytes(self.spec, self.weight_bytes, batch)
             if when == "none":
                 self.skip(COMPILED, "switched off")
@@ -190,7 +192,7 @@ class _Run:
         return self._cell(PREFILL, length, sessions, make)
 
     def at_rate(self, hz: float) -> dict[str, float]:
-        """Steps of the export alone, due every 1/hz seconds."""
+        """Time steps of the export alone, one due every 1/hz seconds."""
         self.progress(f"decode at {hz:g} Hz, batch {self.batch}")
         one = self._inputs(1)
         self.session.step(one)
@@ -211,7 +213,7 @@ class _Run:
         make: Callable[..., Peer],
         calls: int | None = None,
     ) -> Cell:
-        """Everybody who can run, in turns; `calls` per round, or what fits the time of a prefill round."""
+        """Time all contestants that run, in turns; `calls` per round, or as many as fit a prefill round."""
         peers = self._peers(mode, length, make)
         contestants = {**sessions, **{name: peer.run for name, peer in peers.items()}}
         contestants[READING] = bandwidth_probe(self.moved)
@@ -223,7 +225,7 @@ class _Run:
         return Cell(mode, self.batch, length, timings, self.moved, gbs, through, took)
 
     def _peers(self, mode: str, length: int, make: Callable[..., Peer]) -> dict[str, Peer]:
-        """PyTorch eager and compiled, as far as they run."""
+        """PyTorch eager and compiled, those of them that run."""
         what = f"prefill of {length}" if mode == PREFILL else mode
         where = f"{what}, batch {self.batch}"
         peers: dict[str, Peer] = {}
@@ -235,15 +237,15 @@ class _Run:
             log.debug("PyTorch eager, %s", where, exc_info=True)
             text = " ".join(str(error).split())[:REASON]
             self.skip(EAGER, f"{where}: {type(error).__name__}: {text}")
-            self.skip(COMPILED, f"{where}: does not run without it either")
+            self.skip(COMPILED, f"{where}: the model does not run without it either")
             return peers
         if not self.compiling:
             return peers
         if mode == PREFILL and self.uncompiled is not None and length >= self.uncompiled:
-            self.skip(COMPILED, f"{where}: as of {self.uncompiled}")
+            self.skip(COMPILED, f"{where}: did not compile at length {self.uncompiled}")
             return peers
         if self.compile_seconds < 1:
-            self.skip(COMPILED, f"{where}: others took all the time there is for compiling")
+            self.skip(COMPILED, f"{where}: the time limit for compiling is used up")
             return peers
         self.progress(f"torch.compile: {where}")
         start = time.perf_counter()
@@ -259,7 +261,7 @@ class _Run:
 
 
 def _calls_per_round(contestants: Mapping[str, Call]) -> int:
-    """Few calls where the slowest takes long."""
+    """Number of calls per round, such that the slowest contestant fits the time of a round."""
     for call in contestants.values():
         call()
     seconds = []
@@ -278,16 +280,16 @@ def _cut_lengths(options: BenchOptions, io: IoSpec, loaded: Loaded) -> list[int]
 
 
 def _check(options: BenchOptions) -> None:
-    """What the options' own ranges leave open."""
+    """Raise UsageError for values that the ranges of the options do not exclude."""
     for name, values in (("batch", options.batch), ("length", options.length)):
         if not values:
-            raise UsageError(f"{name}: nothing", "numbers from 1 on")
+            raise UsageError(f"{name} is empty", "give numbers from 1 on")
     if options.hz is not None and not math.isfinite(options.hz):
-        raise UsageError(f"hz: {options.hz:g}", "calls per second, a finite number")
+        raise UsageError(f"hz: {options.hz:g}", "give a finite number of calls per second")
 
 
 def _state_bytes(io: IoSpec) -> int:
-    """Of one stream."""
+    """Bytes of the state of one stream."""
     return sum(state.elements * numpy_type(state.dtype).itemsize for state in io.states)
 
 

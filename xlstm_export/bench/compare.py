@@ -18,7 +18,7 @@ AGAIN = "run `xlstm-export bench` again"
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant in a cell that both runs have; milliseconds."""
+    """Times of a contestant in a cell that both runs have, in milliseconds."""
 
     cell: CellKey
     contestant: str
@@ -28,7 +28,7 @@ class Row:
     p99_b: float
 
     def slower_than(self, limit: float) -> bool:
-        """Whether this is the export, and the median grew by more than the factor."""
+        """Whether this is the export, and its median grew by more than the factor `limit`."""
         return self.contestant == EXPORTED and self.p50_b / self.p50_a > limit
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Comparison:
     """Run B against the baseline A.
 
     Attributes:
-        only_before, only_after: mode, batch, length, contestant of what one side lacks.
+        only_before, only_after: (mode, batch, length, contestant) that the other run lacks.
         differences: entry of environment, model or settings → values in A and B.
         fail_over: how many times slower the export may be.
     """
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def slower(self) -> tuple[Row, ...]:
-        """Of the export, what exceeds `fail_over`."""
+        """Rows of the export whose median grew by more than `fail_over`."""
         limit = self.fail_over
         return () if limit is None else tuple(row for row in self.rows if row.slower_than(limit))
 
@@ -84,11 +84,11 @@ class Comparison:
 
 
 def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Comparison:
-    """Hold one run of `bench` against another.
+    """Compare two runs of `bench`.
 
     Args:
-        before: run folder or bench.json, the baseline.
-        after: the same, what is judged.
+        before: run folder or bench.json of the baseline.
+        after: run folder or bench.json that is compared with it.
         fail_over: `passed` is False if the median of the export grew by more than this factor in any cell.
 
     Raises:
@@ -96,7 +96,7 @@ def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Com
         UsageError: `fail_over` is not a positive number.
     """
     if fail_over is not None and not (math.isfinite(fail_over) and fail_over > 0):
-        raise UsageError(f"fail-over: {fail_over:g}", "a factor, for example 1.1")
+        raise UsageError(f"fail-over: {fail_over:g}", "give a factor, for example 1.1")
     a, b = read_bench(before), read_bench(after)
     times_a, times_b = _times(a), _times(b)
     common = [key for key in times_a if key in times_b]
@@ -117,7 +117,7 @@ def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Com
 
 
 def read_bench(path: Path) -> dict[str, Any]:
-    """What `bench` wrote, checked as far as a comparison reads it.
+    """Read what `bench` wrote, and check the entries that a comparison needs.
 
     Args:
         path: run folder, or the file itself.
@@ -144,7 +144,7 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 
 def _problem(data: Mapping[str, Any]) -> str:
-    """What is wrong with figures of the right schema; nothing as an empty text."""
+    """What is wrong with the data of a file with the right schema; empty if nothing is."""
     for name in ("environment", "model"):
         if not isinstance(data.get(name), dict):
             return f"{name} is no object"
@@ -210,7 +210,7 @@ def _pairs(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that figures depend on, flat: versions.torch, …"""
+    """Everything that the times depend on, with flat names: versions.torch, …"""
     flat = {f"model.{name}": value for name, value in data["model"].items()}
     flat["threads"] = data.get("threads")
     for name, value in data["environment"].items():

@@ -1,4 +1,4 @@
-"""What measured figures depend on: processor, memory, system, versions."""
+"""The environment of a measurement: processor, memory, system, versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runfolder import versions
 
-# Instruction sets that change which kernels run; the rest of a processor's flags says nothing here.
+# Instruction sets that decide which kernels run; other flags of a processor do not matter here.
 FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
     *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -25,7 +25,7 @@ def environment(threads: int) -> dict[str, Any]:
     """The machine as JSON, read from the files of Linux where it has them; what cannot be read is None.
 
     Args:
-        threads: that are going to be used.
+        threads: number of threads that will be used.
     """
     about = cpuinfo(_read(Path("/proc/cpuinfo")))
     present = set((about.get("flags") or about.get("Features") or "").split())
@@ -54,9 +54,9 @@ def cpuinfo(text: str) -> dict[str, str]:
 
 
 def busy_cores(seconds: float = 0.5) -> float | None:
-    """Cores that other processes keep busy while this one sleeps; None where /proc does not tell.
+    """Cores that other processes use while this one sleeps; None if /proc does not report it.
 
-    The load average would not do: it is of the last minute, which may have been this very process.
+    The load average is not used: it covers the last minute, with the load of this process itself.
     """
     before = _busy_seconds()
     own, start = time.process_time(), time.monotonic()
@@ -69,7 +69,7 @@ def busy_cores(seconds: float = 0.5) -> float | None:
 
 
 def _busy_seconds() -> float | None:
-    """That all cores together have computed since the start of the machine."""
+    """Seconds that all cores together have been busy since the machine was started."""
     first = _read(Path("/proc/stat")).partition("\n")[0].split()
     try:
         user, nice, system, _idle, _wait, irq, softirq = map(int, first[1:8])
@@ -79,7 +79,7 @@ def _busy_seconds() -> float | None:
 
 
 def memory_of(process: str = "self") -> tuple[int | None, int | None]:
-    """Resident bytes of a process now and at most, from /proc; None where there is none."""
+    """Resident bytes of a process, now and at most, from /proc; None where /proc does not report them."""
     lines = dict(
         line.split(":", 1) for line in _read(Path(f"/proc/{process}/status")).splitlines() if ":" in line
     )

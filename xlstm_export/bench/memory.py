@@ -1,4 +1,4 @@
-"""Memory of a process that runs an export and nothing else: PyTorch beside it would be most of the figure.
+"""Memory of a process that runs only an export, in a process of its own so that PyTorch is not counted.
 
     python -m xlstm_export.bench.memory RUN BATCH LENGTH THREADS
 
@@ -25,9 +25,9 @@ TIMEOUT = 600  # seconds
 
 
 def memory(folder: Path, batch: int, length: int, threads: int) -> Memory:
-    """Resident bytes after one prefill and one step in a new process, and the most it ever had.
+    """Resident bytes after one prefill and one step in a new process, and its peak.
 
-    None where the system does not tell, or the process failed.
+    None if the system does not report them, or the process failed.
     """
     root = Path(__file__).resolve().parents[2]
     # A bare checkout is found like an installed package.
@@ -42,14 +42,14 @@ def memory(folder: Path, batch: int, length: int, threads: int) -> Memory:
             check=True,
             timeout=TIMEOUT,
         )
-        told = json.loads(done.stdout)
+        reported = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
-        told = {}
-    return {name: told.get(name) for name in ("rss_bytes", "peak_rss_bytes")}
+        reported = {}
+    return {name: reported.get(name) for name in ("rss_bytes", "peak_rss_bytes")}
 
 
 def run(folder: Path, batch: int, length: int, threads: int) -> Memory:
-    """The figures of this process, after it has run the export."""
+    """Run the export once, and return the memory of this process."""
     with OrtSession(folder, batch, threads, rounding=False) as session:
         inputs = _zeros(session.io, batch, length)
         session.prefill(inputs)

@@ -1,4 +1,4 @@
-"""What an export is timed against: the user's model in PyTorch, eager and through torch.compile."""
+"""The contestants of an export: the user's model in PyTorch, eager and through torch.compile."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 COMPILE_LIMIT = 240.0  # seconds: a scan over hundreds of positions is unrolled, which may take an hour
-COMPILE_CALLS = 4  # without state, with state, and what is compiled anew after that
-REASON = 200  # characters of a compiler's error that are kept
+COMPILE_CALLS = 4  # first without state, then with state, then until nothing is compiled again
+REASON = 200  # characters that are kept of a compiler's error
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Something to time.
+    """A contestant: something to time beside the export.
 
     Attributes:
-        through: which method of the model it calls.
-        compile_seconds: until it was compiled; None for what is not.
+        through: the method of the model that it calls.
+        compile_seconds: time of the compilation; None if it is not compiled.
     """
 
     run: Call
@@ -41,7 +41,7 @@ class Peer:
 
 
 class NotCompiled(Exception):
-    """torch.compile failed or took too long; the text says why. Never reaches a user."""
+    """torch.compile failed or took too long, for the reason in the text. It is caught by `bench`."""
 
 
 def eager_prefill(loaded: Loaded, inputs: Arrays, wrap: Wrap = lambda f: f) -> Peer:
@@ -63,7 +63,7 @@ def eager_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap = lambda f: f
     import torch
 
     module: Any = loaded.module
-    # What a user's own module calls step may be anything.
+    # Only of published models: a method `step` of a user's own module may have another meaning.
     if not hasattr(module, "step") or "module" in loaded.origin:
         return _lifted_step(loaded, one, batch, wrap)
     (tensor,) = (torch.from_numpy(x) for x in one.values())
@@ -97,11 +97,11 @@ def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
 
 
 def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer:
-    """`make` with torch.compile around what it calls; compiled when this returns.
+    """A contestant that runs through torch.compile; it is compiled when this returns.
 
     Args:
-        make: builds the peer, given what to wrap its callable in.
-        limit: seconds. Only the main thread can be interrupted; in others there is no limit.
+        make: builds the contestant, given a wrapper for its callable.
+        limit: limit in seconds. It holds in the main thread only, since others cannot be interrupted.
 
     Raises:
         NotCompiled: the compiler failed, or took longer.
@@ -110,10 +110,10 @@ def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer
     import torch._dynamo
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()  # what was compiled before counts towards its limit of variants
+    torch._dynamo.reset()  # earlier compilations count towards its limit of variants
     start = time.perf_counter()
     try:
-        # Compilers in worker processes would go on after the limit, and slow down what is timed next.
+        # Compilers in worker processes would continue after the limit and slow down the next contestant.
         with _time_limit(limit), inductor.patch(compile_threads=1):
             peer = make(torch.compile)
             for _ in range(COMPILE_CALLS):
@@ -128,12 +128,12 @@ def compiled(make: Callable[[Wrap], Peer], limit: float = COMPILE_LIMIT) -> Peer
 
 
 class _TooLongError(BaseException):
-    """No subclass of Exception, so that a compiler that goes on after errors does not go on after this."""
+    """The time limit is reached. Not an Exception, because compilers catch those and continue."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block with _TooLongError after that time."""
+    """Interrupt the block with _TooLongError after `seconds`."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -145,12 +145,12 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise _TooLongError
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    # Again every second: an exception in a destructor is lost.
+    # Repeated every second: Python drops an exception that is raised in a destructor.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     except Exception as error:
-        if fired:  # and wrapped on its way
+        if fired:  # the compiler may have wrapped the exception in another
             raise _TooLongError from error
         raise
     finally:

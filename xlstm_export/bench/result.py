@@ -1,4 +1,4 @@
-"""What `bench` measured: its figures per cell of the grid, and their form on disk, `bench/bench.json`."""
+"""Result of `bench`: times per cell of the grid, and their form on disk, `bench/bench.json`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ EXPORTED, BODIES, EAGER, COMPILED = "exported", "function_bodies", "pytorch_eage
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of call: `batch` streams, `length` positions each.
+    """Measurements of one kind of call: `batch` streams, `length` positions each.
 
     Attributes:
         timings: by contestant; "exported" is always there.
-        moved_bytes: the least that a call moves: weights read once, states read and written once.
-        bandwidth_gbs: of reading a buffer of that size with the same threads, in the same turns.
-        through: what of the model the contestants call that run PyTorch.
-        compile_seconds: until torch.compile was done.
+        moved_bytes: the fewest bytes that a call moves: weights read once, states read and written once.
+        bandwidth_gbs: bandwidth of reading a buffer of that size with the same threads, in the same turns.
+        through: by contestant that runs PyTorch, the method of the model that it calls.
+        compile_seconds: time that torch.compile took.
     """
 
     mode: str
@@ -50,7 +50,7 @@ class Cell:
         return self.timings[over].percentile(50) / self.timings[EXPORTED].percentile(50)
 
     def tokens_per_second(self, contestant: str = EXPORTED) -> float:
-        """Of all streams together."""
+        """Tokens per second of all streams together."""
         return self.batch * self.length / self.timings[contestant].percentile(50)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,16 +75,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Measured figures; `to_json` is what `bench/bench.json` holds.
+    """Result of `bench`; `bench/bench.json` holds its `to_json`.
 
     Attributes:
         environment: see `environment.environment`; "recurrences" are "fused operators" or "function bodies".
         model: name, parameters, precision.
-        rate: decode at a fixed rate, where one was asked for: percentiles of the time from when a call is
-            due to its end; `jitter_ms`, the standard deviation between starts; `late`, how many calls end
-            after the next one is due.
-        memory: of a process that runs the export alone; state per stream; weights as stored.
-        skipped: contestant → why it is absent from some cells, or from all.
+        rate: decoding at a fixed rate, if `hz` is given: percentiles of the time from when a call is due to
+            its end; `jitter_ms`, the standard deviation of the intervals between starts; `late`, the number
+            of calls that end after the next one is due.
+        memory: memory of a process that runs the export alone; state per stream; stored weights.
+        skipped: contestant → why it is missing in some cells, or in all.
     """
 
     environment: dict[str, Any]

@@ -1,4 +1,4 @@
-"""How fast a decode step can be: bytes that must move over the bandwidth that moves them.
+"""Roofline of a decode step: the bytes that must be moved, divided by the memory bandwidth.
 
 Weights are read once per step, whatever the batch; recurrent state is read and written once per stream.
 Embedding tables are not counted: a step reads one row. At batch 1 arithmetic never limits the targets.

@@ -1,4 +1,4 @@
-"""Calls timed in turns, and the probe of the memory bandwidth that runs among them."""
+"""Timing of calls in turns, and the probe of the memory bandwidth that is timed with them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..sessions.timing import summary
 
 Call = Callable[[], Any]
 ROUNDS = 5
-PAUSE = 0.05  # seconds between contestants: worker threads of the last one spin before they sleep
-WARM_UP = 3  # calls at most
-MIN_BANDWIDTH_BYTES = 1 << 26  # what is read must not fit a cache
+PAUSE = 0.05  # seconds between contestants: worker threads of the last one spin for a while
+WARM_UP = 3  # most calls to warm up
+MIN_BANDWIDTH_BYTES = 1 << 26  # larger than the caches
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Timing:
 
 
 def in_turns(contestants: Mapping[str, Call], calls: int) -> dict[str, Timing]:
-    """Time `calls` calls of each per round, `ROUNDS` rounds after one to warm up."""
+    """Time `calls` calls of each contestant per round, for `ROUNDS` rounds after a round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(ROUNDS + 1):
         for name, run in contestants.items():
@@ -47,7 +47,7 @@ def in_turns(contestants: Mapping[str, Call], calls: int) -> dict[str, Timing]:
 
 
 def bandwidth_probe(size: float) -> Call:
-    """Reads a buffer of `size` bytes, with PyTorch's threads; see `probe_bytes` for small ones."""
+    """A call that reads a buffer of `size` bytes with PyTorch's threads; of `probe_bytes(size)` if small."""
     import torch
 
     buffer = torch.ones(int(probe_bytes(size)) // 4)
@@ -55,5 +55,5 @@ def bandwidth_probe(size: float) -> Call:
 
 
 def probe_bytes(size: float) -> float:
-    """Bytes that the probe reads in the place of `size`."""
+    """Bytes that the probe reads for `size`, which may be too small to measure."""
     return max(size, MIN_BANDWIDTH_BYTES)

@@ -1,1 +1,1 @@
-"""Run what was exported: text from a language model, forecasts from a CSV file."""
+"""Run an exported model: text from a language model, forecasts from a CSV file."""

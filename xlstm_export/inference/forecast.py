@@ -1,4 +1,4 @@
-"""Forecasts from a CSV file: a row per position in, what the model makes of the last row out."""
+"""Forecasts from a CSV file with one row per position."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Series:
     Attributes:
         columns: names of the columns the model reads, in its order.
         values: (rows, columns) float64.
-        labels: what the column in front of them says of each row, a time for one; empty where there is none.
+        labels: text of the label column, one per row, such as a time; empty if there is no such column.
     """
 
     columns: tuple[str, ...]
@@ -41,12 +41,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the model says after the last row.
+    """Forecast of the rows that follow the last one.
 
     Attributes:
-        series: what it has read.
+        series: the rows that were read.
         values: (ahead, outputs): a row per position ahead, a column per quantile or variable.
-        every: (rows, ahead, outputs), the forecast after each row; None where the model gives only the last.
+        every: (rows, ahead, outputs), the forecast after each row; None if the model gives only the last.
     """
 
     series: Series
@@ -61,12 +61,12 @@ def read_series(
 
     Args:
         path: the file; a first column that holds no numbers labels the rows.
-        count: how many columns the model reads.
+        count: number of columns that the model reads.
         columns: their names in the model's order; by default all but the label, which must be `count`.
         gaps: an empty cell is a missing value, NaN.
 
     Raises:
-        InputError: the file cannot be read, a column is missing, a cell is no number (with row and column).
+        InputError: the file cannot be read, a column is missing, or a cell is not a number.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -118,10 +118,10 @@ class Layout:
     """How a forecaster reads a series.
 
     Attributes:
-        columns: it reads at once.
-        patch: rows that are one position of the model, 0 where a row is one. Such a model (TiRex) reads one
-            column, takes gaps, and gives quantiles of the patch that follows.
-        context: rows of a call of such a model, 0 where it takes any number.
+        columns: number of columns that are read at once.
+        patch: rows per position of the model; 0 if each row is a position. A model with patches (TiRex) reads
+            one column, accepts gaps, and gives quantiles of the next patch.
+        context: rows per call of a model with patches; 0 if any number is accepted.
     """
 
     columns: int
@@ -130,14 +130,14 @@ class Layout:
 
 
 def layout(io: IoSpec, context_length: int | None = None) -> Layout:
-    """What a run folder's model reads.
+    """The layout that a run folder's model reads.
 
     Args:
-        io: of the run folder.
+        io: inputs and outputs of the run folder.
         context_length: positions it was trained with.
 
     Raises:
-        UsageError: the model is no forecaster: several inputs, or no real numbers.
+        UsageError: the model is not a forecaster: it has several inputs, or reads no real numbers.
     """
     spec, shape = io.inputs[0], io.outputs[0].shape
     real = len(io.inputs) == 1 and spec.dtype.startswith("float") and per_position(spec)
@@ -146,7 +146,7 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
         found = ", ".join(f"{x.name} {x.dtype} {list(x.shape)}" for x in io.inputs)
         raise UsageError(
             f"the model reads {found}",
-            "`forecast` needs one input of real numbers (B, S, F) or (B, S); of TiRex the stateless form",
+            "`forecast` needs one input of real numbers (B, S, F) or (B, S); export TiRex as stateless",
         )
     if len(shape) == 4 and shape[1] == "S" and shape[3] == size and not io.states:
         return Layout(1, size, size * (context_length or 0))
@@ -154,13 +154,13 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
 
 
 def forecast(session: Session, io: IoSpec, series: Series, form: Layout) -> Forecast:
-    """Read all rows, and say what comes next.
+    """Forecast the rows after a series.
 
     Args:
-        session: of one stream; its state moves on.
-        io: of the run folder.
-        series: of `read_series`.
-        form: of `layout`.
+        session: session of one stream; its state is updated.
+        io: inputs and outputs of the run folder.
+        series: rows, as from `read_series`.
+        form: layout, as from `layout`.
     """
     spec, output = io.inputs[0], io.outputs[0]
     values = series.values.astype(spec.dtype)
@@ -177,7 +177,7 @@ def forecast(session: Session, io: IoSpec, series: Series, form: Layout) -> Fore
 
 
 def _patches(values: np.ndarray, form: Layout) -> np.ndarray:
-    """(1, S, P): the end of a series, missing values in front up to the context, as TiRex is trained."""
+    """The end of a series as patches (1, S, P), padded in front with missing values."""
     rows = form.context or -(-len(values) // form.patch) * form.patch
     values = values[-rows:]
     padded = np.concatenate([np.full(rows - len(values), np.nan, values.dtype), values])
@@ -185,15 +185,15 @@ def _patches(values: np.ndarray, form: Layout) -> np.ndarray:
 
 
 def _two_axes(values: np.ndarray) -> np.ndarray:
-    """(ahead, outputs) of whatever the model gives."""
+    """An output of the model in the shape (ahead, outputs)."""
     return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
 
 
 def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
-    """Write positions ahead, one per row; or with `every` the forecast after each row of the input.
+    """Write the forecast as CSV, one row per position ahead; with `every`, one row per row of the input.
 
     Raises:
-        UsageError: `every` of a model that gives one forecast per call.
+        UsageError: `every` is set, and the model gives one forecast per call.
         SetupError: the file cannot be written.
     """
     stream = text_io.StringIO()
@@ -207,7 +207,7 @@ def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
             writer.writerow([ahead, *(f"{value:.6g}" for value in values)])
     else:
         if made.every is None:
-            raise UsageError("the model gives one forecast per call", "leave --every away")
+            raise UsageError("the model gives one forecast per call", "run without --every")
         steps = range(1, made.values.shape[0] + 1)
         names = [f"ahead_{a}" if outputs == 1 else f"ahead_{a}_{i}" for a in steps for i in range(outputs)]
         writer.writerow(["row", *names])
@@ -218,15 +218,15 @@ def write_csv(made: Forecast, path: Path, *, every: bool = False) -> None:
 
 
 def plot(made: Forecast, path: Path, target: str | None = None) -> None:
-    """Draw the end of a column and the forecast behind it. The same forecast gives the same bytes.
+    """Write a plot of the end of a column and its forecast. The same forecast gives the same bytes.
 
     Args:
-        made: of `forecast`.
-        path: of an .svg file.
+        made: forecast, as from `forecast`.
+        path: .svg file to write.
         target: the column that is forecast; by default the first.
 
     Raises:
-        UsageError: no such column, or another ending.
+        UsageError: the column is unknown, or the path has another suffix.
         SetupError: the file cannot be written.
     """
     require_svg(path)

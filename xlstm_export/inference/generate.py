@@ -1,4 +1,4 @@
-"""Text from an exported language model, token by token as it is made."""
+"""Text from an exported language model, token by token as it is generated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TOKENIZER = "tokenizer.json"
 
 
 class Codec(Protocol):
-    """Text to tokens, and tokens to text as they come."""
+    """Converts text to tokens, and tokens to text one by one."""
 
     def encode(self, text: str) -> list[int]: ...
     def feed(self, token: int) -> str: ...
 
 
 class Bytes:
-    """UTF-8, a token per byte; a character is told when its last byte is there."""
+    """UTF-8 with one token per byte; a character is returned when its last byte is complete."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -49,7 +49,7 @@ class Tokenizer:
         except Exception as error:  # the package's own errors derive from nothing else
             raise InputError(f"{path} cannot be read: {error}", "export the checkpoint again") from error
         self._tokens: list[int] = []
-        self._told = ""
+        self._text = ""
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
@@ -59,12 +59,12 @@ class Tokenizer:
         text = self._tokenizer.decode(self._tokens)
         if text.endswith("\ufffd"):  # a character whose rest comes with the next token
             return ""
-        new, self._told = text[len(self._told) :], text
+        new, self._text = text[len(self._text) :], text
         return str(new)
 
 
 class Numbers:
-    """Token numbers separated by spaces, where nobody knows what they mean."""
+    """Token numbers separated by spaces, for models without a known tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -80,14 +80,14 @@ class Numbers:
 
 
 def codec_for(folder: Path, io: IoSpec) -> Codec:
-    """How text of this model is written.
+    """The codec of a run folder's model.
 
     Raises:
-        UsageError: it is no language model.
+        UsageError: the model is not a language model.
     """
     logits = io.outputs[0].shape[-1] if io.outputs else None
     if [x.dtype for x in io.inputs] != ["int64"] or io.inputs[0].shape != ("B", "S"):
-        raise UsageError(f"{folder} holds no language model", "its inputs are no tokens; try `forecast`")
+        raise UsageError(f"{folder} holds no language model", "its input is not tokens; try `forecast`")
     if (folder / TOKENIZER).is_file():
         return Tokenizer(folder / TOKENIZER)
     return Bytes() if logits == BYTES else Numbers()
@@ -100,17 +100,17 @@ def generate(
     prompt: str,
     options: GenerateOptions = GenerateOptions(),
 ) -> Iterator[str]:
-    """Continue `prompt`: pieces of text as the tokens are drawn.
+    """Continue `prompt`; yields pieces of text as the tokens are drawn.
 
     Args:
-        session: of one stream, fresh or resumed; its state moves on.
-        io: of the run folder; a session of PyTorch does not know the model's outputs.
-        codec: of `codec_for`.
-        prompt: at least one token; read in one prefill.
-        options: how many tokens to write, and how they are drawn.
+        session: session of one stream, fresh or resumed; its state is updated.
+        io: inputs and outputs of the run folder; a session of PyTorch does not have the outputs.
+        codec: codec, as from `codec_for`.
+        prompt: text of at least one token; read in one prefill.
+        options: number of tokens, and how they are drawn.
 
     Raises:
-        UsageError: nothing to continue, or a token that the model does not know.
+        UsageError: the prompt is empty, or holds a token beyond the vocabulary.
     """
     given = codec.encode(prompt)
     size = io.outputs[0].shape[-1]

@@ -1,4 +1,4 @@
-"""A session of one stream over a run folder or a bundle, on any backend."""
+"""Opens sessions on a run folder or a bundle, on any backend."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
 def open_session(
     folder: Path, backend: str, load: Callable[[], Loaded], threads: int = 0, batch: int = 1
 ) -> Session:
-    """Open what is in `folder`.
+    """Open a session on `folder`.
 
     Args:
         folder: run folder; for TensorRT a bundle whose engine is built.
         backend: one of `BACKENDS`.
-        load: gives the `Loaded` model, for PyTorch.
-        threads: of ONNX Runtime.
+        load: returns the loaded model, for PyTorch.
+        threads: CPU threads of ONNX Runtime.
         batch: number of streams.
 
     Raises:
-        UsageError: no such backend.
-        InputError, SetupError: it cannot be opened.
+        UsageError: the backend is unknown.
+        InputError, SetupError: the folder cannot be opened.
     """
     if backend == "onnxruntime":
         from ..sessions.cpu.session import OrtSession

@@ -1,1 +1,1 @@
-"""What is measured on data: task metrics, drift along a stream, memory of the gates."""
+"""Measurements on data: task metrics, drift along a stream, memory length of the gates."""

@@ -1,10 +1,9 @@
-"""What the gates of a model do along a stream: how its stabilizers range, and how long it remembers.
+"""Audit of a model's gates along a stream: the range of the stabilizers, and the length of the memory.
 
-The stabilizer m of an mLSTM is no danger in itself, exp(−m) is: it is a bound in the normalizer, and leaves
-the range of FP16 once m < −11.09. The forget gates say how long a memory is: where the mean of
-−logsigmoid(f) is r, what was written is halved every ln 2 / r positions. An error in f adds up over exactly
-that time, so a candidate that remembers shorter than its reference has lost something that no single output
-shows.
+The normalizer of an mLSTM has the lower bound exp(−m), where m is the stabilizer; it exceeds the range of
+FP16 if m < −11.09. The forget gates determine the length of the memory: if the mean of −logsigmoid(f) is r,
+the memory is halved every ln 2 / r positions. An error in f accumulates over that time. So a change of the
+half-life shows an error that a single output does not show.
 
 Gates are taken from the graph itself, at the inputs of its recurrence operators; stabilizers and
 normalizers are then computed from them in float64, by the recurrence as it is written in `ops/reference.py`.
@@ -33,8 +32,8 @@ from ..runfolder import RunFolder
 from ..sessions.cpu.observed_graph import ObservedGraph
 
 PIECE = 256
-# Where exp(−m) leaves the normal numbers of a type: above its largest, or below its smallest (denormals are
-# often flushed to zero).
+# Range of m in which exp(−m) is a normal number of the type. Denormals do not count: they are often flushed
+# to zero.
 RANGES = {
     "fp16": (-math.log(65504.0), -math.log(2.0**-14)),
     "bf16": (-math.log(3.3895313892515355e38), -math.log(2.0**-126)),
@@ -43,15 +42,15 @@ RANGES = {
 
 @dataclass(frozen=True)
 class HeadGates:
-    """One head along the stream.
+    """Statistics of one head along the stream.
 
     Attributes:
-        m_min, m_max: of the stabilizer, over positions and, in an sLSTM, units.
-        fp16_share, bf16_share: of positions at which exp(−m) leaves the range of that type; None in an sLSTM,
+        m_min, m_max: range of the stabilizer over positions and, in an sLSTM, units.
+        fp16_share, bf16_share: share of positions with exp(−m) outside the type's range; None in an sLSTM,
             which does not compute it.
-        smallest_normalizer: what the smallest denominator was: max(|qᵀn|, exp(−m)) or n.
+        smallest_normalizer: the smallest denominator: max(|qᵀn|, exp(−m)) in an mLSTM, n in an sLSTM.
         half_life: positions after which the forget gates have halved a memory, by the mean of their logarithm
-            (the median over an sLSTM's units); infinite where they never close.
+            (the median over an sLSTM's units); infinite if they never close.
     """
 
     m_min: float
@@ -79,7 +78,7 @@ class Gates:
     blocks: tuple[BlockGates, ...]
 
     def to_json(self, reference: Gates | None = None) -> dict[str, Any]:
-        """For the report, the reference's half-lives beside the candidate's own."""
+        """As JSON; with the reference's half-lives beside the candidate's own if a reference is given."""
         blocks = []
         for number, block in enumerate(self.blocks):
             heads: list[dict[str, Any]] = []
@@ -91,7 +90,7 @@ class Gates:
 
 
 def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Context = Context()) -> Gates:
-    """Stream inputs through an export and look at its gates.
+    """Stream inputs through an export and examine its gates.
 
     Args:
         run: run folder of any precision.
@@ -100,7 +99,7 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
 
     Raises:
         InputError: the folder cannot be read.
-        BuildError: the runtime stopped.
+        BuildError: the runtime failed.
     """
     run = RunFolder.of(run)
     cells = _cells(load_graph(run.model))
@@ -108,7 +107,7 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
         io = graph.io
         length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
         graph.reset(next(iter(inputs.values())).shape[0])
-        # Nothing is carried on by a graph without states, so its sequence cannot come in pieces.
+        # A graph without states carries nothing on, so its sequence cannot be cut into pieces.
         piece = PIECE if io.states else length
         for start in range(0, length, piece):
             context.progress(f"gates, position {start:,} of {length:,}")
@@ -119,12 +118,12 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
 
 
 def memory_checks(found: Gates, reference: Gates, limit: float) -> list[Check]:
-    """Per block: by what factor the half-life of a head is another than the reference's, as |ln ratio|.
+    """Check per block: the largest |ln ratio| of a head's half-life to that of the reference.
 
     Args:
-        found: of the candidate.
-        reference: of FP32, on the same inputs.
-        limit: of the precision.
+        found: gates of the candidate.
+        reference: gates of FP32, on the same inputs.
+        limit: limit of the precision.
     """
     checks = []
     for ours, theirs in zip(found.blocks, reference.blocks, strict=True):
@@ -143,7 +142,7 @@ def memory_checks(found: Gates, reference: Gates, limit: float) -> list[Check]:
 
 def _log_ratio(a: float, b: float) -> float:
     if a == b:
-        return 0.0  # also where both never forget
+        return 0.0  # also if both half-lives are infinite
     return abs(math.log(a / b)) if 0 < a < math.inf and 0 < b < math.inf else math.inf
 
 
@@ -156,7 +155,7 @@ def _worse(value: float) -> float:
 
 @dataclass
 class _Cell:
-    """A recurrence operator of the graph, and what has been seen of it."""
+    """A recurrence operator of the graph, and the statistics collected so far."""
 
     block: int
     values: dict[str, str]  # operand → name of the value in the graph
@@ -247,7 +246,7 @@ class _Slstm(_Cell):
             normalizers.append(n)
         self.state = {"y": y[:, -1], "m": m, "n": n}
         self.seen.append(
-            # extremes (1, H): a unit more or less does not matter to them; decay (1, H, D) is a mean
+            # extremes (1, H) over all units; decay (1, H, D) is a mean per unit
             {
                 "m_min": np.min(stabilizers, axis=(0, 1, 3))[None],
                 "m_max": np.max(stabilizers, axis=(0, 1, 3))[None],
@@ -316,7 +315,7 @@ def _cells(model: ir.Model) -> list[_Cell]:
 
 
 def _array(tensor: ir.TensorProtocol) -> np.ndarray:
-    """A stored weight in float64; read here, because onnx-ir reads no file that has a second (hard) link."""
+    """A stored weight in float64; read here, because onnx-ir refuses files that have a second hard link."""
     if not isinstance(tensor, ir.ExternalTensor):
         return np.asarray(tensor.numpy(), np.float64)
     shape = [int(dim) for dim in tensor.shape]
@@ -326,7 +325,7 @@ def _array(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 def _block(past: ir.Value | None, number: int) -> int:
-    """The block whose state an operator carries; without states they are counted."""
+    """Index of the block whose state an operator carries; without states, its number in the graph."""
     match = re.fullmatch(r"past_(\d+)_m", (past.name if past is not None else None) or "")
     return int(match[1]) if match else number
 

@@ -20,7 +20,7 @@ PICTURE = "text file for a byte-level language model; .npz with the model's inpu
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences like those a model is used on.
+    """Sequences like those that a model is used on.
 
     Attributes:
         inputs: model inputs by name, each (N, S, ...).
@@ -46,7 +46,7 @@ class Sequences:
         }
 
     def streams(self, count: int) -> Arrays:
-        """Long streams (count, S, ...): different rows, or one row begun at different places."""
+        """Long streams (count, S, ...): different rows, or one row from different starting positions."""
         chosen = [row % self.rows for row in range(count)]
         shifts = [self.length * (row // self.rows) // count for row in range(count)]
         return {
@@ -60,11 +60,11 @@ class EvalData(Sequences):
     """Held-out data of a task.
 
     Attributes:
-        metric: name of the task metric, `score` computes it from the outputs (N, S, ...).
-        output: what `score` reads.
-        classes: whether that holds logits.
-        higher_is_better: of the metric.
-        whole: the output is one of a whole sequence, which must not come in pieces.
+        metric: name of the task metric; `score` computes it from the outputs (N, S, ...).
+        output: name of the output that `score` reads.
+        classes: whether that output holds logits.
+        higher_is_better: whether a larger metric is better.
+        whole: there is one output for the whole sequence, which must not be cut into pieces.
     """
 
     metric: str
@@ -75,7 +75,7 @@ class EvalData(Sequences):
     whole: bool = False
 
     def loss(self, outputs: Arrays) -> float:
-        """The metric as something that is better when it is lower: its inverse where it is not."""
+        """The metric as a loss (lower is better): the inverse of a metric for which higher is better."""
         score = self.score(outputs)
         if not self.higher_is_better:
             return score
@@ -102,13 +102,13 @@ def load(
             without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the
             levels of the output's last axis.
         io: the model's inputs and outputs.
-        vocab_size: of a language model.
+        vocab_size: vocabulary of a language model.
         limit: at most this many positions per row are used.
-        metric: one of `METRICS`; by default by what the targets are.
+        metric: one of `METRICS`; the default depends on the targets.
 
     Raises:
         InputError: the file cannot be read or does not fit the model.
-        UsageError: no such metric, or not for such targets.
+        UsageError: the metric is unknown, or does not fit the targets.
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"no metric {metric}", f"there are {', '.join(METRICS)}")
@@ -118,7 +118,7 @@ def load(
         return _load_npz(path, io, limit, metric, vocab_size)
     if [spec.dtype for spec in io.inputs] != ["int64"] or vocab_size != 256:
         raise UsageError(
-            f"{path} is read as text, but the model is no byte-level language model",
+            f"{path} is read as text, but the model is not a byte-level language model",
             f"give a {PICTURE}",
         )
     return _byte_text(path, io, limit, metric)
@@ -137,7 +137,7 @@ def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays: Arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+    except Exception as error:  # a damaged archive can raise almost any exception
         raise InputError(f"{path} is not a readable .npz file: {error}", f"give a {PICTURE}") from error
     inputs = {spec.name: _input(path, spec, io, arrays, limit) for spec in io.inputs}
     output = _output(io)
@@ -177,7 +177,7 @@ def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, li
     if scale.ndim or scale.dtype.kind not in "biuf" or not 0 < scale < np.inf:
         raise InputError(f"{path}: mase_scale is {scale}, expected one positive number")
     values = values[:, :limit] if positions else values
-    # Integers beside an output of the same shape are measured values; beside one more axis they are classes.
+    # Integer targets of the output's shape are measured values; if the output has one more axis, classes.
     classes = values.dtype.kind in "iu" and values.ndim == len(output.shape) - 1
     quantiles = arrays.get("quantiles")
     if quantiles is not None and not _are_levels(quantiles, output):
@@ -224,7 +224,7 @@ def _chosen(name: str, target: Target) -> Metric:
 
 
 def _scored(inputs: Arrays, target: Target, metric: Metric, output: TensorSpec, source: str) -> EvalData:
-    """With a score that never broadcasts: an output of another shape than the target's is refused."""
+    """The data with a score that never broadcasts: an output of another shape than the target is refused."""
     more = metric.classes or metric.name == "quantile loss"  # the output has one more axis
 
     def score(outputs: Arrays) -> float:

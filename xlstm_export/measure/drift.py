@@ -1,13 +1,13 @@
-"""How far a candidate is from the reference after 1, 10, … 16,000 positions of one stream.
+"""Drift: the error of a candidate against its reference after 1, 10, … 16,000 positions of one stream.
 
-A recurrent model carries its errors along. Three runs tell where an error comes from:
+A recurrent model carries its errors along. Three runs separate the causes of an error:
 
     teacher-forced   both read the same data, each carries its own state from position 0 on
-    free-running     the candidate reads what it chose itself, drawn from its own output, after a prompt of
-                     data; the reference reads the candidate's choices. Both carry their own state. The error
-                     is one of the function where the candidate really goes, not of two texts that parted.
-    state-forced     beside either of the two: the same positions, but the candidate starts each window with
-                     the reference's state. What is left is the error without accumulation.
+    free-running     after a prompt of data, the candidate reads tokens drawn from its own output, and the
+                     reference reads the same tokens. Both carry their own state. So the error is that of
+                     the function on the candidate's own text, not the difference of two texts.
+    state-forced     with either of the two: the same positions, but the candidate starts each window with
+                     the reference's state. This is the error without accumulation.
 
 An error at horizon t is one of a window, the last min(t, `window`) positions, because a single position is
 noisy. Outputs: relative L2 over the window and all rows. States: gauge-free relative L2 over all rows, root
@@ -50,12 +50,12 @@ def measure_drift(
 
     Args:
         reference, candidate: two sessions of one model and one batch; both are reset.
-        inputs: data by input name, each (batch, N, ...); they begin anew where N is too short.
-        plan: how far, and how the free-running mode is fed.
-        context: progress.
+        inputs: data by input name, each (batch, N, ...); repeated from the start if N is too short.
+        plan: horizons, and the feedback of the free-running mode.
+        context: shared settings; only progress is used.
 
     Raises:
-        UsageError: sessions that do not fit each other, nothing to stream.
+        UsageError: the sessions do not fit each other, or the model does not stream.
         InputError: the data do not fit the model.
     """
     feedback, progress = plan.feedback, context.progress
@@ -83,7 +83,7 @@ def _check_pair(reference: Session, candidate: Session, feedback: Feedback | Non
     known = {(s.past, s.shape) for s in reference.io.states}
     found = {(s.past, s.shape) for s in io.states}
     if not found or not any(map(per_position, io.inputs)):
-        raise UsageError("the model has no states or no positions", "drift is measured along a stream")
+        raise UsageError("the model has no states or no positions", "drift needs a model that streams")
     if found != known or reference.batch != candidate.batch:
         raise UsageError(
             f"candidate (batch {candidate.batch}, {len(found)} states) and reference (batch "
@@ -96,8 +96,8 @@ def _check_pair(reference: Session, candidate: Session, feedback: Feedback | Non
         raise UsageError(
             f"feedback of {feedback.output} to {feedback.input}, prompt {feedback.prompt}, temperature "
             f"{feedback.temperature}",
-            f"inputs are {', '.join(x.name for x in io.inputs)}; the prompt has a position at least, the "
-            "temperature is not negative",
+            f"inputs are {', '.join(x.name for x in io.inputs)}; the prompt needs at least one position, the "
+            "temperature must not be negative",
         )
 
 
@@ -113,11 +113,11 @@ def _why_not_free(io: IoSpec, feedback: Feedback | None) -> str:
     )
 
 
-# --- who decides what is read -----------------------------------------------------------------------
+# --- what the candidate reads -----------------------------------------------------------------------
 
 
 class _Data:
-    """Positions of endlessly repeated data."""
+    """Data that are repeated without end, read by positions."""
 
     def __init__(self, inputs: Mapping[str, np.ndarray], io: IoSpec) -> None:
         lacking = [x.name for x in io.inputs if x.name not in inputs]
@@ -133,7 +133,7 @@ class _Data:
         self._inputs, self._io = inputs, io
 
     def positions(self, start: int, end: int) -> Arrays:
-        """Positions start … end - 1, in memory of the caller's own."""
+        """Copies of the positions start … end - 1."""
         index = np.arange(start, end) % self.length
         return {
             x.name: np.take(self._inputs[x.name], index, axis=1) if per_position(x) else self._inputs[x.name]
@@ -142,7 +142,7 @@ class _Data:
 
 
 class _Driver(Protocol):
-    """Moves the candidate on and tells what it has read.
+    """Runs the candidate and returns what it has read.
 
     Attributes:
         steps: whether the candidate reads one position per call.
@@ -194,14 +194,14 @@ class _Student:
     def _choose(self, outputs: Arrays) -> np.ndarray:
         logits = outputs[self._feedback.output].reshape(self._candidate.batch, -1).astype(np.float64)
         if self._feedback.temperature > 0:
-            # The largest of logits with Gumbel noise is a draw from their softmax; it is a token also where
-            # a broken candidate's logits are no numbers.
+            # The largest of logits with Gumbel noise is a draw from their softmax. It is a valid token even
+            # if a broken candidate's logits are NaN.
             logits = logits / self._feedback.temperature + self._rng.gumbel(size=logits.shape)
         return logits.argmax(-1)
 
 
 def _call(session: Session, inputs: Arrays, length: int, singly: bool) -> Arrays:
-    """Run positions at once, or one by one where outputs are of a whole call."""
+    """Run positions in one call, or one by one if outputs belong to a whole call."""
     if not singly:
         return session.prefill(inputs)
     parts = []
@@ -212,18 +212,18 @@ def _call(session: Session, inputs: Arrays, length: int, singly: bool) -> Arrays
 
 
 def _joined(parts: Sequence[Arrays]) -> Arrays:
-    """Outputs of single positions along axis 1, which those of whole sequences do not have."""
+    """Outputs of single positions joined along axis 1, which is added where an output has none."""
     return {
         name: (np.concatenate if x.shape[1:2] == (1,) else np.stack)([part[name] for part in parts], axis=1)
         for name, x in parts[0].items()
     }
 
 
-# --- windows, and what is summed up in them ---------------------------------------------------------
+# --- windows, and the sums over them ---------------------------------------------------------
 
 
 class _Sums:
-    """Errors of one window, added up piece by piece."""
+    """Sums of squared errors over one window, piece by piece."""
 
     def __init__(self) -> None:
         self._squares: dict[str, list[float]] = {}  # output → ‖a − b‖², ‖b‖²
@@ -247,7 +247,7 @@ class _Sums:
             self._states.setdefault(name, []).append(error)
 
     def errors(self) -> dict[str, float]:
-        """By output and past state; infinite where anything is no number, or beside nothing but zeros."""
+        """Relative L2 by output and past state; infinite if not finite, or if the reference is all zeros."""
         means = {
             name: error / norm if norm else (math.inf if error else 0.0)
             for name, (error, norm) in self._squares.items()
@@ -277,7 +277,7 @@ class _Window:
         self.samples = {math.ceil(x) for x in steps}
         self.own = _Sums()
         self.forced = _Sums() if self.start else self.own
-        self.state: Arrays = {}  # of the candidate that started with the reference's
+        self.state: Arrays = {}  # of the candidate, started from the reference's state
 
 
 class _Run:
@@ -288,7 +288,7 @@ class _Run:
     ) -> None:
         self._reference, self._candidate, self._logits = reference, candidate, logits
         self._windows = [_Window(horizon, window) for horizon in horizons]
-        # Outputs of a whole call, of the last position for one, exist for each position only one by one.
+        # An output of a whole call, such as the last position, must be computed one position per call.
         self._singly = not all(map(per_position, (*reference.io.outputs, *candidate.io.outputs)))
         self.first_other: list[int | None] = [None] * candidate.batch
 
@@ -316,7 +316,7 @@ class _Run:
         return result
 
     def _pieces(self, piece: int) -> Iterator[tuple[int, int]]:
-        """Stretches between which nothing starts, ends or is compared."""
+        """Stretches of positions inside which no window starts or ends and nothing is compared."""
         cuts = {0, *(x for w in self._windows for x in (w.start, *w.samples))}
         ordered = sorted(cuts)
         for start, end in pairwise(ordered):
@@ -347,7 +347,7 @@ class _Run:
                     window.forced.add_states(self._state_errors(window.state))
 
     def _forced(self, window: _Window, inputs: Arrays, length: int, singly: bool) -> Arrays:
-        """Outputs of the candidate on the state the window keeps, which moves on; its own stays."""
+        """Run the candidate from the window's state and update that; its own state is restored."""
         own = self._candidate.state()
         self._candidate.set_state(window.state)
         outputs = _call(self._candidate, inputs, length, singly)
@@ -376,4 +376,4 @@ def _check_outputs(found: Arrays, expected: Arrays, logits: str | None) -> None:
                 "both must be the same model",
             )
     if logits is not None and logits not in found:
-        raise UsageError(f"no output {logits} to be fed back", f"the model has {', '.join(found)}")
+        raise UsageError(f"there is no output {logits} to feed back", f"the model has {', '.join(found)}")

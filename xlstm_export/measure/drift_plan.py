@@ -1,4 +1,4 @@
-"""How far a drift is measured, and how a model is run on its own."""
+"""The plan of a drift measurement: horizons, window, and the feedback of the free-running mode."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class DriftPlan:
 
     Attributes:
         horizons: positions, ascending.
-        feedback: how outputs are fed back, which also says where the logits are (`token_feedback`).
-        free_horizons: of the free-running mode; `horizons` by default, empty for none.
-        stepwise: the candidate reads one position per call, as it does when it decodes. By default where it
-            stores a state in less than FP32: that is rounded after every call, so in a long call too seldom.
-        window: positions an error is taken over.
+        feedback: how outputs are fed back; it also names the logits (`token_feedback`).
+        free_horizons: horizons of the free-running mode; `horizons` by default, empty for none.
+        stepwise: the candidate reads one position per call, as in decoding. By default this is so if it
+            stores a state in less than FP32, because that is rounded only at the end of a call.
+        window: positions that an error is taken over.
         piece: positions per call.
 
     Raises:
-        UsageError: horizons that do not ascend, or nothing to compare.
+        UsageError: the horizons do not ascend, or there is nothing to compare.
     """
 
     horizons: Sequence[int] = HORIZONS

@@ -1,4 +1,4 @@
-"""Drift as a picture: errors over positions, both axes logarithmic, a colour per candidate."""
+"""Plot of a drift: errors over positions, both axes logarithmic, a colour per candidate."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..plot.figures import Line, LinePlot
 from ..plot.file import require_svg, svg_file
 from .drift_result import FREE, TEACHER, Drift
 
-WIDTH = 560  # px of each of both plots
+WIDTH = 560  # px of each plot
 
 
 def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
-    """Draw errors of outputs and the worst states. The same drift gives the same bytes.
+    """Write a plot of the errors of outputs and worst states. The same drift gives the same bytes.
 
     Args:
-        drifts: one, or several by the name of the candidate.
-        path: of an .svg file.
+        drifts: one drift, or several by name of the candidate.
+        path: .svg file to write.
 
     Raises:
-        UsageError: another ending, or nothing to draw.
+        UsageError: the path has another suffix, or there is nothing to draw.
         SetupError: the file cannot be written.
     """
     named = {"": drifts} if isinstance(drifts, Drift) else drifts
@@ -51,7 +51,7 @@ def _plot(named: Mapping[str, Drift], *, states: bool) -> LinePlot:
 
 
 def _line(drift: Drift, name: str, mode: str, colour: int, states: bool) -> list[Line]:
-    """The largest error at each horizon; none where the mode was not measured."""
+    """A line of the largest error at each horizon; none if the mode was not measured."""
     series = [s for s in drift.series if s.mode == mode and (s.block is not None) == states]
     if not series:
         return []

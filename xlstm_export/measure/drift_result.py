@@ -1,7 +1,7 @@
-"""Errors over the horizon as data: series of them, CSV and JSON, and the gate.
+"""Result of a drift measurement: errors over horizons, as CSV and JSON, and their growth.
 
-The gate looks at the level (how large is the error) and at growth (is it larger at the end than after 1000
-positions), for outputs and for the states of each block. Every limit stands in `DRIFT_LIMITS` with a reason.
+Verification checks the level (how large is the error) and the growth (is it larger at the end than after 1000
+positions), for outputs and for the states of each block. The limits are in `verify/limits.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ..errors import UsageError
 from ..specs import IoSpec
 
 TEACHER, FREE = "teacher-forced", "free-running"
-GROWTH_FROM = 1000  # growth is counted from here: by then a state is as full as it gets
-# How much more growth is allowed where the horizon ends there, and it is counted from an earlier one: a state
-# that fills gains error. An error that adds up at every position grows tenfold from 100 to 1000.
+GROWTH_FROM = 1000  # growth is counted from here: by then a state is filled
+# Factor on the allowed growth if the last horizon is not beyond that position and growth is counted from an
+# earlier one: the error of a state grows while the state fills. An error that adds up at every position grows
+# tenfold from 100 to 1000.
 WHILE_FILLING = 2.0
-# Levels are judged from here: errors of the first positions are those of single tokens, 0.4 at position 1 for
-# the state of an INT8 model that is at 0.06 from 100 on.
+# Levels are judged from here. At the first positions the errors of single tokens are large: 0.4 at position 1
+# for the state of an INT8 model that has 0.06 from 100 on.
 JUDGED_FROM = 100
 COLUMNS = ("mode", "block", "tensor", "horizon", "error", "state_forced", "kl", "top1")
 
@@ -38,9 +39,9 @@ class Feedback:
     Attributes:
         input: name of the tokens (B, S).
         output: name of the logits (B, S, V), V the number of tokens.
-        temperature: of the draw; 0 takes the largest logit, which soon repeats itself.
-        seed: of the draw.
-        prompt: so many positions, one at least, come from the data first.
+        temperature: temperature of the draw; 0 takes the largest logit, which soon gives a repeating text.
+        seed: seed of the draw.
+        prompt: number of positions, at least one, that are read from the data first.
     """
 
     input: str
@@ -51,11 +52,11 @@ class Feedback:
 
 
 def token_feedback(io: IoSpec, vocab_size: int | None) -> Feedback | None:
-    """The natural feedback of a language model; None where outputs are not tokens of the only input.
+    """The feedback of a language model; None if the outputs are not logits of the only input's tokens.
 
     Args:
-        io: of an export.
-        vocab_size: how many tokens the embedding has.
+        io: inputs and outputs of an export.
+        vocab_size: number of tokens of the embedding.
     """
     if len(io.inputs) != 1 or not io.outputs:
         return None
@@ -71,13 +72,13 @@ class Series:
 
     Attributes:
         mode: `TEACHER` or `FREE`.
-        block: of a state; None for an output.
+        block: block of a state; None for an output.
         tensor: name of an output, kind of a state.
         horizons: positions, ascending.
         errors: per horizon, each model with its own state.
-        state_forced: per horizon, the window begun with the reference's state.
+        state_forced: per horizon, the error of a window started from the reference's state.
         kl: KL(reference ‖ candidate) in nats per position of the window, for logits; empty otherwise.
-        top1: share of the window's positions where both rank the same token first; as `kl`.
+        top1: share of the window's positions where both rank the same token first; empty as `kl`.
     """
 
     mode: str
@@ -96,7 +97,7 @@ class Series:
 
     @property
     def base(self) -> int:
-        """Index of the horizon growth is counted from: the last one up to 1000, at most the last but one."""
+        """Index of the horizon that growth is counted from: the last up to 1000, but not the last of all."""
         return max((i for i, h in enumerate(self.horizons[:-1]) if h <= GROWTH_FROM), default=0)
 
     @property
@@ -107,12 +108,12 @@ class Series:
 
 @dataclass(frozen=True)
 class FreeRun:
-    """What the free-running mode was.
+    """Description of the free-running mode.
 
     Attributes:
         feedback: how tokens were chosen.
-        first_other: per row, after how many positions the two for the first time ranked another token first;
-            None: never.
+        first_other: per row, the number of positions before candidate and reference rank different tokens
+            first; None if they never do.
     """
 
     feedback: Feedback
@@ -128,8 +129,8 @@ class Drift:
         batch: rows, which are independent streams.
         window: longest window, in positions.
         positions: length of the data.
-        repeated: the data were shorter than the last horizon and began anew after their end.
-        free_running: what it was, or why there was none.
+        repeated: the data were shorter than the last horizon and were repeated.
+        free_running: description of the free-running mode, or why it was not run.
         stepwise: the candidate read one position per call in the teacher-forced mode too.
     """
 
@@ -150,7 +151,7 @@ class Drift:
         """Errors at a horizon by name of the series.
 
         Raises:
-            UsageError: no such horizon.
+            UsageError: errors were not measured at that horizon.
         """
         known = sorted({h for s in self.series for h in s.horizons})
         if horizon not in known:
@@ -198,7 +199,7 @@ class Drift:
 
 
 def ratio(error: float, base: float) -> float:
-    """`error` / `base`: 1 where both are zero, infinite where `error` is, however large `base`."""
+    """`error` / `base`; 1 if both are zero, infinite if only `base` is zero or `error` is not finite."""
     if not math.isfinite(error):
         return math.inf
     if base == 0.0:
@@ -210,19 +211,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- the gate ---------------------------------------------------------------------------------------
+# --- judgement -------------------------------------------------------------------------------------
 
 
 def judged_growth(series: Series, floor: float) -> float:
-    """Growth of an error that is the candidate's own doing.
+    """Growth of an error that is due to accumulation.
 
-    The smaller of two: the growth of the error, and the growth of its multiple of the state-forced error. A
-    window of harder data is worse in both runs and has not accumulated anything. Errors below `floor` count
-    as `floor`: what rounds like FP32 may be 1e-7 at 1000 and 5e-7 at 16,000 and is no drift.
+    This is the smaller of two: the growth of the error, and the growth of its ratio to the state-forced
+    error. A window of harder data has larger errors in both runs without any accumulation. Errors below
+    `floor` count as `floor`: FP32 rounding may give 1e-7 at 1000 and 5e-7 at 16,000, which is not drift.
     """
     own = [max(error, floor) for error in series.errors]
     raw = ratio(own[-1], own[series.base])
     if not all(math.isfinite(series.state_forced[i]) for i in (series.base, -1)):
-        return raw  # a candidate that cannot continue from the reference's state excuses nothing
+        return raw  # no correction if the candidate fails from the reference's state
     forced = [max(error, floor) for error in series.state_forced]
     return min(raw, ratio(raw, ratio(forced[-1], forced[series.base])))

@@ -1,4 +1,4 @@
-"""Task metrics: what a model is for, as one number; and how far two models agree on it.
+"""Task metrics, each one number per model and data set; and the agreement of two models' logits.
 
 Outputs and targets are arrays of whole streams. Logits are un-normalized, their last axis holds the classes.
 """
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORED = -1  # a target of this class does not count, as NaN does not among real ones
+IGNORED = -1  # targets of this class do not count; among real values, NaN
 
 Score = Callable[[np.ndarray, "Target"], float]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an output is held against.
+    """Expected values of an output.
 
     Attributes:
         values: classes (...) as integers, or real values (..., h); unknown ones are `IGNORED` or NaN.
-        scale: of MASE, the mean absolute error of the naive forecast.
+        scale: scale of MASE: the mean absolute error of the naive forecast.
         quantiles: levels of the output's last axis, for the quantile loss.
     """
 
@@ -45,8 +45,8 @@ class Metric:
     """A task metric.
 
     Attributes:
-        name: as reports print it.
-        score: of an output and its target, in float64.
+        name: name in reports.
+        score: computes the metric of an output and its target, in float64.
         classes: whether the output holds logits.
         higher_is_better: of accuracy and the like.
     """
@@ -58,7 +58,7 @@ class Metric:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, in float64."""
+    """Logarithm of the softmax over the last axis, in float64."""
     x = logits.astype(np.float64)
     x = x - x.max(-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
@@ -87,7 +87,7 @@ def accuracy(logits: np.ndarray, target: Target) -> float:
 
 
 def auroc(logits: np.ndarray, target: Target) -> float:
-    """Area under the ROC curve, ties counted half; of more than two classes the mean of one against the rest.
+    """Area under the ROC curve, ties counted half; for more than two classes the mean of one-against-rest.
 
     The probability that a positive is ranked above a negative (Mann and Whitney). NaN where only one class
     occurs.
@@ -113,13 +113,13 @@ def _rank_area(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def mean_absolute_error(output: np.ndarray, target: Target) -> float:
-    """In units of the target, or of MASE's scale."""
+    """Mean absolute error, in units of the target or of MASE's scale."""
     known = target.known
     return float(np.abs(output.astype(np.float64) - target.values)[known].mean() / target.scale)
 
 
 def quantile_loss(output: np.ndarray, target: Target) -> float:
-    """Twice the pinball loss, mean over levels: at the median alone it is the absolute error.
+    """Twice the pinball loss, averaged over levels; for the median alone it is the absolute error.
 
     Args:
         output: (..., h, Q) quantiles, or (..., Q) where the target has no axis h.
@@ -144,7 +144,7 @@ METRICS: dict[str, Metric] = {
 
 
 def agreement(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """Two sets of logits (..., K): mean KL(expected ‖ found) in nats, and share of other first choices."""
+    """Compare logits (..., K): mean KL(expected ‖ found) in nats, and share of different first choices."""
     ours, theirs = log_softmax(found), log_softmax(expected)
     p = np.exp(theirs)
     with np.errstate(invalid="ignore"):

@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(small_export: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="takes 1 streams, not 2"):
         board.session(batch=2)
     board.engine.write_bytes(b"\0 not an engine")
-    with pytest.raises(BuildError, match="does not take"):
+    with pytest.raises(BuildError, match="does not accept"):
         board.session()
 
 

@@ -43,6 +43,7 @@ STATE_LIMIT = 1e-5
 
 CONTEXT = 96
 LENGTHS = (1, 37, 64, 65, CONTEXT)  # 64: the chunk length
+DEFAULTS = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -421,10 +422,10 @@ def load_custom(combine: Callable[..., Any], **inputs: Tensor) -> checkpoint.Loa
 
 
 def export_and_compare(
-    loaded: checkpoint.Loaded, folder: Path, options: ExportOptions | None = None
+    loaded: checkpoint.Loaded, folder: Path, options: ExportOptions = DEFAULTS
 ) -> OrtSession:
     """Export, and compare every output with the module's own in float64 on other sizes than the example's."""
-    trace.export(loaded, folder, options or ExportOptions())
+    trace.export(loaded, folder, options)
     session = OrtSession(folder, batch=3)
     generator = torch.Generator().manual_seed(4)
     inputs = {n: torch.randn(3, 21, *x.shape[2:], generator=generator) for n, x in loaded.inputs.items()}
@@ -434,7 +435,7 @@ def export_and_compare(
     assert list(found) == list(named)
     for name, tensor in named.items():
         reference = tensor.numpy()
-        if options.get("last_logits") and name == next(iter(named)):
+        if options.last_logits and name == next(iter(named)):
             reference = reference[:, -1:]
         check_outputs(found[name], reference)
     return session
@@ -533,7 +534,7 @@ def test_what_does_not_stream_is_exported_without_states_only(
         trace.export(loaded, tmp_path / "out")
     assert "--stateless" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
-    export_and_compare(loaded, tmp_path / "out", stateless=True)
+    export_and_compare(loaded, tmp_path / "out", ExportOptions(stateless=True))
 
 
 def test_forward_that_takes_no_piece_does_not_stream(tmp_path: Path) -> None:

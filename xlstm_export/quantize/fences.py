@@ -1,8 +1,8 @@
-"""Proof that nothing that feeds back is below FP32, from the element types of the finished graph.
+"""Proof that no value that feeds back is below FP32, from the element types of the finished graph.
 
-What must be FP32 (a recurrence repeats its own errors): gate pre-activations on their whole way from the
-product that makes them, every exponential, logarithm, normalizer and norm reduction, the inside of the
-recurrences, and all states; the matrix memory C may be stored narrower between calls where a recipe says so.
+A recurrence repeats its own errors. So these must be FP32: gate pre-activations, from the product that
+computes them on; every exponential, logarithm, normalizer and norm reduction; the inside of the recurrences;
+and all states. Only the matrix memory C may be stored in 16 bits between calls, where a recipe sets that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..ops.operands import Operand, Operator
 
 FLOAT = ir.DataType.FLOAT
 BELOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-# exponentials, logarithms, reductions and normalizers: none may see a half value
+# exponentials, logarithms, reductions and normalizers: none may read a half value
 SENSITIVE = frozenset(
     (
         *("Exp", "Log", "Softplus", "Softmax", "LogSoftmax", "Tanh", "Sqrt", "Pow", "Reciprocal"),
@@ -34,8 +34,8 @@ class Fences:
     """The outcome of `check_fences`.
 
     Attributes:
-        violations: what is below FP32 and must not be.
-        proven: how many values were found to be FP32 as they must.
+        violations: the values that are below FP32 and must not be.
+        proven: how many of the values that must be FP32 are.
         integer_gates: gate products that read integers; their results are FP32, their inputs are rounded.
     """
 
@@ -45,7 +45,7 @@ class Fences:
 
 
 def check_fences(model: ir.Model, state_dtype: ir.DataType = FLOAT) -> Fences:
-    """Look at every value of a finished graph, inside bodies too.
+    """Check every value of a finished graph, those inside function bodies too.
 
     Args:
         model: graph with function bodies.
@@ -72,10 +72,10 @@ def check_fences(model: ir.Model, state_dtype: ir.DataType = FLOAT) -> Fences:
 
 
 def require_fences(model: ir.Model, state_dtype: ir.DataType = FLOAT) -> Fences:
-    """`check_fences`, which must find nothing.
+    """Run `check_fences` and require that it finds no violation.
 
     Raises:
-        BuildError: something that must be FP32 is not.
+        BuildError: a value that must be FP32 is not.
     """
     found = check_fences(model, state_dtype)
     if found.violations:
@@ -110,7 +110,7 @@ def _must_be_float(
 def _of_recurrence(
     typed: TypedNode, operator: Operator, state_dtype: ir.DataType
 ) -> list[tuple[str, ir.DataType | None]]:
-    """All but q, k, v, h and R must be FP32; C may be what the recipe says."""
+    """All operands but q, k, v, h and R must be FP32; C may have the type that the recipe sets."""
 
     def fenced(operand: Operand) -> bool:
         return not operand.narrow and (operand.kind != "state" or state_dtype == FLOAT)

@@ -1,10 +1,10 @@
-"""FP16 and BF16: half where the work is, FP32 fences around what feeds back.
+"""FP16 and BF16: products in half, and FP32 for everything that feeds back.
 
-Products with stored weights compute in half, and so does what lies between two of them (the gate of a
-feed-forward, views on the way to q, k, v). All else stays FP32: norms, the residual stream, convolutions with
-their carried inputs, gate pre-activations down to the product that makes them, states, the recurrences
-themselves, every exponential and logarithm, the graph's inputs and outputs. Nothing is FP32 by a list of
-exceptions; half is the exception. `fences.py` proves it on the result.
+Products with stored weights compute in half, and so do the operators between two of them (the gate of a
+feed-forward layer, views before q, k, v). Everything else stays FP32: norms, the residual stream,
+convolutions with their carried inputs, gate pre-activations and the products that compute them, states, the
+recurrences, every exponential and logarithm, the graph's inputs and outputs. FP32 is the default and half
+the exception, so no list of FP32 operators is needed. `fences.py` checks the result.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..graph.sites import gate_nodes, stored_weight, weight_input
 from ..graph.stored_types import DTYPES, converted
 from ..graph.values import recurrence
 
-# Operators that may compute in half between two products. No exponential or logarithm in the open: Sigmoid
-# and Erf are bounded and kernels evaluate them in FP32.
+# Operators that may compute in half between two products. Exp and Log are not among them. Sigmoid and Erf
+# are: their results are bounded, and kernels evaluate them in FP32.
 BETWEEN = frozenset(
     (
         *("Add", "Sub", "Mul", "Div", "Neg", "Sigmoid", "Erf", "Gelu", "Relu", "Identity"),
@@ -36,7 +36,7 @@ VALUE_INPUTS = {
 
 
 def to_half(model: ir.Model, base: str) -> int:
-    """Turn what may be half into `base` ("fp16" or "bf16"), in place.
+    """Convert all values that may be half to `base` ("fp16" or "bf16"), in place.
 
     Returns:
         How many products compute in half now.
@@ -66,7 +66,7 @@ def to_half(model: ir.Model, base: str) -> int:
 
 
 class _Labels:
-    """Which nodes compute in half: products, and what lies between them."""
+    """The nodes that compute in half: products, and the operators between them."""
 
     def __init__(self, model: ir.Model) -> None:
         gates = gate_nodes(model)
@@ -103,7 +103,7 @@ class _Labels:
 
 
 class _Casts:
-    """One Cast per value and direction, one copy per constant."""
+    """Makes the Casts: one per value and direction, and one copy per constant."""
 
     def __init__(self, graph: ir.Graph, target: ir.DataType) -> None:
         self._graph, self._target = graph, target
@@ -149,7 +149,7 @@ class _Casts:
 
 
 def _values(node: ir.Node) -> tuple[int, ...]:
-    """Inputs of a recurrence that are in half where v is, as its first result then is."""
+    """Inputs of a recurrence that are half where v is half; its first result then is half too."""
     operator = recurrence(node)
     return operator.values if operator is not None else ()
 
@@ -179,7 +179,7 @@ def _has_half_scale(node: ir.Node) -> bool:
 
 
 def _is_float(node: ir.Node) -> bool:
-    """Not an operator on shapes: those are few and on integers."""
+    """Whether an operator is on floating-point values, not on shapes (few, and integers)."""
     dtype = node.outputs[0].dtype
     return dtype is None or dtype.is_floating_point()
 
@@ -199,7 +199,7 @@ def _narrow_node(node: ir.Node, labels: _Labels, casts: _Casts) -> None:
 
 
 def _widen_inputs(node: ir.Node, labels: _Labels, casts: _Casts, target: ir.DataType) -> None:
-    """Everything else reads FP32; R of an sLSTM is stored in half, and its operator widens it."""
+    """Make all other nodes read FP32; R of an sLSTM is stored in half, and its operator converts it."""
     operator = recurrence(node)
     weight = operator.weight if operator is not None else None
     for index, value in enumerate(node.inputs):
@@ -212,7 +212,7 @@ def _widen_inputs(node: ir.Node, labels: _Labels, casts: _Casts, target: ir.Data
 
 
 def _keep_outputs(model: ir.Model, labels: _Labels, casts: _Casts) -> None:
-    """Outputs of the graph keep their name and FP32."""
+    """Keep the names of the graph's outputs and their type FP32."""
     for index, value in enumerate(list(model.graph.outputs)):
         if not labels.is_half(value):
             continue

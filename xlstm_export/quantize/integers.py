@@ -1,4 +1,4 @@
-"""Weights as integers: scales per output channel or per block of rows, by largest value or least error.
+"""Weights as integers: scales per output channel or block of rows, from the largest value or least error.
 
 Symmetric, zero point 0. Weights are read one at a time; their integers are computed when the file is written.
 """
@@ -21,7 +21,7 @@ def channel_scales(weight: np.ndarray, axis: int, *, clip: bool, half: type | No
         weight: any shape, float32.
         axis: the output channel.
         clip: the scale with the least squared error instead of the one that holds the largest weight.
-        half: the scales must be exact in this type.
+        half: 16-bit type in which the scales must be exact.
 
     Returns:
         (weight.shape[axis],) float32, positive.

@@ -1,8 +1,8 @@
-"""Would TensorRT 10.3 take this graph? Checked without TensorRT, and without reading the weights.
+"""Check whether TensorRT 10.3 accepts a graph, without TensorRT and without reading the weights.
 
-TensorRT's errors come on the board, after minutes, one at a time, and name its own layers. Here all come at
-once, with the node of the ONNX file. What is not checked: shapes, memory, and what the builder finds no
-kernel for. The rules, and where each is from, are `legality_rules.RULES`.
+TensorRT reports errors on the board, after minutes, one at a time, by the names of its own layers. This check
+reports all at once, by the nodes of the ONNX file. It does not check shapes, memory, or whether the builder
+has a kernel. The rules and their sources are in `legality_rules.RULES`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _EINSUM = re.compile(r"([a-z ]+),([a-z ]+)(->[a-z ]*)?")
 
 
 def check_legality(model: onnx.ModelProto | Path, target: str = "10.3") -> list[Violation]:
-    """All rules that a graph does not keep, in the order of its nodes; empty: none known.
+    """All violations of rules in a graph, in the order of its nodes; empty where it keeps all rules.
 
     Args:
         model: an ONNX file, or a model in memory. Scales and zero points are read, other weights are not; of
@@ -63,7 +63,7 @@ def check_legality(model: onnx.ModelProto | Path, target: str = "10.3") -> list[
 
 
 def require_legal(model: onnx.ModelProto | Path, target: str = "10.3") -> None:
-    """`check_legality`, which must find no error; notes pass.
+    """Run `check_legality` and require that it finds no error; notes are allowed.
 
     Raises:
         BuildError: with the node and the rule of every violation.

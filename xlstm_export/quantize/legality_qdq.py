@@ -1,4 +1,4 @@
-"""The rules of `legality_rules.py` for QuantizeLinear, DequantizeLinear and the products behind them."""
+"""The rules of `legality_rules.py` for QuantizeLinear, DequantizeLinear and the products that read them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .legality_rules import INT4_BLOCKS, MIN_GEMM, QUANTIZED, Violation
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 PRODUCTS = ("MatMul", "Gemm")
 _SIGNED = (ir.DataType.INT8, ir.DataType.INT4)
-# what may lie between DQ and a product; only through the first three is it known where an axis went
+# operators allowed between DQ and a product; an axis can be followed through the first three only
 _SAME_AXES = ("Cast", "Identity", "Transpose")
 _VIEWS = (*_SAME_AXES, "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 
 def check_quantized_values(typed: TypedNode, *, is_call: bool) -> Iterator[Violation]:
-    """Integers come from Q or a weight, and go to DQ."""
+    """Require that integers come from Q or a weight, and are read by DQ."""
     kind = typed.node.op_type
     if kind in QDQ or kind == "Constant" or is_call:
         return
@@ -38,7 +38,7 @@ def check_quantized_values(typed: TypedNode, *, is_call: bool) -> Iterator[Viola
 
 
 def check_qdq(typed: TypedNode) -> Iterator[Violation]:
-    """Types and scales of one Q or DQ."""
+    """Check types and scales of one Q or DQ."""
     if len(typed.node.inputs) < 2:
         yield _violation(typed, "scale-constant", "has no scale")
         return

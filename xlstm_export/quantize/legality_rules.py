@@ -1,7 +1,7 @@
-"""What TensorRT 10.3 takes of ONNX, as data: rules with their sources, operators, element types.
+"""The ONNX that TensorRT 10.3 accepts, as data: rules with their sources, operators, element types.
 
-10.3 is the oldest version a file is made for (JetPack 6.1, 6.2). A file that keeps to it was meant to pass
-later versions too, which lift limits and add none for the patterns used here.
+10.3 is the oldest supported version (JetPack 6.1, 6.2). A file that keeps its rules also passes later
+versions: they remove limits, and add none for the patterns used here.
 
 Sources, by the abbreviations of the table:
 
@@ -13,11 +13,11 @@ Sources, by the abbreviations of the table:
     changelog NVIDIA/TensorRT, CHANGELOG.md; a later version lifts the limit
     onnx      the ONNX operator specification
     tried     TensorRT for RTX 1.7 (parser and builder of a later version) refuses it
-    policy    nothing refuses it, but it gives a wrong, slow or surprising engine
+    policy    TensorRT accepts it, but the engine is wrong, slow or unexpected
 
-Each rule has one of three reasons to be here (`Rule.reason`). There is none for what only this package's own
-emitters could break, where NVIDIA's builder refuses it too and 10.3 is no different: the tests have that
-builder build the examples in every precision.
+Each rule is here for one of three reasons (`Rule.reason`). There is no rule for a mistake that only this
+package could make, if NVIDIA's builder in the tests refuses it and 10.3 does not differ: the tests build the
+examples in every precision with that builder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Literal
 import onnx_ir as ir
 
 Severity = Literal["error", "note"]
-# "model": a user's model, recipe or data can break the rule. "unjudged": NVIDIA's builder in the tests takes
-# what breaks it, or some of it. "10.3": 10.3 differs from that builder.
+# "model": a user's model, recipe or data can break the rule. "unjudged": NVIDIA's builder in the tests
+# accepts some or all graphs that break it. "10.3": 10.3 differs from that builder.
 Reason = Literal["model", "unjudged", "10.3"]
 
 
@@ -41,7 +41,7 @@ class Rule:
         text: the rule.
         source: where it is from, by the abbreviations of the module docstring.
         reason: why it is checked here.
-        severity: "note" for what is legal, but worth knowing.
+        severity: "error", or "note" for something that is legal but worth knowing.
     """
 
     text: str
@@ -52,10 +52,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that a graph does not keep.
+    """One violation of a rule.
 
     Attributes:
-        node: name of the node, behind those of the call and Scan around it; of the value for graph
+        node: name of the node, after the names of the call and Scan around it; of the value for graph
             inputs and outputs; empty for the whole file.
         op_type: operator of the node; empty where there is no node.
         rule: key of `RULES`.
@@ -78,7 +78,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one version of TensorRT."""
+    """Limits of one version of TensorRT."""
 
     min_opset: int
     max_opset: int

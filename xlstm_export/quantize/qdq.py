@@ -1,14 +1,14 @@
-"""Explicit Q/DQ: integers where a recipe wants them, in the pattern runtimes fuse into their kernels.
+"""Explicit Q/DQ: integers where a recipe sets them, in the patterns that runtimes fuse into their kernels.
 
 Symmetric, zero point 0, one scale per activation, one per output channel of a weight; INT4 has one per block
-of rows. What each choice becomes:
+of rows. The pattern of each choice:
 
     int8      QuantizeLinear → DequantizeLinear → product ← DequantizeLinear ← INT8 weight
     int8-wo   product ← DequantizeLinear ← INT8 weight (also tables that are looked up, and R of an sLSTM)
     int4-wo   product ← DequantizeLinear in blocks ← INT4 weight
 
-Scales of W8A8 products are FP32: the integer product is exact and one multiplication away from its result.
-Those of weights alone have the type the product computes in, because kernels for them want it so.
+Scales of W8A8 products are FP32: the integer product is exact, and one multiplication gives the result. Where
+only the weight is quantized, its scales have the type of the product, because the kernels require it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ OPSET_HALF_SCALES, OPSET_INT4 = 19, 21
 
 
 def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> dict[str, Choice]:
-    """Quantize in place what `recipe` says.
+    """Quantize the sites of a graph by a recipe, in place.
 
     Args:
-        model: an exported FP32 graph, weights not narrowed.
+        model: an exported FP32 graph, weights stored in FP32.
         recipe: the choice per site.
-        amax: activation name → largest magnitude its integers must hold; needed for `int8` only.
+        amax: activation name → largest magnitude its integers must represent; needed for `int8` only.
 
     Returns:
-        Site name → what it became; a weight that is read in two ways is named once.
+        Site name → the choice that was applied; a weight that is read in two ways is listed once.
 
     Raises:
         InputError: an activation has no range.

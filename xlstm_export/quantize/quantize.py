@@ -1,4 +1,4 @@
-"""An FP32 run folder + a recipe + calibrated ranges → a run folder of another precision.
+"""From an FP32 run folder, a recipe and calibrated ranges to a run folder of another precision.
 
 The result is a run folder like any other (`model.onnx`, `io.json`, `manifest.json`), by default a subfolder
 of the one it was made from, named after the precision. The same inputs and options give the same bytes.
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     from ..calibration.scales import Scales
 
 RECIPE = "recipe.yaml"
-TINY = 1e-30  # instead of a range of zero: an activation that calibration saw only zeros of
-# Checks of a candidate's drift, given the FP32 run folder, the candidate and its recipe.
+TINY = 1e-30  # used instead of a range of zero, for an activation that was always zero in calibration
+# Returns the checks of a candidate's drift; takes the FP32 run folder, the candidate and its recipe.
 Judge = Callable[[Path, Path, Recipe], Sequence[Check]]
 NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply_recipe` did to a graph.
+    """The result of `apply_recipe`.
 
     Attributes:
-        choices: site name → what it became.
-        smoothed: activations whose range moved into weights.
-        half_products: products that compute in half.
-        fences: the proof that nothing that feeds back is below FP32.
+        choices: site name → the choice that was applied.
+        smoothed: activations whose range was moved into weights.
+        half_products: number of products that compute in half.
+        fences: the proof that no value that feeds back is below FP32.
     """
 
     choices: dict[str, Choice]
@@ -76,13 +76,13 @@ def quantize(
 
     Args:
         run: run folder of an FP32 (or `--dtype bf16|fp16`) export.
-        recipe: what every weight becomes.
-        context: its command is recorded in the manifest.
+        recipe: the precision of every weight.
+        context: the command in it is recorded in the manifest.
         scales: calibrated ranges; needed where the recipe quantizes activations.
         out: default: a subfolder of the run, named after the precision.
         force: replace an existing one, and write a narrow state that fails the drift gate (recorded).
-        judge: holds a state that is stored in half against the FP32 run folder, see
-            `verify.drift_gate.state_judge`; needed where the recipe asks for such a state.
+        judge: compares a state that is stored in half with that of the FP32 run folder, see
+            `verify.drift_gate.state_judge`; needed where the recipe has such a state.
 
     Returns:
         The new run folder.
@@ -125,16 +125,16 @@ def quantize(
 
 
 def _failed(checks: Sequence[Check], recipe: Recipe, force: bool) -> list[str]:
-    """The checks of the drift gate that fail, in words; without `force` there are none.
+    """The failed checks of the drift gate, as text; empty unless `force` is set.
 
     Raises:
-        GateError: some do.
+        GateError: a check fails, and `force` is not set.
     """
     failed = [f"{c.name}: {c.value:.2e} exceeds {c.limit:.1e}" for c in checks if not c.passed]
     if failed and not force:
         raise GateError(
             f"with C stored in {recipe.state_dtype} the state drifts: {failed[0]}",
-            "keep it in FP32, or --force, which the report will say",
+            "keep it in FP32, or use --force, which is recorded in the report",
         )
     return failed
 
@@ -157,7 +157,7 @@ def apply_recipe(model: ir.Model, recipe: Recipe, scales: Scales | None = None) 
         smoothed = smooth(model, integers, scales.all_channels(), recipe.smooth)
         for name, channels in smoothed.items():
             original = name.removesuffix(".smoothed")
-            # What the method clips of the largest value, it clips of the new largest value.
+            # The calibration method clips the same fraction of the new largest value.
             clipped = amax[original] / max(float(scales.channels(original).max()), TINY)
             amax[name] = float(channels.max()) * min(clipped, 1.0)
     insert_qdq(model, recipe, amax)
@@ -180,14 +180,14 @@ def _require(run: RunFolder, recipe: Recipe, judge: Judge | None) -> None:
 
 
 def _describe(model: ir.Model) -> None:
-    """Types of values that shape inference could not name."""
+    """Set the types of values that shape inference could not determine."""
     for value, dtype in typed_nodes(model)[1].items():
         if value.type is None:
             value.type = ir.TensorType(dtype)
 
 
 def _store_state(model: ir.Model, dtype: ir.DataType) -> None:
-    """The matrix memory C goes in and out in `dtype`; the recurrence itself computes in FP32."""
+    """Store the matrix memory C as `dtype` at inputs and outputs; the recurrence itself computes in FP32."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         name = value.name or ""
         if name.startswith(("past_", "present_")) and name.endswith("_C"):
@@ -195,7 +195,7 @@ def _store_state(model: ir.Model, dtype: ir.DataType) -> None:
 
 
 def _finish(model: ir.Model, *, cast: bool) -> None:
-    """Bodies of the right types and opset, nodes in order and named, inner types left out as in an export."""
+    """Attach bodies of the right types and opset, sort and name the nodes, and remove inner types."""
     functions.attach(model, cast=cast)
     for graph_pass in (
         common.CommonSubexpressionEliminationPass(),
@@ -213,7 +213,7 @@ def _with_state_dtype(io: IoSpec, recipe: Recipe) -> IoSpec:
 
 
 def _companions(run: RunFolder) -> list[Path]:
-    """Tokenizer files and the like that came along with the checkpoint."""
+    """The files that `export` copied from the checkpoint, such as those of a tokenizer."""
     own = {runfolder.MODEL, runfolder.MODEL_DATA, runfolder.IO, runfolder.MANIFEST}
     return [run.path / name for name in run.files if name not in own and "/" not in name]
 

@@ -1,4 +1,4 @@
-"""A recipe says what every weight matrix of a model becomes; `recipe.yaml` is one.
+"""Recipes: the precision of every weight matrix of a model, also as a file, `recipe.yaml`.
 
     schema: 1
     precision: int8        # fp32, bf16, fp16, int8, int8-wo, int4-wo
@@ -7,8 +7,8 @@
     rules:                 # the last rule that matches a site decides
       - {match: 'lm_head', to: int8-wo}
 
-Sites are named as in `sites.py`. What a site cannot be (an embedding has no activation to quantize) becomes
-what is nearest to it, see `possible`.
+Sites are named as in `sites.py`. A choice that is not possible at a site (an embedding has no activation to
+quantize) is replaced by the nearest possible one, see `possible`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BLOCK = 128  # rows of a weight that share a scale of INT4; TensorRT takes 64 an
 
 @dataclass(frozen=True)
 class Rule:
-    """Sites whose name `match` (a regular expression, anywhere in the name) finds become `to`."""
+    """A rule: sites whose name `match` (a regular expression) finds, anywhere in the name, become `to`."""
 
     match: str
     to: Choice
@@ -45,14 +45,14 @@ class Recipe:
     """Precision of a model, site by site.
 
     Attributes:
-        precision: what the rest is called; decides the choice where no rule does.
+        precision: the choice for sites without a rule, and the name of the whole.
         base: type of products that are not quantized ("fp32", "bf16", "fp16").
         rules: exceptions; the last that matches decides.
         smooth: strength α of the migration of activation ranges into weights (SmoothQuant,
             arXiv 2211.10438, eq. 4); None: no migration.
         clip: weight scales by least squared error instead of the largest weight.
         state_dtype: type the matrix memory C is stored in between calls ("fp32", "fp16", "bf16").
-        max_drop: by how much the task metric may get worse, relative; None: the limit of the precision.
+        max_drop: how much worse the task metric may get, relative; None: the limit of the precision.
     """
 
     precision: str
@@ -82,7 +82,7 @@ class Recipe:
         return self.precision == "int8" or any(rule.to == "int8" for rule in self.rules)
 
     def choice(self, site: Site) -> Choice:
-        """What a site becomes."""
+        """The choice for a site."""
         wanted = _DEFAULTS[self.precision](site)
         for rule in self.rules:
             if re.search(rule.match, site.name):
@@ -90,10 +90,10 @@ class Recipe:
         return possible(site, wanted)
 
     def choices(self, sites: Sequence[Site]) -> dict[str, Choice]:
-        """Site name → what it becomes.
+        """Site name → its choice.
 
         Raises:
-            UsageError: a rule matches no site, which is a slip of the pen more often than not.
+            UsageError: a rule matches no site; most often its name is misspelled.
         """
         for rule in self.rules:
             if not any(re.search(rule.match, site.name) for site in sites):
@@ -108,7 +108,7 @@ class Recipe:
         return replace(self, rules=(*self.rules, *more))
 
     def to_json(self) -> dict[str, Any]:
-        """What `recipe.yaml` holds."""
+        """The content of `recipe.yaml`."""
         return {"schema": SCHEMA, **asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 
     def write(self, path: Path, note: str = "") -> None:
@@ -123,7 +123,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        InputError: the file cannot be read, or holds what no recipe has.
+        InputError: the file cannot be read, or is no valid recipe.
     """
     import yaml
 
@@ -145,7 +145,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def preset(precision: str, base: str | None = None) -> Recipe:
-    """The recipe that a bare `--precision` stands for."""
+    """The recipe of `--precision` without further options."""
     _one_of("precision", precision, PRECISIONS)
     if precision in BASES:
         if base not in (None, precision):
@@ -155,12 +155,12 @@ def preset(precision: str, base: str | None = None) -> Recipe:
 
 
 def naive(base: str = "fp32") -> Recipe:
-    """INT8 wherever it is possible, ranges from the largest value: what a general tool would do."""
+    """The recipe of a general tool, for comparison: INT8 wherever possible, ranges from the largest value."""
     return Recipe("int8", base=base, rules=(Rule("", "int8"),), clip=False)
 
 
 def possible(site: Site, wanted: Choice) -> Choice:
-    """The nearest thing to `wanted` that a site can be."""
+    """The choice nearest to `wanted` that is possible at a site."""
     if wanted == "int8" and not (site.is_gemm and min(site.shape) >= MIN_GEMM):
         wanted = "int8-wo"  # no activation, or no kernel
     if wanted == "int4-wo" and not (site.is_gemm and site.op_type == "MatMul" and _int4_block(site)):
@@ -197,8 +197,8 @@ def _weights(wanted: Choice) -> Any:
     return choose
 
 
-# What a site becomes without rules. Gates and the recurrent weights of an sLSTM feed back at every position;
-# only evidence (`sensitivity`) makes them integers.
+# The choice for a site without rules. Gates and the recurrent weights of an sLSTM feed back at every
+# position; they become integers only by a rule, which `sensitivity` writes after measuring.
 _DEFAULTS = {
     "fp32": _float,
     "bf16": _float,
@@ -221,7 +221,7 @@ def choose_recipe(options: QuantizeOptions) -> Recipe:
         UsageError: neither a precision nor a recipe, or both.
     """
     if (options.precision is None) == (options.recipe is None):
-        raise UsageError("give --precision or --recipe", "a recipe says the precision itself")
+        raise UsageError("give --precision or --recipe", "a recipe contains the precision")
     if options.recipe is None:
         chosen = preset(options.precision or "", options.base)
     else:

@@ -1,10 +1,10 @@
-"""Moving the range of an activation into the weights that read it: x·W = (x / s)·(s·W), channel by channel.
+"""Move the range of an activation into the weights that read it: x·W = (x / s)·(s·W), channel by channel.
 
-One channel a hundred times larger than the others takes all the steps of an INT8 scale. With
-s_j = max|x_j|^α / max|W_j|^(1-α) (SmoothQuant, arXiv 2211.10438, eq. 4) both sides get a range they can
-spend. The function stays the same. 1/s goes into the norm before the product where nothing else reads that
-norm; otherwise it is a multiplication of its own. Only where a channel really stands out: elsewhere weights
-would lose more than activations gain.
+If one channel is a hundred times larger than the others, these get only a few of the steps of an INT8 scale.
+With s_j = max|x_j|^α / max|W_j|^(1-α) (SmoothQuant, arXiv 2211.10438, eq. 4) the range is shared between
+activation and weight. The function stays the same. 1/s is merged into the norm before the product where
+nothing else reads that norm; otherwise it becomes a multiplication. Only activations with an outlier channel
+are changed: elsewhere the weights would lose more precision than the activations gain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..graph import lazy
 from ..graph.sites import Site, find_sites, weight_input
 
-OUTLIER = 8.0  # largest channel over the median one, from which on a channel stands out
+OUTLIER = 8.0  # a channel is an outlier from this ratio on: largest channel over the median one
 
 
 def smooth(

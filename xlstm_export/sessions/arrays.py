@@ -1,4 +1,4 @@
-"""What a session is given, as the arrays its backend takes: checked once and converted once."""
+"""Check and convert the arguments of a session, once, to the arrays that its backend takes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def checked_inputs(
     length: int | None = None,
     vocab_size: int | None = None,
 ) -> Arrays:
-    """Inputs of one call, each in the type and shape that the model names.
+    """Inputs of one call, each in the type and shape of the model.
 
-    Lists become arrays. Integers of any type are taken for integers and for floats, floats of any type for
-    floats. Nothing is rounded to an integer, and truth values and numbers do not stand for each other.
+    Lists become arrays. An integer input accepts integers of any type; a float input accepts integers and
+    floats of any type. Floats are never rounded to integers; booleans and numbers are not converted to each
+    other.
 
     Args:
         io: what the model takes.
         batch: streams of the session.
         inputs: by graph input name, each (batch, S, ...).
-        length: S; None for any number from 1 on that is the same for all inputs.
-        vocab_size: how many tokens there are, where the model's only integer input holds tokens. Without it
-            the input of a model that reads integers (B, S) and nothing else is taken for tokens.
+        length: S; None for any length of 1 or more that is the same for all inputs.
+        vocab_size: number of tokens, where the model's only integer input holds tokens. Without it, an
+            integer input (B, S) is treated as tokens if it is the model's only input.
 
     Raises:
         InputError: a name, a shape, a type or a value does not fit.
@@ -63,7 +64,7 @@ def checked_inputs(
 
 
 def checked_state(io: IoSpec, batch: int, state: Mapping[str, ArrayLike]) -> Arrays:
-    """States (batch, ...) by past name, in the types that the model stores them in.
+    """States (batch, ...) by past name, in the types of the model.
 
     Raises:
         InputError: a name, a shape or a type does not fit.
@@ -93,7 +94,7 @@ def row_numbers(rows: Rows | Iterable[int], batch: int) -> np.ndarray:
         batch: number of rows.
 
     Raises:
-        UsageError: there is no such row, or it is no index.
+        UsageError: a row does not exist, or `rows` is not an index.
     """
     every = np.arange(batch)
     if rows is None:
@@ -153,7 +154,7 @@ def _check_shape(spec: TensorSpec, array: np.ndarray, batch: int, length: int | 
 
 
 def _converted(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """The array in the type of its input, where every value keeps its meaning."""
+    """The array in the type of its input, if no value changes by the conversion."""
     dtype = numpy_type(spec.dtype)
     if array.dtype == dtype:
         return array
@@ -166,7 +167,7 @@ def _converted(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     if not floats:
         raise InputError(
             f"input {spec.name} is {array.dtype}, expected {spec.dtype}",
-            "convert it, if that is what it means",
+            "convert it, if the values have that meaning",
         )
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
@@ -184,7 +185,7 @@ def _refuse(spec: TensorSpec, array: np.ndarray, bad: np.ndarray) -> None:
 
 
 def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
-    """The input whose values are tokens, where there is no doubt which."""
+    """The input whose values are tokens; None where that is not clear."""
     integers = [spec for spec in io.inputs if numpy_type(spec.dtype).kind in "iu"]
     if len(integers) != 1:
         return None
@@ -207,7 +208,7 @@ def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
 
 
 def _first(array: np.ndarray, bad: np.ndarray) -> str:
-    """The first value that is meant, and where it stands."""
+    """The first value that `bad` selects, and its place, as text."""
     place = [int(axis[0]) for axis in np.nonzero(bad)]
     where = f"row {place[0]}, position {place[1]}" if len(place) == 2 else f"index {place}"
     return f"{array[tuple(place)]} at {where}"

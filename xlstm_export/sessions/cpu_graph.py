@@ -1,10 +1,10 @@
-"""A graph as ONNX Runtime's CPU provider is given it, and its form on disk for machines without onnx.
+"""Graphs derived for ONNX Runtime's CPU provider, in memory and on disk (for machines without onnx).
 
-What the provider runs is derived from the exported file (`sessions/cpu/derive.py`): integers get kernels
-that are exact here, one position gets a graph of its own. That takes onnx-ir, which a board does not have. A
-bundle therefore carries the derived graphs: `cpu/<name>.onnx`, their weights in `cpu/weights.bin` or in
-`model.onnx.data` where they are the same, and `cpu/graphs.json`, which says how to open each. A session gets
-its graphs from a `GraphSource`, which hides the difference.
+The provider runs graphs that are derived from the exported file (`sessions/cpu/derive.py`): integers get
+kernels that are exact on a CPU, and decoding gets a graph for one position. Deriving needs onnx-ir, which a
+board does not have. So a bundle contains the derived graphs: `cpu/<name>.onnx`; their weights in
+`cpu/weights.bin`, or in `model.onnx.data` where they are the same; and `cpu/graphs.json`, which describes how
+to open each. A session gets its graphs from a `GraphSource`, in both cases.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ INDEX = f"{FOLDER}/graphs.json"
 SCHEMA = 1
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 PREPACKING = "session.disable_prepacking"
-# Threads where nobody says how many. On a machine that others use too, threads that wait for each other wait
-# for long: two per process on two loaded cores take ten times as long as one.
+# Environment variable: the default number of threads. On a machine with other load, threads wait long for
+# each other: two per process on two loaded cores take ten times as long as one.
 THREADS = "XLSTM_EXPORT_THREADS"
 
 
@@ -41,7 +41,7 @@ class CpuGraph:
         mem_pattern: whether memory is planned ahead.
         disabled: optimizers that are left out.
         in_place: names of the states that the graph may update in the buffer they came in.
-        arrays: values of the initializers that lie in no file.
+        arrays: values of the initializers that are in no file.
     """
 
     source: bytes | str
@@ -56,7 +56,7 @@ class CpuGraph:
 
         Args:
             options: onnxruntime.SessionOptions, which are added to.
-            folder: where files of weights are looked for.
+            folder: folder of the weight files.
         """
         import onnxruntime
 
@@ -76,7 +76,7 @@ class CpuGraph:
 
 
 class GraphSource(ABC):
-    """Where a session gets the graphs that it runs.
+    """The source of the graphs that a session runs.
 
     Args:
         run: the run folder or bundle, whose files hold the weights.
@@ -111,10 +111,10 @@ class PreparedGraphs(GraphSource):
 
 
 def vocabulary(manifest: Mapping[str, Any]) -> int | None:
-    """How many tokens a model knows; None where its manifest does not say.
+    """Size of a model's vocabulary; None where its manifest has none.
 
     Raises:
-        InputError: the manifest says something that is no number of tokens.
+        InputError: the manifest's value is not a number of tokens.
     """
     size = manifest.get("vocab_size")
     if size is None:
@@ -128,19 +128,19 @@ def session_options(threads: int) -> Any:
     """onnxruntime.SessionOptions of all our sessions.
 
     Args:
-        threads: of one operator; 0 for what the environment variable `XLSTM_EXPORT_THREADS` says, else all
-            cores.
+        threads: of one operator; 0 for the value of the environment variable `XLSTM_EXPORT_THREADS`, or all
+            cores where it is not set.
 
     Raises:
-        UsageError: the variable is no number.
+        UsageError: the variable is not a number.
     """
     import onnxruntime
 
-    said = os.environ.get(THREADS, "0")
-    if not said.isdecimal():
-        raise UsageError(f"{THREADS} is {said!r}", "set it to a number of threads, 0 for all cores")
+    value = os.environ.get(THREADS, "0")
+    if not value.isdecimal():
+        raise UsageError(f"{THREADS} is {value!r}", "set it to a number of threads, 0 for all cores")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or int(said)
+    options.intra_op_num_threads = threads or int(value)
     options.log_severity_level = 3
     return options
 
@@ -151,14 +151,14 @@ def name_of(*, decode: bool, fused: bool) -> str:
 
 
 def to_json(graph: CpuGraph) -> dict[str, Any]:
-    """How to open a graph, without what is in files of its own."""
+    """The entry of a graph in graphs.json: how to open it."""
     data = asdict(graph)
     del data["source"], data["arrays"]
     return {**data, "disabled": list(graph.disabled), "in_place": sorted(graph.in_place)}
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether derived graphs lie in a folder."""
+    """Whether a folder holds derived graphs."""
     return (folder / INDEX).is_file()
 
 

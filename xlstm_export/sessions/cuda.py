@@ -96,7 +96,7 @@ class Cuda:
         return int(pointer.value or 0)
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back once all that is enqueued on it is done."""
+        """Destroy a stream after all work on it is done."""
         try:
             self.synchronize(stream)
         finally:
@@ -131,7 +131,7 @@ class Cuda:
 
     @contextmanager
     def capturing(self, stream: int, keep: Callable[[int], None]) -> Iterator[None]:
-        """What the block enqueues becomes a graph instead of running; `keep` is given its executable form."""
+        """Context manager: the work that the block enqueues becomes an executable graph, passed to `keep`."""
         self._call("cudaStreamBeginCapture", ctypes.c_void_p(stream), THREAD_LOCAL)
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         try:
@@ -148,7 +148,7 @@ class Cuda:
                 self._call("cudaGraphDestroy", graph)
 
     def destroy_graph(self, executable: int) -> None:
-        """Give back what `capturing` made."""
+        """Destroy a graph that `capturing` made."""
         self._call("cudaGraphExecDestroy", ctypes.c_void_p(executable))
 
     def launch(self, executable: int, stream: int) -> None:

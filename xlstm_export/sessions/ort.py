@@ -19,7 +19,7 @@ from .protocol import Session
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
-BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not know
+BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not have
 
 
 class GraphSession(Session):
@@ -27,7 +27,7 @@ class GraphSession(Session):
 
     Prefill runs the graph for any number of positions and maps the weights from disk. Decode runs the graph
     for one position and packs the weights for products with a single row. Each is opened when it is first
-    needed. State lies in two sets of buffers that swap roles at every call; nothing is copied. Recurrences
+    needed. States are in two sets of buffers that swap roles at every call; nothing is copied. Recurrences
     that run as kernels update their states in place.
 
     Args:
@@ -81,9 +81,9 @@ class GraphSession(Session):
 
     @property
     def _divisible(self) -> bool:
-        """Whether pieces give what the whole would: outputs per position, or of the last one by option.
+        """Whether pieces give the results of the whole: all outputs are per position or of the last one.
 
-        Another output without a sequence axis may be anything, a mean over the sequence for one.
+        Any other output without a sequence axis may depend on the whole sequence, for example as a mean.
         """
         whole = self.io.outputs[1:] if self._source.run.options.last_logits else self.io.outputs
         return bool(self.io.states) and all(map(per_position, whole))
@@ -183,7 +183,7 @@ class GraphSession(Session):
         return session
 
     def _share_buffers(self, names: frozenset[str]) -> None:
-        """States that are updated in place have one buffer, which both sets hold; decided once."""
+        """Use one buffer in both sets for the states that are updated in place; decided at the first call."""
         if self._in_place is None:
             self._in_place = names
             for name in names:
@@ -193,7 +193,7 @@ class GraphSession(Session):
 
 
 class _StepBinding:
-    """Everything one direction of the state swap needs, bound once."""
+    """The arrays and bindings for one direction of the state swap, bound once."""
 
     def __init__(self, owner: GraphSession, now: int) -> None:
         self.binding = owner._decode_session.io_binding()

@@ -1,4 +1,4 @@
-"""The base class of all sessions: one way to run a model, whatever runs it.
+"""The base class of all sessions: one interface to run a model on any backend.
 
 A session has a fixed batch; rows are independent streams, whose state stays in the session between calls. It
 owns what it opens, so it is used in a `with` block, or closed by `close`:
@@ -31,17 +31,17 @@ SomeSession = TypeVar("SomeSession", bound="Session")
 class Session(ABC):
     """A stream of calls against one model.
 
-    The public methods check and convert what they are given, once, and call the methods of a backend that
-    begin with an underscore. Those find a session that is open, and arrays of the right names, types and
-    shapes.
+    The public methods check and convert their arguments, once, and then call the backend's methods, whose
+    names begin with an underscore. These can rely on an open session and on arrays of the right names, types
+    and shapes.
 
     Args:
         io: inputs, outputs and states of the model.
         batch: number of streams.
-        vocab_size: how many tokens the model knows, where it reads tokens; None where nobody says.
+        vocab_size: size of the vocabulary, where the model reads tokens; None where it is not known.
 
     Raises:
-        UsageError: the batch is no number from 1 on.
+        UsageError: the batch is not an integer of 1 or more.
     """
 
     def __init__(self, io: IoSpec, batch: int = 1, vocab_size: int | None = None) -> None:
@@ -51,13 +51,13 @@ class Session(ABC):
         self._closed = False
 
     def prefill(self, inputs: Mapping[str, ArrayLike]) -> Arrays:
-        """Run S ≥ 1 positions from the current state, which moves on.
+        """Run S ≥ 1 positions from the current state, and update the state.
 
         Args:
             inputs: by graph input name, each (batch, S, ...); arrays or lists.
 
         Returns:
-            The model's outputs by name, in memory of the caller's own.
+            The model's outputs by name; later calls do not overwrite them.
 
         Raises:
             InputError: a name, shape, type or value does not fit the model; the state stays as it was.
@@ -95,20 +95,20 @@ class Session(ABC):
             self._store(name, value)
 
     def reset(self, rows: Rows = None) -> None:
-        """Start afresh: every stream, or only the given batch rows.
+        """Set the states to zero: of all streams, or only of the given batch rows.
 
         Args:
             rows: None for all, or what NumPy takes as an index of the batch: an integer, a slice, a list or
                 an array of integers, a mask of `batch` truth values. Negative numbers count from the end.
 
         Raises:
-            UsageError: there is no such row, or the session is closed; the state stays as it was.
+            UsageError: a row does not exist, or the session is closed; the state stays as it was.
         """
         self._require_open()
         self._clear(row_numbers(rows, self.batch))
 
     def close(self) -> None:
-        """Give back memory and files; a session that is closed already stays so."""
+        """Free memory and close files; closing twice is allowed."""
         if not self._closed:
             self._closed = True
             self._close()
@@ -129,7 +129,7 @@ class Session(ABC):
         if self._closed:
             raise UsageError("the session is closed", "open another one, or use it inside its with block")
 
-    # --- What a backend does ----------------------------------------------------------------------------
+    # --- Methods of a backend ---------------------------------------------------------------------------
 
     @abstractmethod
     def _prefill(self, inputs: Arrays) -> Arrays:
@@ -158,7 +158,7 @@ class Session(ABC):
             self._store(name, value)
 
     def _close(self) -> None:
-        """Give back what the backend holds; called once. By default there is nothing."""
+        """Free the backend's resources; called once. Does nothing by default."""
         return
 
 

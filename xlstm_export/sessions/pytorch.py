@@ -1,4 +1,4 @@
-"""The user's module in PyTorch, as reference (float64) and as the peer that is timed (float32)."""
+"""The user's module in PyTorch, as reference (float64) and as baseline for timing (float32)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TorchSession(Session):
     Args:
         loaded: the model.
         batch: number of streams.
-        dtype: "float64" for a reference, "float32" for what PyTorch users have.
+        dtype: "float64" for a reference, "float32" for the speed and accuracy of plain PyTorch.
     """
 
     def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
@@ -65,7 +65,7 @@ class TorchSession(Session):
     def traced(
         self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]
     ) -> tuple[list[np.ndarray], Arrays]:
-        """As `prefill`, with the results of the modules at `paths` beside the outputs."""
+        """As `prefill`, and also returns the results of the modules at `paths`."""
         self._require_open()
         results: list[np.ndarray] = []
 

@@ -1,4 +1,4 @@
-"""A user's own data on a bundle's model: arrays from a file, or text that a language model continues."""
+"""Run a user's data through a model: arrays from a file, or text that a language model continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_inputs(path: Path, io: IoSpec) -> Arrays:
         else:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+    except Exception as error:  # NumPy and zipfile raise many types for a damaged file
         raise InputError(f"{path} cannot be read: {error}", f"the model takes {names}") from error
     result = {}
     for spec in io.inputs:
@@ -66,12 +66,12 @@ def _read_csv(path: Path) -> np.ndarray:
 def continue_text(
     session: Session, text: str, *, count: int, vocab_size: int | None, temperature: float, seed: int
 ) -> Iterator[str]:
-    """Text that a byte-level language model writes after `text`, piece by piece.
+    """The text that a byte-level language model generates after `text`, piece by piece.
 
     Args:
         count: tokens.
         temperature: of sampling; 0 takes the likeliest token.
-        seed: equal seeds write equal texts.
+        seed: equal seeds give equal texts.
 
     Raises:
         UsageError: the model is no byte-level language model, or there is nothing to continue.
@@ -83,7 +83,7 @@ def continue_text(
     given = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
     if not given.size:
         raise UsageError("there is no text to continue", "give at least one character")
-    # A character of several bytes is told when its last one is there.
+    # A character of several bytes is returned when its last byte is generated.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     names = (tokens[0].name, io.outputs[0].name)
     for token in continue_tokens(
@@ -103,10 +103,10 @@ def continue_tokens(
     seed: int,
     top_k: int | None = None,
 ) -> Iterator[int]:
-    """Tokens that a language model writes after `given`: one prefill, then steps.
+    """The tokens that a language model generates after `given`: one prefill, then steps.
 
     Args:
-        session: of one stream; its state moves on.
+        session: of one stream; its state is updated.
         names: of the input with the tokens and the output with the logits.
         given: the prompt.
         count, temperature, seed: see `continue_text`.

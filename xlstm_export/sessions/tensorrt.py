@@ -5,8 +5,8 @@ preview feature of the builder; those that only a recurrence plugin reads and wr
 instead, which it updates in place. A step is a CUDA graph for each direction of the swap, so nothing is
 allocated, shaped or enqueued one by one.
 
-Whatever is made on the device is put on one stack, with what gives it back; closing the session, or failing
-to open it, unwinds the stack from the top.
+Everything that is allocated on the device is pushed on one stack, with the function that frees it. Closing
+the session, or failing to open it, unwinds that stack.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class TensorRtSession(Session):
 
     Args:
         engine: path of the engine.
-        io: what the graph it was built from has as inputs, outputs and states.
+        io: inputs, outputs and states of the graph it was built from.
         batch: number of streams.
-        vocab_size: how many tokens the model knows; None where nobody says.
+        vocab_size: size of the vocabulary; None where it is not known.
         plugin: library that holds the recurrence plugins; None where the engine uses function bodies. It
             stays loaded after the session, as TensorRT knows plugins by name for the whole process.
         graphs: whether steps are captured as CUDA graphs.
@@ -74,7 +74,7 @@ class TensorRtSession(Session):
             self._owned = owned.pop_all()
 
     def _open(self, trt: Any, engine: Path, owned: ExitStack) -> None:
-        """Load the engine and make what its calls need, with what gives each back in `owned`."""
+        """Load the engine and allocate what its calls need; `owned` gets the functions that free it."""
         self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime does not keep it alive
         self._runtime = trt.Runtime(self._logger)
         owned.callback(delattr, self, "_runtime")
@@ -82,7 +82,7 @@ class TensorRtSession(Session):
         owned.callback(delattr, self, "_engine")
         if self._engine is None:
             raise BuildError(
-                f"TensorRT does not take {engine}: see its message above",
+                f"TensorRT does not accept {engine}: see its message above",
                 "it belongs to one TensorRT and one GPU: deploy.py build",
             )
         self._most = self._longest()
@@ -97,7 +97,7 @@ class TensorRtSession(Session):
         self._clear(np.arange(self.batch))
 
     def _longest(self) -> int:
-        """Positions that the prefill profile takes at most."""
+        """The largest number of positions of the prefill profile."""
         name, axis = self._length_axis()
         highest = self._engine.get_tensor_profile_shape(name, PREFILL)[2]
         if highest[0] < self.batch:
@@ -116,7 +116,8 @@ class TensorRtSession(Session):
         context = self._engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(profile, self._stream):
             raise BuildError(
-                "TensorRT makes no execution context", "free memory: deploy.py doctor shows how much there is"
+                "TensorRT could not create an execution context",
+                "free memory: deploy.py doctor shows how much there is",
             )
         self._cuda.synchronize(self._stream)
         return context
@@ -181,9 +182,9 @@ class TensorRtSession(Session):
     def _captured(self) -> int:
         """The graph of a step in the current direction of the swap."""
         if self._now not in self._graphs:
-            # The first call of a context may allocate, which a capture does not allow. Its results go into
-            # the other set of states, and the step that follows writes there again; what is updated in place
-            # has moved on and is put back.
+            # The first call of a context may allocate, which is not allowed during a capture. Its results go
+            # into the other set of states, which the next step overwrites; states that are updated in place
+            # are restored.
             before = self._state() if self._in_place else {}
             self._enqueue(DECODE, 1)
             self._cuda.synchronize(self._stream)

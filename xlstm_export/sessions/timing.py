@@ -36,7 +36,7 @@ def bench(
         inputs: positions to run, each (1, S, ...); used again from the start where there are too few.
         steps: calls of one position.
         prefill: positions of a prefill call.
-        hz: also call one position at this rate, and say how late each call begins and ends.
+        hz: also call one position at this rate, and measure how late each call begins and ends.
         progress: called with the name of each stage.
 
     Returns:
@@ -118,7 +118,7 @@ def summary(seconds: np.ndarray) -> dict[str, float]:
 
 @contextmanager
 def _power() -> Iterator[list[float]]:
-    """Watts of the board while the block runs, from tegrastats; an empty list where that is not there."""
+    """Watts of the board while the block runs, from tegrastats; an empty list where that is not installed."""
     watts: list[float] = []
     tool = shutil.which("tegrastats")
     if tool is None:

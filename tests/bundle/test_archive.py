@@ -53,12 +53,12 @@ HOSTILE: dict[str, tuple[Callable[[], Entry], str]] = {
     "traversal": (lambda: plain("../outside"), "../outside"),
     "deep traversal": (lambda: plain("a/../../outside"), "outside"),
     "absolute": (lambda: plain("/tmp/outside"), "/tmp/outside"),
-    "symlink": (lambda: special("link", tarfile.SYMTYPE, "/etc/passwd"), "no plain file"),
-    "hard link": (lambda: special("link", tarfile.LNKTYPE, "manifest.json"), "no plain file"),
-    "device": (lambda: special("null", tarfile.CHRTYPE), "no plain file"),
-    "pipe": (lambda: special("pipe", tarfile.FIFOTYPE), "no plain file"),
+    "symlink": (lambda: special("link", tarfile.SYMTYPE, "/etc/passwd"), "not a plain file"),
+    "hard link": (lambda: special("link", tarfile.LNKTYPE, "manifest.json"), "not a plain file"),
+    "device": (lambda: special("null", tarfile.CHRTYPE), "not a plain file"),
+    "pipe": (lambda: special("pipe", tarfile.FIFOTYPE), "not a plain file"),
     "the same name twice": (lambda: plain("manifest.json"), "manifest.json"),
-    "bomb": (lambda: plain("zeros", bytes(50 << 20)), "far more than its size"),
+    "bomb": (lambda: plain("zeros", bytes(50 << 20)), "far larger when unpacked"),
 }
 
 

@@ -56,7 +56,7 @@ def test_the_script_is_one_command(bundle: Path) -> None:
 
 def test_what_is_no_version(bundle: Path) -> None:
     for version in ("ten", "10", "10.x", ""):
-        with refused(UsageError, "no version of TensorRT"):
+        with refused(UsageError, "not a version of TensorRT"):
             engine.dry_run(bundle, version)
 
 

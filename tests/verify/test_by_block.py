@@ -158,9 +158,9 @@ def test_a_model_that_does_not_fit_the_memory(
 
 def test_options_that_exclude_each_other(large: tuple[checkpoint.Loaded, Path], tmp_path: Path) -> None:
     loaded, out = large
-    with refused(UsageError, "--per-block goes with none"):
+    with refused(UsageError, "--per-block cannot be combined"):
         verify.verify_run(out, loaded, VerifyOptions(per_block=True, num_blocks=1))
-    with refused(UsageError, "--per-block goes with none"):
+    with refused(UsageError, "--per-block cannot be combined"):
         verify.verify_run(out, loaded, VerifyOptions(per_block=True, data=tmp_path))
-    with refused(UsageError, "how many blocks", "--num-blocks"):
+    with refused(UsageError, "number of blocks to verify", "--num-blocks"):
         first_blocks.verify_first_blocks(out, loaded, VerifyOptions())

@@ -1,1 +1,1 @@
-"""What leaves for a board: a folder or archive with everything that is needed there."""
+"""Bundles: a folder or archive with everything that a board needs to run an export."""

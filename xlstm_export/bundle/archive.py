@@ -1,4 +1,4 @@
-"""Folders as .tar.gz files that are the same for the same content, and their safe unpacking."""
+"""Packs folders as .tar.gz files, with the same bytes for the same content, and unpacks them safely."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..errors import InputError
 from ..runfolder import MANIFEST
 
 MOST_FILES = 10_000
-# How many times the size of the archive its content may be: weights hardly shrink, zeros do.
+# Largest allowed ratio of unpacked to packed size: weights can hardly be compressed.
 MOST_EXPANSION = 200
 BLOCK = 1 << 20
 
 
 def pack(folder: Path, out: Path) -> None:
-    """Write a folder as `out`, atomically: sorted, without times, owners or names of machines."""
+    """Write a folder as the archive `out`, atomically; files are sorted, times and owners are left out."""
     with readable_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{os.getpid()}")
@@ -52,22 +52,22 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """The content of an archive in a temporary folder, for the time of the block; errors as `unpack`."""
+    """Unpack an archive into a temporary folder for the block; raises the errors of `unpack`."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(path, Path(folder) / "bundle")
         yield Path(folder) / "bundle"
 
 
 def unpack(path: Path, out: Path) -> None:
-    """Unpack an archive that nobody vouches for.
+    """Unpack an archive from an untrusted source.
 
     Args:
         path: .tar.gz file.
         out: folder that does not exist yet.
 
     Raises:
-        InputError: it is damaged, holds something else than plain files inside of the folder, or would grow
-            beyond what its size explains. Nothing is left behind then.
+        InputError: it is damaged, holds anything but plain files inside its folder, or is far larger when
+            unpacked than its size allows. Nothing is left behind then.
     """
     try:
         size = path.stat().st_size
@@ -76,10 +76,12 @@ def unpack(path: Path, out: Path) -> None:
                 out.mkdir(parents=True)
                 require_space(out, size)
                 _extract(archive, out, MOST_EXPANSION * size + BLOCK)
-            if len(zipped.read(BLOCK)) == BLOCK:  # to its end, where the checksum is
-                raise InputError(f"{path} has more behind its end", "do not use it")
+            if len(zipped.read(BLOCK)) == BLOCK:  # read to the end, where the checksum is
+                raise InputError(f"{path} has data after its end", "do not use it")
         if not (out / MANIFEST).is_file():
-            raise InputError(f"{path} is no bundle: {MANIFEST} is missing", "give what bundle wrote")
+            raise InputError(
+                f"{path} is not a bundle: {MANIFEST} is missing", "give a file that `bundle` wrote"
+            )
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         shutil.rmtree(out, ignore_errors=True)
         raise InputError(f"{path} cannot be unpacked: {error}", "copy the bundle again") from error
@@ -94,11 +96,11 @@ def _extract(archive: tarfile.TarFile, out: Path, limit: int) -> None:
     for count, entry in enumerate(archive):
         total += entry.size
         if not entry.isreg():
-            raise InputError(f"the archive holds {entry.name!r}, which is no plain file", "do not use it")
+            raise InputError(f"the archive holds {entry.name!r}, which is not a plain file", "do not use it")
         if not is_inside(entry.name) or entry.name in seen:
             raise InputError(f"the archive holds the path {entry.name!r}", "do not use it")
         if total > limit or count > MOST_FILES:
-            raise InputError("the archive would unpack to far more than its size explains", "do not use it")
+            raise InputError("the archive is far larger when unpacked than its size allows", "do not use it")
         seen.add(entry.name)
         target = out / entry.name
         target.parent.mkdir(parents=True, exist_ok=True)

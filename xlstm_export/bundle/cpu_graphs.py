@@ -1,4 +1,4 @@
-"""The graphs for ONNX Runtime that a bundle carries, derived once and written beside it."""
+"""Writes the graphs for ONNX Runtime into a bundle, so that the board need not derive them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def write_prepared(run: RunFolder | Path, out: Path) -> None:
 
 
 class _Weights:
-    """Arrays of several graphs in one file, equal ones once."""
+    """A file with the arrays of several graphs; equal arrays are stored once."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._places: dict[bytes, int] = {}
 
     def relocate(self, graph: CpuGraph) -> bytes:
-        """The graph's message, with arrays that were in memory or in the message in the file."""
+        """The graph's ONNX message; arrays in memory or in the message are moved to the file."""
         source = graph.source if isinstance(graph.source, bytes) else Path(graph.source).read_bytes()
         model = ir.from_proto(onnx.load_model_from_string(source))
         for name, value in model.graph.initializers.items():
@@ -57,7 +57,7 @@ class _Weights:
             if tensor is None or tensor.size <= IN_MESSAGE:
                 continue
             if isinstance(tensor, ir.ExternalTensor) and tensor.location != MEMORY:
-                continue  # in the export's own file
+                continue  # it is in the export's own file
             content = graph.arrays[name].tobytes() if name in graph.arrays else tensor.tobytes()
             value.const_value = ir.ExternalTensor(
                 WEIGHTS,

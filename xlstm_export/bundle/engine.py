@@ -1,7 +1,6 @@
-"""TensorRT engines of bundles, on a machine that has a GPU and the full package. Not run on hardware.
+"""Builds TensorRT engines of bundles on a machine with a GPU and the full package. Not run on hardware.
 
-All of it is `board/build.py`, the code that builds on a board: a graph is built by the same calls wherever
-it is.
+It uses `board/build.py`, so that a graph is built by the same calls here and on a board.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from ..board import integrity
 from ..errors import UsageError
 from ..options import BuildOptions
 
-ASSUMED_FREE = 4 << 30  # bytes, where there is no device to ask
+ASSUMED_FREE = 4 << 30  # bytes; assumed without a device
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would be built, and the trtexec command that builds the same."""
+    """The plan of a build, and the trtexec command that builds the same."""
 
     plan: board_build.Plan
     command: str
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Names and values for people."""
+        """Names and values of the plan as text."""
         plan = self.plan
         yield "graph", str(plan.model)
         yield "plugin", "none, function bodies" if plan.plugin is None else str(plan.plugin)
@@ -45,20 +44,20 @@ def dry_run(
     version: str,
     options: BuildOptions = BuildOptions(),
 ) -> DryRun:
-    """What `build` would do for a TensorRT version, without TensorRT, a GPU or a compiled plugin.
+    """Plan what `build` would do for a TensorRT version; needs no TensorRT, GPU or compiled plugin.
 
     Args:
         bundle: its folder.
-        version: of TensorRT, as "10.3.0".
+        version: version of TensorRT, such as "10.3.0".
         options: as for `board.build.plan_build`.
 
     Raises:
-        UsageError: the version is none.
-        Others: of `board.build.plan_build`.
+        UsageError: the version is not a version number.
+        Others: those of `board.build.plan_build`.
     """
     parts = version.split(".")
     if not all(part.isdigit() for part in parts) or len(parts) < 2:
-        raise UsageError(f"{version!r} is no version of TensorRT", "such as 10.3.0")
+        raise UsageError(f"{version!r} is not a version of TensorRT", "give three numbers, such as 10.3.0")
     numbers = tuple(map(int, parts))
     plan = board_build.plan_build(
         bundle,

@@ -1,9 +1,9 @@
-"""A run folder as something that leaves for a board: all it needs there, in files that are all accounted for.
+"""Makes bundles: everything that a board needs to run an export, with a manifest of all files.
 
-Engines belong to one GPU and one TensorRT, so they are built on the board. A bundle therefore holds the
-ONNX graph, the sources of the plugins (and what of them is built), the graphs for ONNX Runtime, recorded
-streams to be judged by, and `deploy.py`, which builds, verifies, times and runs it with NumPy and the
-board's own runtime.
+An engine works only on the GPU and TensorRT version it was built for, so it is built on the board. A bundle
+therefore holds the ONNX graph, the plugins as sources and, if built, as libraries, the graphs for ONNX
+Runtime, recorded streams for verification, and `deploy.py`, which builds, verifies, times and runs it with
+NumPy and the board's own runtime.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .readme import readme
 from .recordings import write_goldens
 
 STRIPPED = "model.stripped.onnx"
-# What travels from a run folder as it is, where it is there.
+# Files of a run folder that are copied unchanged if they exist.
 CARRIED = (
     *("scales.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "scaler.json"),
 )
-# What of this package runs on the board. Nothing else may be imported there: a test packs and runs it alone.
+# The part of this package that runs on the board. It imports nothing else of the package; a test checks it.
 MODULES = ("*.py", "sessions/*.py", "board/*.py")
 PLUGIN_MODULES = ("__init__.py", "build.py", "locate.py", "toolchain.py")
 SOURCES = ("**/CMakeLists.txt", "**/*.h", "**/*.hpp", "**/*.cuh", "**/*.cu", "**/*.cc", "**/*.cpp", "**/*.md")
@@ -60,21 +60,21 @@ def bundle(
     calibration: Arrays | None = None,
     force: bool = False,
 ) -> Path:
-    """Make a bundle of a run folder that verified.
+    """Make a bundle of a verified run folder.
 
     Args:
         run: run folder.
-        loaded: its model, which gives the reference of the recorded streams.
+        loaded: its model, the reference of the recorded streams.
         out: folder to make, or a file ending in .tar.gz. The same inputs give the same bytes.
-        options: `target` is recorded, and named in the README; `calib` is not read here.
-        context: its command is recorded in the manifest.
-        calibration: inputs (N, S, ...) of a calibration set, in the place of held-out data; made-up ones
-            without either.
+        options: `target` is recorded, and named in the README; `calib` is not used here.
+        context: shared settings; the command is recorded in the manifest.
+        calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data. Without
+            either, inputs are made up.
         force: replace `out`.
 
     Raises:
         GateError: the export has not passed `verify` since it was made.
-        UsageError: `out` exists and `force` is not set, or lies inside the run folder's own files.
+        UsageError: `out` exists and `force` is not set, or it lies among the run folder's own files.
     """
     run = RunFolder.of(run)
     require_verified(run)
@@ -106,7 +106,7 @@ def bundle(
 
 
 def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str) -> dict[str, Any]:
-    """What the manifest says of the bundle as a whole."""
+    """Entries of the manifest about the bundle as a whole."""
     return {
         "model": spec_of(loaded).name,
         "precision": run.precision,
@@ -122,7 +122,7 @@ def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str)
 
 
 def _recurrences(model: Path) -> int:
-    """How many recurrence operators the graph has: as many layers must come from the plugin."""
+    """Number of recurrence operators of the graph; the engine must have as many plugin layers."""
     import onnx_ir as ir
 
     return sum(node.domain == OP_DOMAIN for node in ir.load(model).graph)
@@ -135,7 +135,7 @@ def _copy(folder: Path, made: Path) -> None:
 
 
 def _write_stripped(source: Path, made: Path) -> None:
-    """The graph as the plugins take it, with the weights of the other one."""
+    """Write the graph in the form for the plugins; it shares the weights of the exported graph."""
     import onnx_ir as ir
 
     from .plugin_graph import for_plugins
@@ -146,7 +146,7 @@ def _write_stripped(source: Path, made: Path) -> None:
 
 
 def _copy_plugins(made: Path) -> None:
-    """Sources, and the libraries that are built of exactly these for machines like this one."""
+    """Copy the plugin sources, and the libraries that are built from exactly these on this machine."""
     for pattern in SOURCES:
         for path in sorted(locate.OWN.root.glob(pattern)):
             target = made / "plugins" / path.relative_to(locate.OWN.root)
@@ -161,7 +161,7 @@ def _copy_plugins(made: Path) -> None:
 
 
 def write_deploy(path: Path) -> None:
-    """Pack what runs on the board into one file that Python runs (PEP 441), always the same bytes."""
+    """Pack the code for the board into one zip file that Python runs (PEP 441), always the same bytes."""
     package = Path(__file__).resolve().parent.parent
     files = {"__main__.py": _MAIN.encode()}
     for root, prefix, patterns in (
@@ -199,7 +199,7 @@ def verify_bundle(path: Path) -> dict[str, Any]:
     """The manifest of an intact bundle, in a folder or an archive.
 
     Raises:
-        InputError: what is missing, changed or does not belong to it, by name; or an archive that is unsafe.
+        InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe.
     """
     if path.is_dir():
         return integrity.check(path)

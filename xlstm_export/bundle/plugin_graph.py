@@ -1,10 +1,10 @@
-"""The graph as TensorRT's plugins take it: without function bodies, integers as integers.
+"""Rewrites a graph for TensorRT's plugins: without function bodies, and with integer weights.
 
-A body is what runs where there is no plugin. Before 10.7 TensorRT prefers it to one, so it has to go. And a
-body computes in floats, so a quantized R of an sLSTM reaches it through a DequantizeLinear, which TensorRT
-computes while it builds: the engine would hold R in FP32. The plugin reads integers, a quarter of the bytes
-(`plugins/adapters/tensorrt/README.md`). TensorRT allows a constant of integers in front of a plugin of
-version 3 since 10.1 (NVIDIA/TensorRT issue 3919), and only right in front of it.
+A function body runs where there is no plugin. Before 10.7 TensorRT prefers the body to a plugin, so bodies
+are removed. A body computes in floats, so a quantized R of an sLSTM reaches it through a DequantizeLinear,
+which TensorRT evaluates while it builds: the engine would hold R in FP32. The plugin reads integers, a
+quarter of the bytes (`plugins/adapters/tensorrt/README.md`). Since 10.1 TensorRT allows an integer constant
+as the direct input of a plugin of version 3 (NVIDIA/TensorRT issue 3919), and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def for_plugins(model: ir.Model) -> None:
 
 
 def _integers(graph: ir.Graph, node: ir.Node) -> None:
-    """R (H, D, 4, D) and its scale per column, where it comes out of a DequantizeLinear."""
+    """Connect R (H, D, 4, D) as integers and its scale per column, if R comes from a DequantizeLinear."""
     weight = node.inputs[WEIGHT]
     dequantize = weight.producer() if weight is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear":

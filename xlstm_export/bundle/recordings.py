@@ -1,8 +1,8 @@
-"""Recorded streams that go with a bundle: what the verified export gave, and what the model gives in float64.
+"""Recorded streams ("goldens") of a bundle: results of the verified export, and of the model in float64.
 
 A golden is a list of calls on one stream, as a user makes them: a prefill, single steps, pieces of odd
-lengths, and long pieces up to the horizon. Of each call positions are kept, all where outputs are small,
-and the state where the prefill ends and at the end. `board/replay.py` makes the same calls on the target.
+lengths, and long pieces up to the horizon. Outputs of each call are kept, at all positions if they are small,
+and the states after the prefill and at the end. `board/replay.py` makes the same calls on the target.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ PREFILL = 128  # positions of the first call; levels are judged from 100 on
 STEPS = 32
 PIECES = (63, 1, 64, 65, 7)  # around the borders of chunks of 64
 LONG = 256
-# ONNX Runtime's CPU provider computes half as FP32; a GPU rounds it, here and there at other places than
-# others.
+# ONNX Runtime's CPU provider computes half as FP32. GPUs round it, not all at the same places.
 ROUNDING = {"onnxruntime": False, "tensorrt": True}
 
 
@@ -44,15 +43,15 @@ def write_goldens(
     """Record the goldens of a run folder into `out`/goldens.
 
     Args:
-        run: run folder that verified.
+        run: verified run folder.
         loaded: its model.
-        out: the bundle.
-        options: where held-out data are, and positions of the stream.
-        context: threads, and progress.
-        calibration: inputs (N, S, ...) of a calibration set, taken in the place of held-out data.
+        out: folder of the bundle.
+        options: held-out data, and positions of the stream.
+        context: threads and progress.
+        calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
 
     Returns:
-        What `goldens/goldens.json` holds: the calls, the limits, where inputs and reference come from.
+        Content of `goldens/goldens.json`: calls, limits, and the origin of inputs and reference.
 
     Raises:
         InputError: the data does not fit the model.
@@ -65,7 +64,7 @@ def write_goldens(
     sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
     inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
     length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
-    # Outputs without a sequence axis may stand for the whole sequence, which pieces of it do not give.
+    # An output without a sequence axis may belong to the whole sequence; pieces do not give the same value.
     calls = call_lengths(length) if io.states else [length]
     arrays: Arrays = {f"input/{name}": array for name, array in inputs.items()}
     for backend, rounding in ROUNDING.items():
@@ -89,7 +88,7 @@ def write_goldens(
 
 
 def call_lengths(length: int) -> list[int]:
-    """The calls of a stream of that many positions.
+    """Lengths of the calls of a stream of `length` positions.
 
     >>> call_lengths(200)
     [128, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 40]
@@ -106,12 +105,12 @@ def call_lengths(length: int) -> list[int]:
 
 
 def limits_of(options: RunOptions, backend: str) -> dict[str, float]:
-    """What a backend is held to: against what the export gave for it, and against the model in float64.
+    """Limits of a backend: against the export's recorded results, and against the model in float64.
 
     Args:
-        options: of the run folder.
-        backend: "onnxruntime" makes the very same operations, so two ways of calling set the limit;
-            "tensorrt" rounds at other places, which a recurrence carries on as it does the rounding itself.
+        options: options of the run folder.
+        backend: "onnxruntime" runs the same operations, so the limit is that of two ways of calling;
+            "tensorrt" rounds at other places, so the limit is that of the precision itself.
     """
     precisions = [p for p in (options.precision, options.base) if p and p != "fp32"]
     far = drift_limits(*(precisions or ["fp32"]))

@@ -1,4 +1,4 @@
-"""Two runs side by side: verdicts, metric, the checks that moved most, drift, latency."""
+"""Comparison of two runs: verdicts, metric, the checks that changed most, drift, latency."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .data import RunData
 from .document import Document, Section, Table, Value
 from .measured import CONTESTANTS, cell_name, drift_lines
 
-MOST = 40  # checks that are listed
+MOST = 40  # most checks that are listed
 
 
 def comparison(a: RunData, b: RunData) -> Document:
-    """The report of `report --compare`; A is the one it starts from."""
+    """The document of `report --compare`; A is the run that B is compared with."""
     names = (f"A: {a.folder}", f"B: {b.folder}")
     words = {True: "passed", False: "failed", None: "not verified"}
     verdict = f"A {words[a.passed]}, B {words[b.passed]}"

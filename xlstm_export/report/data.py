@@ -1,4 +1,4 @@
-"""What a run folder holds, read for its report: damaged files are errors, missing ones are None."""
+"""Reads the files of a run folder for its report; damaged files are errors, missing ones are None."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class RunData:
-    """The files of a run, as plain data.
+    """Content of the files of a run.
 
     Attributes:
-        folder: where they are.
-        manifest, io: of every run.
-        verification: of `verify`; `current` says whether it is of the files as they are now.
-        bench: of `bench`; None also where an older version wrote it, then `old_bench`.
-        scales, recipe: of `calibrate` and `quantize`.
+        folder: the run folder.
+        manifest, io: manifest and io.json, which every run has.
+        verification: result of `verify`; `current` is true if it belongs to the present files.
+        bench: result of `bench`; None also if an older version wrote it, then `old_bench` is true.
+        scales, recipe: results of `calibrate` and `quantize`.
     """
 
     folder: Path
@@ -44,13 +44,13 @@ class RunData:
 
     @property
     def passed(self) -> bool | None:
-        """The verdict; None where these very files were never verified."""
+        """Whether verification passed; None if the present files were not verified."""
         if self.verification is None or not self.current:
             return None
         return bool(self.verification.get("passed"))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything in one piece."""
+        """All data as one JSON object."""
         return {
             "schema": 1,
             "passed": self.passed,
@@ -69,14 +69,14 @@ def read_run(folder: Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        InputError: it is none, or one of its files is damaged.
+        InputError: it is not a run folder, or one of its files is damaged.
     """
     folder = Path(folder)
     manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
     verification = _json(folder / VERIFIED)
     bench = _json(folder / RESULT)
     old = bench is not None and bench.get("schema") != SCHEMA
-    # A range of the FP32 export serves the precisions made from it.
+    # The ranges of the FP32 export are used by all precisions made from it.
     scales = _json(folder / SCALES)
     recipe = folder / RECIPE
     current = verification is not None and verification.get("files") == runfolder.hashes(folder)
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> RunData:
 
 
 def number(value: Any) -> float | None:
-    """A number of a JSON file; None for what is none."""
+    """A value of a JSON file as a number; None if it is not one."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -106,5 +106,5 @@ def _json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}", "run the stage that writes it again") from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds no object", "run the stage that writes it again")
+        raise InputError(f"{path} is not a JSON object", "run the stage that writes it again")
     return data

@@ -1,4 +1,4 @@
-"""A document without a format: sections of text, tables and plots, which HTML and Markdown are made of."""
+"""A document without a format: sections of text, tables and plots; HTML and Markdown are made from it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Value = str | float | int | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under named columns.
+    """A table: rows under named columns.
 
     Attributes:
-        caption: says what the table shows.
-        columns: their names, units included.
-        rows: of as many values; numbers sort as numbers, None is shown as a dash.
+        caption: what the table shows.
+        columns: names of the columns, with units.
+        rows: one value per column; numbers sort as numbers, None is shown as a dash.
     """
 
     caption: str
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it, in this order: text, plots, tables, commands in their `language`."""
+    """A heading and, in this order: text, plots, tables, and commands in `language`."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -44,9 +44,9 @@ class Document:
     """A report.
 
     Attributes:
-        title: of the page.
-        verdict: one sentence; `passed` is its colour, None where there is none yet.
-        details: what belongs right below it.
+        title: title of the page.
+        verdict: one sentence; `passed` decides its colour, None if there is no verdict yet.
+        details: sentences directly below the verdict.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Document:
 
 
 def missing(folder: Path, title: str, command: str) -> Section:
-    """A section that is empty until `command` was run."""
+    """A section for results that do not exist yet; it names the command that makes them."""
     line = f"xlstm-export {command} {shlex.quote(str(folder))}"
     return Section(title, ("Nothing yet: run the command below.",), commands=(line,))
 

@@ -1,4 +1,4 @@
-"""The document as Markdown: what a review or a model card can take in. Plots are described, not drawn."""
+"""The document as Markdown, for reviews and model cards. Plots are described, not drawn."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def _table(table: Table) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown does not take for its own signs, on one line."""
+    """Text on one line, with the characters escaped that have a meaning in Markdown."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)
     return " ".join(escaped.split())

@@ -1,4 +1,4 @@
-"""Sections of what was measured: drift, gates, calibration, latency."""
+"""Sections of measurements: drift, gates, calibration, latency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTESTANTS = {
     "pytorch_eager": "PyTorch eager",
     "torch_compile": "torch.compile",
 }
-LARGEST = 12  # bars that are shown of many
+LARGEST = 12  # most bars that are shown
 
 
 def drift(run: RunData) -> Section:
@@ -55,7 +55,7 @@ def drift(run: RunData) -> Section:
 
 
 def drift_lines(found: dict[str, Any], mode: str) -> list[Line]:
-    """Outputs with their state-forced error, and of each block the state that is worst at the end."""
+    """Lines of outputs with their state-forced error, and per block of the state that is worst at the end."""
     series: dict[tuple[Any, str], list[dict[str, Any]]] = {}
     for row in found["rows"]:
         if row["mode"] == mode:
@@ -77,7 +77,7 @@ def drift_lines(found: dict[str, Any], mode: str) -> list[Line]:
 
 
 def _at_the_end(rows: list[dict[str, Any]]) -> float:
-    """The last error; infinite where it is not finite, which JSON writes as null."""
+    """The last error; infinite if the file has null, which stands for a value that is not finite."""
     last = number(rows[-1]["error"])
     return math.inf if last is None else last
 
@@ -101,7 +101,7 @@ def _drift_words(found: dict[str, Any], mode: str) -> str:
 
 
 def gates(run: RunData) -> Section:
-    """Stabilizers and memory lengths."""
+    """Stabilizers and memory lengths of the cell gates."""
     found = (run.verification or {}).get("gates")
     if not found or not found["blocks"]:
         return missing(run.folder, "Gates", "verify")
@@ -148,7 +148,7 @@ def gates(run: RunData) -> Section:
 
 
 def calibration(run: RunData) -> Section:
-    """Ranges by position, those first that grow most."""
+    """Ranges by position, those that grow most first."""
     if run.scales is None:
         return Section("Calibration", ("No ranges were taken: no activation is quantized.",))
     data = run.scales["data"]
@@ -190,7 +190,7 @@ def calibration(run: RunData) -> Section:
 
 
 def latency(run: RunData) -> Section:
-    """Times of the grid against the roof."""
+    """Times of the grid, compared with the memory bandwidth."""
     if run.old_bench:
         return Section("Latency", ("Measured by an older version; run `xlstm-export bench` again.",))
     if run.bench is None:
@@ -209,8 +209,8 @@ def _latency_words(bench: dict[str, Any]) -> tuple[str, ...]:
     first = bench["grid"][0]
     text = [
         f"{bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
-        f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios travel, "
-        "milliseconds do not."
+        f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios hold "
+        "on other machines, milliseconds do not."
     ]
     rate, memory = bench.get("rate"), bench.get("memory") or {}
     if rate:
@@ -226,7 +226,7 @@ def _latency_words(bench: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _timings(cell: dict[str, Any]) -> list[tuple[Value, ...]]:
-    """A row per contestant of one call."""
+    """Rows of one cell, one per contestant."""
     exported = cell["contestants"]["exported"]["p50_ms"]
     return [
         (

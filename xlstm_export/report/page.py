@@ -1,6 +1,6 @@
-"""The document as one HTML file: styles, script and plots inside, no network.
+"""The document as one HTML file that contains its styles, script and plots.
 
-The templates are in `templates/`. They escape everything but what `_markup` lets through.
+The templates are in `templates/`. They escape everything except the results of `_markup`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ASSETS = Path(__file__).parent
-LONG = 24  # rows beyond which a table is folded
+LONG = 24  # a table with more rows is folded
 STATES = {True: ("pass", "✓ pass"), False: ("fail", "✗ FAIL"), None: ("none", "not verified")}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
+    """A cell of an HTML table.
 
     Attributes:
-        text: what is shown.
-        kind: its class, empty for words.
-        sort: the number it sorts by, empty where it sorts as text.
+        text: text that is shown.
+        kind: CSS class; empty for words.
+        sort: number that it sorts by; empty if it sorts as text.
     """
 
     text: str
@@ -52,7 +52,7 @@ def page(document: Document) -> str:
 
 
 def _environment() -> Environment:
-    """Templates that escape; a name that a template does not know is an error."""
+    """Templates that escape; an undefined name in a template is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -74,7 +74,7 @@ def _environment() -> Environment:
 
 
 def _markup(made_here: str) -> Markup:
-    """The one place where text is not escaped: our styles and script, and SVG, which is escaped by now."""
+    """Text that is not escaped: the package's own styles and script, and SVG, which is escaped already."""
     from markupsafe import Markup
 
     return Markup(made_here)

@@ -1,4 +1,4 @@
-"""What the report of a run says, section by section; those of measurements are in `measured.py`."""
+"""Sections of the report of a run; those of measurements are in `measured.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .data import RunData, number
 from .document import Document, Section, Table, bytes_of, missing, text_of
 from .measured import calibration, drift, gates, latency
 
-LARGEST = 12  # failed checks that are named
+LARGEST = 12  # most failed checks that are named
 
 
 def document(run: RunData) -> Document:
@@ -53,7 +53,7 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
         details.append(str(place.get("sentence", "")))
     gate = run.verification.get("gate")
     if gate:
-        details.append(f"Judged by limits of its own, from {gate['file']}.")
+        details.append(f"Limits of the gate file {gate['file']} replace built-in ones.")
     metric = run.verification.get("metric") or {}
     if metric:
         details.append(_metric(metric))
@@ -114,7 +114,7 @@ def _elements(shape: list[Any]) -> int:
 
 
 def precision(run: RunData) -> Section:
-    """Recipe, and what the sites became."""
+    """Recipe, and the precisions of the weights."""
     verified = (run.verification or {}).get("precision") or {}
     sites = run.manifest.get("sites", {})
     options = run.manifest.get("options", {})
@@ -129,7 +129,7 @@ def precision(run: RunData) -> Section:
     return Section(
         "Precision and recipe",
         tuple(text),
-        tables=(Table("Weights by what they became", ("kind", "weights"), rows),) if rows else (),
+        tables=(Table("Weights by precision", ("kind", "weights"), rows),) if rows else (),
         commands=tuple((run.recipe or "").splitlines()),
         language="yaml",
     )
@@ -170,7 +170,7 @@ def parity(run: RunData) -> Section:
     text = [f"Inputs of the checks: {run.verification.get('inputs')}."]
     for name, far in (run.verification.get("upstream_as_it_comes") or {}).items():
         text.append(
-            f"{name}: PyTorch as it comes (FP32) is {text_of(number(far['from_float64']))} from float64 and "
+            f"{name}: PyTorch, unmodified (FP32), is {text_of(number(far['from_float64']))} from float64 and "
             f"{text_of(number(far['from_export']))} from the export."
         )
     return Section("Parity", tuple(text), tables=(Table("Checks", columns, tuple(rows)),))
@@ -192,7 +192,7 @@ def environment(run: RunData) -> Section:
 
 
 def reproduce(run: RunData) -> Section:
-    """Commands, as they were given or would be."""
+    """The commands that make this run again."""
     folder = shlex.quote(str(run.folder))
     commands = [str(run.manifest.get("command") or "")] if run.manifest.get("command") else []
     commands += [

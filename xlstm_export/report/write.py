@@ -1,4 +1,4 @@
-"""Write the report of a run folder, or of two."""
+"""Writes the report of a run folder, or the comparison of two."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ NAME = "report"
 
 
 def _made(run: RunData, other: RunData | None) -> tuple[Document, str, str]:
-    """The document, as HTML and Markdown; what files say that no stage writes is an error of theirs."""
+    """The document, as HTML and Markdown; unexpected values in the run's files are an InputError."""
     try:
         made = comparison(run, other) if other is not None else document(run)
         return made, page(made), markdown(made)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         where = f"{run.folder}" if other is None else f"{run.folder} or {other.folder}"
         raise InputError(
-            f"a file in {where} says what no stage writes: {error!r}", "run verify, bench and calibrate again"
+            f"a file in {where} holds an unexpected value: {error!r}", "run verify, bench and calibrate again"
         ) from error
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and the verdict it begins with."""
+    """The written files, and the verdict of the report."""
 
     paths: tuple[Path, ...]
     verdict: str
@@ -51,11 +51,11 @@ def write_report(
 
     Args:
         folder: run folder.
-        compare: another one to hold against it; the names are then `comparison.…`.
-        html, md, json_path: where to; by default `report.…` in the run folder.
+        compare: run folder to compare it with; the default names are then `comparison.…`.
+        html, md, json_path: files to write; by default `report.…` in the run folder.
 
     Raises:
-        InputError: a file of the run is damaged, or there is no run.
+        InputError: a file of the run is damaged, or the folder is not a run folder.
         SetupError: a file cannot be written.
     """
     run = read_run(folder)

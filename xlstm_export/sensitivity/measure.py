@@ -1,8 +1,8 @@
-"""One candidate of the sensitivity search, measured: quantize, run, compare with the FP32 export, delete.
+"""Measures one candidate of the sensitivity search: quantize, run, compare with the FP32 export, delete.
 
-What the FP32 export did over the horizon is recorded once (`record`) and replayed to every candidate, as a
-`Session` that `measure_drift` cannot tell from the real one. Everything here takes paths and plain data, so
-that it runs as well in a process of its own or on another machine.
+The outputs and states of the FP32 export are recorded once (`record`) and replayed for every candidate, as a
+`Session` that `measure_drift` uses like the real one. All functions take paths and plain data, so that they
+also run in other processes and on other machines.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from ..specs import IoSpec, TensorSpec
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
 
-SPREAD = 16  # growth is that of the error from a 16th of the horizon to the horizon
-FLOOR = 1e-5  # errors count as this large at least where growth is judged: FP32 itself is at 1e-6
+SPREAD = 16  # growth is measured from a 16th of the horizon to the horizon
+FLOOR = 1e-5  # smaller errors count as this large in growth; FP32 itself has 1e-6
 REFERENCE = "reference.npz"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all candidates share.
+    """Settings that all candidates share.
 
     Attributes:
         folder: run folder of the FP32 export.
         reference: file of `record`.
-        data: what the metric and the drift are measured on.
-        scales: calibrated ranges; None where no candidate quantizes activations.
+        data: data that metric and drift are measured on.
+        scales: calibrated ranges; None if no candidate quantizes activations.
         horizon: positions of one carried stream after which drift is measured.
-        seed: of the stretch of data that drift is measured on.
-        threads: of ONNX Runtime, per candidate.
-        scratch: where candidates are written for as long as they are measured; None: the system's own place.
+        seed: seed of the stretch of data that drift is measured on.
+        threads: CPU threads of ONNX Runtime, per candidate.
+        scratch: folder of candidates while they are measured; None: the system's temporary folder.
     """
 
     folder: str
@@ -67,17 +67,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a candidate was found to be; NaN and infinity where it computes no numbers.
+    """Measurements of a candidate; NaN or infinite if its results are not finite.
 
     Attributes:
-        metric: the task's own, lower is better.
-        drift: relative L2 of the outputs at the horizon, the worst output.
-        state_drift: gauge-free relative L2 of the worst block state there.
-        worst_state: which that is.
-        growth: the worst of outputs and states, from a 16th of the horizon to the horizon; what harder data
-            explain does not count (`drift_report.judged_growth`).
-        bytes: of all weights and scales.
-        failure: why there is no such candidate; empty where there is one.
+        metric: task metric as a loss, lower is better.
+        drift: relative L2 of the worst output at the horizon.
+        state_drift: gauge-free relative L2 of the worst block state at the horizon.
+        worst_state: name of that state.
+        growth: the largest of outputs and states, from a 16th of the horizon to the horizon, without the
+            part that harder data explain (`drift_result.judged_growth`).
+        bytes: size of all weights and scales.
+        failure: why the candidate could not be built; empty if it was.
     """
 
     metric: float
@@ -89,7 +89,7 @@ class Measured:
     failure: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what is no finite number is null."""
+        """Plain data; NaN and infinity are null."""
         return {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()
         }
@@ -102,18 +102,18 @@ class Measured:
 
     @staticmethod
     def failed(reason: str) -> Measured:
-        """A candidate that cannot be built: as bad as can be."""
+        """Measurements of a candidate that cannot be built: all infinite."""
         return Measured(math.inf, math.inf, math.inf, "", math.inf, 0, reason)
 
 
 def measure(setup: Setup, recipe: Recipe) -> Measured:
     """Write the candidate of `recipe`, measure it, delete it.
 
-    A recipe that cannot be built is a finding; whatever else goes wrong is an error.
+    A recipe that cannot be built gives a result with `failure`; other problems raise.
 
     Raises:
-        InputError: the export or the ranges are unusable.
-        SetupError: there is no room for the candidate.
+        InputError: the export or the ranges cannot be used.
+        SetupError: the disk has no space for the candidate.
     """
     try:
         return _measure(setup, recipe)
@@ -124,7 +124,7 @@ def measure(setup: Setup, recipe: Recipe) -> Measured:
 def _measure(setup: Setup, recipe: Recipe) -> Measured:
     with tempfile.TemporaryDirectory(prefix="candidate.", dir=setup.scratch) as scratch:
         out = quantize(Path(setup.folder), recipe, scales=setup.scales, out=Path(scratch) / "run")
-        # Overflow is a finding, not a mishap: the metric of a broken candidate is no number.
+        # Overflow is expected: the metric of a broken candidate is not finite.
         with OrtSession(out, setup.data.rows, setup.threads) as session, np.errstate(all="ignore"):
             metric = setup.data.loss(setup.data.run(session))
             with Replay(session.io, setup.data.rows, Path(setup.reference)) as reference:
@@ -133,12 +133,12 @@ def _measure(setup: Setup, recipe: Recipe) -> Measured:
 
 
 def horizons(horizon: int) -> tuple[int, int]:
-    """Where errors are taken: early, and at the end."""
+    """The two horizons at which errors are measured: an early one, and the last."""
     return max(1, horizon // SPREAD), horizon
 
 
 def stretch(setup: Setup) -> Arrays:
-    """The data from the place on where the stream begins that drift is measured on, (N, S, ...)."""
+    """The data (N, S, ...) from the position on at which the stream for the drift starts."""
     spare = max(0, setup.data.length - setup.horizon)
     start = int(np.random.default_rng(setup.seed).integers(spare + 1))
     return {name: np.roll(x, -start, axis=1) for name, x in setup.data.inputs.items()}
@@ -168,7 +168,7 @@ def _measured(metric: float, drift: Drift, size: int) -> Measured:
 
 
 def record(setup: Setup) -> float:
-    """Run the FP32 export once; write what candidates are compared with to `setup.reference`.
+    """Run the FP32 export once, and write its results to `setup.reference`.
 
     Returns:
         Its metric.
@@ -187,7 +187,7 @@ def record(setup: Setup) -> float:
 
 
 def data_hash(data: EvalData, io: IoSpec) -> str:
-    """Hash of inputs and metric. Targets are inside the metric: it is asked for the score of noise."""
+    """Hash of inputs and metric. The targets enter by the score of noise, since only the metric has them."""
     digest = hashlib.sha256()
     for name, array in sorted(data.inputs.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -199,7 +199,7 @@ def data_hash(data: EvalData, io: IoSpec) -> str:
 
 
 class _Zeros(Session):
-    """A session that answers with zeros and keeps count of the positions it was given."""
+    """A session that returns zeros and counts the positions it has read."""
 
     def __init__(self, io: IoSpec, batch: int) -> None:
         super().__init__(io, batch)
@@ -217,14 +217,14 @@ class _Zeros(Session):
         return {s.past: np.zeros((self.batch, *s.shape), s.dtype) for s in self.io.states}
 
     def _store(self, name: str, value: np.ndarray) -> None:
-        pass  # zeros whatever came before
+        pass  # the state is always zero
 
     def _clear(self, rows: np.ndarray) -> None:
         self._position = 0
 
 
 class _Recorder(_Zeros):
-    """A session in front of another that keeps outputs inside some windows, and every state asked for."""
+    """A session around another one that records outputs inside some windows, and every state read."""
 
     def __init__(self, session: Session, windows: Sequence[range]) -> None:
         super().__init__(session.io, session.batch)
@@ -250,12 +250,12 @@ class _Recorder(_Zeros):
 
 
 class Replay(_Zeros):
-    """The recorded session: the same calls get the same answers, zeros where nobody compares.
+    """The recorded session: the same calls give the same results, or zeros outside the windows.
 
     Args:
-        io: of the export.
+        io: inputs, outputs and states of the export.
         batch: rows it was recorded with.
-        path: file of `record`; arrays are read when they are asked for.
+        path: file of `record`; arrays are read when needed.
     """
 
     def __init__(self, io: IoSpec, batch: int, path: Path) -> None:

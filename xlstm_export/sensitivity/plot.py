@@ -1,4 +1,4 @@
-"""The picture of a sensitivity search: what each unit does alone, and what the recipe made of it."""
+"""The plot of a sensitivity search: the harm of each unit alone, coloured by its choice in the recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHOICES = {
     "int4-wo": ("INT4 weights", 0),
     "float": ("left as it is", 1),
 }
-WIDTH = 620  # px of each of both plots
+WIDTH = 620  # px of each plot
 
 
 def draw(result: Sensitivity) -> str:

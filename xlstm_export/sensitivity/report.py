@@ -1,4 +1,4 @@
-"""Evidence of a sensitivity search as files: recipe, JSON, CSV, and a picture."""
+"""Writes the evidence of a sensitivity search: recipe, JSON, CSV, and a plot."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_evidence(result: Sensitivity, out: Path) -> None:
 
 
 def note(result: Sensitivity) -> str:
-    """What was measured, for a person who opens the recipe."""
+    """Summary of the measurements, as a comment for the recipe file."""
     about, limits, naive, found = result.about, result.limits, result.general, result.found
     lines = [
         f"Found by measuring {len(result.candidates)} candidates on {about['rows']} × {about['positions']} "

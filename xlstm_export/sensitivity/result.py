@@ -29,16 +29,16 @@ class Sensitivity:
     """Outcome of `sensitivity`.
 
     Attributes:
-        recipe: quantizes the most bytes that were found within the limits; `found` is its measurement.
-        metric: name of the task's metric, lower is better.
-        reference: that of the FP32 export.
-        limits: what was to be kept.
-        units: what was tried together, in the order of the graph.
-        choices: unit name → what the recipe makes of it.
+        recipe: the recipe within the limits that quantizes the most bytes; `found` is its measurement.
+        metric: name of the task metric; its values are losses, lower is better.
+        reference: metric of the FP32 export.
+        limits: limits that candidates had to keep.
+        units: weights that were tried together, in the order of the graph.
+        choices: unit name → its precision in the recipe.
         alone: unit name → the candidate where only this unit is quantized.
         base: nothing quantized, all in the base type.
-        general: everything quantized, as a tool without evidence would.
-        default: what the precision quantizes without evidence.
+        general: everything quantized.
+        default: what the precision quantizes by default.
         rejected: the same with the smoothing that did more harm.
         found: the recipe's own measurement.
         tried: the candidates of the search, in order.
@@ -62,7 +62,7 @@ class Sensitivity:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """All of them in order: what needs no search, each unit alone, the search."""
+        """All measured candidates in order: those without search, each unit alone, those of the search."""
         first = (self.base, self.general, self.default, *self.rejected)
         return (*first, *self.alone.values(), *self.tried)
 
@@ -82,7 +82,7 @@ class Sensitivity:
             yield {column: values[column] for column in COLUMNS}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what is no finite number is null."""
+        """Plain data; NaN and infinity are null."""
         return {
             "schema": 1,
             "metric": {"name": self.metric, "reference": self.reference},

@@ -1,4 +1,4 @@
-"""A choice per site → a recipe with as few rules as say it, so that a person can read what was found."""
+"""Turns a choice per site into a recipe with as few rules as possible, so that it is readable."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..quantize.recipe import CHOICES, Choice, Recipe, Rule, possible
 def recipe_for(sites: Sequence[Site], choices: Mapping[str, Choice], recipe: Recipe) -> Recipe:
     """`recipe` with the rules that give every site its choice.
 
-    A rule speaks of one site, of all with the same end of the name (`\\.proj_up$`), or of all below one
-    prefix. Rules are chosen greedily, the one that settles most sites first, on top of what the precision
-    gives without rules, or of everything left alone, or of everything quantized, whichever needs fewest.
+    A rule matches one site, all sites with the same end of the name (`\\.proj_up$`), or all below one prefix.
+    Rules are chosen greedily, first the one that settles most sites. They start from the defaults of the
+    precision, from nothing quantized, or from everything quantized, whichever needs the fewest rules.
 
     Args:
-        sites: of the model.
-        choices: site name → what it shall become; something the site can be (`recipe.possible`).
-        recipe: all but the rules.
+        sites: sites of the model.
+        choices: site name → its precision, one that is possible for the site (`recipe.possible`).
+        recipe: recipe whose rules are replaced.
     """
     unique = {site.name: site for site in sites}
     starts: list[tuple[Rule, ...]] = [(), (Rule(".*", "float"),)]
     if recipe.precision in CHOICES:
         starts.append((Rule(".*", recipe.precision),))  # type: ignore[arg-type]
     found = [_cover(unique, choices, replace(recipe, rules=start)) for start in starts]
-    return min(found, key=lambda r: len(r.rules))  # of several the first
+    return min(found, key=lambda r: len(r.rules))  # the first of equally short ones
 
 
 def _cover(sites: Mapping[str, Site], choices: Mapping[str, Choice], recipe: Recipe) -> Recipe:
@@ -45,13 +45,13 @@ def _cover(sites: Mapping[str, Site], choices: Mapping[str, Choice], recipe: Rec
 def _harmless(
     sites: Mapping[str, Site], choices: Mapping[str, Choice], recipe: Recipe
 ) -> dict[Rule, frozenset[str]]:
-    """Rules that give no site anything but its choice → the sites they speak of."""
+    """Rules that give every matching site its choice → the sites they match."""
     found = {}
-    preferred = sorted(CHOICES, key=lambda to: to != recipe.precision)  # of equal ones the usual wording
+    preferred = sorted(CHOICES, key=lambda to: to != recipe.precision)  # the usual wording first
     for pattern in dict.fromkeys(p for name in sites for p in _patterns(name)):
         matched = [site for site in sites.values() if re.search(pattern, site.name)]
         if len(matched) == 1 and pattern != _whole(matched[0].name):
-            continue  # who reads a rule for one site wants to see which
+            continue  # a rule for one site should show its whole name
         for to in preferred:
             if all(possible(site, to) == choices[site.name] for site in matched):
                 found[Rule(pattern, to)] = frozenset(site.name for site in matched)

@@ -1,7 +1,7 @@
-"""Candidates measured in processes or on a Dask cluster, each once: results are kept in `candidates.jsonl`.
+"""Measures candidates in processes or on a Dask cluster, each once; results are kept in `candidates.jsonl`.
 
-A line of the log is a finished candidate under a hash of everything that shapes its result, so that a search
-that was interrupted goes on where it was. Only this process writes the log.
+A line of the log is a finished candidate with a hash of everything that its result depends on. So a search
+that was interrupted continues where it was. Only the main process writes the log.
 
 On a cluster, workers must see the run folder and the output folder under the same paths as this machine (a
 shared disk; reading is enough) and have the same versions installed; both are checked first. They write
@@ -34,7 +34,7 @@ from .measure import REFERENCE, Measured, Setup, measure, record
 
 LOG = "candidates.jsonl"
 SECONDS_TO_CONNECT = 10  # to a scheduler, and for its first worker to appear
-SAME = ("xlstm-export", "numpy", "onnxruntime")  # versions that shape a result
+SAME = ("xlstm-export", "numpy", "onnxruntime")  # packages whose versions affect results
 Task = tuple[int, Setup, Recipe]
 Run = Callable[[Sequence[Task]], Iterator[tuple[int, Measured]]]
 
@@ -45,7 +45,7 @@ class Workers:
 
     Attributes:
         jobs: processes; -1: one per core; 1: in this process.
-        dask: address of a scheduler instead, as `tcp://host:8786`.
+        dask: address of a Dask scheduler to use instead, such as `tcp://host:8786`.
     """
 
     jobs: int = -1
@@ -53,11 +53,11 @@ class Workers:
 
 
 class Log:
-    """Finished candidates by key; a line that was cut off by a kill is dropped.
+    """Log of finished candidates by key; a line that is incomplete after a kill is dropped.
 
     Args:
-        path: of the file.
-        resume: False starts a new one.
+        path: file of the log.
+        resume: False starts a new log.
     """
 
     def __init__(self, path: Path, *, resume: bool) -> None:
@@ -71,7 +71,7 @@ class Log:
                 self._read()
 
     def get(self, key: str) -> Any:
-        """What was found under a key; None where nothing was."""
+        """Result of a key; None if there is none."""
         return self._found.get(key)
 
     def add(self, key: str, name: str, result: Any) -> None:
@@ -89,7 +89,7 @@ class Log:
         if whole < len(content):
             os.truncate(self._path, whole)
         for line in content[:whole].splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # anything else is measured again
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is measured again
                 entry = json.loads(line)
                 self._found[entry["key"]] = entry["result"]
 
@@ -97,15 +97,15 @@ class Log:
 class Bench:
     """Measures recipes of one export on one set of data.
 
-    A context: processes and temporary folders are gone at its end, however it ends.
+    A context manager: at its end processes are stopped and temporary folders are removed.
 
     Args:
-        setup: what candidates share; reference and scratch are filled in.
-        sites: of the export.
-        context: hash of what shapes every result, apart from the recipe.
+        setup: settings that candidates share; reference and scratch are filled in.
+        sites: sites of the export.
+        context: hash of everything that all results depend on, without the recipe.
         out: folder of the log.
-        workers: where to measure.
-        resume: keep what an earlier run found.
+        workers: where candidates are measured.
+        resume: keep the results of an earlier run.
         progress: called with (done, total) candidates; the total is an estimate.
     """
 
@@ -138,12 +138,12 @@ class Bench:
         self._stack.__exit__(kind, error, trace)
 
     def reference_metric(self) -> float:
-        """Metric of the FP32 export; runs it only where no earlier search did."""
+        """Metric of the FP32 export, which is run only if no earlier search has done so."""
         found = self._log.get(self._key("reference"))
         return self._started() if found is None else float(found)
 
     def measure(self, recipes: Sequence[tuple[str, Recipe]]) -> list[Measured]:
-        """Results in the order of the (name, recipe) pairs; each is logged as soon as it is there."""
+        """Measure (name, recipe) pairs; results have the same order, each is logged at once."""
         keys = [self._recipe_key(recipe) for _, recipe in recipes]
         todo = {k: i for i, k in enumerate(keys) if self._log.get(k) is None}
         results = {k: Measured.from_json(self._log.get(k)) for k in keys if k not in todo}
@@ -160,7 +160,7 @@ class Bench:
         return [results[key] for key in keys]
 
     def _started(self) -> float:
-        """The FP32 export recorded and workers ready; its metric."""
+        """Record the FP32 export and start the workers, once; returns the metric of the export."""
         if self._run is None:
             scratch = self._stack.enter_context(_scratch(self._out))
             self._run = self._stack.enter_context(_workers(self._workers, self._setup))
@@ -174,7 +174,7 @@ class Bench:
         return self._metric
 
     def _recipe_key(self, recipe: Recipe) -> str:
-        """Recipes that differ in wording only have the same."""
+        """Key of a recipe; the same for recipes that differ only in the wording of their rules."""
         choices = {site.name: recipe.choice(site) for site in self._sites}
         return self._key([choices, recipe.base, recipe.smooth, recipe.clip, recipe.state_dtype])
 
@@ -198,19 +198,19 @@ def _scratch(out: Path) -> Iterator[Path]:
             if match and not alive(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".scratch.{os.getpid()}.", dir=out))
-    os.chmod(scratch, 0o755)  # workers of a cluster may be another user's
+    os.chmod(scratch, 0o755)  # workers of a cluster may run as another user
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --- who measures them --------------------------------------------------------------------------------
+# --- where candidates are measured ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _workers(workers: Workers, setup: Setup) -> Iterator[Run]:
-    """A function that measures tasks and gives results as they come."""
+    """A function that measures tasks and yields results as they finish."""
     import joblib
 
     with contextlib.ExitStack() as stack:
@@ -241,7 +241,7 @@ def _numbered(index: int, setup: Setup, recipe: Recipe) -> tuple[int, Measured]:
 
 
 def _stop_processes() -> None:
-    """joblib keeps its processes for a next call; there is none, and an interrupted one is still at work."""
+    """Stop the processes that joblib would keep for a next call, also those that still work."""
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
@@ -253,7 +253,7 @@ def _readable_worker_errors() -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a generator ended early is meant
+            warnings.simplefilter("ignore", UserWarning)  # ending a generator early is intended
             yield
     except BrokenProcessPool as error:
         raise SetupError(
@@ -266,10 +266,10 @@ def _readable_worker_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _client(address: str) -> Iterator[Any]:
-    """A connection to a running scheduler, with a worker at least.
+    """A connection to a running scheduler with at least one worker.
 
     Raises:
-        SetupError: `distributed` is not installed, nobody answers, or there are no workers.
+        SetupError: `distributed` is not installed, no scheduler answers, or there are no workers.
     """
     try:
         import distributed
@@ -300,10 +300,10 @@ def _wait_for_worker(client: Any, address: str) -> None:
 
 
 def _check_cluster(client: Any, setup: Setup) -> None:
-    """Every worker sees the run folder and computes what this machine would."""
+    """Raise SetupError unless every worker sees the run folder and has the same versions."""
     try:
         answers = client.run(_look, setup.folder)
-    except Exception as error:  # whatever importing on another machine may raise
+    except Exception as error:  # an import on another machine may raise anything
         raise SetupError(
             f"a Dask worker cannot import xlstm_export: {error}", "install the same version on every worker"
         ) from error

@@ -1,12 +1,11 @@
-"""The search for the most bytes that can be quantized, over an `evaluate` that measures candidates.
+"""The search for the plan that quantizes the most bytes; a function `evaluate` measures candidates.
 
-Nothing is predicted: harm measured one unit at a time only says in which order to try. The path is
-
+No result is predicted: the harm of each unit alone only decides the order of the trials. The steps are
     prefix    units by harm per byte saved; bisection over how many of them go together
     add back  every excluded unit on top of that; those that fit alone, one after the other, largest first
     weights   what cannot be INT8 with its activation: the same again with its weight alone as INT8
 
-and does not depend on how many candidates are measured at the same time.
+The result does not depend on how many candidates are measured at the same time.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Unit:
 
     Attributes:
         sites: names of the sites.
-        can: what they become where the precision is asked for; several kinds in a mixed group.
+        can: precisions of the sites if the unit is quantized; several kinds in a mixed group.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A candidate to be measured: unit name → choice; units that are not named stay as they are."""
+    """A candidate to be measured: unit name → choice; other units stay in the base type."""
 
     name: str
     choices: Mapping[str, Choice]
@@ -52,8 +51,8 @@ class Candidate:
     """A candidate that was measured.
 
     Attributes:
-        drop: of the metric against the FP32 export, relative; positive is worse.
-        saved: bytes less than with nothing quantized.
+        drop: relative change of the metric against the FP32 export; positive is worse.
+        saved: bytes saved compared with nothing quantized.
     """
 
     name: str
@@ -64,15 +63,15 @@ class Candidate:
 
     @property
     def harm(self) -> float:
-        """Drop of the metric and squared drift: both add up over units whose errors are independent.
+        """Drop of the metric plus squared drift: both add up over units whose errors are independent.
 
-        A single unit hardly moves the metric, and by chance either way; its drift tells it from others.
+        A single unit changes the metric little, and by chance in either direction; drift ranks it better.
         """
         harm = max(self.drop, 0.0) + self.measured.drift**2
         return harm if math.isfinite(harm) else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what is no finite number is null."""
+        """Plain data; NaN and infinity are null."""
         return {
             "name": self.name,
             **self.measured.to_json(),
@@ -84,13 +83,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate must keep: the drop of the metric, and the growth of errors over the horizon."""
+    """Limits of a candidate: drop of the metric, and growth of errors over the horizon."""
 
     max_drop: float
     growth: float
 
     def keeps(self, candidate: Candidate) -> bool:
-        """False for NaN, too."""
+        """Whether a candidate is within the limits; False for NaN."""
         within = candidate.drop <= self.max_drop and candidate.measured.growth <= self.growth
         return within and not candidate.measured.failure
 
@@ -100,7 +99,7 @@ Evaluate = Callable[[Sequence[Plan]], list[Candidate]]
 
 @dataclass(frozen=True)
 class Found:
-    """The best candidate within the limits, and all that were measured on the way to it, in order."""
+    """Result of a search: the best candidate within the limits, and all measured candidates in order."""
 
     plan: Plan
     candidate: Candidate
@@ -111,7 +110,7 @@ def order(units: Sequence[Unit], alone: Mapping[str, Candidate]) -> list[str]:
     """Names of the units that save something, least harm per byte saved first.
 
     Args:
-        units: all.
+        units: all units.
         alone: unit name → the candidate where only this one is quantized.
     """
     useful = [u.name for u in units if alone[u.name].saved > 0 and not alone[u.name].measured.failure]
@@ -133,11 +132,11 @@ def search(
     Args:
         names: units in the order of `order`.
         weights_only: of these, the ones whose weight can be INT8 without their activation.
-        known: plans that are measured already; one of them keeps the limits.
-        evaluate: measures plans, side by side where it can.
-        limits: what to keep.
-        precision: what units become.
-        budget: how many more candidates may be measured.
+        known: plans that are measured already; at least one of them keeps the limits.
+        evaluate: measures plans, in parallel if possible.
+        limits: limits of a candidate.
+        precision: precision of quantized units.
+        budget: number of candidates that may still be measured.
     """
     run = _Search(evaluate, limits, budget)
     run.best = max(
@@ -160,9 +159,9 @@ class _Search:
         self._evaluate, self._limits, self._budget = evaluate, limits, budget
 
     def prefix(self, moves: Sequence[tuple[str, Choice]]) -> None:
-        """Bisect over how many units, from the least harmful on, can go together."""
+        """Bisect for the number of units, the least harmful first, that can be quantized together."""
         good, bad = 0, len(moves) + 1
-        middle = len(moves)  # all of them, first: often nothing needs to be searched
+        middle = len(moves)  # first all of them: often no search is needed
         while good < middle < bad:
             plan = Plan(f"the first {middle} of {len(moves)}", dict(moves[:middle]))
             candidates = self.measure([plan])
@@ -176,13 +175,13 @@ class _Search:
             middle = (good + bad) // 2
 
     def consider(self, plan: Plan) -> None:
-        """Measure one plan; it is the best from now on where it keeps the limits and saves more."""
+        """Measure one plan; it becomes the best if it keeps the limits and saves more."""
         for candidate in self.measure([plan]):
             if self._limits.keeps(candidate):
                 self._take(plan, candidate)
 
     def add_back(self, moves: Sequence[tuple[str, Choice]]) -> None:
-        """Add what fits. A unit that does not fit now will not fit later either, with more around it."""
+        """Add units that keep the limits. One that does not is not tried again after others are added."""
         left = [move for move in moves if move[0] not in self.best[0].choices]
         plans = [self._plus(move) for move in left]
         fit = [
@@ -194,7 +193,7 @@ class _Search:
             self.consider(self._plus(move))
 
     def measure(self, plans: Sequence[Plan]) -> list[Candidate]:
-        """Candidates of the plans, of the first few where the budget ends; none twice."""
+        """Measure plans, each only once, and only the first ones if the budget ends."""
         keys = [frozenset(plan.choices.items()) for plan in plans]
         new = {k: p for k, p in zip(keys, plans, strict=True) if k not in self.tried}
         affordable = dict(list(new.items())[: max(self._budget, 0)])

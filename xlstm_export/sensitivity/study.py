@@ -1,15 +1,15 @@
-"""Which weights of a model, and which activations, can be integers: by the task's metric and by drift.
+"""Finds out which weights and activations of a model can be integers, by task metric and drift.
 
     found = sensitivity(run, SensitivityOptions(data=Path("train.txt")), scales=Scales.read(run))
     quantize(run, found.recipe, scales=...)
 
-A recurrent model repeats its own errors, so the error of one step says little. Every candidate is a run
-folder of its own, run over a carried stream: the metric of the task, and how far outputs and states are from
-those of the FP32 export after `horizon` positions. First each weight alone, then the search of
-`search.py`. The recipe that is returned was measured as it is.
+A recurrent model accumulates its errors, so the error of one step is not enough. Every candidate is a run
+folder of its own and runs over a stream with the state carried. Measured are the task metric, and the errors
+of outputs and states against the FP32 export after `horizon` positions: first for each weight alone, then for
+the candidates of `search.py`. The returned recipe has been measured as a whole.
 
 Evidence goes to a folder: `recipe.yaml`, `evidence.json`, `evidence.csv`, `evidence.svg`,
-and `candidates.jsonl`, from which an interrupted search goes on. Same inputs, same files.
+and `candidates.jsonl`, from which an interrupted search continues. The same inputs give the same files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .settings import Group, Search, Settings
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
 
-MOST_SITES = 64  # with more, sites of one block and role are tried together by default
+MOST_SITES = 64  # if there are more, sites of one block and role are tried together by default
 
 
 def sensitivity(
@@ -60,17 +60,17 @@ def sensitivity(
     scales: Scales | None = None,
     out: Path | None = None,
 ) -> Sensitivity:
-    """Find out what every weight does to the model, and the recipe that quantizes most within the limits.
+    """Measure the harm of every weight, and search for the recipe that quantizes most within the limits.
 
     Args:
         run: run folder of an FP32 export.
-        options: `data` are what is measured on, not what a result is reported on later. Data begin anew where
-            they are shorter than the horizon. Errors may not grow by more than 1.5 from a 16th of it on, or
-            by more than those of the base type do.
-        context: its seed is of the stretch of data that drift is measured on; `count` is called with the
-            candidates done and their total, which is an estimate until the end.
+        options: `data` must not be the held-out data that results are reported on; they are repeated if
+            they are shorter than the horizon. Errors must not grow by a factor of more than 1.5 from a 16th
+            of the horizon on, or more than those of the base type.
+        context: shared settings; the seed chooses the stretch of data that drift is measured on, and `count`
+            is called with the candidates done and their total, which is an estimate until the end.
         search: how candidates are chosen and measured.
-        data: in place of `options.data`, opened already or as for `data.load`.
+        data: data in place of `options.data`: loaded already, or a path.
         scales: calibrated ranges; needed for "int8".
         out: folder for the evidence; default: `sensitivity` in the run folder.
 
@@ -78,9 +78,9 @@ def sensitivity(
         The recipe and the evidence, which is also written.
 
     Raises:
-        UsageError: options out of range, the run is quantized already, or there are no data.
-        InputError: export, data or ranges are unusable.
-        SetupError: no scheduler, no disk space, a worker was killed.
+        UsageError: options are out of range, the run is quantized already, or there are no data.
+        InputError: export, data or ranges cannot be used.
+        SetupError: no scheduler answers, the disk is full, or a worker was killed.
         GateError: the base type alone drops the metric by more than `max_drop`; the evidence is written.
         BuildError: a graph with nothing but the base type cannot be built.
     """
@@ -108,7 +108,7 @@ def sensitivity(
 
 
 def units_of(sites: Sequence[Site], precision: Choice, group: Group | None = None) -> tuple[Unit, ...]:
-    """What is quantized together, in the order of the graph."""
+    """Units of sites that are quantized together, in the order of the graph."""
     unique = {site.name: site for site in sites}.values()
     group = group or ("site" if len(unique) <= MOST_SITES else "block")
     together: dict[str, list[Site]] = {}
@@ -146,13 +146,13 @@ class _Study:
 
     def run(self) -> Sensitivity:
         settings, units = self._settings, self._units
-        # base, everything, two defaults, each unit; bisection, adding back what is left
+        # base, everything, two defaults, each unit; then bisection, and adding back the rest
         self._bench.expected = 4 + 2 * len(units) + math.ceil(math.log2(len(units) + 1))
         self._reference = self._bench.reference_metric()
         if not (math.isfinite(self._reference) and self._reference > 0.0):
             raise InputError(
                 f"the FP32 export has {self._data.metric} {self._reference} on these data",
-                "a relative drop needs a positive number; check data and export",
+                "a relative drop needs a positive metric; check data and export",
             )
         base = self._base()
         general, default, rejected = self._without_search()
@@ -197,10 +197,10 @@ class _Study:
         return replace(base, saved=0)
 
     def _without_search(self) -> tuple[Candidate, Candidate, tuple[Candidate, ...]]:
-        """Everything quantized, and what the precision quantizes without evidence.
+        """Everything quantized, the precision's default, and the rejected variant of the default.
 
-        Smoothing helps one model and harms another. The second is measured with and without; what does less
-        harm is used from here on, what does more is the third result.
+        Smoothing helps some models and harms others. The default is measured with and without it; the variant
+        with less harm is used from here on, the other one is the third result.
         """
         settings, plan = self._settings, self._default_plan()
         everything = naive(settings.options.base)
@@ -210,7 +210,7 @@ class _Study:
         variants = {f"{plan.name}, smooth {s}": settings.smoothed(s) for s in strengths}
         recipes = {name: self._recipe(plan, variant) for name, variant in variants.items()}
         general, *defaults = self._measure(("everything, naively", everything), *recipes.items())
-        best = min(defaults, key=lambda c: c.harm)  # of equal ones the first, without smoothing
+        best = min(defaults, key=lambda c: c.harm)  # the first of equal ones is without smoothing
         self._settings = variants[best.name]
         return general, best, tuple(c for c in defaults if c is not best)
 
@@ -243,7 +243,7 @@ class _Study:
         return recipe_for(self._sites, choices, (settings or self._settings).recipe)
 
     def _default_plan(self) -> Plan:
-        """What the precision quantizes without evidence."""
+        """What the precision quantizes by default."""
         by_name = {site.name: site for site in self._sites}
         chosen: dict[str, Choice] = {
             unit.name: self._settings.precision
@@ -265,7 +265,7 @@ class _Study:
 
 
 def _check_export(run: RunFolder, settings: Settings, scales: Scales | None) -> None:
-    """Everything that can be refused before the first candidate."""
+    """Raise UsageError for everything that can be refused before the first candidate."""
     if run.options.precision is not None:
         raise UsageError(f"{run.path} is {run.precision} already", "give the FP32 export it was made from")
     if not run.io.states or not all(map(per_position, (*run.io.inputs, *run.io.outputs))):
@@ -290,7 +290,7 @@ def _opened(data: EvalData | Path | None, io: IoSpec, positions: int) -> EvalDat
 
 
 def _shaped_by(setup: Setup, run: RunFolder) -> str:
-    """Hash of what shapes every measurement: export, ranges, data, horizon, threads, versions."""
+    """Hash of what every measurement depends on: export, ranges, data, horizon, threads, versions."""
     digest = hashlib.sha256()
     if setup.scales is not None:
         digest.update(json.dumps(setup.scales.all_amax(), sort_keys=True).encode())

@@ -163,7 +163,7 @@ def bound(
     """
     session = open_session(op, body, operands, states, threads, fused=fused)
     binding = session.io_binding()
-    held = []  # bindings only point to this memory
+    held = []  # bindings do not keep this memory alive
 
     def memory(array: np.ndarray) -> Any:
         held.append(onnxruntime.OrtValue.ortvalue_from_numpy(array))

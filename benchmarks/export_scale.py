@@ -142,7 +142,7 @@ def values(name: str, shape: tuple[int, ...], noise: Any, generator: Any) -> Any
     starts = torch.randint(0, noise.numel() - width, (rows,), generator=generator)
     scale = 0.02 if "embedding" in name else width**-0.5
     if name.endswith(("out_proj.weight", "proj_down.weight")):
-        scale *= 0.2  # branches add a part to the residual stream, and do not drown it
+        scale *= 0.2  # the branches are small relative to the residual stream
     return torch.stack([noise[start : start + width] for start in starts.tolist()]) * scale
 
 

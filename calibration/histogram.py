@@ -1,4 +1,4 @@
-"""What is kept of an observed tensor: histograms of magnitudes, and the largest ones."""
+"""The statistics of an observed tensor: histograms of magnitudes, and the largest ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _AT_ONCE = 1 << 18  # values that are binned at once, so that they stay in the c
 
 @dataclass
 class Observer:
-    """What is kept of one tensor.
+    """The statistics of one tensor.
 
-    Bins have equal widths, a power of two. When a value lies beyond the last, pairs of bins are merged until
+    Bins have equal widths, a power of two. When a value is beyond the last, pairs of bins are merged until
     it does not: exact, and the end does not depend on the order in which values came.
 
     Attributes:

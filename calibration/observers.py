@@ -1,4 +1,4 @@
-"""Ranges of activations, seen where they will be: in a stream, with the states that came before.
+"""Ranges of activations, observed as in deployment: in a stream, with its states.
 
 A graph runs over sequences as it is deployed, in pieces with its states carried on. Of every observed tensor
 a histogram of magnitudes per bucket of positions is kept, the largest magnitude per bucket and per channel,
@@ -88,7 +88,7 @@ class _Run:
             return 0, length
         bucket = int(np.searchsorted(self.borders, at, side="right")) - 1
         border = self.borders[bucket + 1] if bucket + 1 < len(self.borders) else length
-        # The first piece is one position long and tells how many bytes a position takes.
+        # The first piece is one position long; it shows how many bytes a position takes.
         piece = max(1, min(PIECE, PIECE_BYTES // max(self.position_bytes, 1)))
         return bucket, min(border, length, at + piece)
 

@@ -2,7 +2,7 @@
 
 Windows of 64 positions are compared: those that start at a multiple of 64 in the evaluation data with every
 window of the calibration data. A stretch of 127 common positions always holds such a window, wherever it
-stands in either; shorter ones may go unseen.
+is in either; shorter ones may not be found.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_contents(inputs: Arrays, heldout: Sequence[Arrays], io: IoSpec, names:
 def shared_windows(inputs: Arrays, heldout: Sequence[Arrays], io: IoSpec) -> tuple[int, int, int]:
     """How many windows of the evaluation data are in the calibration data, of how many, of which length.
 
-    Windows that repeat one position throughout (a sensor that is off, padding) say nothing and do not count.
+    Windows that repeat one position throughout (an unused sensor, padding) do not count.
     """
     ours = list(_digests(inputs, io))
     theirs = [digests for part in heldout for digests in _digests(part, io)]

@@ -1,4 +1,4 @@
-"""What an interrupted calibration had seen, kept in one file until it is finished."""
+"""The statistics of an interrupted calibration, in one file, until it is finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Partial:
     """The file in `folder` that belongs to one run; that of another graph, data or options is not used.
 
     Args:
-        folder: where it stands.
+        folder: folder of the file.
         key: all that shapes the observers, as JSON.
     """
 
@@ -31,7 +31,7 @@ class Partial:
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     def restore(self, observers: Mapping[str, Observer]) -> int:
-        """Fill the observers in; how many sequences they had seen, 0 where there is nothing to go on from.
+        """Fill the observers; returns how many sequences they had seen, 0 where there is no file.
 
         Raises:
             InputError: the file is damaged.
@@ -49,7 +49,7 @@ class Partial:
                     observer.exponent = int(file[f"{index}_exponent"])
                     observer.channels = file[f"{index}_channels"]
                 return int(file["done"])
-        except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+        except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
             raise InputError(f"{self.path} is damaged: {error}", "delete it and calibrate again") from error
 
     def save(self, observers: Mapping[str, Observer], done: int) -> None:
@@ -75,5 +75,5 @@ class Partial:
                 temporary.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The run is finished."""
+        """Delete the file: the run is finished."""
         self.path.unlink(missing_ok=True)

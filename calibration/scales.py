@@ -1,4 +1,4 @@
-"""What calibration found, on disk: `scales.json` (one range per tensor) and `channels.safetensors`.
+"""The result of calibration on disk: `scales.json` (one range per tensor) and `channels.safetensors`.
 
 No times and no paths are in the files: same graph, data and options give the same bytes.
 """

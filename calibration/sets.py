@@ -63,7 +63,7 @@ class CalibrationSet:
         return content_hash(self.inputs)
 
     def to_json(self, io: IoSpec) -> dict[str, Any]:
-        """What scales.json says of the data."""
+        """The entry of the data in scales.json."""
         return {
             "name": self.name,
             "sha256": self.sha256,

@@ -28,7 +28,7 @@ class Source:
     """Data as it was read.
 
     Attributes:
-        name: what a report calls it; no path, so that results do not depend on where a file stands.
+        name: label in reports; without a path, so that results do not depend on the folder.
         parts: inputs by name, each (N, S, ...); parts may differ in N and S.
         notes: what a user should know about how the file was read.
     """
@@ -113,7 +113,7 @@ class Reader:
     def _check_tokens(self, arrays: Arrays, where: str) -> None:
         integers = [spec.name for spec in self.io.inputs if np.issubdtype(spec.dtype, np.integer)]
         if self.vocab_size is None or len(integers) != 1:
-            return  # a vocabulary does not say of which of several inputs it is
+            return  # with several inputs it is not clear whose vocabulary it is
         tokens = arrays[integers[0]]
         wrong = (tokens < 0) | (tokens >= self.vocab_size)
         if wrong.any():
@@ -192,7 +192,7 @@ def _fit(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     kinds = {"f": "biuf", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
     if array.dtype.kind not in kinds:
         raise InputError(f"{where}: {spec.name} holds {array.dtype}, the model takes {spec.dtype}")
-    with np.errstate(over="ignore"):  # told below, with the place
+    with np.errstate(over="ignore"):  # reported below, with the place
         array = np.ascontiguousarray(array.astype(wanted))
     if wanted.kind == "f" and not np.isfinite(array).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
@@ -207,7 +207,7 @@ def _npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+    except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
         raise InputError(f"{path} is not a readable .npz file: {error}", PICTURE) from error
 
 
@@ -219,7 +219,7 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _read_csv(path: Path, channels: int, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Rows → positions (S, channels); a leading column of text, as a time is, is left out and told."""
+    """Rows → positions (S, channels); a leading column of text (a time) is left out, with a note."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -279,7 +279,7 @@ def _tokenizer(path: Path) -> Any:
 
 
 def _items(spec: str) -> Iterable[Any]:
-    """What the generator yields; an error of the user's own code is told as theirs."""
+    """What the generator yields; an error in it is reported as the user's code."""
     generator = load_function(spec, spec)
     try:
         yield from generator()

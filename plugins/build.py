@@ -1,7 +1,8 @@
 """Building the libraries of `locate.KINDS` from a folder of sources, into the cache.
 
-A build's key is what could change its bytes: the sources, the compilers, the GPUs, the toolkits, the flags of
-the environment. What is there under its key is not built again. CMake works in a temporary folder; a library
+A build's key is a hash of everything that could change its bytes: the sources, the compilers, the GPUs, the
+toolkits, the flags of the environment. A library whose key is in the cache is not built again. CMake works in
+a temporary folder; a library
 enters the cache complete, or not at all, and processes that build at the same time wait for each other.
 """
 
@@ -51,7 +52,7 @@ class Library:
 
     Attributes:
         fresh: it was compiled just now, not found in the cache.
-        warnings: where it does not run although one might think so.
+        warnings: machines on which it does not run although a user may expect it.
     """
 
     kind: str
@@ -210,7 +211,7 @@ def _compile(
 
 
 def _run(command: list[str], output: IO[str], progress: Progress | None) -> int:
-    """Run a command with its output copied to a log; it ends with us, however we end."""
+    """Run a command with its output copied to a log; the command is stopped when this process ends."""
     # LC_ALL: messages are searched for "error".
     environment = {**os.environ, "LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}
     process = subprocess.Popen(
@@ -247,7 +248,7 @@ def _failure(kinds: Sequence[str], log: Path) -> BuildError:
     found = _ERROR.search(text)
     if found is None:
         first = lines[-1] if lines else "no output"
-    elif found.group().startswith("CMake Error"):  # what is wrong stands below
+    elif found.group().startswith("CMake Error"):  # the details are in the lines below it
         first = " ".join(text[found.start() :].split("\n\n")[0].split())
     else:
         first = found.group().strip()

@@ -1,4 +1,4 @@
-"""What has been built, what it was built from, and whether it loads here."""
+"""The built libraries: their sources, and whether they load on this machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inventory(sources: Sources = OWN) -> list[Entry]:
 
 
 def loading_problem(path: Path) -> str:
-    """What the dynamic linker says against a library; empty when it loads."""
+    """The dynamic linker's error for a library; empty when it loads."""
     try:
         # Unresolved symbols count now, not at the first call; nothing becomes visible to other libraries.
         ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)

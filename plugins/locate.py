@@ -1,8 +1,8 @@
-"""Where built libraries lie, and which of them belongs to the sources as they are now.
+"""Find built libraries, and those that belong to the current sources.
 
 The cache is one folder per build, `<cache>/plugins/<kind>-<key>/`, with the library and a `manifest.json`
-that says what it was made of. A session looks here whenever it opens, so that is reading a few small files:
-no process is started and nothing heavy is imported.
+of its sources. Every session searches it when it opens, so a search only reads a few small files: it starts
+no process and imports no large package.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Built:
 class Sources:
     """A folder of sources, such as this package's or a bundle's, and what was built from it.
 
-    Several can be used in one process: whether a built library fits depends on the folder that asks.
+    Several can be used in one process; each finds the libraries that were built from its own files.
 
     Attributes:
         root: the folder with CMakeLists.txt; includes are written from here on.
@@ -169,7 +169,7 @@ OWN = Sources(Path(__file__).resolve().parent)
 
 
 def is_off(kind: str) -> bool:
-    """Whether the environment says that no library of a kind is to be used."""
+    """Whether the environment disables the libraries of a kind."""
     return os.environ.get(_variable(kind)) == "off"
 
 

@@ -1,8 +1,8 @@
 """The C interface of the native libraries (`common/call.h`) for Python: calls on addresses of tensors.
 
 Every library of kernels exports the same functions, whether its kernels run on a GPU, on a CPU, or are GPU
-kernels run on a CPU for tests. `NativeLibrary` takes NumPy arrays or PyTorch tensors; it copies nothing and
-checks that what it is given is contiguous and has the shape and type that the operator's contract says.
+kernels run on a CPU for tests. `NativeLibrary` takes NumPy arrays or PyTorch tensors. It copies nothing, and
+checks that they are contiguous and have the shapes and types of the operator's contract.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ class NativeLibrary:
         self._run("slstm", call, workspace, context)
 
     def mlstm_workspace(self, call: MlstmCall) -> int:
-        """Bytes of scratch memory that `mlstm` wants."""
+        """Bytes of scratch memory that `mlstm` needs."""
         return int(self._lib.xlstm_mlstm_workspace(ctypes.byref(call)))
 
     def slstm_workspace(self, call: SlstmCall) -> int:
-        """Bytes of scratch memory that `slstm` wants."""
+        """Bytes of scratch memory that `slstm` needs."""
         return int(self._lib.xlstm_slstm_workspace(ctypes.byref(call)))
 
     def _run(self, op: str, call: ctypes.Structure, workspace: Array | None, context: int | None) -> None:

@@ -1,7 +1,7 @@
-"""Built libraries on random calls against the recurrence in float64: does what was built work here?
+"""Check that built libraries work on this machine: random calls against the recurrence in float64.
 
-Limits are those of a working kernel with room to spare; a wrong index, mask or instruction is off by orders
-of magnitude. How exact the kernels are is the test suite's business.
+The limits leave room for rounding; a wrong index, mask or instruction gives errors that are larger by orders
+of magnitude. The test suite measures the exact precision of the kernels.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _checks(kind: str, path: Path, seed: int) -> Iterator[Check]:
 
 
 def _registers(path: Path) -> Check:
-    """ONNX Runtime takes the library; what graphs give with it is seen by `verify`."""
+    """Check that ONNX Runtime loads the library; `verify` checks the results of graphs with it."""
     name = "registers in ONNX Runtime"
     try:
         import onnxruntime

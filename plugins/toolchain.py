@@ -1,6 +1,6 @@
-"""What plugins are built with: compilers, CMake, CUDA, TensorRT's headers, and the GPUs to build for.
+"""Find the tools to build plugins with: compilers, CMake, CUDA, TensorRT's headers, and the GPUs to build for.
 
-Each `find_` function returns what it found or raises an SetupError that says how to get it.
+Each `find_` function returns the tool, or raises a SetupError whose hint describes how to get it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CMAKE_MINIMUM: Version = (3, 22)  # what JetPack 6 brings
 CUDA_MINIMUM: Version = (12, 0)
 SM_MINIMUM = 80  # bf16 mma.sync and cp.async
 JETPACK6_CUDA: Version = (12, 6)  # newest code that its driver loads
-# Systems on a chip by their name in the device tree; nvidia-smi does not tell on every board.
+# Systems on a chip by their name in the device tree; nvidia-smi does not report it on every board.
 TEGRA = {"tegra234": 87, "tegra264": 110}
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 DEVICE_TREE = Path("/proc/device-tree/compatible")
@@ -33,7 +33,7 @@ HEADER_FOLDERS = ("/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-g
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler; `version` is the first line it says about itself."""
+    """A C++ compiler; `version` is the first line of its output for --version."""
 
     path: Path
     version: str
@@ -152,9 +152,9 @@ def find_gpus() -> tuple[int, ...]:
     """Compute capabilities of the GPUs in this machine, such as (87,); empty without one."""
     if program := _which("nvidia-smi"):
         query = [str(program), "--query-gpu=compute_cap", "--format=csv,noheader"]
-        said = re.findall(r"^\s*(\d+)\.(\d)\s*$", _output(query, may_fail=True), re.MULTILINE)
-        if said:
-            return tuple(sorted({10 * int(major) + int(minor) for major, minor in said}))
+        found = re.findall(r"^\s*(\d+)\.(\d)\s*$", _output(query, may_fail=True), re.MULTILINE)
+        if found:
+            return tuple(sorted({10 * int(major) + int(minor) for major, minor in found}))
     if DEVICE_TREE.is_file():
         tree = DEVICE_TREE.read_bytes().decode(errors="replace")
         return tuple(sm for chip, sm in TEGRA.items() if chip in tree)
@@ -212,7 +212,7 @@ def default_sms(cuda: Cuda) -> tuple[int, ...]:
 
 
 def warnings(sms: Sequence[int], cuda: Cuda) -> list[str]:
-    """What is legal and yet does not run where a user may expect it to."""
+    """Warnings about builds that are valid but do not run on a machine where a user may expect it."""
     if 87 not in sms or cuda.version[:1] <= JETPACK6_CUDA[:1]:
         return []
     # The toolkit writes code objects of a newer binary interface than the driver of CUDA 12.6 knows.
@@ -224,10 +224,10 @@ def warnings(sms: Sequence[int], cuda: Cuda) -> list[str]:
 
 
 def _examine_cuda(nvcc: Path) -> Cuda:
-    said = _output([str(nvcc), "--version"])
-    found = re.search(r"release (\d+\.\d+)", said)
+    output = _output([str(nvcc), "--version"])
+    found = re.search(r"release (\d+\.\d+)", output)
     if not found:
-        raise SetupError(f"{nvcc} does not say its version", f"it said: {said.strip()[:200]}")
+        raise SetupError(f"{nvcc} does not report its version", f"its output: {output.strip()[:200]}")
     version = _version(found.group(1))
     if version < CUDA_MINIMUM:
         raise SetupError(
@@ -236,9 +236,9 @@ def _examine_cuda(nvcc: Path) -> Cuda:
     sms = tuple(sorted(map(int, re.findall(r"sm_(\d+)\b", _output([str(nvcc), "--list-gpu-code"])))))
     root = nvcc.resolve().parent.parent
     if not (root / "include" / "cuda_runtime.h").is_file():
-        # A script that starts the real one, which knows where it is.
-        told = re.search(r"^#\$ TOP=(.*)$", _output([str(nvcc), "--dryrun", "x.cu"]), re.MULTILINE)
-        root = Path(told.group(1).strip()).resolve() if told else root
+        # nvcc may be a script that starts the real compiler, which prints its folder.
+        top = re.search(r"^#\$ TOP=(.*)$", _output([str(nvcc), "--dryrun", "x.cu"]), re.MULTILINE)
+        root = Path(top.group(1).strip()).resolve() if top else root
     if not (root / "include" / "cuda_runtime.h").is_file():
         raise SetupError(f"{nvcc} has no CUDA headers beside it", "name the toolkit's folder with --cuda")
     return Cuda(root, root / "bin" / "nvcc", version, sms)

@@ -1,4 +1,4 @@
-"""The kernels built for the GPU at hand, what the compiler says of them, and the sanitizer's verdict."""
+"""Build the kernels for this machine's GPU; collect the compiler's figures and the sanitizer's verdict."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LIBRARY = "libxlstm_kernels.so"
 PROGRAM = "gpu_driver"
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-ERROR_CODE = 86  # of the sanitizer, told apart from the driver's own
+ERROR_CODE = 86  # of the sanitizer, different from the exit codes of the driver
 
 
 class BuildError(RuntimeError):
-    """The compiler failed; the message ends with what it said."""
+    """The compiler failed; the message ends with its output."""
 
 
 def build(nvcc: str, sm: int, folder: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run_checks(
     """Check all cases of a kernel; each record is emitted when it is there.
 
     A record: kernel, case, io, second, passed, ratios (result → error over the yardstick's), problems.
-    After an error that the device does not recover from, one last record says what was not run.
+    After an error that the device does not recover from, one last record lists what was not run.
     """
     remaining = list(cases.cases(kernel, small=small))
     while remaining:
@@ -104,7 +104,7 @@ def run(
     """One run of a kernel into poisoned memory.
 
     Returns:
-        The results by name, and a function that tells whether the memory around them is untouched.
+        The results by name, and a function that returns whether the memory around them is unchanged.
     """
     outputs = _outputs(case, inputs)
     buffers = [_Guarded(name, like, case.offset) for name, like in outputs.items()]

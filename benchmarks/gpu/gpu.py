@@ -5,8 +5,8 @@
 Needs nvcc and a Python with PyTorch; no network. Writes benchmarks/results/<gpu>.json after every stage and
 ends within 8 minutes. The exit code is 1 if a check failed, 3 if there is no GPU or no compiler.
 
-Each stage is a process of its own: an error that the GPU does not forgive, or one that hangs, costs that
-stage. A kernel that failed a check is not timed.
+Each stage runs in its own process: after a fatal GPU error, or when it hangs, only that stage is lost. A
+kernel that failed a check is not timed.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def slstm_errors(results: Tensors, reference: Tensors, length: int) -> dict[str,
 
 
 def worst(result: Tensor, reference: Tensor, scale: Tensor, gauge: Tensor | float = 1.0) -> float:
-    """Largest |result·gauge − reference| / scale. A scale of zero asks for equality."""
+    """Largest |result·gauge − reference| / scale. A scale of zero requires equality."""
     if not torch.isfinite(result).all():
         return float("inf")
     error = (result.double() * gauge - reference).abs()

@@ -119,7 +119,7 @@ def run_times(
     """Measure the ceilings, then every workload against PyTorch eager. Each record is emitted at once.
 
     Args:
-        passed: tells whether a group of kernels (`Workload.group`) passed its checks.
+        passed: whether a group of kernels (`Workload.group`) passed its checks.
         deadline: `time.monotonic` after which no workload is begun.
     """
     ceilings = measure_ceilings(device, small)
@@ -328,7 +328,7 @@ def verified(device: Device, case: Case, x: Tensors, launch: Call) -> float:
     """Error of one launch on these operands over what is allowed: relative L2 against float64.
 
     The outputs only, of the first stream's first and last head (heads are independent): the check on all
-    shapes and results is `gpu_checks`; this one sees that this shape takes no path of its own.
+    shapes and results is `checks.py`; this one covers the code path of this shape.
     """
     before = {name: tensor.clone() for name, tensor in x.items() if name in ("C0", "n0", "m0")}
     launch()

@@ -1,1 +1,1 @@
-"""A model with recurrent cells that `xlstm-export` does not know, and the adapters that make them known."""
+"""A model with recurrent cells that `xlstm-export` does not know, and adapters for them."""

@@ -1,4 +1,4 @@
-"""What makes the cells of `model.py` known, and the factory for `--module`."""
+"""Adapters for the cells of `model.py`, and the factory for `--module`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Somebody's own sensor model: an mLSTM written as a loop, and a cell that remembers a position."""
+"""A user's sensor model: an mLSTM written as a loop, and a cell that remembers a position."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_an_engine_of_another_bundle_is_named(bundle: Path, built: Path, what: s
         for entry in manifest["files"].values():
             entry["sha256"] = "0" * 64
     write_json(bundle / MANIFEST, manifest)
-    with refused(InputError, "sm87-trt10.3.0 was built of another bundle"):
+    with refused(InputError, "sm87-trt10.3.0 was built from another bundle"):
         build.find_engine(bundle, **board())
 
 

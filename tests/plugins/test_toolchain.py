@@ -152,7 +152,7 @@ def test_cuda_on_a_board_is_not_on_the_path(tmp_path: Path, monkeypatch: pytest.
 def test_cuda_too_old_or_silent(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"CUDA 11\.4 .* too old"):
         toolchain.find_cuda(toolkit(tmp_path / "old", (11, 4)))
-    with pytest.raises(SetupError, match="does not say its version"):
+    with pytest.raises(SetupError, match="does not report its version"):
         toolchain.find_cuda(script(tmp_path / "silent" / "bin" / "nvcc", ""))
 
 

@@ -110,5 +110,5 @@ def test_number_that_fp16_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_unknown_dtype(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
-    with refused(UsageError, "no dtype 'int3'", "fp32, bf16, fp16"):
+    with refused(UsageError, "dtype 'int3' is unknown", "fp32, bf16, fp16"):
         trace.export(small_loaded, tmp_path / "out", ExportOptions(dtype="int3"))

@@ -1,5 +1,5 @@
-"""What runs on the target: a bundle is checked, built, verified, timed and used there.
+"""Code that runs on the target: it checks, builds, verifies, times and runs a bundle there.
 
-Standard library and NumPy, besides the runtime itself (TensorRT or ONNX Runtime), which is imported where
-it is used. `bundle.py` packs this folder and the few modules it stands on into the bundle's `deploy.py`.
+It needs the standard library, NumPy and the runtime (TensorRT or ONNX Runtime), which is imported where it is
+used. The bundle's `deploy.py` contains this folder and the few modules it imports.
 """

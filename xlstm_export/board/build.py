@@ -1,8 +1,8 @@
-"""ONNX and plugin library → TensorRT engine, on the machine that will run it. Not run on hardware.
+"""Build a TensorRT engine from ONNX and a plugin library, on the target. Not yet tested on hardware.
 
-An engine belongs to one GPU and one TensorRT. It lies in `engines/sm<SM>-trt<version>/` with a manifest of
-what it was made of, appears there complete or not at all, and is looked at before it is loaded: a stale one
-is named, not run.
+An engine belongs to one GPU and one TensorRT version. It is written to `engines/sm<SM>-trt<version>/`,
+complete or not at all, with a manifest of its sources. The manifest is checked before the engine is loaded: a
+stale engine is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KIND = "tensorrt"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be built.
+    """The description of a build.
 
     Attributes:
         model: ONNX file: for plugins, or with function bodies.
@@ -59,10 +59,10 @@ class Plan:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def trtexec(self, major: int, engine: str = ENGINE) -> str:
-        """The same build as a command line; one profile for each half of `shapes` is what trtexec can do."""
+        """The same build as a command line of trtexec, with one profile for each half of `shapes`."""
         words = ["trtexec", f"--onnx={self.model.name}", f"--saveEngine={engine}", "--skipInference"]
         if major < 11:
-            words.append("--stronglyTyped")  # later versions know nothing else
+            words.append("--stronglyTyped")  # later versions have no other mode
         if self.plugin is not None:
             words.append(f"--dynamicPlugins={self.plugin.name}")
         words += [
@@ -90,7 +90,7 @@ def plan_build(
     options: BuildOptions = BuildOptions(),
     plugin: Path | None = None,
 ) -> Plan:
-    """Decide what is built of a bundle.
+    """Plan the build of a bundle's engine.
 
     Args:
         bundle: its folder.
@@ -148,10 +148,10 @@ def profile_shapes(
 
 
 def find_plugin(bundle: Path) -> Path:
-    """The plugin library: what came along for this machine, else compiled here, once, into the user's cache.
+    """The plugin library: from the bundle if it fits this machine, else compiled once into the user's cache.
 
     Raises:
-        SetupError: it is not there and no CUDA compiler is.
+        SetupError: the bundle has none for this machine, and there is no CUDA compiler.
         BuildError: the compiler failed.
     """
     sources = locate.Sources(bundle / "plugins")
@@ -178,7 +178,7 @@ def build_engine(
     Args:
         bundle: its folder.
         options: how.
-        say: told the phase and the time, now and then.
+        say: called with a line of progress (phase and time).
         tensorrt, cuda: stand-ins for tests.
 
     Returns:
@@ -186,7 +186,7 @@ def build_engine(
 
     Raises:
         SetupError: TensorRT, CUDA or the plugin library is missing or does not fit.
-        BuildError: TensorRT does not parse or build the graph; the message holds its own.
+        BuildError: TensorRT does not parse or build the graph; the message contains TensorRT's.
     """
     trt = tensorrt if tensorrt is not None else import_tensorrt()
     cuda = cuda or Cuda()
@@ -219,14 +219,14 @@ def build_engine(
 def serialize(
     trt: Any, plan: Plan, log: Any, *, cache: Path | None = None, say: Callable[[str], None] = print
 ) -> bytes:
-    """Parse and build; the plan TensorRT makes, as bytes.
+    """Parse and build; returns TensorRT's plan as bytes.
 
     Args:
         trt: the tensorrt module.
         plan: what to build.
         log: of `logger`.
         cache: file of kernel timings, read where it is there and written again.
-        say: told the phase and the time.
+        say: called with a line of progress (phase and time).
 
     Raises:
         BuildError: see `build_engine`.
@@ -248,7 +248,7 @@ def serialize(
     if plan.level is not None:
         config.builder_optimization_level = plan.level
     if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
-        config.clear_flag(tf32)  # FP32 is to be FP32: sums of decays in 10 bits are wrong
+        config.clear_flag(tf32)  # no TF32: sums of decays with 10 bits of mantissa are wrong
     for which in (0, 1):
         profile = builder.create_optimization_profile()
         for name, shapes in plan.shapes.items():
@@ -266,7 +266,7 @@ def serialize(
 
 
 def _flags(trt: Any) -> int:
-    """Strong typing, which newer versions know nothing else than."""
+    """The network flags for strong typing; newer versions have no other mode."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -285,7 +285,7 @@ def _require_plugins(trt: Any, network: Any, plan: Plan) -> None:
 
 
 def _watch(trt: Any, config: Any, say: Callable[[str], None]) -> None:
-    """Tell phases as the builder names them, with the time so far, where this version can."""
+    """Report the builder's phases with the time so far, where this version of TensorRT supports it."""
     base = getattr(trt, "IProgressMonitor", None)
     if base is None or not hasattr(config, "progress_monitor"):
         return
@@ -306,7 +306,7 @@ def _watch(trt: Any, config: Any, say: Callable[[str], None]) -> None:
 
 
 def _failure(log: Any) -> BuildError:
-    """Why the builder gave nothing, from its messages."""
+    """The error of a builder that returned no engine, from its messages."""
     text = "; ".join(log.errors[-3:]) or "no message"
     if any(word in text.lower() for word in ("out of memory", "outofmemory", "insufficient memory")):
         return BuildError(
@@ -314,7 +314,7 @@ def _failure(log: Any) -> BuildError:
             "stop the desktop (sudo systemctl isolate multi-user), add swap, --workspace 512, "
             "--optimization-level 2",
         )
-    return BuildError(f"TensorRT could not build the engine: {text}", "the log lies beside the engine")
+    return BuildError(f"TensorRT could not build the engine: {text}", "the log is beside the engine")
 
 
 def logger(trt: Any) -> Any:
@@ -354,7 +354,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
 
     Raises:
         SetupError: there is none, with those for other machines named; or TensorRT or CUDA is missing.
-        InputError: it is damaged, or was built of another graph or other plugins.
+        InputError: it is damaged, or was built from another graph or other plugins.
     """
     version = version_of(tensorrt if tensorrt is not None else import_tensorrt())
     folder = bundle / ENGINES / f"sm{(cuda or Cuda()).sm()}-trt{_dotted(version)}"
@@ -372,7 +372,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
     manifest = integrity.read(bundle)
     models = {manifest["files"].get(name, {}).get("sha256") for name in (MODEL, STRIPPED)}
     if origin["model"] not in models or origin["plugin"] != manifest["plugin_abi"][KIND]:
-        raise InputError(f"{folder.name} was built of another bundle", "python3 deploy.py build")
+        raise InputError(f"{folder.name} was built from another bundle", "python3 deploy.py build")
     if plugin is not None and not Path(plugin).is_file():
         raise SetupError(f"the plugin library {plugin} is gone", "python3 deploy.py build")
     return folder / ENGINE, None if plugin is None else Path(plugin)

@@ -1,4 +1,4 @@
-"""What a board has and lacks for a bundle; every finding that is not fine says what to do."""
+"""Check a board for what a bundle needs; every finding that is not fine has an action for the user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ L4T = {35: "5", 36: "6", 38: "7"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
         status: "ok", "missing" (nothing runs without it) or "optional".
@@ -45,7 +45,7 @@ def examine(
     tensorrt: Callable[[], Any] = import_tensorrt,
     cuda: Callable[[], Cuda] = Cuda,
 ) -> list[Finding]:
-    """Look at this machine, and at whether the bundle fits it.
+    """Check this machine, and whether the bundle fits it.
 
     Args:
         bundle: its folder.
@@ -54,7 +54,7 @@ def examine(
     findings = [_python(), _board(root)]
     runtime = _onnxruntime()
     engine = _tensorrt(tensorrt) + _cuda(cuda)
-    # One backend is enough: where ONNX Runtime is there, what TensorRT lacks is optional, and the other way.
+    # One backend is enough: with ONNX Runtime installed, the needs of TensorRT are optional, and vice versa.
     usable = all(finding.status == "ok" for finding in engine)
     if runtime.status == "ok":
         engine = [_optional(finding) for finding in engine]
@@ -139,7 +139,7 @@ def _tool(name: str) -> Finding:
         action = {
             "cmake": "sudo apt install cmake",
             "g++": "sudo apt install g++",
-            "nvcc": "it lies in /usr/local/cuda/bin, or: sudo apt install cuda-nvcc-12-6",
+            "nvcc": "it is in /usr/local/cuda/bin, or: sudo apt install cuda-nvcc-12-6",
         }
         return Finding(name, "optional", f"not found; {purpose[name]}", action[name])
     return Finding(name, "ok", path)

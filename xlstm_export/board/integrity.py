@@ -1,4 +1,4 @@
-"""Whether a bundle is what left the workstation: every byte of every file, before anything of it runs."""
+"""Check that a bundle is unchanged: every byte of every file, before any of it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..runfolder import MANIFEST
 
 SCHEMA = 1
-# Folders that nothing else may lie in: what they hold is compiled or run.
+# Folders that must hold no other files: their files are compiled or run.
 CLOSED = ("cpu", "goldens", "plugins")
 
 

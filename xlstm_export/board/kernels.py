@@ -1,4 +1,4 @@
-"""The fused operators for ONNX Runtime on the target: from the bundle, or compiled there of its sources."""
+"""The fused operators for ONNX Runtime on the target: from the bundle, or compiled from its sources."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BIN = "plugins/bin"
 
 
 def find(bundle: Path) -> Path | None:
-    """The library to use: what the environment names, what was compiled here, what came along; or None."""
+    """The library to use: named by the environment, compiled here, or from the bundle; None without any."""
     sources = locate.Sources(bundle / "plugins")
-    # `off` is for the library that came along too.
+    # `off` applies to the bundle's library too.
     if (found := sources.find(KIND)) is not None or locate.is_off(KIND):
         return found
     shipped = bundle / BIN / locate.machine() / locate.KINDS[KIND].library
@@ -24,7 +24,7 @@ def find(bundle: Path) -> Path | None:
 
 
 def build(bundle: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Compile the library for this machine into the user's cache; what is there already is not built again.
+    """Compile the library for this machine into the user's cache, unless it is there already.
 
     Raises:
         SetupError: CMake or a C++ compiler is missing.
@@ -36,7 +36,7 @@ def build(bundle: Path, progress: Callable[[int, int], None] = lambda done, tota
 
 
 def _loads(path: Path) -> bool:
-    """Whether this machine's loader takes it; it was linked on another one."""
+    """Whether the library, which was linked on another machine, loads on this one."""
     try:
         ctypes.CDLL(str(path))
     except OSError:

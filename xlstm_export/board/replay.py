@@ -1,8 +1,8 @@
-"""The recorded calls of a bundle, made again on the target, and what is judged of them.
+"""Repeat the recorded calls of a bundle on the target, and compare the results.
 
-Two gates: against what this very export gave where it was verified, and against the model in float64, which
-holds the target to the limits of the precision. Beside them the ways of calling must agree: singly, resumed
-from a file, after a reset; and late positions must not have drifted further than they had.
+Two gates: against the results of this export on the machine where it was verified, and against the model in
+float64, with the limits of the precision. Besides, all ways of calling must agree: single steps, resumed from
+a file, after a reset. And late positions must not drift further than they did on that machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Recording = tuple[list[Arrays], dict[str, Arrays]]
 
 @dataclass(frozen=True)
 class Goldens:
-    """What `goldens/` holds.
+    """The content of `goldens/`.
 
     Attributes:
         inputs: one stream, each (1, S, ...).
@@ -54,7 +54,7 @@ class Goldens:
     limits: dict[str, float]
 
     def until(self, horizon: int | None) -> int:
-        """How many of the calls end within that many positions; at least one."""
+        """How many of the calls end within `horizon` positions; at least one."""
         if horizon is None:
             return len(self.calls)
         ends = np.cumsum(self.calls)
@@ -82,7 +82,7 @@ def read_goldens(bundle: Path, backend: str) -> Goldens:
             _recording(arrays, "reference", len(calls)),
             {str(name): float(limit) for name, limit in description["limits"][backend].items()},
         )
-    except Exception as error:  # a damaged archive fails in as many ways as there are bytes
+    except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
         raise InputError(f"{path} cannot be read: {error!r}", "copy the bundle again") from error
 
 
@@ -111,7 +111,7 @@ def kept_positions(length: int, spec: TensorSpec) -> list[int]:
 
 
 def keep(outputs: Mapping[str, np.ndarray], specs: Mapping[str, TensorSpec], length: int) -> Arrays:
-    """What is recorded of the outputs of a call."""
+    """The recorded part of the outputs of a call."""
     kept = {}
     for name, value in outputs.items():
         spec = specs[name]
@@ -129,7 +129,7 @@ def run_calls(
     calls: Sequence[int],
     outputs: Sequence[TensorSpec] = (),
 ) -> Recording:
-    """Make the calls on a fresh stream and keep what is recorded of them.
+    """Make the calls on a fresh stream and return the parts that are recorded.
 
     Args:
         session: of one stream.

@@ -1,5 +1,5 @@
 """Plots as SVG, drawn with the standard library alone.
 
-`figures.py` says what a plot shows, `axes.py` where a value lies, `lines.py` and `bars.py` draw. `file.py`
-makes an SVG file of it; the report puts the same drawings into its page. Colours are in `plot.css`.
+`figures.py` describes the content of a plot, `axes.py` computes positions, `lines.py` and `bars.py` draw.
+`file.py` writes SVG files; the report puts the same drawings into its page. Colours are in `plot.css`.
 """

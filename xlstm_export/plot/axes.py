@@ -1,4 +1,4 @@
-"""Axes: where a value lies, which ticks there are, how they are written."""
+"""Axes: positions of values, ticks, and their labels."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ NAMES = (60.0, 280.0)  # px left of the bars, smallest and largest
 
 
 def draw_bars(plot: BarPlot, width: float = WIDTH) -> Drawing:
-    """Draw the bars with their values beside them. What is infinite fills the axis, and its value says so."""
+    """Draw the bars with their values beside them. An infinite value fills the axis."""
     bars = [bar for _, group in plot.groups for bar in group]
     if not bars:
         elements = label(text("nothing to plot"), width / 2, 30)
@@ -85,7 +85,7 @@ def _number(plot: BarPlot, bar: Bar, axis: Axis, y: float) -> Svg:
 
 
 def _places(bar: Bar, axis: Axis) -> tuple[float, float, float]:
-    """Zero, the end of the bar, and its mark, at zero where it has none; px."""
+    """Positions of zero, of the bar's end and of its mark (zero without a mark), in px."""
     zero = axis.at(0.0)
     end = axis.at(bar.value) if math.isfinite(bar.value) else axis.end
     mark = axis.at(bar.mark) if bar.mark is not None and math.isfinite(bar.mark) else zero

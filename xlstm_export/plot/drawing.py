@@ -17,7 +17,7 @@ class Drawing:
     """What `lines.draw_lines` and `bars.draw_bars` give.
 
     Attributes:
-        title, description: of the plot, for those who cannot see it.
+        title, description: of the plot, for readers who cannot see it.
         width, height: px.
         elements: with the origin at the upper left.
         legend: one entry per line with a name, kind of bar, mark and limit.

@@ -1,4 +1,4 @@
-"""What a plot shows, without a word on how it is drawn."""
+"""The content of plots, independent of how they are drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LinePlot:
     """Lines over x.
 
     Attributes:
-        title: short; `description` says in a sentence what is to be seen, for those who cannot see it.
+        title, description: a short title; a sentence on the content, for readers who cannot see the plot.
         x_label, y_label: units included.
         log: both axes are logarithmic; otherwise both are linear.
         x_mark: a vertical line here.

@@ -1,1 +1,1 @@
-"""What ONNX Runtime is given on a CPU: graphs derived from an export, opened as sessions."""
+"""Graphs derived from an export for ONNX Runtime on a CPU, opened as sessions."""

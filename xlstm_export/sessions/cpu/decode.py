@@ -1,7 +1,7 @@
-"""An exported graph → the same function for one position of a fixed number of streams.
+"""Derive the decode graph: the function of an exported graph for one position of a fixed number of streams.
 
-At S = 1 a recurrence needs no Scan, and with B and S known every shape is a constant: nothing is left but
-arithmetic. A small model's step is bound by the number of operators, so this is where its time goes.
+At S = 1 a recurrence needs no Scan, and with B and S known every shape is a constant: only arithmetic is
+left. The time of a small model's step depends on the number of operators, so this makes it much faster.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> Non
     """Make a graph that computes in FP32 the graph for S = 1 and B = `batch`, in place.
 
     Args:
-        model: an exported graph, or what `sessions/cpu/lower.py` makes of one.
+        model: an exported graph, or one lowered by `sessions/cpu/lower.py`.
         batch: number of streams.
         fused: leave the recurrence operators to kernels, see `fused.py`; else their step bodies are inlined.
     """
@@ -61,5 +61,5 @@ def _use_step_bodies(model: ir.Model) -> None:
     for identifier, function in list(model.functions.items()):
         if function.domain == OP_DOMAIN and function.name in bodies:
             body = ir.serde.deserialize_function(bodies[function.name])
-            body.opset_imports[""] = model.opset_imports[""]  # inlining wants them equal
+            body.opset_imports[""] = model.opset_imports[""]  # inlining requires equal versions
             model.functions[identifier] = body

@@ -1,6 +1,6 @@
-"""What ONNX Runtime's CPU provider runs of an export: graphs for prefill and decode, with kernels or without.
+"""Derive the graphs that ONNX Runtime's CPU provider runs: prefill and decode, with kernels or without.
 
-`OrtSession` derives those it needs when it opens them; `write_prepared` derives all for machines that cannot.
+`OrtSession` derives a graph when it opens it; `write_prepared` derives all, for machines without onnx-ir.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def derive(
 
     Args:
         folder: run folder.
-        io: what it describes.
+        io: inputs, outputs and states of the run folder.
         batch: number of streams of a decode graph.
         decode: for one position; else for any number.
         rounding: see `OrtSession`.

@@ -1,8 +1,8 @@
 """The recurrence operators as one kernel each in ONNX Runtime's CPU provider, where the library is built.
 
-A function body is some thirty operators, each of which ONNX Runtime runs over all threads, and the step body
-moves the matrix memory four times. The kernels (`plugins/mlstm/cpu*`, `plugins/slstm/cpu*`) read and write it
-once, in place. They take FP32 only, which is what every graph is lowered to here (`sessions/cpu/lower.py`).
+A function body has about thirty operators, each of which ONNX Runtime runs over all threads, and the step
+body moves the matrix memory four times. The kernels (`plugins/mlstm/cpu*`, `plugins/slstm/cpu*`) read and
+write it once, in place. They take FP32 only; every graph is lowered to that first (`sessions/cpu/lower.py`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def library() -> Path | None:
 
 
 def drop_bodies(model: ir.Model) -> None:
-    """Take the function bodies off a graph: ONNX Runtime would inline them and never look for a kernel."""
+    """Remove the function bodies of a graph: ONNX Runtime would inline them instead of using a kernel."""
     for identifier, function in list(model.functions.items()):
         if function.domain == OP_DOMAIN:
             del model.functions[identifier]
 
 
 def states_in_place(model: ir.Model, pairs: Mapping[str, str]) -> frozenset[str]:
-    """Names of the graph inputs that hold a state only one recurrence operator reads, and carries on.
+    """Names of the graph inputs that hold a state which only one recurrence operator reads and updates.
 
     Their buffer may serve as the output's too: the kernels read every element before they write it.
 

@@ -1,23 +1,23 @@
-"""Quantized products as ONNX Runtime's CPU kernels compute them fast, and as exactly as the graph says.
+"""Rewrite quantized products for ONNX Runtime's CPU kernels: fast, and with the results of the graph.
 
-Left to itself the runtime (1.32) turns an 8-bit product into a kernel whose 16-bit sums saturate on
-processors with AVX2 but no VNNI (errors of 12% with ordinary weights), and the product with a dequantized
-weight into one that rounds the activations to 8 bits too. Neither is what the graph says. Cases:
+Without this, the runtime (1.32) turns an 8-bit product into a kernel whose 16-bit sums saturate on processors
+with AVX2 but no VNNI (errors of 12% with ordinary weights), and the product with a dequantized weight into
+one that rounds the activations to 8 bits too. Neither is the function of the graph. Cases:
 
 1. Activation and weight INT8 → MatMulIntegerToFloat with the activation as UINT8; the session option
-   `session.x64quantprecision` then keeps the runtime from the saturating kernel.
+   `session.x64quantprecision` then makes the runtime avoid the saturating kernel.
 2. INT8 weight alone, few rows → the same kernel on three rows: the digits of the activation to the base 256.
    A weight is read once, in a quarter of the bytes of FP32.
 3. INT8 weight alone, many rows → converted to FP32 at each call, scaled behind the product.
 4. Weight in blocks of rows, INT4 → MatMulNBits. With few rows its integer kernel, which quantizes activations
-   to INT8 per block, again on three rows: what such a quantization keeps of the activation, what it keeps of
-   the rest, and the rest of that. The kernel finds the integers of the first two again and rounds only the
-   third. With many rows its FP32 kernel.
+   to INT8 per block, again on three rows: the quantized activation, the quantized remainder, and the
+   remainder of that. The kernel quantizes the first two without any error and rounds only the third. With
+   many rows its FP32 kernel.
 5. A table that is looked up → its integers and their scales are looked up.
 6. Any other dequantized weight, and all small ones → FP32 in memory, once.
 
-Quantized weights stay where they are stored in the cases 1 to 3 and 5, but for those that a Gemm reads
-transposed. The runtime must not fold constants, or it makes FP32 copies of all of them.
+In the cases 1 to 3 and 5, quantized weights are read from where they are stored, except those that a Gemm
+reads transposed. The runtime must not fold constants, or it makes FP32 copies of all of them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _weight(value: ir.Value | None) -> _Weight | None:
 
 
 def _activation(value: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
-    """What is quantized to INT8 in front of a product, and its scale."""
+    """The activation that is quantized to INT8 before a product, and its scale."""
     outer = producer(value, "DequantizeLinear")
     inner = producer(outer.inputs[0], "QuantizeLinear") if outer is not None else None
     if outer is None or inner is None or inner.inputs[0] is None:
@@ -123,7 +123,7 @@ def _activation(value: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
 
 
 class _Emitter:
-    """Makes the nodes; whatever several products share is made once."""
+    """Makes the nodes; nodes that several products share are made once."""
 
     def __init__(self, graph: ir.Graph, *, digits: bool) -> None:
         self._graph, self._with_digits = graph, digits
@@ -231,7 +231,7 @@ class _Emitter:
         return self._reshaped(result, (*shape[:-1], len(scale)))
 
     def _digits(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Digits (rows, 3, K) of each row of x, and what each is worth (rows, 1, 3)."""
+        """Digits (rows, 3, K) of each row of x, and the factor of each digit (rows, 1, 3)."""
         key = ("digits", x)
         if key not in self._shared:
             shape = _static(x)
@@ -248,7 +248,7 @@ class _Emitter:
             powers = np.array([1, 256, 65536], np.float32)
             shifts = self._shared_array("digits.shifts", (1 / powers).reshape(1, 3, 1))
             shifted = self._new("Mul", [number, shifts])
-            # Conversion to UINT8 takes the lowest 8 bits of an integer, which ONNX says it must.
+            # Conversion to UINT8 keeps the lowest 8 bits of an integer, as ONNX requires.
             whole = self._new("Cast", [shifted], {"to": ir.DataType.INT32})
             self._shared[key] = self._new("Cast", [whole], {"to": UINT8})
             worth = self._new("Mul", [step, self._shared_array("digits.worth", powers.reshape(1, 1, 3))])
@@ -290,7 +290,7 @@ class _Emitter:
         return self._reshaped(result, (*shape[:-1], columns))
 
     def _block_digits(self, x: ir.Value, block: int) -> tuple[ir.Value, ir.Value]:
-        """Three summands of each row of x (rows, 3, K), and what `_not_finite` says of it."""
+        """Three summands of each row of x (rows, 3, K), and the result of `_not_finite` for x."""
         key, finite = ("block digits", x, block), ("finite", x)
         if key not in self._shared:
             shape = _static(x)
@@ -310,7 +310,7 @@ class _Emitter:
         return self._shared[key], self._shared[finite]
 
     def _not_finite(self, x: ir.Value) -> ir.Value:
-        """(rows, 1, 1): NaN for rows with NaN or infinity, which maxima and integers may lose; else 0."""
+        """(rows, 1, 1): NaN for rows with NaN or infinity, which maxima and integers may hide; else 0."""
         zeros = self._new("Mul", [x, self._number(np.float32(0.0))])
         return self._new("ReduceSum", [zeros, self._integers([-1])], {"keepdims": 1})
 

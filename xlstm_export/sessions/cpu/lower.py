@@ -1,7 +1,7 @@
-"""Half and quantized graphs as ONNX Runtime's CPU provider can run them truly: in FP32, rounded, on integers.
+"""Lower half and quantized graphs so that ONNX Runtime's CPU provider computes their exact function.
 
-`round_half.py` makes every half value an FP32 value that is rounded, `integer_kernels.py` finds kernels for
-what is quantized. The graph on disk is untouched; what a session runs is derived when it is opened.
+`round_half.py` turns every half value into a rounded FP32 value; `integer_kernels.py` finds kernels for
+quantized products. The graph on disk does not change; a session lowers it when it opens it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .integer_kernels import use_integer_kernels
 from .merge_static_views import merge_static_views
 from .round_half import computes_in_half, to_float32
 
-# What a session over a lowered graph must be opened with.
+# Configuration entries that a session over a lowered graph needs.
 SESSION_CONFIG = {
     "session.x64quantprecision": "1",  # no 16-bit sums that saturate
-    "session.disable_quant_qdq": "1",  # what is to be fused is fused
+    "session.disable_quant_qdq": "1",  # products are fused here already
     "mlas.disable_kleidiai": "1",  # its kernels quantize activations per row and not per block
     "optimization.enable_cast_chain_elimination": "0",  # rounding is a pair of Casts
 }
 # Optimizers that replace the conversion of a stored weight by the converted weight.
 FOLDING = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
-MEMORY = "memory"  # where the proto says an initializer lies that the session is given
+MEMORY = "memory"  # location, in the proto, of initializers that are passed to the session
 
 
 def needs_lowering(model: ir.Model) -> bool:
@@ -67,7 +67,7 @@ def cpu_graph(
 ) -> CpuGraph:
     """The lowered `model`, which is changed, and how to open it; arguments as for `lower`."""
     lower(model, rounding=rounding, batch=batch, fused=fused)
-    # A step is faster with half weights widened once, but integers are not to become FP32 behind our back.
+    # A step is faster with half weights converted once, but integers must not be converted to FP32.
     folding = batch is not None and not _widens_integers(model)
     # As for FP32 graphs, but for weights that are in memory anyway: MatMulNBits without packing makes an FP32
     # copy of the whole weight at each call.
@@ -95,8 +95,8 @@ def open_session(
 
     Args:
         model, rounding, batch, fused: as for `lower`.
-        folder: where the graph's weight file lies.
-        options: onnxruntime.SessionOptions, which are added to; yet without a folder of weights or packing.
+        folder: folder of the graph's weight file.
+        options: onnxruntime.SessionOptions, to which entries are added; no weight folder or packing set yet.
     """
     graph = cpu_graph(model, rounding=rounding, batch=batch, fused=fused)
     return graph.open(options, folder)

@@ -1,4 +1,4 @@
-"""Where every shape is known, operators that only rename dimensions become at most one Reshape.
+"""Merge chains of views into at most one Reshape each, where every shape is known.
 
 A view is an operator whose output holds the same elements in the same order as its input: Reshape, Squeeze,
 Unsqueeze, Flatten, Identity, and a Transpose that moves only dimensions of size 1 (most of them do when

@@ -21,12 +21,12 @@ from .round_half import HALF
 
 
 class ObservedGraph:
-    """A graph in ONNX Runtime on the CPU that gives its inner values beside moving its states on.
+    """A graph in ONNX Runtime on the CPU that returns chosen inner values and carries its states.
 
     Args:
-        folder: run folder of `export` or `quantize`. What is half or quantized in it is lowered as for a
-            session, so every value is FP32 as a device would have it.
-        names: values of the graph to give.
+        folder: run folder of `export` or `quantize`. Half and quantized parts are lowered as for a session,
+            so every value is FP32 and equals the value on a device.
+        names: values of the graph to return.
         threads: threads of one operator; all cores by default.
         model: graph to run instead of the folder's, on its weights; changed.
 
@@ -56,7 +56,7 @@ class ObservedGraph:
         self.close()
 
     def close(self) -> None:
-        """Give the graph's memory back; nothing can be run afterwards."""
+        """Free the graph's memory; it cannot be run afterwards."""
         self._session = None
         self._state = {}
 
@@ -65,7 +65,7 @@ class ObservedGraph:
         self._state = {s.past: np.zeros((batch, *s.shape), dtype=s.dtype) for s in self.io.states}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        """One piece of the sequences: the observed values by name; states move on.
+        """Run one piece of the sequences, update the states, and return the observed values by name.
 
         Args:
             inputs: by graph input name, each (batch, S, ...).
@@ -97,10 +97,10 @@ class ObservedGraph:
 
 
 def add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
-    """In place: values of a graph as further outputs of it, in FP32.
+    """Make values of a graph further outputs of it, in FP32, in place.
 
     Returns:
-        By what name each is given.
+        Value name → output name.
 
     Raises:
         UsageError: there is no such value, or it is a weight.
@@ -123,7 +123,7 @@ def add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
                 f"close to it are {', '.join(near)}" if near else "name a node's output in model.onnx",
             )
         value = computed[name]
-        # What is lowered may be replaced by another value, which an output must not be.
+        # Lowering may replace a value by another one; an output must not be replaced.
         if lowered or types.get(name) in HALF:
             given_as[name] = f"{name}.observed"
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})

@@ -1,17 +1,17 @@
-"""FP16 and BF16 graphs on processors without such kernels: the same graph in FP32, rounding as half would.
+"""FP16 and BF16 graphs on processors without such kernels: the same graph in FP32, rounded to half.
 
-ONNX Runtime has no CPU kernels for most half operators. It computes them in FP32 and drops the conversions
-in between, so that neither overflow nor rounding shows. Here a value of half type becomes an FP32 value that
-is converted to half and back behind the operator that makes it. The runtime keeps such a pair and rounds
-every bit right, infinities and subnormal numbers included (not so with its session option
+ONNX Runtime has no CPU kernels for most half operators. It computes them in FP32 and removes the conversions
+in between, so that overflow and rounding do not occur. Here a value of half type becomes an FP32 value that
+is converted to half and back after the operator that computes it. The runtime keeps such a pair of Casts and
+rounds exactly, infinities and subnormal numbers included (except with its session option
 `optimization.enable_cast_chain_elimination`).
 
 What is rounded:
 1. The result of every operator whose type is half, once, from FP32: sums inside a product are FP32, as they
    are on tensor cores.
 2. Not what only moves or selects values that are half already.
-3. Not a DequantizeLinear in front of a product: kernels multiply the integers and scale afterwards, or scale
-   in their own way. What anything else reads from it is rounded.
+3. Not a DequantizeLinear before a product: kernels multiply the integers and scale afterwards, or scale in
+   another way. Values that other operators read from it are rounded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def to_float32(model: ir.Model, *, rounding: bool) -> int:
 
     Args:
         model: a graph whose function bodies compute in FP32, as those of `ops/bodies.py` do.
-        rounding: whether values that were half are rounded to it; else half is FP32 by another name.
+        rounding: whether values that were half are rounded to it; else they are plain FP32 values.
 
     Returns:
         How many values are rounded.
@@ -82,7 +82,7 @@ def to_float32(model: ir.Model, *, rounding: bool) -> int:
 
 
 class _Widening:
-    """A graph whose values become FP32 in the order of its nodes; `types` holds what they stand for."""
+    """A graph whose values become FP32 in the order of its nodes; `types` holds their original types."""
 
     def __init__(self, graph: ir.Graph, types: dict[ir.Value, ir.DataType], rounding: bool) -> None:
         self.rounded = 0
@@ -91,9 +91,9 @@ class _Widening:
         self._narrow: set[ir.Node] = set()  # look-ups that stay half
 
     def sources(self) -> None:
-        """Inputs and large weights are converted in front of their readers, all other constants here.
+        """Convert constants to FP32 here, but inputs and large weights before their readers.
 
-        Rows of a large table are looked up in half, and only these are converted.
+        Rows of a large table are looked up in half, and only these rows are converted.
         """
         for value in [*self._graph.inputs, *self._graph.initializers.values()]:
             if value.dtype not in HALF or not value.uses():
@@ -108,8 +108,8 @@ class _Widening:
                 wide = self._initializer(value, tensor)
             else:
                 cast = _cast(value, FLOAT, f"{value.name}.float")
-                # A node in front of all others is run when it is needed; one close to its reader is run at
-                # the start by ONNX Runtime, whose order follows the numbers of nodes, and all stay in memory.
+                # ONNX Runtime orders nodes by their numbers. A node before all others runs when it is needed; one
+                # close to its reader would run at the start, and all converted weights would stay in memory.
                 self._graph.insert_before(self._graph[0], cast)
                 wide = cast.outputs[0]
             self._types[wide] = value.dtype
@@ -147,7 +147,7 @@ class _Widening:
                 self._round(value)
 
     def conversion(self, node: ir.Node) -> None:
-        """Of a Cast to half nothing is left but the rounding, of one from half to FP32 nothing."""
+        """Replace a Cast to half by the rounding alone, and remove a Cast from half to FP32."""
         source, result = node.inputs[0], node.outputs[0]
         assert source is not None
         before, after = self._type_of(source), self._types.get(result)
@@ -169,7 +169,7 @@ class _Widening:
             self._round(out)
 
     def outputs(self) -> None:
-        """Outputs of the graph keep their names and types."""
+        """Keep the names and types of the graph's outputs."""
         for index, value in enumerate(list(self._graph.outputs)):
             dtype, name = self._type_of(value), value.name or ""
             if dtype in HALF:
@@ -179,7 +179,7 @@ class _Widening:
                 self._graph.outputs[index] = cast.outputs[0]
 
     def _round(self, value: ir.Value) -> None:
-        """Everybody reads `value` rounded; products read what DequantizeLinear gives as it is."""
+        """Make all nodes read `value` rounded; but products read the result of DequantizeLinear directly."""
         dtype = self._types[value]
         readers = [use for use in value.uses() if not (value in self._unrounded and _is_product(use))]
         if not self._rounding or not readers:

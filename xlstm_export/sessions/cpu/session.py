@@ -1,4 +1,4 @@
-"""Open what is in a run folder or a bundle as a session of ONNX Runtime on the CPU."""
+"""Open a run folder or a bundle as a session of ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..ort import GraphSession
 class OrtSession(GraphSession):
     """An exported graph in ONNX Runtime on the CPU.
 
-    Prefill runs the graph as exported, decode what `decode.py` makes of it. What is half or quantized in it
-    is lowered first, see `lower.py`; weights that this leaves alone are mapped from disk all the same.
-    Recurrences run as a kernel each where these are built, see `fused.py`.
+    Prefill runs the graph as exported, decode the graph that `decode.py` derives. Half and quantized parts
+    are lowered first, see `lower.py`; weights that this does not change are still mapped from disk. Each
+    recurrence runs as one kernel where the kernels are built, see `fused.py`.
 
     Args:
         folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
         batch: number of streams.
         threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores.
-        rounding: whether what a graph says is half is rounded to it, as on a device that computes in half;
-            without it half is FP32, which is faster on a CPU.
+        rounding: whether half values are rounded to their type, as on a device that computes in half; else
+            they are computed in FP32, which is faster on a CPU.
         fused: whether to run recurrences as kernels where these are built; else their function bodies run.
         library: the kernels, instead of those in the cache.
 

@@ -1,4 +1,4 @@
-"""Find the tools to build plugins with: compilers, CMake, CUDA, TensorRT's headers, and the GPUs to build for.
+"""Find the tools to build plugins with: compilers, CMake, CUDA, TensorRT's headers, and target GPUs.
 
 Each `find_` function returns the tool, or raises a SetupError whose hint describes how to get it.
 """

@@ -108,7 +108,7 @@ class _Widening:
                 wide = self._initializer(value, tensor)
             else:
                 cast = _cast(value, FLOAT, f"{value.name}.float")
-                # ONNX Runtime orders nodes by their numbers. A node before all others runs when it is needed; one
+                # ONNX Runtime orders nodes by their numbers. A node before all others runs when needed; one
                 # close to its reader would run at the start, and all converted weights would stay in memory.
                 self._graph.insert_before(self._graph[0], cast)
                 wide = cast.outputs[0]

@@ -54,7 +54,9 @@ def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Con
 def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool) -> None:
     """Make an FP16, BF16, INT8 or INT4 run folder of an FP32 one."""
     from ..pipeline import stages
+    from ..quantize.recipe import choose_recipe
 
+    choose_recipe(options)  # wrong options are reported before a missing run folder
     opened = RunFolder.open(run)
     loaded = RECORDED.load_for(opened) if options.data is not None else None
     with spinner() as stage:

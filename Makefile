@@ -33,7 +33,7 @@ test: lint kernels
 test-all: lint kernels
 	$(PYTEST) --durations=25
 
-# Lines and branches that the quick tests run, processes that they start included; a third slower than `make test`.
+# Lines and branches that the quick tests run, processes that they start included.
 coverage: kernels $(TESTING)
 	rm -rf .cache/coverage; mkdir -p .cache/coverage
 	$(BIN)/coverage run $(PYTEST:$(BIN)/python%=%) -m "not slow"

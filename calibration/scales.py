@@ -20,6 +20,7 @@ import numpy as np
 from xlstm_export.atomic import readable_os_errors, write_json
 from xlstm_export.errors import InputError
 from xlstm_export.runfolder import MODEL
+from xlstm_export.specs import Json
 
 SCHEMA = 1
 SCALES, CHANNELS = "scales.json", "channels.safetensors"
@@ -107,7 +108,7 @@ class Scales:
                 "calibrate this export again",
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Content of scales.json."""
         return {
             "schema": SCHEMA,
@@ -254,7 +255,7 @@ def bucket_labels(borders: tuple[int, ...]) -> list[str]:
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Json:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xlstm_export.calibration import overlap
@@ -16,7 +16,7 @@ from xlstm_export.errors import InputError, UsageError
 from xlstm_export.inputs import Arrays, has_positions, per_position
 from xlstm_export.load.made_up import random_inputs
 from xlstm_export.runfolder import RunFolder
-from xlstm_export.specs import IoSpec
+from xlstm_export.specs import IoSpec, Json
 
 if TYPE_CHECKING:
     from xlstm_export.load.loaded import Loaded
@@ -62,7 +62,7 @@ class CalibrationSet:
         """Hash of the content: names, types, shapes and values, whatever file they come from."""
         return content_hash(self.inputs)
 
-    def to_json(self, io: IoSpec) -> dict[str, Any]:
+    def to_json(self, io: IoSpec) -> Json:
         """The entry of the data in scales.json."""
         return {
             "name": self.name,

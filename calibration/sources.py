@@ -14,7 +14,7 @@ import numpy as np
 from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
 from xlstm_export.inputs import Arrays, per_position
 from xlstm_export.load.user_code import load_function
-from xlstm_export.specs import IoSpec, TensorSpec
+from xlstm_export.specs import IoSpec, Json, JsonMapping, TensorSpec
 
 PICTURE = (
     "give an .npz file with the model's inputs (N, S, ...), a folder of such files, an .npy file, a text "
@@ -80,7 +80,7 @@ class Reader:
             arrays = {self._only_input(path).name: self._text(path)}
         return Source(path.name, (self.fit(arrays, str(path)),), notes)
 
-    def fit(self, arrays: Mapping[str, Any], where: str) -> Arrays:
+    def fit(self, arrays: JsonMapping, where: str) -> Arrays:
         """The model's inputs out of `arrays`, in the model's types; others (`target`) are left out.
 
         A single sequence may lack the leading axis.
@@ -203,7 +203,7 @@ def _fit(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     return array
 
 
-def _npz(path: Path) -> dict[str, Any]:
+def _npz(path: Path) -> Json:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -120,3 +120,53 @@ def test_one_place_for_the_version() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in project
     assert not re.search(r"^version = ", project, re.MULTILINE)
+
+
+FUNCTION_LINES = 60
+# Public functions that take or return anything at all, and why.
+ANYTHING = {
+    "xlstm_export/lift/cells/blocks.py:forward": "keywords of upstream that are not used here",
+    "xlstm_export/lift/cells/large.py:forward": "upstream's own state, which is refused",
+    "xlstm_export/load/user_code.py:load_function": "a function of the user's",
+    "xlstm_export/sensitivity/runner.py:get": "a measured candidate as JSON",
+    "xlstm_export/sensitivity/runner.py:add": "a measured candidate as JSON",
+}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    """All functions and methods of a module, nested ones included."""
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+def test_length_of_functions() -> None:
+    assert [
+        f"{name(path)}:{function.name}"
+        for path in modules()
+        for function in functions(path)
+        if (function.end_lineno or 0) - function.lineno >= FUNCTION_LINES
+    ] == []
+
+
+def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions, and methods of classes, whose names do not begin with an underscore."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public(node.body)
+
+
+def test_public_functions_are_typed() -> None:
+    found = set()
+    for path in modules():
+        if path.is_relative_to(ROOT / "benchmarks"):
+            continue
+        for function in public(ast.parse(path.read_text()).body):
+            given = function.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            types = [function.returns, *(one.annotation for one in arguments if one is not None)]
+            words = {x.id for one in types if one for x in ast.walk(one) if isinstance(x, ast.Name)}
+            if "Any" in words:
+                found.add(f"{name(path)}:{function.name}")
+    assert found == set(ANYTHING)
+    assert len(found) <= 10

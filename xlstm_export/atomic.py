@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from .errors import SetupError, UsageError
 
@@ -81,7 +80,7 @@ def readable_os_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write a JSON file atomically, keys in the order given."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 

@@ -4,7 +4,6 @@ The limits are in `verify/limits.py`, each with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from .distance import Difference, difference
 from .errors import UsageError
+from .specs import Json, JsonMapping
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Check:
         return self.value <= self.limit  # False for NaN
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Check:
+    def from_json(data: JsonMapping) -> Check:
         """The inverse of `to_json`; null is read as NaN."""
         detail = {key: x for key, x in data.items() if key not in ("name", "passed", "value", "limit")}
         value, limit = (float("nan") if data[key] is None else float(data[key]) for key in ("value", "limit"))
         return Check(str(data["name"]), value, limit, detail)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "name": self.name,
             "passed": self.passed,
@@ -65,7 +65,7 @@ class Verdict:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return _finite(
             {
                 "schema": 1,
@@ -83,7 +83,7 @@ class Verdict:
         )
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Verdict:
+    def from_json(data: JsonMapping) -> Verdict:
         """The inverse of `to_json`, whose result `verify/report.json` holds."""
         return Verdict(
             checks=tuple(Check.from_json(check) for check in data["checks"]),

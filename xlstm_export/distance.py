@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
-from .specs import StateSpec
+from .specs import Json, StateSpec
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Difference:
     max_abs: float
     at: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {**asdict(self), "at": list(self.at)}
 
 

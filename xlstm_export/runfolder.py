@@ -17,7 +17,7 @@ from typing import Any
 
 from .atomic import sha256, write_json
 from .errors import InputError
-from .specs import IoSpec
+from .specs import IoSpec, Json, JsonMapping
 
 SCHEMA = 1
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
@@ -45,7 +45,7 @@ class RunOptions:
     state_dtype: str = "fp32"
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> RunOptions:
+    def from_json(data: JsonMapping) -> RunOptions:
         def text(name: str) -> str | None:
             return None if data.get(name) is None else str(data[name])
 
@@ -112,7 +112,7 @@ class RunFolder:
         return frozenset(x.name for x in self.io.outputs[:1] if self.options.last_logits)
 
     @property
-    def files(self) -> Mapping[str, Any]:
+    def files(self) -> JsonMapping:
         """Name → hash and size of each file when the folder was made."""
         files: Mapping[str, Any] = self.manifest["files"]
         return files
@@ -134,12 +134,12 @@ class RunFolder:
         """The file that `verify` writes."""
         return self.path / VERDICT
 
-    def hashes(self) -> dict[str, Any]:
+    def hashes(self) -> Json:
         """Name → hash and size of each file now; see `hashes`."""
         return hashes(self.path)
 
 
-def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
+def write_manifest(folder: Path, entries: Json) -> None:
     """Record what made the run folder: schema, versions, `entries`, and the hash of every file in it."""
     files = {
         str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
@@ -149,7 +149,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files})
 
 
-def hashes(folder: Path) -> dict[str, Any]:
+def hashes(folder: Path) -> Json:
     """Hash and size of each file of the manifest now; equal to the manifest's `files` if nothing has changed.
 
     Raises:
@@ -173,7 +173,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Json:
     """The manifest of a finished run folder.
 
     Raises:
@@ -203,7 +203,7 @@ def read_io(folder: Path) -> IoSpec:
         raise InputError(f"{folder / IO} does not describe a graph: {error!r}", "export again") from error
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> Json:
     path = Path(folder) / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+# The content of a JSON file, as it is read and written. Its values are checked where they are read: no static
+# type says more of a file than that.
+Json: TypeAlias = dict[str, Any]
+JsonMapping: TypeAlias = Mapping[str, Any]
 
 OP_DOMAIN = "xlstm"
 OP_VERSION = 1
@@ -107,8 +113,8 @@ class IoSpec:
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        def tensor(spec: TensorSpec) -> dict[str, Any]:
+    def to_json(self) -> Json:
+        def tensor(spec: TensorSpec) -> Json:
             return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
         return {
@@ -129,11 +135,11 @@ class IoSpec:
         }
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> IoSpec:
-        def tensor(entry: dict[str, Any]) -> TensorSpec:
+    def from_json(data: Json) -> IoSpec:
+        def tensor(entry: Json) -> TensorSpec:
             return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
 
-        def state(entry: dict[str, Any]) -> StateSpec:
+        def state(entry: Json) -> StateSpec:
             spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])
             if (entry["past"], entry["present"]) != (spec.past, spec.present):
                 raise ValueError(f"{entry['past']} is not carried on by {entry['present']}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
+from ..specs import Json, JsonMapping
 from .result import DECODE, EXPORTED, PREFILL, RESULT, SCHEMA
 
 CellKey = tuple[str, int, int]  # mode, batch, length
@@ -31,7 +31,7 @@ class Row:
         """Whether this is the export, and its median grew by more than the factor `limit`."""
         return self.contestant == EXPORTED and self.p50_b / self.p50_a > limit
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         mode, batch, length = self.cell
         return {
             **{"mode": mode, "batch": batch, "length": length, "contestant": self.contestant},
@@ -70,7 +70,7 @@ class Comparison:
     def passed(self) -> bool:
         return not self.slower
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "before": str(self.before),
             "after": str(self.after),
@@ -116,7 +116,7 @@ def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Com
     )
 
 
-def read_bench(path: Path) -> dict[str, Any]:
+def read_bench(path: Path) -> Json:
     """Read what `bench` wrote, and check the entries that a comparison needs.
 
     Args:
@@ -143,7 +143,7 @@ def read_bench(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _problem(data: Mapping[str, Any]) -> str:
+def _problem(data: JsonMapping) -> str:
     """What is wrong with the data of a file with the right schema; empty if nothing is."""
     for name in ("environment", "model"):
         if not isinstance(data.get(name), dict):
@@ -193,11 +193,11 @@ def _is_time(value: Any) -> bool:
         return False
 
 
-def _key(cell: Mapping[str, Any]) -> CellKey:
+def _key(cell: JsonMapping) -> CellKey:
     return cell["mode"], cell["batch"], cell["length"]
 
 
-def _times(data: Mapping[str, Any]) -> dict[tuple[str, int, int, str], tuple[float, float]]:
+def _times(data: JsonMapping) -> dict[tuple[str, int, int, str], tuple[float, float]]:
     return {
         (*_key(cell), name): (figures["p50_ms"], figures["p99_ms"])
         for cell in data["grid"]
@@ -209,7 +209,7 @@ def _pairs(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float
     return a[0], b[0], a[1], b[1]
 
 
-def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(data: JsonMapping) -> Json:
     """Everything that the times depend on, with flat names: versions.torch, …"""
     flat = {f"model.{name}": value for name, value in data["model"].items()}
     flat["threads"] = data.get("threads")
@@ -223,6 +223,6 @@ def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _differences(a: JsonMapping, b: JsonMapping) -> dict[str, tuple[Any, Any]]:
     names = dict.fromkeys([*a, *b])
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}

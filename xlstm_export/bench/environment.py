@@ -6,9 +6,9 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
 
 from ..runfolder import versions
+from ..specs import Json
 
 # Instruction sets that decide which kernels run; other flags of a processor do not matter here.
 FLAGS = (
@@ -21,7 +21,7 @@ _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _BOARD = Path("/sys/firmware/devicetree/base/model")
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int) -> Json:
     """The machine as JSON, read from the files of Linux where it has them; what cannot be read is None.
 
     Args:

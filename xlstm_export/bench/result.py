@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..specs import Json
 from .timing import Timing
 
 SCHEMA = 2
@@ -53,7 +54,7 @@ class Cell:
         """Tokens per second of all streams together."""
         return self.batch * self.length / self.timings[contestant].percentile(50)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         contestants: dict[str, Any] = {}
         for name, timing in self.timings.items():
             contestants[name] = {**timing.to_json(), "tokens_per_second": self.tokens_per_second(name)}
@@ -100,7 +101,7 @@ class BenchReport:
         """Decode at the first batch."""
         return next(cell for cell in self.grid if cell.mode == DECODE)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "schema": SCHEMA,
             "environment": self.environment,

@@ -22,7 +22,7 @@ from ..plugins import build as plugin_builder
 from ..plugins import locate
 from ..runfolder import MANIFEST, MODEL, read_io
 from ..sessions.cuda import Cuda
-from ..sessions.tensorrt import import_tensorrt
+from ..sessions.tensorrt import TensorRt, import_tensorrt
 from ..specs import IoSpec
 from . import integrity
 from .kernels import BIN
@@ -170,7 +170,7 @@ def build_engine(
     options: BuildOptions = BuildOptions(),
     *,
     say: Callable[[str], None] = print,
-    tensorrt: Any = None,
+    tensorrt: TensorRt = None,
     cuda: Cuda | None = None,
 ) -> Path:
     """Build the engine of a bundle for this machine.
@@ -217,7 +217,7 @@ def build_engine(
 
 
 def serialize(
-    trt: Any, plan: Plan, log: Any, *, cache: Path | None = None, say: Callable[[str], None] = print
+    trt: TensorRt, plan: Plan, log: TensorRt, *, cache: Path | None = None, say: Callable[[str], None] = print
 ) -> bytes:
     """Parse and build; returns TensorRT's plan as bytes.
 
@@ -265,13 +265,13 @@ def serialize(
     return bytes(built)
 
 
-def _flags(trt: Any) -> int:
+def _flags(trt: TensorRt) -> int:
     """The network flags for strong typing; newer versions have no other mode."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
-def _require_plugins(trt: Any, network: Any, plan: Plan) -> None:
+def _require_plugins(trt: TensorRt, network: Any, plan: Plan) -> None:
     """Raise BuildError where a recurrence fell back to its function body, which runs, but slowly."""
     if plan.plugin is None:
         return
@@ -284,7 +284,7 @@ def _require_plugins(trt: Any, network: Any, plan: Plan) -> None:
         )
 
 
-def _watch(trt: Any, config: Any, say: Callable[[str], None]) -> None:
+def _watch(trt: TensorRt, config: Any, say: Callable[[str], None]) -> None:
     """Report the builder's phases with the time so far, where this version of TensorRT supports it."""
     base = getattr(trt, "IProgressMonitor", None)
     if base is None or not hasattr(config, "progress_monitor"):
@@ -305,7 +305,7 @@ def _watch(trt: Any, config: Any, say: Callable[[str], None]) -> None:
     config.progress_monitor = Monitor()
 
 
-def _failure(log: Any) -> BuildError:
+def _failure(log: TensorRt) -> BuildError:
     """The error of a builder that returned no engine, from its messages."""
     text = "; ".join(log.errors[-3:]) or "no message"
     if any(word in text.lower() for word in ("out of memory", "outofmemory", "insufficient memory")):
@@ -317,7 +317,7 @@ def _failure(log: Any) -> BuildError:
     return BuildError(f"TensorRT could not build the engine: {text}", "the log is beside the engine")
 
 
-def logger(trt: Any) -> Any:
+def logger(trt: TensorRt) -> TensorRt:
     """A logger that keeps everything for the build log and shows errors in exceptions."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -326,7 +326,7 @@ def logger(trt: Any) -> Any:
             self.lines: list[str] = []
             self.errors: list[str] = []
 
-        def log(self, severity: Any, msg: str) -> None:
+        def log(self, severity: TensorRt, msg: str) -> None:
             if severity <= trt.ILogger.INFO:
                 self.lines.append(f"{severity} {msg}")
             if severity <= trt.ILogger.ERROR:
@@ -349,7 +349,9 @@ def _keep(cache: Path, content: bytes) -> None:
 # --- Finding it again -------------------------------------------------------------------------------
 
 
-def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None) -> tuple[Path, Path | None]:
+def find_engine(
+    bundle: Path, *, tensorrt: TensorRt = None, cuda: Cuda | None = None
+) -> tuple[Path, Path | None]:
     """The engine for this machine, and the plugin library it was built with.
 
     Raises:
@@ -378,7 +380,7 @@ def find_engine(bundle: Path, *, tensorrt: Any = None, cuda: Cuda | None = None)
     return folder / ENGINE, None if plugin is None else Path(plugin)
 
 
-def version_of(trt: Any) -> tuple[int, ...]:
+def version_of(trt: TensorRt) -> tuple[int, ...]:
     """TensorRT's version as numbers."""
     return tuple(int(part) for part in str(trt.__version__).split(".")[:3] if part.isdigit())
 

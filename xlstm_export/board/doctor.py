@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..errors import ExportError
 from ..runfolder import MODEL_DATA
 from ..sessions.cuda import Cuda
-from ..sessions.tensorrt import import_tensorrt
+from ..sessions.tensorrt import TensorRt, import_tensorrt
 from . import build, integrity, kernels
 
 RELEASE, DEVICE_MODEL = Path("etc/nv_tegra_release"), Path("proc/device-tree/model")
@@ -42,7 +41,7 @@ def examine(
     bundle: Path | None = None,
     *,
     root: Path = Path("/"),
-    tensorrt: Callable[[], Any] = import_tensorrt,
+    tensorrt: Callable[[], TensorRt] = import_tensorrt,
     cuda: Callable[[], Cuda] = Cuda,
 ) -> list[Finding]:
     """Check this machine, and whether the bundle fits it.
@@ -96,7 +95,7 @@ def _onnxruntime() -> Finding:
     return Finding("onnxruntime", "ok", "installed")
 
 
-def _tensorrt(load: Callable[[], Any]) -> list[Finding]:
+def _tensorrt(load: Callable[[], TensorRt]) -> list[Finding]:
     try:
         trt = load()
     except ExportError as error:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..atomic import sha256
 from ..errors import InputError
 from ..runfolder import MANIFEST
+from ..specs import Json
 
 SCHEMA = 1
 # Folders that must hold no other files: their files are compiled or run.
 CLOSED = ("cpu", "goldens", "plugins")
 
 
-def check(bundle: Path) -> dict[str, Any]:
+def check(bundle: Path) -> Json:
     """The manifest of an intact bundle.
 
     Raises:
@@ -34,7 +34,7 @@ def check(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
-def read(bundle: Path) -> dict[str, Any]:
+def read(bundle: Path) -> Json:
     """The manifest of a bundle, files unchecked.
 
     Raises:
@@ -66,7 +66,7 @@ def is_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
-def _damaged(bundle: Path, files: dict[str, Any]) -> Iterator[str]:
+def _damaged(bundle: Path, files: Json) -> Iterator[str]:
     for name, entry in sorted(files.items()):
         path = bundle / name
         if path.is_symlink() or not path.is_file():

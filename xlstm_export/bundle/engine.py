@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..board import build as board_build
 from ..board import integrity
 from ..errors import UsageError
 from ..options import BuildOptions
+from ..specs import Json
 
 ASSUMED_FREE = 4 << 30  # bytes; assumed without a device
 
@@ -35,7 +35,7 @@ class DryRun:
         for name, profiles in plan.shapes.items():
             yield name, "; ".join(" … ".join("×".join(map(str, s)) for s in profile) for profile in profiles)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {**dict(self.rows()), "trtexec": self.command}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
 from ..atomic import sha256, staged, write_json
@@ -23,7 +22,7 @@ from ..load.loaded import Loaded
 from ..options import BundleOptions, Context
 from ..plugins import locate
 from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
-from ..specs import OP_DOMAIN
+from ..specs import OP_DOMAIN, Json
 from ..verify.verdict import require_verified
 from . import archive
 from .cpu_graphs import write_prepared
@@ -105,7 +104,7 @@ def bundle(
     return out
 
 
-def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str) -> dict[str, Any]:
+def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str) -> Json:
     """Entries of the manifest about the bundle as a whole."""
     return {
         "model": spec_of(loaded).name,
@@ -182,7 +181,7 @@ def write_deploy(path: Path) -> None:
     path.chmod(0o755)
 
 
-def _write_manifest(made: Path, about: dict[str, Any]) -> None:
+def _write_manifest(made: Path, about: Json) -> None:
     files = {
         path.relative_to(made).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(made.rglob("*"))
@@ -195,7 +194,7 @@ def _write_manifest(made: Path, about: dict[str, Any]) -> None:
     )
 
 
-def verify_bundle(path: Path) -> dict[str, Any]:
+def verify_bundle(path: Path) -> Json:
     """The manifest of an intact bundle, in a folder or an archive.
 
     Raises:

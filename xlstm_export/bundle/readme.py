@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from ..specs import JsonMapping
 
 _TEXT = """# {model}, {precision}
 
@@ -41,7 +40,7 @@ Licence of the weights: {licence}.
 """
 
 
-def readme(about: Mapping[str, Any], goldens: Mapping[str, Any]) -> str:
+def readme(about: JsonMapping, goldens: JsonMapping) -> str:
     """Markdown for a bundle.
 
     Args:

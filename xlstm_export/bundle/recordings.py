@@ -8,7 +8,6 @@ and the states after the prefill and at the end. `board/replay.py` makes the sam
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from ..measure import data
 from ..options import BundleOptions, Context
 from ..runfolder import RunFolder, RunOptions
 from ..sessions import OrtSession, TorchSession
+from ..specs import Json
 from ..verify.limits import PRECISION_LIMITS, drift_limits
 from ..verify.parts import Source
 
@@ -39,7 +39,7 @@ def write_goldens(
     context: Context = Context(),
     *,
     calibration: Arrays | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Record the goldens of a run folder into `out`/goldens.
 
     Args:

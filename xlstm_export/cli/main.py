@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..errors import ExportError, SetupError
 from ..options import Context, DeployOptions, ExportOptions, How
+from ..specs import Json
 from ..targets import TARGETS
 from . import bench as cli_bench
 from . import bundle as cli_bundle
@@ -205,7 +206,7 @@ def _terminated(number: int, frame: object) -> None:
     sys.exit(128 + number)  # an exception, so that every `finally` runs
 
 
-def _spec_json(spec: Any) -> dict[str, Any]:
+def _spec_json(spec: Any) -> Json:
     from dataclasses import asdict
 
     from ..bench import roofline

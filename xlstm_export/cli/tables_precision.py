@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ..bench.result import EXPORTED
 from ..measure.drift_result import TEACHER
+from ..specs import Json
 from ..verify.precision import drift_at
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _cells(variant: Variant, first: Variant) -> list[str]:
     ]
 
 
-def _series(drift: dict[str, Any]) -> dict[tuple[str, int | None, str], dict[int, float]]:
+def _series(drift: Json) -> dict[tuple[str, int | None, str], dict[int, float]]:
     """Outputs in both modes, and the states of each block as their worst tensor, teacher-forced."""
     found: dict[tuple[str, int | None, str], dict[int, float]] = {}
     for row in drift["rows"]:

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import InputError
+from ..specs import Json
 from .cut import PREFIX
 from .values import recurrence
 
@@ -59,7 +59,7 @@ class GraphInfo:
     weight_bytes: dict[str, int]
     passes: dict[str, int]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain types, as --json prints them."""
         return asdict(self)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,9 @@ import onnx_ir as ir
 from ..ops.operands import OPERATORS, Operator
 from ..specs import OP_DOMAIN
 from . import lazy
+
+# onnx_ir has no type stubs here: a number or an ir.SymbolicDim.
+Dim: TypeAlias = Any
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -71,7 +74,7 @@ def size(value: ir.Value | None, index: int) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def same_dim(a: Any, b: Any) -> bool:
+def same_dim(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are known to be equal; one without a name is not known to equal any other."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
@@ -86,7 +89,7 @@ def constant(array: Sequence[int] | np.ndarray) -> ir.Node:
     return node
 
 
-def typed(value: ir.Value, like: ir.Value, shape: Sequence[Any] | None) -> ir.Value:
+def typed(value: ir.Value, like: ir.Value, shape: Sequence[Dim] | None) -> ir.Value:
     """`value` with the element type of `like` and with `shape`, which later passes need."""
     value.type = like.type
     value.shape = None if shape is None else ir.Shape(shape)

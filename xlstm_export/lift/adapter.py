@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BuildError, UsageError
 
+# What a user's forward takes or returns: anything. It is examined where its tensors get names.
+UserValue: TypeAlias = Any
 AdapterFunction = Callable[[nn.Module], nn.Module]
 # Adapters by the path of their class. `register` adds to it when a module is imported, so an adapter lives as
 # long as the process, like the class it is for.
@@ -163,7 +165,7 @@ def run_lifted(
     args: tuple[Tensor, ...],
     past: Mapping[str, Tensor],
     present: dict[str, Tensor] | None = None,
-) -> tuple[Any, dict[str, Tensor]]:
+) -> tuple[UserValue, dict[str, Tensor]]:
     """One forward pass: the module's own result, and the present states by graph output name.
 
     Where the caller gives `present`, every state is put into it as soon as it is computed.
@@ -172,13 +174,15 @@ def run_lifted(
     return _run(module, args, scope), scope.present
 
 
-def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
+def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[UserValue, dict[str, int]]:
     """One forward pass from zero states: its result, and how often the cell of each path was called."""
     scope = _CountingScope({}, batch=args[0].shape[0], like=args[0])
     return _run(module, args, scope), scope.calls
 
 
-def run_alone(cell: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Tensor) -> Any:
+def run_alone(
+    cell: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue], like: Tensor
+) -> UserValue:
     """One call of a replaced cell alone, from zero states, with all checks of its states.
 
     Args:
@@ -190,7 +194,10 @@ def run_alone(cell: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def _run(
-    module: nn.Module, args: tuple[Any, ...], scope: _Scope, kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    args: tuple[UserValue, ...],
+    scope: _Scope,
+    kwargs: Mapping[str, UserValue] | None = None,
 ) -> Any:
     token = _SCOPE.set(scope)
     try:

@@ -28,7 +28,16 @@ from torch import Tensor, nn
 from ..errors import BuildError, ExportError
 from ..specs import BlockSpec, StateSpec
 from . import lookalikes
-from .adapter import ADAPTERS, AdapterFunction, RecurrentCell, adapter_name, count_calls, register, run_lifted
+from .adapter import (
+    ADAPTERS,
+    AdapterFunction,
+    RecurrentCell,
+    UserValue,
+    adapter_name,
+    count_calls,
+    register,
+    run_lifted,
+)
 from .adapter_check import check_adapters, is_built_in
 from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
 from .cells import large as large_cells  # noqa: F401 - they register their cells
@@ -137,7 +146,7 @@ def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
     return replacement
 
 
-def named_outputs(result: Any, single: str) -> dict[str, Tensor]:
+def named_outputs(result: UserValue, single: str) -> dict[str, Tensor]:
     """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
     if isinstance(result, Tensor):
         return {single: result}
@@ -175,7 +184,7 @@ def _refuse_look_alikes(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     seen.refuse({id(child): path for path, child in module.named_modules()})
 
 
-def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
     """A copy whose submodules may be replaced; parameters and buffers are the original's.
 
     Raises:

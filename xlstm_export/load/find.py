@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
+from ..specs import Json
 from .weights import INDEX, WEIGHT_SUFFIXES, Weights, open_weights
 
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
@@ -32,7 +32,7 @@ def need_config(path: Path) -> Path:
     return found
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> Json:
     """A YAML or JSON mapping; a top-level `model` section, as in training configs, is unwrapped."""
     import yaml
 

@@ -30,6 +30,7 @@ from ..ops.reference import LOG_ZERO
 from ..options import Context
 from ..runfolder import RunFolder
 from ..sessions.cpu.observed_graph import ObservedGraph
+from ..specs import Json
 
 PIECE = 256
 # Range of m in which exp(−m) is a normal number of the type. Denormals do not count: they are often flushed
@@ -77,7 +78,7 @@ class Gates:
     positions: int
     blocks: tuple[BlockGates, ...]
 
-    def to_json(self, reference: Gates | None = None) -> dict[str, Any]:
+    def to_json(self, reference: Gates | None = None) -> Json:
         """As JSON; with the reference's half-lives beside the candidate's own if a reference is given."""
         blocks = []
         for number, block in enumerate(self.blocks):

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..atomic import readable_os_errors
 from ..errors import UsageError
-from ..specs import IoSpec
+from ..specs import IoSpec, Json
 
 TEACHER, FREE = "teacher-forced", "free-running"
 GROWTH_FROM = 1000  # growth is counted from here: by then a state is filled
@@ -158,7 +158,7 @@ class Drift:
             raise UsageError(f"no horizon {horizon}", f"measured at {', '.join(map(str, known))}")
         return {s.name: s.errors[s.horizons.index(horizon)] for s in self.series if horizon in s.horizons}
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Json]:
         """One dictionary with `COLUMNS` per mode, tensor and horizon; None where a column does not apply."""
         for s in self.series:
             for i, horizon in enumerate(s.horizons):
@@ -180,7 +180,7 @@ class Drift:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain data; an infinite error is null."""
         free: dict[str, Any] = {"reason": self.free_running}
         if isinstance(self.free_running, FreeRun):

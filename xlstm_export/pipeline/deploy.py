@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..bench.result import BenchReport
 from ..checks import Verdict
@@ -26,6 +25,7 @@ from ..options import (
 )
 from ..quantize.recipe import Recipe, preset, read_recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
+from ..specs import Json
 from ..targets import TARGETS
 from .plan import Pipeline, Step
 from .runner import Outcome, run_pipeline
@@ -95,7 +95,7 @@ class Deployment:
         """FP32 equals PyTorch, and the requested precision is within its limits."""
         return self.variants[0].verification.passed and self.verification.passed
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         return {
             "folder": str(self.folder),
             "passed": self.passed,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import InputError, UsageError
 from ..options import About, Options
+from ..specs import Json, JsonMapping
 from ..targets import TARGETS
 from .plan import Pipeline, Step
 from .table import STAGES, Stage
@@ -95,7 +96,7 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     )
 
 
-def _change(data: dict[str, Any], change: str) -> None:
+def _change(data: Json, change: str) -> None:
     import yaml
 
     name, equals, text = change.partition("=")
@@ -119,10 +120,10 @@ class _Check:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def fail(self, what: str, hint: str) -> None:
+    def fail(self, what: str, hint: str) -> NoReturn:
         raise InputError(f"{self._path}: {what}", hint)
 
-    def keys(self, where: str, given: Mapping[Any, Any], known: Sequence[str]) -> None:
+    def keys(self, where: str, given: Mapping[str, object], known: Sequence[str]) -> None:
         unknown = [str(key) for key in given if key not in known]
         if unknown:
             near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -130,12 +131,12 @@ class _Check:
             inside = f" in {where}" if where else ""
             self.fail(f"unknown key {unknown[0]}{inside}", f"{meant}there are {', '.join(known) or 'none'}")
 
-    def mapping(self, where: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(f"{where} is {value!r}, expected keys", f"{where}: {{…}}")
-        return dict(value)
+    def mapping(self, where: str, value: object) -> Json:
+        if isinstance(value, dict):
+            return dict(value)
+        self.fail(f"{where} is {value!r}, expected keys", f"{where}: {{…}}")
 
-    def kind(self, where: str, value: Any, kind: str) -> None:
+    def kind(self, where: str, value: object, kind: str) -> None:
         words, fits = KINDS[kind]
         try:
             good = fits(value)
@@ -144,7 +145,7 @@ class _Check:
         if not good:
             self.fail(f"{where} is {value!r}", f"expected {words}")
 
-    def recipe(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    def recipe(self, stages: Mapping[str, JsonMapping]) -> None:
         """Exactly one of precision, recipe and the stage `sensitivity` defines what `quantize` does."""
         quantize = stages.get("quantize")
         given = [key for key in ("precision", "recipe") if quantize and key in quantize]
@@ -153,7 +154,7 @@ class _Check:
             what = " and ".join(given + found) or "neither precision nor recipe"
             self.fail(f"stages.quantize has {what}", "quantize: {precision: int8}")
 
-    def stage(self, name: str, value: Any) -> dict[str, Any]:
+    def stage(self, name: str, value: object) -> Json:
         """The values of a stage, checked: known keys, each of its kind, none missing."""
         values = self.mapping(f"stages.{name}", {} if value is None else value)
         known = keys_of(STAGES[name])
@@ -167,7 +168,7 @@ class _Check:
             self.fail(f"stages.bundle.target is {values['target']!r}", f"there are {', '.join(TARGETS)}")
         return values
 
-    def step(self, name: str, values: Mapping[str, Any], data: Path | None, calib: str | None) -> Step:
+    def step(self, name: str, values: JsonMapping, data: Path | None, calib: str | None) -> Step:
         """The step of a stage; held-out and calibration data are those of the whole file."""
         given = dict(values)
         seed = int(given.pop("seed", 0))
@@ -183,5 +184,4 @@ class _Check:
             options: Options = kind.made_of(given)
         except UsageError as error:
             self.fail(f"stages.{name}: {error.message}", error.hint or "")
-            raise
         return Step(name, name, options, seed)

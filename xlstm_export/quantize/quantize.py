@@ -27,7 +27,7 @@ from ..graph.stored_types import DTYPES, widen_weights
 from ..ops import bodies as functions
 from ..options import Context
 from ..runfolder import RunFolder
-from ..specs import IoSpec
+from ..specs import IoSpec, Json
 from .fences import Fences, require_fences
 from .half import to_half
 from .legality import require_legal
@@ -218,7 +218,7 @@ def _companions(run: RunFolder) -> list[Path]:
     return [run.path / name for name in run.files if name not in own and "/" not in name]
 
 
-def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, command: str) -> dict[str, Any]:
+def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, command: str) -> Json:
     kinds = list(applied.choices.values())
     return {
         "command": command,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InputError, UsageError
 from ..options import BASES, PRECISIONS, QuantizeOptions
+from ..specs import Json
 
 if TYPE_CHECKING:
     from ..graph.sites import Site
@@ -107,7 +108,7 @@ class Recipe:
         more = [Rule(match, "float") for match in exclude] + [Rule(match, quantized) for match in include]
         return replace(self, rules=(*self.rules, *more))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The content of `recipe.yaml`."""
         return {"schema": SCHEMA, **asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 

@@ -10,6 +10,7 @@ from typing import Any
 from .. import runfolder
 from ..bench.result import RESULT, SCHEMA
 from ..errors import InputError
+from ..specs import Json
 
 VERIFIED = "verify/report.json"
 SCALES = "scales.json"
@@ -49,7 +50,7 @@ class RunData:
             return None
         return bool(self.verification.get("passed"))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """All data as one JSON object."""
         return {
             "schema": 1,
@@ -93,12 +94,12 @@ def read_run(folder: Path) -> RunData:
     )
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """A value of a JSON file as a number; None if it is not one."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path) -> Json | None:
     if not path.is_file():
         return None
     try:

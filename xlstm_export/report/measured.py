@@ -7,6 +7,7 @@ from typing import Any
 
 from ..measure.drift_result import FREE, TEACHER
 from ..plot.figures import Bar, BarPlot, Line, LinePlot
+from ..specs import Json
 from .data import RunData, number
 from .document import Section, Table, Value, bytes_of, missing, text_of
 
@@ -54,7 +55,7 @@ def drift(run: RunData) -> Section:
     return Section("Drift", (text, *note), plots, (Table("Errors along the stream", columns, rows),))
 
 
-def drift_lines(found: dict[str, Any], mode: str) -> list[Line]:
+def drift_lines(found: Json, mode: str) -> list[Line]:
     """Lines of outputs with their state-forced error, and per block of the state that is worst at the end."""
     series: dict[tuple[Any, str], list[dict[str, Any]]] = {}
     for row in found["rows"]:
@@ -76,19 +77,19 @@ def drift_lines(found: dict[str, Any], mode: str) -> list[Line]:
     return lines
 
 
-def _at_the_end(rows: list[dict[str, Any]]) -> float:
+def _at_the_end(rows: list[Json]) -> float:
     """The last error; infinite if the file has null, which stands for a value that is not finite."""
     last = number(rows[-1]["error"])
     return math.inf if last is None else last
 
 
-def _line(name: str, rows: list[dict[str, Any]], key: str, dashed: bool = False) -> Line:
+def _line(name: str, rows: list[Json], key: str, dashed: bool = False) -> Line:
     values = [number(row[key]) for row in rows]
     ys = tuple(math.nan if v is None else v for v in values)
     return Line(name, tuple(float(row["horizon"]) for row in rows), ys, dashed)
 
 
-def _drift_words(found: dict[str, Any], mode: str) -> str:
+def _drift_words(found: Json, mode: str) -> str:
     outputs = [row for row in found["rows"] if row["mode"] == mode and row["block"] is None]
     if not outputs:
         return "Errors of the states over the positions of one stream."
@@ -156,7 +157,7 @@ def calibration(run: RunData) -> Section:
     length = int(data["positions"]) // max(1, int(data["samples"]))
     names = tuple(f"from {border:,}" for border in borders)
 
-    def growth(entry: dict[str, Any]) -> float:
+    def growth(entry: Json) -> float:
         seen = [v for v in entry["by_position"] if v]
         return seen[-1] / seen[0] if seen else 0.0
 
@@ -205,7 +206,7 @@ def latency(run: RunData) -> Section:
     return Section("Latency", _latency_words(run.bench), plots, (Table("All calls", columns, rows),))
 
 
-def _latency_words(bench: dict[str, Any]) -> tuple[str, ...]:
+def _latency_words(bench: Json) -> tuple[str, ...]:
     first = bench["grid"][0]
     text = [
         f"{bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
@@ -225,7 +226,7 @@ def _latency_words(bench: dict[str, Any]) -> tuple[str, ...]:
     return tuple(text)
 
 
-def _timings(cell: dict[str, Any]) -> list[tuple[Value, ...]]:
+def _timings(cell: Json) -> list[tuple[Value, ...]]:
     """Rows of one cell, one per contestant."""
     exported = cell["contestants"]["exported"]["p50_ms"]
     return [
@@ -241,7 +242,7 @@ def _timings(cell: dict[str, Any]) -> list[tuple[Value, ...]]:
     ]
 
 
-def _medians(cell: dict[str, Any]) -> BarPlot:
+def _medians(cell: Json) -> BarPlot:
     """The median of every contestant, and the time the memory bandwidth allows."""
     floor = 1e3 * cell["moved_bytes"] / (cell["bandwidth_gbs"] * 1e9)
     bars = tuple(
@@ -257,7 +258,7 @@ def _medians(cell: dict[str, Any]) -> BarPlot:
     )
 
 
-def cell_name(cell: dict[str, Any]) -> str:
+def cell_name(cell: Json) -> str:
     """A cell of the bench's grid in words."""
     length = f" of {cell['length']}" if cell["mode"] != "decode" else ""
     return f"{cell['mode']}{length}, batch {cell['batch']}"

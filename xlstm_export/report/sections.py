@@ -6,6 +6,7 @@ import math
 import shlex
 from typing import Any
 
+from ..specs import Json
 from .data import RunData, number
 from .document import Document, Section, Table, bytes_of, missing, text_of
 from .measured import calibration, drift, gates, latency
@@ -63,7 +64,7 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     return f"{good}: {len(checks)} checks passed", tuple(details)
 
 
-def _metric(metric: dict[str, Any]) -> str:
+def _metric(metric: Json) -> str:
     against = "PyTorch in float64" if "pytorch_float64" in metric else "FP32"
     expected = metric.get("pytorch_float64", metric.get("fp32"))
     text = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {_precise(expected)}"

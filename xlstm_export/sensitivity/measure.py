@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from ..quantize.quantize import quantize
 from ..quantize.recipe import Recipe
 from ..runfolder import MODEL
 from ..sessions import OrtSession, Session
-from ..specs import IoSpec, TensorSpec
+from ..specs import IoSpec, Json, JsonMapping, TensorSpec
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
@@ -88,14 +88,14 @@ class Measured:
     bytes: int
     failure: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain data; NaN and infinity are null."""
         return {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Measured:
+    def from_json(data: JsonMapping) -> Measured:
         """The inverse of `to_json`; null is infinity."""
         values: dict[str, Any] = {k: math.inf if v is None else v for k, v in data.items()}
         return Measured(**values)

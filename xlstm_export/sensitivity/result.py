@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..quantize.recipe import Choice, Recipe
+from ..specs import Json
 from .search import Candidate, Limits, Unit
 
 COLUMNS = (
@@ -72,7 +73,7 @@ class Sensitivity:
         names = [name for name, choice in self.choices.items() if choice == "float"]
         return tuple(sorted(names, key=lambda name: -self.alone[name].harm))
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Json]:
         """One dictionary with `COLUMNS` per candidate."""
         for candidate in self.candidates:
             values = {**vars(candidate.measured), "name": candidate.name}
@@ -81,7 +82,7 @@ class Sensitivity:
             values["rules"] = "; ".join(f"{rule.match} → {rule.to}" for rule in candidate.recipe.rules)
             yield {column: values[column] for column in COLUMNS}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain data; NaN and infinity are null."""
         return {
             "schema": 1,

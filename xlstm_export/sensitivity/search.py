@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..quantize.recipe import Choice, Recipe
+from ..specs import Json
 from .measure import Measured
 
 
@@ -70,7 +70,7 @@ class Candidate:
         harm = max(self.drop, 0.0) + self.measured.drift**2
         return harm if math.isfinite(harm) else math.inf
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Plain data; NaN and infinity are null."""
         return {
             "name": self.name,

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from ..measure.data import EvalData
 from ..options import Context, SensitivityOptions
 from ..quantize.recipe import Choice, Recipe, Rule, naive, possible
 from ..runfolder import MODEL, MODEL_DATA, RunFolder, versions
-from ..specs import IoSpec
+from ..specs import IoSpec, Json
 from ..verify.limits import DriftLimits
 from .measure import Setup, data_hash
 from .report import FOLDER, write_evidence
@@ -252,7 +252,7 @@ class _Study:
         }
         return Plan(f"{self._settings.precision} by default", chosen)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> Json:
         options = self._settings.options
         return {
             "precision": options.precision,

@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import InputError, UsageError
 from ..inputs import Arrays
 from ..runfolder import RunFolder
+from ..specs import Json, JsonMapping
 
+# Options and sessions of onnxruntime, which has no type stubs and is imported when a graph is opened.
+OrtObject: TypeAlias = Any
 FOLDER = "cpu"
 INDEX = f"{FOLDER}/graphs.json"
 SCHEMA = 1
@@ -51,7 +53,7 @@ class CpuGraph:
     in_place: frozenset[str] = frozenset()
     arrays: Arrays = field(default_factory=dict)
 
-    def open(self, options: Any, folder: Path) -> Any:
+    def open(self, options: OrtObject, folder: Path) -> OrtObject:
         """An onnxruntime.InferenceSession.
 
         Args:
@@ -110,7 +112,7 @@ class PreparedGraphs(GraphSource):
         return read_prepared(self.run.path, name_of(decode=decode, fused=fused))
 
 
-def vocabulary(manifest: Mapping[str, Any]) -> int | None:
+def vocabulary(manifest: JsonMapping) -> int | None:
     """Size of a model's vocabulary; None where its manifest has none.
 
     Raises:
@@ -124,7 +126,7 @@ def vocabulary(manifest: Mapping[str, Any]) -> int | None:
     return size
 
 
-def session_options(threads: int) -> Any:
+def session_options(threads: int) -> OrtObject:
     """onnxruntime.SessionOptions of all our sessions.
 
     Args:
@@ -150,7 +152,7 @@ def name_of(*, decode: bool, fused: bool) -> str:
     return ("decode" if decode else "prefill") + (".fused" if fused else "")
 
 
-def to_json(graph: CpuGraph) -> dict[str, Any]:
+def to_json(graph: CpuGraph) -> Json:
     """The entry of a graph in graphs.json: how to open it."""
     data = asdict(graph)
     del data["source"], data["arrays"]

@@ -21,7 +21,7 @@ MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapability…
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 
 
-def load() -> Any:
+def load() -> ctypes.CDLL:
     """The CUDA runtime library.
 
     Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from .cuda import Cuda
 from .protocol import Session
 
 DECODE, PREFILL = 0, 1  # optimization profiles
+
+
+# NVIDIA's module and its objects, or the tests' stand-ins for them: the module has no type stubs.
+TensorRt: TypeAlias = Any
 
 
 class TensorRtSession(Session):
@@ -58,7 +62,7 @@ class TensorRtSession(Session):
         plugin: Path | None = None,
         graphs: bool = True,
         in_place: frozenset[str] = frozenset(),
-        tensorrt: Any = None,
+        tensorrt: TensorRt = None,
         cuda: Cuda | None = None,
     ) -> None:
         super().__init__(io, batch, vocab_size)
@@ -247,7 +251,7 @@ class TensorRtSession(Session):
         self._owned.close()
 
 
-def import_tensorrt() -> Any:
+def import_tensorrt() -> TensorRt:
     """The board's TensorRT.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..inputs import cut, has_positions, per_position
+from ..specs import Json
 from .protocol import Session
 
 PERCENTILES = (50, 90, 99, 99.9)
@@ -29,7 +30,7 @@ def bench(
     prefill: int = 512,
     hz: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-) -> dict[str, Any]:
+) -> Json:
     """Time a session of one stream.
 
     Args:
@@ -69,7 +70,7 @@ def bench(
     return result
 
 
-def _times(call: Callable[[int], Any], count: int, *, warm_up: int) -> np.ndarray:
+def _times(call: Callable[[int], object], count: int, *, warm_up: int) -> np.ndarray:
     """Seconds of each call."""
     for number in range(warm_up):
         call(number)
@@ -81,7 +82,7 @@ def _times(call: Callable[[int], Any], count: int, *, warm_up: int) -> np.ndarra
     return seconds
 
 
-def at_rate(call: Callable[[int], Any], hz: float, count: int) -> dict[str, Any]:
+def at_rate(call: Callable[[int], object], hz: float, count: int) -> Json:
     """Calls that are due every 1/hz seconds, measured from when each is due.
 
     Returns:

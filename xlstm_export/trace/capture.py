@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from ..errors import BuildError
 from ..load.loaded import Dims
 from ..ops import bodies as functions
+from ..specs import StateSpec
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 # Operators without side effects that translate to the same nodes as their decomposition. These are the ones
@@ -45,7 +46,7 @@ def torch_to_ir(
     past: tuple[Tensor, ...],
     input_names: list[str],
     output_names: list[str],
-    states: tuple[Any, ...],
+    states: tuple[StateSpec, ...],
 ) -> ir.Model:
     """Trace a lifted module with torch's exporter.
 

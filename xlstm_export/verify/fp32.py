@@ -20,6 +20,7 @@ from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, TorchSession
+from ..specs import Json
 from .base import Verification, require_same_model
 from .gate_file import read_gate
 from .limits import LIMITS
@@ -151,7 +152,7 @@ class _Fp32(Verification):
         outputs = self.candidate.prefill(inputs)
         return self.streams.compare(f"long stream {length}", outputs, expected, self.reference.state())
 
-    def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
+    def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """The task's metric on held-out data, reference in float64."""
         with TorchSession(self.loaded, data.rows, "float64") as reference:
             expected = data.run(reference)

@@ -20,7 +20,7 @@ from ..measure.data import EvalData, Sequences
 from ..measure.metrics import agreement
 from ..options import Context
 from ..runfolder import RunFolder
-from ..specs import IoSpec
+from ..specs import IoSpec, Json
 from .gate_file import Gate
 from .ways import BATCH, RAGGED
 
@@ -50,7 +50,7 @@ def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None)
 
 def metric_checks(
     data: EvalData, found: Arrays, expected: Arrays, against: str, limits: Mapping[str, float]
-) -> tuple[list[Check], dict[str, Any]]:
+) -> tuple[list[Check], Json]:
     """Checks of the change of the task's metric and, for logits, of KL divergence and first choices.
 
     Args:

@@ -30,6 +30,7 @@ from ..quantize.fences import check_fences
 from ..quantize.legality import check_legality
 from ..runfolder import MODEL_DATA, RunFolder
 from ..sessions import OrtSession, Session, TorchSession
+from ..specs import Json
 from .base import Verification
 from .drift_gate import drift_checks
 from .gate_file import read_gate
@@ -183,7 +184,7 @@ class _Precision(Verification):
         limit = self.drift_limits.output
         return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
 
-    def check_metric(self, data: EvalData) -> tuple[list[Check], dict[str, Any]]:
+    def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """Checks of the change of the task's metric against FP32, and the metric itself."""
         piece = 1 if self.run.last_only else PIECE
         with self.reference.open(data.rows) as reference:
@@ -193,7 +194,7 @@ class _Precision(Verification):
         limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
         return metric_checks(data, found, expected, "fp32", limits)
 
-    def check_gates(self) -> tuple[dict[str, Any], list[Check]]:
+    def check_gates(self) -> tuple[Json, list[Check]]:
         """Stabilizers, and the memory length of each head compared with FP32."""
         inputs = self.source.stretch()
         found, checks = audited(self.run, inputs, self.context)
@@ -202,7 +203,7 @@ class _Precision(Verification):
         expected = audit(self.reference.folder, inputs, self.context)
         return found.to_json(expected), checks + memory_checks(found, expected, self.limits.memory)
 
-    def describe(self, drift: Drift | None) -> dict[str, Any]:
+    def describe(self, drift: Drift | None) -> Json:
         """Facts for the verdict besides the checks: precision, base, reference, sites, drift."""
         run, manifest = self.run, self.run.manifest
         return {

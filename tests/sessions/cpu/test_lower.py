@@ -19,7 +19,7 @@ from xlstm_export import distance as compare
 from xlstm_export.errors import InputError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.load import checkpoint
-from xlstm_export.options import ExportOptions
+from xlstm_export.options import Context, ExportOptions
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.sessions import OrtSession, load_state, save_state
@@ -41,7 +41,7 @@ def make(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     """precision, base, state type → run folder; each is made once."""
     root = tmp_path_factory.mktemp("quantized")
     data = CalibrationSet(tokens(128, 2), "tokens")
-    scales = calibrate(small_export, data, out=root, batch=2, threads=1)
+    scales = calibrate(small_export, data, context=Context(threads=1), out=root, batch=2)
 
     def make(precision: str, base: str | None = None, state: str = "fp32") -> Path:
         out = root / f"{precision}-{base}-{state}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BuildError, InputError, SetupError
+from ...specs import Json
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
 from ..weights import Weights
@@ -62,7 +63,7 @@ def load(path: Path) -> Loaded:
     )
 
 
-def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
+def _build(config: Json, path: Path) -> tuple[nn.Module, Any]:
     try:
         import xlstm
     except ImportError as error:
@@ -84,7 +85,7 @@ def _build(config: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
     return module, model_config
 
 
-def _with_vanilla_backend(config: dict[str, Any]) -> dict[str, Any]:
+def _with_vanilla_backend(config: Json) -> Json:
     """The sLSTM's CUDA backend compiles a kernel at construction; its weights are converted instead."""
     block = config.get("slstm_block")
     if not isinstance(block, dict):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import InputError, SetupError
+from ...specs import Json
 from ..find import find_weights, read_config
 from ..loaded import Loaded, check_fit
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
@@ -107,7 +108,7 @@ def load(path: Path) -> Loaded:
     )
 
 
-def _settings(config: dict[str, Any], mode: str) -> dict[str, Any]:
+def _settings(config: Json, mode: str) -> Json:
     """Arguments of the configuration class: PyTorch's own kernels, and states are returned."""
     settings: dict[str, Any] = {**config, **NATIVE, "weight_mode": mode, "use_cache": False}
     # True: a Hugging Face model never hands states out unless it is given a cache.
@@ -118,7 +119,7 @@ def _settings(config: dict[str, Any], mode: str) -> dict[str, Any]:
     return settings
 
 
-def _check_fields(config: dict[str, Any], config_class: type, where: Path) -> None:
+def _check_fields(config: Json, config_class: type, where: Path) -> None:
     known = {f.name for f in dataclasses.fields(config_class)} | HARMLESS
     unknown = sorted(name for name, value in config.items() if name not in known and value)
     if unknown:

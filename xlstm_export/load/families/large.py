@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...errors import InputError, SetupError
+from ...specs import Json
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit
 from ..weights import Weights
@@ -26,7 +26,7 @@ NATIVE = {
 HINT = "check num_blocks, embedding_dim, num_heads, the factors and vocab_size in the config"
 
 
-def matches(config: dict[str, Any]) -> bool:
+def matches(config: Json) -> bool:
     """Whether a config is one of `xLSTMLargeConfig`."""
     return "num_heads" in config and not {"mlstm_block", "slstm_block"} & set(config)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ExportError, InputError, UsageError
+from ...specs import JsonMapping
 from ..loaded import Dims, Loaded, context_length
 from ..user_code import load_function
 from ..weights import check_finite, read_weights
@@ -68,7 +69,7 @@ def load_live(
 
 def _loaded(
     module: nn.Module,
-    given: tuple[dict[str, Tensor], Mapping[str, Any]],
+    given: tuple[dict[str, Tensor], JsonMapping],
     spec: str,
     origin: dict[str, str],
     weights: Path | None,
@@ -95,7 +96,7 @@ def _loaded(
     )
 
 
-def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str, Any]]:
+def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], JsonMapping]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
@@ -112,7 +113,7 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str,
     return _parts(result, spec)
 
 
-def _parts(result: Any, spec: str) -> tuple[nn.Module, dict[str, Tensor], Mapping[str, Any]]:
+def _parts(result: Any, spec: str) -> tuple[nn.Module, dict[str, Tensor], JsonMapping]:
     """What the factory returned, with no dims where it gave none."""
     if isinstance(result, nn.Module):
         raise InputError(f"--module {spec}: the factory returned a module without example inputs", RETURN)
@@ -133,7 +134,7 @@ def _parts(result: Any, spec: str) -> tuple[nn.Module, dict[str, Tensor], Mappin
 
 
 def _checked_inputs(
-    module: nn.Module, inputs: dict[str, Tensor], dims: Mapping[str, Any], spec: str
+    module: nn.Module, inputs: dict[str, Tensor], dims: JsonMapping, spec: str
 ) -> tuple[dict[str, Tensor], dict[str, Dims]]:
     """Examples in the order of `forward`, on the CPU, and the symbolic shape of each."""
     names = [

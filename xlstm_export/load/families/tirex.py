@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, SetupError
+from ...specs import Json
 from ..find import find_config
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..weights import Weights, from_tensors, load_torch_file
@@ -253,7 +254,7 @@ def _names_a_forecaster(file: Path) -> bool:
     return b"hyper_parameters" in text and b"input_patch_size" in text
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(file: Path) -> tuple[Json, dict[str, Tensor]]:
     """hyper_parameters and state_dict of a checkpoint file."""
     try:
         data = load_torch_file(file)
@@ -283,7 +284,7 @@ def _current_names(weights: Weights) -> Weights:
     return {name.replace("block_stack.", ""): weight for name, weight in weights.items()}
 
 
-def _build(hyper_parameters: dict[str, Any], file: Path) -> nn.Module:
+def _build(hyper_parameters: Json, file: Path) -> nn.Module:
     try:
         from tirex import TiRexZero  # type: ignore[import-untyped]
     except ImportError as error:

@@ -7,7 +7,6 @@ quantized products. The graph on disk does not change; a session lowers it when 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +14,7 @@ import onnx_ir as ir
 from ...graph.lazy import SMALL
 from ...graph.values import is_weight
 from ...inputs import Arrays
-from ..cpu_graph import PREPACKING, CpuGraph
+from ..cpu_graph import PREPACKING, CpuGraph, OrtObject
 from . import decode
 from .fused import drop_bodies
 from .integer_kernels import use_integer_kernels
@@ -85,12 +84,12 @@ def cpu_graph(
 def open_session(
     model: ir.Model,
     folder: Path,
-    options: Any,
+    options: OrtObject,
     *,
     rounding: bool = True,
     batch: int | None = None,
     fused: bool = False,
-) -> Any:
+) -> OrtObject:
     """An onnxruntime.InferenceSession over the lowered `model`, which is changed.
 
     Args:

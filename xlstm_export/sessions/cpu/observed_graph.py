@@ -15,7 +15,7 @@ from ...graph.element_types import typed_nodes
 from ...graph.files import load_graph
 from ...inputs import Arrays
 from ...runfolder import MODEL, read_io
-from ..cpu_graph import PREPACKING, CpuGraph, session_options
+from ..cpu_graph import PREPACKING, CpuGraph, OrtObject, session_options
 from . import lower
 from .round_half import HALF
 
@@ -134,7 +134,7 @@ def add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
     return given_as
 
 
-def open_graph(model: ir.Model, folder: Path, threads: int) -> Any:
+def open_graph(model: ir.Model, folder: Path, threads: int) -> OrtObject:
     """An onnxruntime.InferenceSession over a graph, lowered where it must be, on the weights of a folder.
 
     Raises:

@@ -22,14 +22,16 @@ from ...inputs import Arrays
 from ...runfolder import MODEL, MODEL_DATA
 from ...sessions.cpu.fused import drop_bodies
 from ...sessions.cuda import Cuda
-from ...sessions.tensorrt import import_tensorrt
+from ...sessions.tensorrt import TensorRt, import_tensorrt
 from ...specs import OP_DOMAIN
 from .replay import Runner
 
 WORKSPACE = 512 << 20
 
 
-def tensorrt_runner(plugin: Path | None = None, *, tensorrt: Any = None, cuda: Cuda | None = None) -> Runner:
+def tensorrt_runner(
+    plugin: Path | None = None, *, tensorrt: TensorRt = None, cuda: Cuda | None = None
+) -> Runner:
     """A runner for `bisect` that runs the candidate in TensorRT.
 
     Args:

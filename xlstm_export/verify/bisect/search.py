@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from ...quantize import quantize
 from ...quantize.recipe import read_recipe
 from ...runfolder import MODEL, RunFolder
 from ...sessions import TorchSession
+from ...specs import Json
 from ...trace import export as trace
 from ..limits import LIMITS
 from .replay import Runner, Side, error, pairs, require_same_parts, run_onnxruntime, state_errors
@@ -96,7 +96,7 @@ class Bisection:
     blocks: tuple[BlockError, ...]
     note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         place = asdict(self.place) if self.place is not None else {"block": None}
         blocks = [asdict(block) for block in self.blocks]
         about = {"against": self.against, "note": self.note, "sentence": self.sentence()}

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .errors import ExportError
     from .pipeline.run import Run, export, open_run
     from .sessions import Session
 
-__version__ = "0.1.0"
+
 __all__ = ["ExportError", "Run", "Session", "export", "open_run"]
 
 _PLACES = {

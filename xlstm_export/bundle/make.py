@@ -12,7 +12,6 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from .. import __version__
 from ..atomic import sha256, staged, write_json
 from ..board import integrity, kernels
 from ..errors import UsageError
@@ -24,6 +23,7 @@ from ..plugins import locate
 from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
 from ..specs import OP_DOMAIN, Json
 from ..verify.verdict import require_verified
+from ..version import __version__
 from . import archive
 from .cpu_graphs import write_prepared
 from .readme import readme

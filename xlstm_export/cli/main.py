@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..errors import ExportError, SetupError
 from ..options import Context, DeployOptions, ExportOptions, How
 from ..specs import Json
 from ..targets import TARGETS
+from ..version import __version__
 from . import bench as cli_bench
 from . import bundle as cli_bundle
 from . import engine as cli_engine

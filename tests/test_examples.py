@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def example(
 ) -> tuple[checkpoint.Loaded, Path, Path]:
     """Loaded model, its run folder, its held-out data."""
     loaded = example_runs.load(request.param)
-    folder = example_runs.exported(tmp_path_factory, request.param, loaded)
+    folder = tmp_path_factory.mktemp("example") / request.param
+    shutil.copytree(example_runs.exported(tmp_path_factory, request.param, loaded), folder)
     return loaded, folder, HELDOUT[request.param]
 
 

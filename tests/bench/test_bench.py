@@ -180,8 +180,8 @@ def test_torch_compile_takes_part(
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"batch": ()}, "batch: nothing"),
-        ({"length": ()}, "length: nothing"),
+        ({"batch": ()}, "batch is empty"),
+        ({"length": ()}, "length is empty"),
         ({"batch": (1, 0)}, "batch is (1, 0)"),
         ({"length": (-1,)}, "length is (-1,)"),
         ({"steps": 0}, "steps is 0"),

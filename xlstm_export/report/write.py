@@ -19,14 +19,15 @@ NAME = "report"
 
 
 def _made(run: RunData, other: RunData | None) -> tuple[Document, str, str]:
-    """The document, as HTML and Markdown; unexpected values in the run's files are an InputError."""
+    """The document, as HTML and Markdown; values that no stage writes are an InputError."""
     try:
         made = comparison(run, other) if other is not None else document(run)
         return made, page(made), markdown(made)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         where = f"{run.folder}" if other is None else f"{run.folder} or {other.folder}"
         raise InputError(
-            f"a file in {where} holds an unexpected value: {error!r}", "run verify, bench and calibrate again"
+            f"a file in {where} holds a value that no stage writes: {error!r}",
+            "run verify, bench and calibrate again",
         ) from error
 
 

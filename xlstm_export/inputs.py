@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
 from .specs import IoSpec, TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 Arrays = dict[str, np.ndarray]
 
@@ -33,3 +30,9 @@ def cut(inputs: Mapping[str, np.ndarray], io: IoSpec, start: int, end: int) -> A
         else inputs[spec.name]
         for spec in io.inputs
     }
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to an .npz file by their names."""
+    # NumPy before 2.1 has no `allow_pickle` here, and its type checker sees that name in every mapping.
+    np.savez(path, **arrays)  # type: ignore[arg-type]

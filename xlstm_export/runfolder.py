@@ -112,6 +112,12 @@ class RunFolder:
         return frozenset(x.name for x in self.io.outputs[:1] if self.options.last_logits)
 
     @property
+    def recorded_options(self) -> JsonMapping:
+        """The options as the manifest records them, for a later manifest or a report to repeat."""
+        options: JsonMapping = self.manifest.get("options", {})
+        return options
+
+    @property
     def files(self) -> JsonMapping:
         """Name → hash and size of each file when the folder was made."""
         files: Mapping[str, Any] = self.manifest["files"]

@@ -83,8 +83,11 @@ def memory_of(process: str = "self") -> tuple[int | None, int | None]:
     lines = dict(
         line.split(":", 1) for line in _read(Path(f"/proc/{process}/status")).splitlines() if ":" in line
     )
-    now, peak = (lines.get(name) for name in ("VmRSS", "VmHWM"))
-    return tuple(None if x is None else int(x.split()[0]) * 1024 for x in (now, peak))  # type: ignore[return-value]
+
+    def amount(name: str) -> int | None:
+        return int(lines[name].split()[0]) * 1024 if name in lines else None
+
+    return amount("VmRSS"), amount("VmHWM")
 
 
 def _usable_cores() -> int | None:

@@ -20,7 +20,7 @@ from ..errors import BuildError, InputError, SetupError
 from ..options import BuildOptions
 from ..plugins import build as plugin_builder
 from ..plugins import locate
-from ..runfolder import MANIFEST, MODEL, read_io
+from ..runfolder import MANIFEST, MODEL, RunFolder
 from ..sessions.cuda import Cuda
 from ..sessions.tensorrt import TensorRt, import_tensorrt
 from ..specs import IoSpec
@@ -108,7 +108,7 @@ def plan_build(
             f"TensorRT {_dotted(version)} is too old: plugins need {_dotted(OLDEST)}",
             "JetPack 6.1 brings 10.3; or use --backend onnxruntime",
         )
-    io = read_io(bundle)
+    io = RunFolder.open(bundle).io
     manifest = integrity.read(bundle)
     function_bodies = options.function_bodies
     if not function_bodies and plugin is None:

@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..atomic import write_json
 from ..errors import ExportError, GateError, SetupError, UsageError
+from ..inputs import save_arrays
 from ..options import BuildOptions
 from ..runfolder import RunFolder
 from ..sessions import streams, timing
@@ -181,7 +180,7 @@ def _run(options: Any) -> None:
             outputs = session.prefill(streams.read_inputs(options.data, session.io))
             if options.out is None:
                 raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
-            np.savez(options.out, **outputs)  # type: ignore[arg-type]
+            save_arrays(options.out, outputs)
             print(f"wrote {options.out}", file=sys.stderr)
         if options.state is not None:
             save_state(session, options.state)

@@ -114,7 +114,7 @@ def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str)
         "vocab_size": loaded.vocab_size,
         "recurrences": _recurrences(run.model),
         "origin": dict(run.origin),
-        "options": run.manifest.get("options", {}),
+        "options": dict(run.recorded_options),
         "plugin_abi": {kind: locate.OWN.hash(kind) for kind in ("tensorrt", kernels.KIND)},
         "command": command,
     }

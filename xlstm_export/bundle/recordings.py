@@ -13,7 +13,7 @@ import numpy as np
 
 from ..atomic import write_json
 from ..board.replay import FOLDER, SCHEMA, run_calls
-from ..inputs import Arrays, cut, has_positions, per_position
+from ..inputs import Arrays, cut, has_positions, per_position, save_arrays
 from ..load.loaded import Loaded
 from ..measure import data
 from ..options import BundleOptions, Context
@@ -82,7 +82,7 @@ def write_goldens(
         "limits": {backend: limits_of(run.options, backend) for backend in ROUNDING},
     }
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    np.savez(out / FOLDER / "goldens.npz", **arrays)  # type: ignore[arg-type]
+    save_arrays(out / FOLDER / "goldens.npz", arrays)
     write_json(out / FOLDER / "goldens.json", description)
     return description
 

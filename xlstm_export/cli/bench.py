@@ -13,7 +13,7 @@ from ..errors import GateError, UsageError
 from ..options import BenchOptions, Context
 from ..runfolder import RunFolder
 from .common import (
-    F,
+    Command,
     Source,
     context_options,
     emit,
@@ -24,7 +24,7 @@ from .common import (
 )
 
 
-def _compile_flags(command: F) -> F:
+def _compile_flags(command: Command) -> Command:
     """Adds the two flags that say at which batches torch.compile runs; `compile_at` of the options."""
 
     @functools.wraps(command)
@@ -39,7 +39,7 @@ def _compile_flags(command: F) -> F:
     )
     added = flag(wrapped)
     none = click.option("--no-compile", is_flag=True, help="do not time torch.compile, which takes minutes")
-    return none(added)  # type: ignore[return-value]
+    return none(added)
 
 
 @click.command()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..load.loaded import Loaded
     from ..runfolder import RunFolder
 
-F = TypeVar("F", bound=Callable[..., Any])
+Command = Callable[..., Any]  # of click: its parameters are found by name
 
 run_argument = click.argument("run", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
@@ -64,7 +64,7 @@ class Source:
 RECORDED = Source(None, None, None)  # the model that a run folder records
 
 
-def source_options(command: F) -> F:
+def source_options(command: Command) -> Command:
     """Adds CHECKPOINT, --module and --weights; the command receives them as `source`."""
 
     @functools.wraps(command)
@@ -75,7 +75,7 @@ def source_options(command: F) -> F:
 
     added = click.option("--weights", help="weights for --module (.safetensors or state_dict)")(wrapped)
     added = click.option("--module", help="factory of your own module, as package.module:function")(added)
-    return click.argument("checkpoint", required=False)(added)  # type: ignore[return-value]
+    return click.argument("checkpoint", required=False)(added)
 
 
 def stage_options(
@@ -84,7 +84,7 @@ def stage_options(
     required: tuple[str, ...] = (),
     leave: tuple[str, ...] = (),
     into: str = "options",
-) -> Callable[[F], F]:
+) -> Callable[[Command], Command]:
     """Adds the options of a stage; the command receives them as one object.
 
     Args:
@@ -96,25 +96,25 @@ def stage_options(
     known = {name: about for name, about in kind.table().items() if name not in leave}
     defaults = {f.name: f.default for f in fields(kind)}
 
-    def decorate(command: F) -> F:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def wrapped(*args: Any, **given: Any) -> Any:
             values = {name: given.pop(name) for name in known}
             values |= {name: given.pop(name) for name in leave if name in given}
             return command(*args, **{into: kind.made_of(values)}, **given)
 
-        added: Any = wrapped
+        added: Callable[..., Any] = wrapped
         for name, about in reversed(known.items()):
             added = _click_option(name, about, defaults[name], name in required)(added)
-        return added  # type: ignore[no-any-return]
+        return added
 
     return decorate
 
 
-def context_options(*, seed: str = "") -> Callable[[F], F]:
+def context_options(*, seed: str = "") -> Callable[[Command], Command]:
     """Adds --threads and, where `seed` is its help text, --seed; the command receives both as `context`."""
 
-    def decorate(command: F) -> F:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def wrapped(*args: Any, threads: int, seed: int = 0, **others: Any) -> Any:
             context = Context(threads=threads, seed=seed, command=command_line())
@@ -122,12 +122,12 @@ def context_options(*, seed: str = "") -> Callable[[F], F]:
 
         added = threads_option(wrapped)
         added = click.option("--seed", default=0, help=seed)(added) if seed else added
-        return added  # type: ignore[return-value]
+        return added
 
     return decorate
 
 
-def _click_option(name: str, about: About, default: Any, required: bool) -> Callable[[F], F]:
+def _click_option(name: str, about: About, default: Any, required: bool) -> Callable[[Command], Command]:
     flag = "--" + name.replace("_", "-")
     if about.kind == "flag":
         declaration = f"{flag}/--{about.off}" if about.off else flag

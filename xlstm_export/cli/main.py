@@ -72,7 +72,7 @@ def inspect(source: Source, as_json: bool) -> None:
         emit(info.to_json(), as_json, lambda console: tables.show_graph(console, info))
         return
     if path is not None and (Path(path) / runfolder.IO).is_file():
-        io = runfolder.read_io(Path(path))
+        io = runfolder.RunFolder.open(path).io
         emit(io.to_json(), as_json, lambda console: tables.show_io(console, io))
         return
     from ..lift.model import spec_of

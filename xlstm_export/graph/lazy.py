@@ -54,7 +54,7 @@ def is_small(value: ir.Value) -> bool:
 
 
 def _size(tensor: ir.TensorProtocol, axis: int) -> int:
-    return int(tensor.shape[axis])  # type: ignore[arg-type]
+    return int(tensor.shape.numpy()[axis])
 
 
 def _contiguous(view: np.ndarray) -> np.ndarray:

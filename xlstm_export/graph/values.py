@@ -107,3 +107,11 @@ def fresh_name(graph: ir.Graph, name: str) -> str:
 def count_nodes(graph: ir.Graph) -> int:
     """Number of nodes without Constant nodes, whose number differs from pass to pass."""
     return sum(node.op_type != "Constant" for node in graph)
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a value whose dimensions are all known; None for any other."""
+    if value is None or value.shape is None:
+        return None
+    known = tuple(dim for dim in value.shape if isinstance(dim, int))
+    return known if len(known) == len(value.shape) else None

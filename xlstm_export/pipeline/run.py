@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ..errors import UsageError
 from ..options import (
     PRECISIONS,
+    About,
     BenchOptions,
     BundleOptions,
     CalibrateOptions,
@@ -65,16 +66,17 @@ def _describe(call: object, function: Callable[..., object], kind: object) -> No
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return
     first = next(iter(inspect.signature(function).parameters.values()))
+    # A field that may be given by position comes first, whatever class it was declared in.
     keywords = [
         inspect.Parameter(
             f.name,
-            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.KEYWORD_ONLY if f.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=inspect.Parameter.empty if f.default is MISSING else f.default,
             annotation=f.type,
         )
-        for f in fields(kind)
+        for f in sorted(fields(kind), key=lambda f: f.kw_only is True)
     ]
-    call.__signature__ = inspect.Signature([first, *keywords])  # type: ignore[attr-defined]
+    vars(call)["__signature__"] = inspect.Signature([first, *keywords])
     lines = [f"    {name}: {about.help}." for name, about in kind.table().items()]
     call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keywords:", *lines])
 
@@ -94,16 +96,26 @@ class _Export(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantize(QuantizeOptions):
-    """Options of `quantize`, and the folder of its result."""
+    """Options of `quantize`, its precision by position, and the folder of its result."""
 
+    precision: str | None = field(
+        default=None,
+        kw_only=False,
+        metadata={"about": About('such as "int8", or the path of a recipe.yaml', "text")},
+    )
     out: Path | str | None = None
     force: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bundle(BundleOptions):
-    """Options of `bundle`, and the folder or file of its result."""
+    """Options of `bundle`, its target by position, and the folder or file of its result."""
 
+    target: str | None = field(
+        default=None,
+        kw_only=False,
+        metadata={"about": About('board that the bundle is for, such as "orin-nano-8gb"', "text")},
+    )
     out: Path | str | None = None
     force: bool = False
 
@@ -194,22 +206,15 @@ class Run:
         """Run an FP32 export over data and write the ranges of its activations, `scales.json`."""
         return stages.calibrate(self._folder, self._model, options, self._context)
 
-    def quantize(self, precision: Path | str, **keywords: object) -> Run:
-        """Make a run folder of another precision; see `quantize` of the command line for the keywords.
-
-        Args:
-            precision: such as "int8", or the path of a recipe.yaml.
-            keywords: fields of `options.QuantizeOptions`; `out`, by default a subfolder named after the
-                precision; `force` replaces it.
+    @_keywords(_Quantize)
+    def quantize(self, options: _Quantize) -> Run:
+        """Make a run folder of another precision: `out`, by default a subfolder named after the precision.
 
         Returns:
             The new run.
         """
-        named = {"precision" if precision in PRECISIONS else "recipe": precision}
-        return self._quantize(**named, **keywords)  # type: ignore[arg-type]
-
-    @_keywords(_Quantize)
-    def _quantize(self, options: _Quantize) -> Run:
+        if options.precision is not None and options.precision not in PRECISIONS:
+            options = replace(options, precision=None, recipe=Path(options.precision))
         loaded = self._model if options.data is not None else self._loaded
         out = None if options.out is None else Path(options.out)
         made = stages.quantize(
@@ -222,21 +227,13 @@ class Run:
         """Time a verified run against PyTorch and the memory bandwidth; also in `bench/bench.json`."""
         return stages.bench(self._folder, self._model, options, self._context)
 
-    def bundle(self, target: str | None = None, **keywords: object) -> Path:
-        """Make a bundle of a verified run for a board, as a folder or an archive.
-
-        Args:
-            target: the board, such as "orin-nano-8gb".
-            keywords: fields of `options.BundleOptions`; `out`, a folder or a file ending in .tar.gz, by
-                default `bundle` in the run folder; `force` replaces it.
+    @_keywords(_Bundle)
+    def bundle(self, options: _Bundle) -> Path:
+        """Make a bundle of a verified run for a board: `out`, a folder or a file ending in .tar.gz.
 
         Returns:
-            Path of the bundle.
+            Path of the bundle; by default `bundle` in the run folder.
         """
-        return self._bundle(target=target, **keywords)  # type: ignore[arg-type]
-
-    @_keywords(_Bundle)
-    def _bundle(self, options: _Bundle) -> Path:
         out = None if options.out is None else Path(options.out)
         chosen = _as(BundleOptions, options)
         return stages.bundle(self._folder, self._model, out, chosen, self._context, force=options.force)

@@ -225,7 +225,7 @@ def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, comman
         **{key: run.manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
         "context_length": run.context_length,
         "options": {
-            **run.manifest.get("options", {}),
+            **run.recorded_options,
             "precision": recipe.precision,
             "base": recipe.base,
             "state_dtype": recipe.state_dtype,

@@ -15,7 +15,7 @@ MOST = 40  # most checks that are listed
 
 def comparison(a: RunData, b: RunData) -> Document:
     """The document of `report --compare`; A is the run that B is compared with."""
-    names = (f"A: {a.folder}", f"B: {b.folder}")
+    names = (f"A: {a.folder.path}", f"B: {b.folder.path}")
     words = {True: "passed", False: "failed", None: "not verified"}
     verdict = f"A {words[a.passed]}, B {words[b.passed]}"
     both = [run.passed for run in (a, b)]
@@ -26,7 +26,7 @@ def comparison(a: RunData, b: RunData) -> Document:
 
 def _summary(a: RunData, b: RunData) -> Section:
     rows: list[tuple[Value, ...]] = [
-        ("model", *(str(run.manifest.get("model")) for run in (a, b))),
+        ("model", *(str(run.folder.manifest.get("model")) for run in (a, b))),
         ("precision", a.precision, b.precision),
         ("verdict", a.passed, b.passed),
         ("bytes of weights and graph", _bytes(a), _bytes(b)),
@@ -39,7 +39,7 @@ def _summary(a: RunData, b: RunData) -> Section:
 
 
 def _bytes(run: RunData) -> int:
-    return sum(int(entry["bytes"]) for name, entry in run.manifest["files"].items() if "model.onnx" in name)
+    return sum(int(entry["bytes"]) for name, entry in run.folder.files.items() if "model.onnx" in name)
 
 
 def _checks(a: RunData, b: RunData) -> Section:

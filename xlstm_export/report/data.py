@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import runfolder
 from ..bench.result import RESULT, SCHEMA
 from ..errors import InputError
+from ..runfolder import RunFolder
 from ..specs import Json
 
 VERIFIED = "verify/report.json"
@@ -22,16 +22,13 @@ class RunData:
     """Content of the files of a run.
 
     Attributes:
-        folder: the run folder.
-        manifest, io: manifest and io.json, which every run has.
+        folder: the run folder, with the manifest and io.json, which every run has.
         verification: result of `verify`; `current` is true if it belongs to the present files.
         bench: result of `bench`; None also if an older version wrote it, then `old_bench` is true.
         scales, recipe: results of `calibrate` and `quantize`.
     """
 
-    folder: Path
-    manifest: dict[str, Any]
-    io: dict[str, Any]
+    folder: RunFolder
     verification: dict[str, Any] | None
     current: bool
     bench: dict[str, Any] | None
@@ -41,7 +38,7 @@ class RunData:
 
     @property
     def precision(self) -> str:
-        return str(self.manifest.get("options", {}).get("precision") or "fp32")
+        return self.folder.precision
 
     @property
     def passed(self) -> bool | None:
@@ -56,8 +53,8 @@ class RunData:
             "schema": 1,
             "passed": self.passed,
             "precision": self.precision,
-            "manifest": self.manifest,
-            "io": self.io,
+            "manifest": dict(self.folder.manifest),
+            "io": self.folder.io.to_json(),
             "verification": self.verification,
             "verified_files_are_current": self.current,
             "bench": self.bench,
@@ -73,18 +70,16 @@ def read_run(folder: Path) -> RunData:
         InputError: it is not a run folder, or one of its files is damaged.
     """
     folder = Path(folder)
-    manifest, io = runfolder.read_manifest(folder), runfolder.read_io(folder)
+    run = RunFolder.open(folder)
     verification = _json(folder / VERIFIED)
     bench = _json(folder / RESULT)
     old = bench is not None and bench.get("schema") != SCHEMA
     # The ranges of the FP32 export are used by all precisions made from it.
     scales = _json(folder / SCALES)
     recipe = folder / RECIPE
-    current = verification is not None and verification.get("files") == runfolder.hashes(folder)
+    current = verification is not None and verification.get("files") == run.hashes()
     return RunData(
-        folder,
-        manifest,
-        io.to_json(),
+        run,
         verification,
         current,
         None if old else bench,

@@ -25,7 +25,11 @@ def drift(run: RunData) -> Section:
     found = ((run.verification or {}).get("precision") or {}).get("drift")
     if not found:
         why = "An FP32 export is held to the same limit at any length, so no drift is measured."
-        return Section("Drift", (why,)) if run.precision == "fp32" else missing(run.folder, "Drift", "verify")
+        return (
+            Section("Drift", (why,))
+            if run.precision == "fp32"
+            else missing(run.folder.path, "Drift", "verify")
+        )
     plots = tuple(
         LinePlot(
             f"Drift, {mode}",
@@ -105,7 +109,7 @@ def gates(run: RunData) -> Section:
     """Stabilizers and memory lengths of the cell gates."""
     found = (run.verification or {}).get("gates")
     if not found or not found["blocks"]:
-        return missing(run.folder, "Gates", "verify")
+        return missing(run.folder.path, "Gates", "verify")
     rows, groups = [], []
     for block in found["blocks"]:
         for head in block["heads"]:
@@ -195,7 +199,7 @@ def latency(run: RunData) -> Section:
     if run.old_bench:
         return Section("Latency", ("Measured by an older version; run `xlstm-export bench` again.",))
     if run.bench is None:
-        return missing(run.folder, "Latency", "bench")
+        return missing(run.folder.path, "Latency", "bench")
     grid = run.bench["grid"]
     columns = (
         *("call", "what", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"),

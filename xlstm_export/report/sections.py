@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from typing import Any
 
@@ -18,7 +17,7 @@ def document(run: RunData) -> Document:
     """The whole report."""
     verdict, details = _verdict(run)
     return Document(
-        f"{run.manifest.get('model', 'model')}, {run.precision}",
+        f"{run.folder.manifest.get('model', 'model')}, {run.precision}",
         verdict,
         run.passed,
         details,
@@ -79,21 +78,22 @@ def _precise(value: Any) -> str:
 
 def exported(run: RunData) -> Section:
     """Model, interface, states, files."""
-    options = run.manifest.get("options", {})
-    states = run.io["states"]
-    size = sum(_elements(s["shape"]) * (2 if s["dtype"] in ("float16", "bfloat16") else 4) for s in states)
+    options = run.folder.recorded_options
+    io = run.folder.io
+    size = sum(s.elements * (2 if s.dtype in ("float16", "bfloat16") else 4) for s in io.states)
     text = [
-        f"{run.manifest.get('model')} from {_origin(run)}; options: "
+        f"{run.folder.manifest.get('model')} from {_origin(run)}; options: "
         + ", ".join(f"{key} {value}" for key, value in options.items()),
-        f"{len({s['block'] for s in states})} recurrent blocks carry {bytes_of(size)} of state per stream.",
+        f"{len({s.block for s in io.states})} recurrent blocks carry {bytes_of(size)} of state per stream.",
     ]
     tensors: list[tuple[Any, ...]] = [
-        (t["name"], kind, t["dtype"], str(t["shape"])) for kind in ("inputs", "outputs") for t in run.io[kind]
+        (t.name, kind, t.dtype, str(list(t.shape)))
+        for kind, tensors_of_kind in (("inputs", io.inputs), ("outputs", io.outputs))
+        for t in tensors_of_kind
     ]
-    tensors += [(f"{s['past']} → {s['present']}", "state", s["dtype"], str(s["shape"])) for s in states]
+    tensors += [(f"{s.past} → {s.present}", "state", s.dtype, str(["B", *s.shape])) for s in io.states]
     files = [
-        (name, int(entry["bytes"]), str(entry["sha256"]))
-        for name, entry in sorted(run.manifest["files"].items())
+        (name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in sorted(run.folder.files.items())
     ]
     return Section(
         "What was exported",
@@ -106,24 +106,20 @@ def exported(run: RunData) -> Section:
 
 
 def _origin(run: RunData) -> str:
-    origin = run.manifest.get("origin", {})
+    origin = run.folder.origin
     return str(origin.get("checkpoint") or origin.get("module") or "an unknown source")
-
-
-def _elements(shape: list[Any]) -> int:
-    return math.prod(dim for dim in shape if isinstance(dim, int))
 
 
 def precision(run: RunData) -> Section:
     """Recipe, and the precisions of the weights."""
     verified = (run.verification or {}).get("precision") or {}
-    sites = run.manifest.get("sites", {})
-    options = run.manifest.get("options", {})
+    sites = run.folder.manifest.get("sites", {})
+    options = run.folder.recorded_options
     text = [
         f"Base {options.get('base')}, states {options.get('state_dtype')}. "
         f"Compared with: {verified.get('reference', 'not verified yet')}.",
     ]
-    calibrated = run.manifest.get("calibration") or {}
+    calibrated = run.folder.manifest.get("calibration") or {}
     if calibrated.get("random"):
         text.append("The ranges come from made-up data: they do not hold for real inputs.")
     rows = tuple((kind, int(count)) for kind, count in sites.items())
@@ -139,7 +135,7 @@ def precision(run: RunData) -> Section:
 def parity(run: RunData) -> Section:
     """Every check."""
     if run.verification is None:
-        return missing(run.folder, "Parity", "verify")
+        return missing(run.folder.path, "Parity", "verify")
     rows = []
     for check in run.verification["checks"]:
         value, limit = number(check["value"]), number(check["limit"])
@@ -179,7 +175,7 @@ def parity(run: RunData) -> Section:
 
 def environment(run: RunData) -> Section:
     """Versions and machine."""
-    rows = [(name, str(version)) for name, version in (run.manifest.get("versions") or {}).items()]
+    rows = [(name, str(version)) for name, version in (run.folder.manifest.get("versions") or {}).items()]
     tables = [Table("Versions that exported", ("package", "version"), tuple(rows))]
     machine = (run.bench or {}).get("environment")
     if machine:
@@ -194,8 +190,8 @@ def environment(run: RunData) -> Section:
 
 def reproduce(run: RunData) -> Section:
     """The commands that make this run again."""
-    folder = shlex.quote(str(run.folder))
-    commands = [str(run.manifest.get("command") or "")] if run.manifest.get("command") else []
+    folder = shlex.quote(str(run.folder.path))
+    commands = [str(run.folder.manifest.get("command") or "")] if run.folder.manifest.get("command") else []
     commands += [
         f"xlstm-export verify {folder}",
         f"xlstm-export bench {folder}",

@@ -24,7 +24,7 @@ def _made(run: RunData, other: RunData | None) -> tuple[Document, str, str]:
         made = comparison(run, other) if other is not None else document(run)
         return made, page(made), markdown(made)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        where = f"{run.folder}" if other is None else f"{run.folder} or {other.folder}"
+        where = f"{run.folder.path}" if other is None else f"{run.folder.path} or {other.folder.path}"
         raise InputError(
             f"a file in {where} holds a value that no stage writes: {error!r}",
             "run verify, bench and calibrate again",

@@ -21,7 +21,7 @@ import numpy as np
 from ..atomic import readable_os_errors
 from ..errors import BuildError
 from ..graph.files import load_graph
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, per_position, save_arrays
 from ..measure.data import EvalData
 from ..measure.drift import measure_drift
 from ..measure.drift_plan import WINDOW, DriftPlan
@@ -182,7 +182,7 @@ def record(setup: Setup) -> float:
         with np.errstate(all="ignore"):
             measure_drift(recorder, silent, stretch(setup), DriftPlan(ends))
     with readable_os_errors(path):
-        np.savez(path, **recorder.arrays)  # type: ignore[arg-type]
+        save_arrays(path, recorder.arrays)
     return metric
 
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from ..atomic import readable_os_errors
 from ..errors import InputError, UsageError
-from ..inputs import Arrays
+from ..inputs import Arrays, save_arrays
 from ..specs import IoSpec
 from .arrays import Rows, checked_inputs, checked_state, row_numbers
 
@@ -171,7 +171,7 @@ def save_state(session: Session, path: Path) -> None:
     }
     with readable_os_errors(path):
         try:
-            np.savez(temporary, **state)  # type: ignore[arg-type]
+            save_arrays(temporary, state)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

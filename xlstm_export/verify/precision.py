@@ -235,5 +235,6 @@ def drift_at(verdict: Verdict, horizon: int) -> float | None:
     drift = (verdict.precision or {}).get("drift")
     for row in drift["rows"] if drift else ():
         if row["mode"] == TEACHER and row["block"] is None and row["horizon"] == horizon:
-            return row["error"]  # type: ignore[no-any-return]
+            error: float = row["error"]
+            return error
     return None

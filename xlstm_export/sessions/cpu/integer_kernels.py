@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from ...graph.values import fresh_name, is_weight, producer
+from ...graph.values import fresh_name, is_weight, producer, static_shape
 
 DOMAIN = "com.microsoft"
 FEW = 1 << 18  # elements up to which an FP32 copy is as fast as any integer kernel, and 1 MB at most
@@ -187,7 +187,7 @@ class _Emitter:
             result = self._integer_product(*quantized, self._matrix(weight, transposed), scale)
         elif weight.tensor.size <= FEW:
             return None
-        elif self._with_digits and _static(x) is not None:
+        elif self._with_digits and static_shape(x) is not None:
             result = self._digit_product(x, self._matrix(weight, transposed), scale, node.outputs[0])
         else:
             result = self._wide_product(x, weight, transposed, scale)
@@ -226,7 +226,7 @@ class _Emitter:
         )  # (rows, 3, N)
         result = self._new("MatMul", [weights, parts])  # (rows, 1, N)
         result.shape, result.type = ir.Shape([weights.shape[0], 1, len(scale)]), old.type
-        shape = _static(x)
+        shape = static_shape(x)
         assert shape is not None
         return self._reshaped(result, (*shape[:-1], len(scale)))
 
@@ -234,7 +234,7 @@ class _Emitter:
         """Digits (rows, 3, K) of each row of x, and the factor of each digit (rows, 1, 3)."""
         key = ("digits", x)
         if key not in self._shared:
-            shape = _static(x)
+            shape = static_shape(x)
             assert shape is not None
             rows = math.prod(shape[:-1])
             x = self._reshaped(x, (rows, 1, shape[-1]))
@@ -277,7 +277,7 @@ class _Emitter:
         scales = self._initializer(f"{weight.integers.name}.blocks", np.ascontiguousarray(weight.scale.T))
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": weight.block}
         inputs = [self._shared[key], scales]
-        shape = _static(x)
+        shape = static_shape(x)
         if not self._with_digits or shape is None:
             return self._new("MatMulNBits", [x, *inputs], {**attributes, "accuracy_level": 1}, domain=DOMAIN)
         parts, not_finite = self._block_digits(x, weight.block)
@@ -293,7 +293,7 @@ class _Emitter:
         """Three summands of each row of x (rows, 3, K), and the result of `_not_finite` for x."""
         key, finite = ("block digits", x, block), ("finite", x)
         if key not in self._shared:
-            shape = _static(x)
+            shape = static_shape(x)
             assert shape is not None
             rows, last = math.prod(shape[:-1]), self._integers([-1])
             self._shared[finite] = self._not_finite(self._reshaped(x, (rows, 1, shape[-1])))
@@ -315,7 +315,7 @@ class _Emitter:
         return self._new("ReduceSum", [zeros, self._integers([-1])], {"keepdims": 1})
 
     def _reshaped(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        if _static(value) == tuple(shape):
+        if static_shape(value) == tuple(shape):
             return value
         result = self._new("Reshape", [value, self._integers(shape)])
         result.shape, result.type = ir.Shape(shape), value.type
@@ -372,12 +372,6 @@ def _packed(integers: np.ndarray, block: int, bits: int) -> np.ndarray:
 def _array(value: ir.Value | None) -> np.ndarray | None:
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None else tensor.numpy()
-
-
-def _static(value: ir.Value) -> tuple[int, ...] | None:
-    if value.shape is None or not all(isinstance(dim, int) for dim in value.shape):
-        return None
-    return tuple(int(dim) for dim in value.shape)  # type: ignore[call-overload]
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

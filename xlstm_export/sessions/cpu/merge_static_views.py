@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ...graph.values import static_shape
+
 VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 
 
@@ -27,11 +29,11 @@ def merge_static_views(model: ir.Model) -> int:
     for node in list(graph):
         if not _is_view(node) or node.outputs[0].is_graph_output():
             continue
-        result, shape = node.outputs[0], _static(node.outputs[0])
+        result, shape = node.outputs[0], static_shape(node.outputs[0])
         start = _start(node)
-        if shape is None or _static(start) is None:
+        if shape is None or static_shape(start) is None:
             continue
-        if _static(start) == shape:
+        if static_shape(start) == shape:
             result.replace_all_uses_with(start)
             continue
         key = (start, shape)
@@ -51,7 +53,7 @@ def _is_view(node: ir.Node) -> bool:
         return False
     if node.op_type in VIEWS:
         return True
-    shape = _static(node.inputs[0])
+    shape = static_shape(node.inputs[0])
     if node.op_type != "Transpose" or shape is None:
         return False
     perm = node.attributes["perm"].as_ints()
@@ -64,14 +66,8 @@ def _start(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     producer = value.producer()
-    while producer is not None and _is_view(producer) and _static(producer.inputs[0]) is not None:
+    while producer is not None and _is_view(producer) and static_shape(producer.inputs[0]) is not None:
         value = producer.inputs[0]
         assert value is not None
         producer = value.producer()
     return value
-
-
-def _static(value: ir.Value | None) -> tuple[int, ...] | None:
-    if value is None or value.shape is None or not all(isinstance(dim, int) for dim in value.shape):
-        return None
-    return tuple(int(dim) for dim in value.shape)  # type: ignore[call-overload]

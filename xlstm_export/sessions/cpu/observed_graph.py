@@ -14,7 +14,7 @@ from ...errors import BuildError, InputError, SetupError, UsageError
 from ...graph.element_types import typed_nodes
 from ...graph.files import load_graph
 from ...inputs import Arrays
-from ...runfolder import MODEL, read_io
+from ...runfolder import MODEL, RunFolder
 from ..cpu_graph import PREPACKING, CpuGraph, OrtObject, session_options
 from . import lower
 from .round_half import HALF
@@ -39,7 +39,7 @@ class ObservedGraph:
     def __init__(
         self, folder: Path, names: Sequence[str], threads: int = 0, *, model: ir.Model | None = None
     ) -> None:
-        self.io = read_io(folder)
+        self.io = RunFolder.open(folder).io
         self.names = tuple(dict.fromkeys(names))
         model = model or load_graph(folder / MODEL)
         inputs = {value.name or "" for value in model.graph.inputs}

@@ -215,6 +215,12 @@ def _slstm_cell(cell: nn.Module) -> nn.Module:
                 f"sLSTM cell with {name}={getattr(config, name)!r} is not supported",
                 "it changes the function the cell computes; only the default has an operator",
             )
+    # The CUDA kernel clips in the forward pass too when this is set; the vanilla backend does not.
+    if type(cell).__name__ == "sLSTMCell_cuda" and config.gradient_recurrent_clipval is not None:
+        raise BuildError(
+            "sLSTM of the CUDA backend with gradient_recurrent_clipval is not supported",
+            "its kernel also clips in the forward pass, which no operator here computes",
+        )
     return LiftedSlstmCell(cell)
 
 

@@ -15,7 +15,7 @@ from ...errors import BuildError, InputError, SetupError
 from ...specs import Json
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
-from ..weights import Weights
+from ..slstm_backends import layout_changes
 
 
 def load(path: Path) -> Loaded:
@@ -30,7 +30,9 @@ def load(path: Path) -> Loaded:
     config_path = need_config(path)
     config = read_config(config_path)
     module, model_config = _build(config, config_path)
-    weights = _slstm_to_vanilla(module, weights)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    changes = layout_changes(module, shapes)
+    weights = {name: w.through(changes[name]) if name in changes else w for name, w in weights.items()}
     tied = bool(getattr(model_config, "tie_weights", False))
     if tied:  # a file that stores shared tensors once keeps either name
         names = ("token_embedding.weight", "lm_head.weight")
@@ -124,33 +126,6 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
 def _dataclass_in(hint: Any) -> type | None:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def _slstm_to_vanilla(module: nn.Module, weights: Weights) -> Weights:
-    """Bring sLSTM weights stored by the CUDA backend into the vanilla backend's order.
-
-    Recurrent kernel: (H, D, 4·D) → (H, 4·D, D). Bias: (H, 4, D) flattened → (4, H, D) flattened. The
-    order in a file is known from the kernel's shape; the config may name the other backend.
-    """
-    weights = dict(weights)
-    for path, cell in module.named_modules():
-        kernel, bias = f"{path}._recurrent_kernel_", f"{path}._bias_"
-        if not hasattr(cell, "_recurrent_kernel_") or kernel not in weights or bias not in weights:
-            continue
-        config: Any = cell.config
-        heads, gates, dim = config.num_heads, config.num_gates, config.head_dim
-        if gates * dim != dim and weights[kernel].shape == (heads, dim, gates * dim):
-
-            def kernel_order(R: Tensor, heads: int = heads, gates: int = gates, dim: int = dim) -> Tensor:
-                return R.reshape(heads, dim, gates, dim).permute(0, 2, 3, 1).reshape(heads, gates * dim, dim)
-
-            def bias_order(b: Tensor, heads: int = heads, gates: int = gates, dim: int = dim) -> Tensor:
-                return b.reshape(heads, gates, dim).transpose(0, 1).reshape(-1)
-
-            weights[kernel] = weights[kernel].through(kernel_order)
-            if weights[bias].shape == (heads * gates * dim,):
-                weights[bias] = weights[bias].through(bias_order)
-    return weights
 
 
 def _finish(module: nn.Module) -> None:

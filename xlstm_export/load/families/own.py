@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import ExportError, InputError, UsageError
 from ...specs import JsonMapping
 from ..loaded import Dims, Loaded, context_length
+from ..slstm_backends import call_factory, layout_changes, without_cuda
 from ..user_code import load_function
 from ..weights import check_finite, read_weights
 
@@ -37,6 +38,8 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
     module, inputs, dims = _call_factory(spec)
     if weights is not None:
         state = read_weights(weights)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        state.update({n: change(state[n]) for n, change in layout_changes(module, shapes).items()})
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
@@ -77,6 +80,7 @@ def _loaded(
     """A module with its example inputs and their dims, checked."""
     # Tracing happens on the CPU in float32, whatever device and type the factory chose.
     module = module.eval().cpu()
+    without_cuda(module)
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()
     for name, parameter in module.named_parameters():
@@ -102,15 +106,26 @@ def _call_factory(spec: str) -> tuple[nn.Module, dict[str, Tensor], JsonMapping]
         raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
     factory = load_function(spec, f"--module {spec}")
     try:
-        result = factory()
+        result = call_factory(factory)
     except ExportError:
         raise
     except Exception as error:
         raise InputError(
             f"--module {spec}: the factory raised {type(error).__name__}: {error}",
-            "call it by itself to see where; --debug shows the traceback",
+            _NO_CUDA if _wants_cuda(error) else "call it by itself to see where; --debug shows the traceback",
         ) from error
     return _parts(result, spec)
+
+
+_NO_CUDA = (
+    'this machine has no CUDA, and needs none: build the model on the CPU, without .cuda() or .to("cuda"), '
+    'and read its weights with torch.load(path, map_location="cpu")'
+)
+
+
+def _wants_cuda(error: Exception) -> bool:
+    """Whether a factory asked for a GPU that this machine does not have."""
+    return not torch.cuda.is_available() and ("CUDA" in str(error) or "NVIDIA" in str(error))
 
 
 def _parts(result: Any, spec: str) -> tuple[nn.Module, dict[str, Tensor], JsonMapping]:

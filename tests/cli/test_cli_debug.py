@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from xlstm_export.cli.main import debug_log
+from xlstm_export.cli.console import Commands
 
 
 def fail(log: logging.Logger) -> None:
@@ -21,9 +23,14 @@ def test_what_was_caught_is_shown_under_debug_only(name: str, capsys: pytest.Cap
     log = logging.getLogger(name)
     fail(log)
     assert capsys.readouterr().err == ""
-    with debug_log():
+
+    @click.command()
+    def work() -> None:
         fail(log)
-    shown = capsys.readouterr().err
+
+    group = Commands()
+    group.add("Test", work)
+    shown = CliRunner().invoke(group, ["work", "--debug"], catch_exceptions=False).stderr
     assert "what was done" in shown
     assert "ValueError: the cause" in shown
     fail(log)

@@ -46,7 +46,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "verdict: pass" in done.stdout
+    assert "verdict  pass" in done.stdout
 
 
 def test_the_example_carries_both_kinds_of_state(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from refusals import refused
 from rich.console import Console
 
 from xlstm_export.cli import tables as report
+from xlstm_export.cli.summary import show_summary
 from xlstm_export.errors import SetupError, UsageError
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import Context, DeployOptions, How
@@ -41,9 +42,12 @@ def test_writes_everything_and_says_so(
     ]
     json.dumps(result.to_json())
     report.show_deploy(Console(width=80), result)
+    assert "wrote" in capsys.readouterr().out
+    show_summary(Console(width=80), result)
     shown = capsys.readouterr().out
-    assert "verdict: pass equal to PyTorch" in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert "verdict  pass fp32 is equal to PyTorch" in shown
+    assert len(shown.splitlines()) <= 24
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("report")) <= 80
 
 
 def test_what_is_not_equal_is_not_timed(
@@ -61,6 +65,11 @@ def test_what_is_not_equal_is_not_timed(
     shown = capsys.readouterr().out
     assert "NOT equal to PyTorch" in shown
     assert "exceeds 1.0e-12" in shown
+    show_summary(Console(width=80), result)
+    shown = capsys.readouterr().out
+    assert "verdict  FAIL fp32 is not equal to PyTorch, so it was not timed" in shown
+    assert "exceeds 1.0e-12" in shown
+    assert len(shown.splitlines()) <= 24
 
 
 @pytest.mark.slow
@@ -80,10 +89,12 @@ def test_int8_makes_fp16_too_and_puts_them_side_by_side(
     assert {"recipe.yaml", "scales.json", "drift.csv"} <= {path.name for path in result.written}
     json.dumps(result.to_json())
     report.show_deploy(Console(width=80), result)
+    capsys.readouterr()
+    show_summary(Console(width=80), result)
     shown = capsys.readouterr().out
-    assert "calibrated on made-up data" in shown
-    assert "side by side" in shown
-    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert "calibrated on made-up data" in " ".join(shown.split())
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["fp32", "fp16", "int8"]
+    assert len(shown.splitlines()) <= 24
 
 
 @pytest.mark.parametrize(

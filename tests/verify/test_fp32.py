@@ -83,8 +83,8 @@ def test_an_export_passes(folder: Path, small_loaded: checkpoint.Loaded) -> None
     assert [name for name in seen if name != "fused"] == [
         *("lift", "prefill", "step", "chunked", "resumed", "rows", "reset", "long stream"),
         "upstream, unmodified",
-        "gates, position 0 of 2,048",
-        *(f"gates, position {n:,} of 2,048" for n in range(256, 2048, 256)),
+        "gates: position 0 of 2,048",
+        *(f"gates: position {n:,} of 2,048" for n in range(256, 2048, 256)),
     ]
     names = [check.name for check in report.checks]
     for name in (

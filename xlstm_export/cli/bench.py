@@ -12,16 +12,8 @@ import click
 from ..errors import GateError, UsageError
 from ..options import BenchOptions, Context
 from ..runfolder import RunFolder
-from .common import (
-    Command,
-    Source,
-    context_options,
-    emit,
-    json_option,
-    source_options,
-    spinner,
-    stage_options,
-)
+from .common import Command, Source, context_options, json_option, source_options, stage_options
+from .console import emit, spinner
 
 
 def _compile_flags(command: Command) -> Command:

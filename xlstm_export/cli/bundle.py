@@ -8,16 +8,8 @@ import click
 
 from ..options import BundleOptions, Context
 from ..runfolder import RunFolder
-from .common import (
-    Source,
-    command_line,
-    emit,
-    json_option,
-    run_argument,
-    source_options,
-    spinner,
-    stage_options,
-)
+from .common import Source, command_line, json_option, run_argument, source_options, stage_options
+from .console import emit, spinner
 
 
 class _Bundle(click.Group):

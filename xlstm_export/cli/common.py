@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GateError
-from ..options import FILES, About, Context, Count, Options, Progress
+from ..options import FILES, About, Context, Options
+from ..runfolder import MANIFEST, MODEL, RunFolder
+from .console import emit
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..load.loaded import Loaded
-    from ..runfolder import RunFolder
 
 Command = Callable[..., Any]  # of click: its parameters are found by name
 
@@ -176,55 +173,18 @@ def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
         raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
 
 
-def emit(data: object, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Print a result: as JSON on stdout, or by calling `show`, for people."""
+def emit_written(folder: Path, as_json: bool) -> None:
+    """Print which run folder was written: its files on stderr, or as JSON on stdout."""
+    opened = RunFolder.open(folder)
+    files = [*opened.files, MANIFEST]
     if as_json:
-        click.echo(json.dumps(data, indent=1))
+        emit(
+            {"folder": str(folder), "precision": opened.precision, "files": files}, True, lambda console: None
+        )
         return
-    from rich.console import Console
-
-    show(Console())
+    click.echo(f"wrote {folder / MODEL} (+ {', '.join(file for file in files if file != MODEL)})", err=True)
 
 
 def command_line() -> str:
     """The command line of this process, as manifests record it."""
     return shlex.join(["xlstm-export", *sys.argv[1:]])
-
-
-@contextlib.contextmanager
-def spinner() -> Iterator[Progress]:
-    """A spinner on stderr that shows the stage and the elapsed time."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting")
-        yield lambda stage: progress.update(task, description=stage)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Count]:
-    """A progress bar on stderr that shows the remaining time, for a loop of known length."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

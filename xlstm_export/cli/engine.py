@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ..options import BuildOptions
-from .common import emit, json_option, stage_options
+from .common import json_option, stage_options
+from .console import emit
 
 
 @click.command()

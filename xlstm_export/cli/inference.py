@@ -10,7 +10,8 @@ import click
 
 from ..options import ForecastOptions, GenerateOptions
 from ..runfolder import RunFolder
-from .common import RECORDED, run_argument, stage_options, threads_option
+from .common import RECORDED, json_option, run_argument, stage_options, threads_option
+from .console import emit
 
 BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
 backend_option = click.option(
@@ -29,8 +30,15 @@ backend_option = click.option(
 )
 @backend_option
 @threads_option
+@json_option
 def generate(
-    run: Path, prompt: str, options: GenerateOptions, state: Path | None, backend: str, threads: int
+    run: Path,
+    prompt: str,
+    options: GenerateOptions,
+    state: Path | None,
+    backend: str,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Continue a prompt with the language model in RUN; text is printed as it is generated."""
     from ..inference.generate import codec_for
@@ -45,14 +53,18 @@ def generate(
             load_state(session, state)
         text = sys.stdin.read() if prompt == "-" else prompt
         start = time.perf_counter()
+        pieces = []
         for piece in generate_(session, opened.io, codec, text, options):
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-        click.echo()
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
         if state is not None:
             save_state(session, state)
     rate = options.tokens / max(time.perf_counter() - start, 1e-9)
-    click.echo(f"{rate:,.0f} tokens per second", err=True)
+    emit({"text": "".join(pieces), "tokens_per_second": rate}, as_json, lambda console: click.echo())
+    if not as_json:
+        click.echo(f"{rate:,.0f} tokens per second", err=True)
 
 
 @click.command()
@@ -62,8 +74,9 @@ def generate(
 @stage_options(ForecastOptions)
 @backend_option
 @threads_option
+@json_option
 def forecast(
-    run: Path, source: Path, out: Path, options: ForecastOptions, backend: str, threads: int
+    run: Path, source: Path, out: Path, options: ForecastOptions, backend: str, threads: int, as_json: bool
 ) -> None:
     """Forecast the rows that follow a CSV file, with the model in RUN."""
     from ..inference import forecast as forecasts
@@ -79,7 +92,10 @@ def forecast(
     with open_session(run, backend, lambda: RECORDED.load_for(opened), threads) as session:
         made = forecasts.forecast(session, opened.io, series, form)
     forecasts.write_csv(made, out, every=options.every)
-    click.echo(f"wrote {out}", err=True)
+    written = [out]
     if options.plot is not None:
         forecasts.plot(made, options.plot, options.target)
-        click.echo(f"wrote {options.plot}", err=True)
+        written.append(options.plot)
+    emit({"files": [str(path) for path in written]}, as_json, lambda console: None)
+    for path in written:
+        click.echo(f"wrote {path}", err=True)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,33 +27,29 @@ from .common import (
     Source,
     command_line,
     context_options,
-    emit,
+    emit_written,
     force_option,
     json_option,
     out_option,
     require_passed,
     source_options,
-    spinner,
     stage_options,
 )
+from .console import Commands, emit, no_color, open_pipe, prepare_streams, spinner
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--debug", is_flag=True, help="show the traceback of an error")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli() -> None:
     """Put trained xLSTM models on edge devices: streaming ONNX, proven equal to PyTorch.
 
     Exit codes: 0 pass, 1 gate failed, 2 usage, 3 environment, 4 bad input, 5 build.
     """
-    if debug:
-        context.with_resource(debug_log())
 
 
-@cli.command()
+@click.command()
 @source_options
 @json_option
 def inspect(source: Source, as_json: bool) -> None:
@@ -81,12 +73,13 @@ def inspect(source: Source, as_json: bool) -> None:
     emit(_spec_json(spec), as_json, lambda console: tables.show_model(console, spec))
 
 
-@cli.command()
+@click.command()
 @source_options
 @out_option
 @force_option
 @stage_options(ExportOptions)
-def export(source: Source, out: Path, force: bool, options: ExportOptions) -> None:
+@json_option
+def export(source: Source, out: Path, force: bool, options: ExportOptions, as_json: bool) -> None:
     """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
     from ..pipeline import stages
 
@@ -95,10 +88,10 @@ def export(source: Source, out: Path, force: bool, options: ExportOptions) -> No
         loaded = source.load(options.stateless)
         context = Context(command=command_line(), progress=stage)
         folder = stages.export(loaded, out, options, context, force=force)
-    click.echo(f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, manifest.json)", err=True)
+    emit_written(folder, as_json)
 
 
-@cli.command()
+@click.command()
 @source_options
 @out_option
 @stage_options(DeployOptions)
@@ -115,7 +108,7 @@ def deploy(
 ) -> None:
     """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one run."""
     from ..pipeline.deploy import deploy as deploy_
-    from . import tables
+    from . import summary, tables
 
     with spinner() as stage:
         stage("loading")
@@ -125,26 +118,17 @@ def deploy(
         steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in result.outcomes]
         emit(steps, as_json, lambda console: tables.show_outcomes(console, result.outcomes))
         return
-    emit(result.to_json(), as_json, lambda console: tables.show_deploy(console, result))
+    emit(
+        result.to_json(),
+        as_json,
+        lambda console: summary.show_summary(console, result),
+        details=lambda console: tables.show_deploy(console, result),
+        line=summary.verdict_line(result),
+    )
     require_passed(result.passed, result.folder, options.precision)
 
 
-cli.add_command(cli_flow.run)
-cli.add_command(cli_verify.verify)
-cli.add_command(cli_verify.bisect)
-cli.add_command(cli_verify.report)
-cli.add_command(cli_artifact.generate)
-cli.add_command(cli_artifact.forecast)
-cli.add_command(cli_bench.bench)
-cli.add_command(cli_precision.calibrate)
-cli.add_command(cli_precision.quantize)
-cli.add_command(cli_precision.sensitivity)
-cli.add_command(cli_engine.build)
-cli.add_command(cli_bundle.bundle)
-cli.add_command(cli_plugins.plugins)
-
-
-@cli.command()
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
 def doctor(as_json: bool) -> None:
     """Show what is installed, what is missing, and how to install it."""
@@ -159,47 +143,44 @@ def doctor(as_json: bool) -> None:
         raise SetupError("something needed is missing", "see the last column above")
 
 
-@contextmanager
-def debug_log() -> Iterator[None]:
-    """Write the package's log to stderr: errors that were handled, with their tracebacks."""
-    log, handler = logging.getLogger("xlstm_export"), logging.StreamHandler()
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
+cli.add("All stages", deploy, cli_flow.run)
+cli.add("Model", inspect, export)
+cli.add("Precision", cli_precision.calibrate, cli_precision.sensitivity, cli_precision.quantize)
+cli.add("Evidence", cli_verify.verify, cli_verify.bisect, cli_bench.bench, cli_verify.report)
+cli.add("Use", cli_artifact.generate, cli_artifact.forecast)
+cli.add("Board", cli_bundle.bundle, cli_engine.build, cli_plugins.plugins)
+cli.add("This machine", doctor)
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: run a command; errors become a message and an exit code."""
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments
     if args is None:  # own process: SIGTERM must clean up as Ctrl-C does
         signal.signal(signal.SIGTERM, _terminated)
+    prepare_streams()
+    color = no_color()
     try:
-        cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False)
+        with open_pipe():
+            cli.main(args=arguments, prog_name="xlstm-export", standalone_mode=False, color=color)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except ExportError as error:
-        if debug:
-            traceback.print_exc()
-        click.secho(f"error: {error.message}", fg="red", err=True)
-        if error.hint:
-            click.echo(f"  → {error.hint}", err=True)
+        _show_error(error.message, error.hint, color)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was left under the final name", err=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        click.secho(f"error: unexpected {type(error).__name__}: {error}", fg="red", err=True)
-        click.echo("  → this is a bug in xlstm-export; please report it with the output of --debug", err=True)
+        hint = "this is a bug in xlstm-export; please report it with the output of --debug"
+        _show_error(f"unexpected {type(error).__name__}: {error}", hint, color)
         sys.exit(ExportError.exit_code)
+
+
+def _show_error(message: str, hint: str | None, color: bool | None) -> None:
+    click.echo(click.style(f"error: {message}", fg="red"), err=True, color=color)
+    if hint:
+        click.echo(f"  → {hint}", err=True)
 
 
 def _terminated(number: int, frame: object) -> None:

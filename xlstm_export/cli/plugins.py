@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import GateError
-from .common import emit, progress_bar
+from .console import emit, progress_bar
 
 json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
 only_option = click.option(

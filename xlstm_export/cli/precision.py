@@ -14,14 +14,13 @@ from .common import (
     Source,
     command_line,
     context_options,
-    emit,
+    emit_written,
     json_option,
-    progress_bar,
     run_argument,
     source_options,
-    spinner,
     stage_options,
 )
+from .console import emit, progress_bar, spinner
 
 
 @click.command()
@@ -32,6 +31,8 @@ from .common import (
 @json_option
 def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Context, as_json: bool) -> None:
     """Run an FP32 export over data and write the ranges of its activations (scales.json)."""
+    from ..graph.files import load_graph
+    from ..graph.sites import activation_names
     from ..pipeline import stages
     from . import tables_precision as tables
 
@@ -39,7 +40,8 @@ def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Con
     loaded = source.load_for(opened)
     with progress_bar("calibrating") as count:
         scales = stages.calibrate(opened, loaded, options, replace(context, count=count))
-    emit(scales.to_json(), as_json, lambda console: tables.show_scales(console, scales))
+    names = activation_names(load_graph(opened.model))
+    emit(scales.to_json(), as_json, lambda console: tables.show_scales(console, scales, names))
 
 
 @click.command()
@@ -51,7 +53,8 @@ def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Con
 @click.option(
     "--force", is_flag=True, help="replace an existing folder; accept a state that drifts, which is recorded"
 )
-def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool) -> None:
+@json_option
+def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool, as_json: bool) -> None:
     """Make an FP16, BF16, INT8 or INT4 run folder of an FP32 one."""
     from ..pipeline import stages
     from ..quantize.recipe import choose_recipe
@@ -62,9 +65,7 @@ def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool)
     with spinner() as stage:
         context = Context(command=command_line(), progress=stage)
         folder = stages.quantize(opened, loaded, options, context, out=out, force=force)
-    click.echo(
-        f"wrote {folder / 'model.onnx'} (+ model.onnx.data, io.json, recipe.yaml, manifest.json)", err=True
-    )
+    emit_written(folder, as_json)
 
 
 @click.command()

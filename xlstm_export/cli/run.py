@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..options import How
-from .common import emit, spinner, stage_options
+from .common import json_option, stage_options
+from .console import emit, spinner
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()
@@ -18,17 +23,34 @@ from .common import emit, spinner, stage_options
 @click.option(
     "--set", "changes", multiple=True, help="replace a value of the file: stages.quantize.precision=fp16"
 )
-def run(pipeline: Path, changes: tuple[str, ...], how: How) -> None:
+@json_option
+def run(pipeline: Path, changes: tuple[str, ...], how: How, as_json: bool) -> None:
     """Run PIPELINE, a YAML file: export, calibrate, sensitivity, quantize, verify, bench, bundle, report.
 
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
     weights), out, data, threads, stages. After `sensitivity`, `quantize` uses the recipe that it found.
     """
+    from ..pipeline.deploy import deployment
     from ..pipeline.runner import run_pipeline
     from ..pipeline.schema import read_pipeline
-    from .tables import show_outcomes
+    from .summary import show_summary, verdict_line
+    from .tables import show_deploy, show_outcomes
 
     read = read_pipeline(pipeline, changes)
     with spinner() as stage:
         outcomes = run_pipeline(read, how, stage)
-    emit([], False, lambda console: show_outcomes(console, outcomes))
+    result = deployment(outcomes, how)
+    steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in outcomes]
+
+    def show(console: Console) -> None:
+        show_outcomes(console, outcomes)
+        if result.variants:
+            show_summary(console, result)
+
+    emit(
+        {"steps": steps, **(result.to_json() if result.variants else {})},
+        as_json,
+        show,
+        details=lambda console: show_deploy(console, result),
+        line=verdict_line(result) if result.variants else None,
+    )

@@ -14,7 +14,7 @@ from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
 from .tables_bench import format_bytes, show_bench
-from .tables_precision import show_precision, show_variants
+from .tables_precision import show_precision
 
 if TYPE_CHECKING:
     from ..checks import Verdict
@@ -65,7 +65,7 @@ def show_io(console: Console, io: IoSpec) -> None:
 
 
 def show_verify(console: Console, verdict: Verdict) -> None:
-    """Every check with its error; the result last. Fits a terminal of 80 columns."""
+    """Precision and drift, then every check with its error. Fits a terminal of 80 columns."""
     if verdict.precision:
         show_precision(console, verdict)
     table = Table(
@@ -78,6 +78,10 @@ def show_verify(console: Console, verdict: Verdict) -> None:
         where = f"{d['max_abs']:.0e} ({','.join(map(str, d['at']))})" if "at" in d else ""
         table.add_row(check.name, f"{check.value:.1e}", cosine, ratio, where, MARK[check.passed])
     console.print(table)
+
+
+def show_verdict(console: Console, verdict: Verdict) -> None:
+    """The checks that failed, the task metric, and the result last."""
     for check in verdict.checks:
         if not check.passed:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
@@ -96,10 +100,15 @@ def show_verify(console: Console, verdict: Verdict) -> None:
             f"{name}: PyTorch, unmodified (FP32), is {far['from_float64']:.1e} from float64 and "
             f"{far['from_export']:.1e} from the export"
         )
+    console.print(f"{MARK[verdict.passed]} {verdict_line(verdict)}", highlight=False)
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """How many checks there were, on which inputs, and their result."""
     failed = sum(not check.passed for check in verdict.checks)
     good, bad = ("within its limits", "NOT within its limits") if verdict.precision else EQUAL
     result = good if verdict.passed else f"{bad}: {failed} check(s) failed"
-    console.print(f"{MARK[verdict.passed]} {len(verdict.checks)} checks on {verdict.inputs}: {result}")
+    return f"{len(verdict.checks)} checks on {verdict.inputs}: {result}"
 
 
 def show_bisection(console: Console, found: Bisection) -> None:
@@ -112,23 +121,18 @@ def show_bisection(console: Console, found: Bisection) -> None:
 
 
 def show_deploy(console: Console, result: Deployment) -> None:
-    """Verification and bench of each precision, all precisions side by side, and the files written."""
+    """Verification and bench of each precision, and the files written."""
     for variant in result.variants:
         if len(result.variants) > 1:
             console.rule(variant.precision)
         show_verify(console, variant.verification)
+        show_verdict(console, variant.verification)
         if variant.benchmark is not None:
             show_bench(console, variant.benchmark)
-    if len(result.variants) > 1:
-        console.rule("side by side")
-        show_variants(console, result)
-    speedup = result.benchmark.step.speedup() if result.benchmark else None
-    speed = "" if speedup is None else f"; decode {speedup:.1f}× PyTorch eager"
-    good, bad = ("within its limits", "NOT within its limits") if result.verification.precision else EQUAL
-    verdict = good if result.passed else f"{bad}, so it was not timed"
-    console.print(f"\n[bold]verdict:[/] {MARK[result.passed]} {verdict}{speed}\nwrote")
+    console.print("wrote")
     for path in result.written:
-        console.print(f"  {path}", highlight=False)
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+    console.rule()
 
 
 def show_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.result import EXPORTED
 from ..measure.drift_result import TEACHER
 from ..specs import Json
-from ..verify.precision import drift_at
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
     from ..checks import Verdict
-    from ..pipeline.deploy import Deployment, Variant
     from ..sensitivity import Sensitivity
     from ..sensitivity.search import Candidate
 
 ALONE = 16  # weights that are shown, the most harmful first
-NAME = 28  # characters of a weight's path in a table
+NAME = 36  # characters of a weight's path in a table
 TRENDS = 8  # tensors that are shown, those whose range changes most
-DRIFT_HORIZON = 4000
 
 
-def show_scales(console: Console, scales: Scales) -> None:
-    """The observed ranges, and the activations whose range changes most along a sequence."""
-    from ..calibration.scales import bucket_labels, trend
+def show_scales(console: Console, scales: Scales, names: Mapping[str, str]) -> None:
+    """The observed ranges, and the activations whose range changes most along a sequence.
+
+    Args:
+        console: where to print.
+        scales: ranges by value of the graph.
+        names: what these values are to the user; see `graph.sites.activation_names`.
+    """
+    from ..calibration.scales import trend
 
     data = scales.data
     origin = "[bold red]made-up data[/]" if data.get("random") else data.get("name", "")
@@ -36,12 +39,16 @@ def show_scales(console: Console, scales: Scales) -> None:
     rows = trend(scales)[:TRENDS]
     if not rows:
         return
-    labels = bucket_labels(scales.borders)
-    table = Table("activation", *labels, "rms last/first", title="largest magnitude by position")
+    # A column per bucket does not fit 80 characters; the report has them all.
+    table = Table("input of", box=None, padding=(0, 2, 0, 0))
+    for column in ("first", "largest", "last", "rms last/first"):
+        table.add_column(column, justify="right")
     for row in rows:
-        by_position = scales.tensors[row.name].by_position
-        cells = ["—" if x is None else f"{x:.3g}" for x in by_position]
-        table.add_row(row.name, *cells, f"{row.rms_ratio:.2f}")
+        largest = max(x for x in scales.tensors[row.name].by_position if x is not None)
+        name = shortened(names.get(row.name, row.name), NAME)
+        cells = (row.amax_first, largest, row.amax_last)
+        table.add_row(name, *(f"{x:.3g}" for x in cells), f"{row.rms_ratio:.2f}")
+    console.print("largest magnitudes along a sequence, those first that change most:")
     console.print(table)
 
 
@@ -75,7 +82,7 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
     """The harm of each weight alone, largest first, and the recipe beside those that need no search."""
     table = Table("alone", "drop", "drift", "state", "growth", "kept as", title="each weight alone")
     for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
-        table.add_row(_short(name), *_evidence(candidate), found.choices[name])
+        table.add_row(shortened(name), *_evidence(candidate), found.choices[name])
     console.print(table)
     summary = Table("recipe", f"{found.metric} drop", "drift", "state", "growth", "bytes")
     rows = {"base type": found.base, "naive": found.general, "preset": found.default, "found": found.found}
@@ -86,45 +93,17 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
         console.print(f"left in the base type: {', '.join(found.excluded)}")
 
 
-def _short(name: str) -> str:
-    """The end of a path, which is what distinguishes it from others."""
-    return name if len(name) <= NAME else "…" + name[-NAME + 1 :]
+def shortened(name: str, width: int = NAME) -> str:
+    """A path without its middle: its beginning says which part of the model it is in, its end what it is."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) * 2 // 3
+    return f"{name[: width - 1 - end]}…{name[-end:]}"
 
 
 def _evidence(candidate: Candidate) -> list[str]:
     m = candidate.measured
     return [f"{candidate.drop:+.3%}", f"{m.drift:.1e}", f"{m.state_drift:.1e}", f"{m.growth:.2f}×"]
-
-
-def show_variants(console: Console, result: Deployment) -> None:
-    """Precisions side by side: size, task metric, drift, latency."""
-    metric = _metric_name(result)
-    table = Table("precision", "size", "of FP32", metric, "vs FP32", "drift at 4k", "step p50", "")
-    first = result.variants[0]
-    for variant in result.variants:
-        table.add_row(*_cells(variant, first))
-    console.print(table)
-
-
-def _metric_name(result: Deployment) -> str:
-    """Name of the task metric, or "task metric" where there is none."""
-    return str(result.variants[0].verification.metric.get("name", "task metric"))
-
-
-def _cells(variant: Variant, first: Variant) -> list[str]:
-    metric, drift = variant.verification.metric, drift_at(variant.verification, DRIFT_HORIZON)
-    drop = metric.get("drop")
-    step = variant.benchmark.step.timings[EXPORTED].percentile(50) * 1e3 if variant.benchmark else None
-    return [
-        variant.precision,
-        f"{variant.model_bytes / 1e6:.2f} MB",
-        f"{variant.model_bytes / first.model_bytes:.2f}×",
-        f"{metric['exported']:.4f}" if metric else "—",
-        "—" if drop is None else f"{drop:+.3%}",
-        "—" if drift is None else f"{drift:.1e}",
-        "—" if step is None else f"{step:.2f} ms",
-        "[green]pass[/]" if variant.verification.passed else "[bold red]FAIL[/]",
-    ]
 
 
 def _series(drift: Json) -> dict[tuple[str, int | None, str], dict[int, float]]:

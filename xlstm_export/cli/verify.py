@@ -13,14 +13,13 @@ from ..runfolder import RunFolder
 from .common import (
     Source,
     context_options,
-    emit,
     json_option,
     require_passed,
     run_argument,
     source_options,
-    spinner,
     stage_options,
 )
+from .console import emit, spinner
 
 if TYPE_CHECKING:
     from ..verify.bisect.replay import Runner
@@ -44,7 +43,13 @@ def verify(run: Path, source: Source, options: VerifyOptions, context: Context, 
     loaded = source.load_for(opened)
     with spinner() as stage:
         verdict = stages.verify(opened, loaded, options, replace(context, progress=stage))
-    emit(verdict.to_json(), as_json, lambda console: tables.show_verify(console, verdict))
+    emit(
+        verdict.to_json(),
+        as_json,
+        lambda console: tables.show_verdict(console, verdict),
+        details=lambda console: tables.show_verify(console, verdict),
+        line=tables.verdict_line(verdict),
+    )
     require_passed(verdict.passed, run, opened.precision)
 
 
@@ -92,15 +97,24 @@ def bisect(
 @click.option("--html", type=click.Path(path_type=Path), help="HTML file to write; default RUN/report.html")
 @click.option("--md", type=click.Path(path_type=Path), help="Markdown file to write; default RUN/report.md")
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="JSON file to write; default RUN/report.json"
+    "--json-file",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="JSON file to write; default RUN/report.json",
 )
+@json_option
 def report(
-    run: Path, compare: Path | None, html: Path | None, md: Path | None, json_path: Path | None
+    run: Path, compare: Path | None, html: Path | None, md: Path | None, json_path: Path | None, as_json: bool
 ) -> None:
     """Write the report of RUN: one self-contained HTML file, Markdown and JSON."""
     from ..report.write import write_report
 
     written = write_report(run, compare=compare, html=html, md=md, json_path=json_path)
-    click.echo(written.verdict)
+    result = {
+        "verdict": written.verdict,
+        "passed": written.passed,
+        "files": [str(path) for path in written.paths],
+    }
+    emit(result, as_json, lambda console: click.echo(written.verdict))
     for path in written.paths:
         click.echo(f"wrote {path}", err=True)

@@ -107,6 +107,14 @@ def observed_tensors(model: ir.Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def activation_names(model: ir.Model) -> dict[str, str]:
+    """Activation → the path of the weight it is multiplied by; of several, the first."""
+    names: dict[str, str] = {}
+    for site in find_sites(model):
+        names.setdefault(site.activation, site.name)
+    return names
+
+
 def site_name(weight: str) -> str:
     """`blocks.0.ffn.proj_up` of `blocks.0.ffn.proj_up.weight.T`."""
     return _SUFFIX.sub("", weight) or weight

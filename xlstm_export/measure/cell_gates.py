@@ -111,7 +111,7 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
         # A graph without states carries nothing on, so its sequence cannot be cut into pieces.
         piece = PIECE if io.states else length
         for start in range(0, length, piece):
-            context.progress(f"gates, position {start:,} of {length:,}")
+            context.progress(f"gates: position {start:,} of {length:,}")
             values = graph.run(cut(inputs, io, start, min(start + piece, length)))
             for cell in cells:
                 cell.read(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +137,15 @@ def deploy(
         UsageError: activations are to be quantized and there is no calibration data.
     """
     outcomes = run_pipeline(deploy_pipeline(loaded, out, options, context), how, context.progress)
+    return deployment(outcomes, how)
+
+
+def deployment(outcomes: Sequence[Outcome], how: How = How()) -> Deployment:
+    """What the steps of a pipeline made and found: one variant per verification that was done."""
     done = [o for o in outcomes if o.state in ("done", "unchanged")]
     verified = [] if how.dry_run else [o for o in done if o.name.startswith("verify")]
     variants = tuple(_variant(outcome, done) for outcome in verified)
-    bundled = not how.dry_run and any(o.name == "bundle" for o in done)
+    bundled = bool(variants) and any(o.name == "bundle" for o in done)
     bundle = variants[-1].folder / BUNDLE if bundled else None
     return Deployment(variants, bundle, tuple(outcomes))
 

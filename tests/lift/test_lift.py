@@ -254,12 +254,17 @@ class MyRetentionCell(nn.Module):
         self.decay = nn.Parameter(torch.zeros(3))
 
 
+class SlowLSTM(nn.LSTM):
+    """A known class with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([super(SlowLSTM, self).forward(step)[0] for step in x.unbind()])
+
+
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        (nn.LSTM(3, 3), "torch.nn.modules.rnn.LSTM"),
-        (nn.GRU(3, 3), "torch.nn.modules.rnn.GRU"),
-        (nn.GRUCell(3, 3), "torch.nn.modules.rnn.GRUCell"),
+        (SlowLSTM(3, 3), "test_lift.SlowLSTM"),
         (MyRetentionCell(), "test_lift.MyRetentionCell"),
     ],
 )
@@ -273,8 +278,8 @@ def test_unknown_recurrent_cell_is_refused(other: nn.Module, name: str) -> None:
 
 def test_unknown_recurrent_root_is_named() -> None:
     with pytest.raises(BuildError) as caught:
-        cells.lift(nn.LSTM(3, 3))
-    assert caught.value.message.startswith("<root>: recurrent cell torch.nn.modules.rnn.LSTM")
+        cells.lift(MyRetentionCell())
+    assert caught.value.message.startswith("<root>: recurrent cell test_lift.MyRetentionCell")
 
 
 class Louder(mLSTMCell):

@@ -151,7 +151,10 @@ def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
                 "give positive integers, without the batch dimension, e.g. (width,)",
             )
     reserved = set(shapes) & {"C", "c", "n", "m"}
-    if reserved and not any(group <= set(shapes) for group in _STABILIZED):
+    plain = (
+        reserved == {"c"} and "h" in shapes
+    )  # an LSTM's: it has no stabilizer, so they are compared as they are
+    if reserved and not plain and not any(group <= set(shapes) for group in _STABILIZED):
         raise BuildError(
             f"state kind(s) {', '.join(sorted(reserved))} belong to the operators: C, n, m of the mLSTM and "
             "y, c, n, m of the sLSTM",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import BuildError, ExportError
 from ..specs import BlockSpec, StateSpec
-from . import lookalikes
+from . import lookalikes, starts
 from .adapter import (
     ADAPTERS,
     AdapterFunction,
@@ -42,6 +42,7 @@ from .adapter_check import check_adapters, is_built_in
 from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
 from .cells import large as large_cells  # noqa: F401 - they register their cells
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
+from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
@@ -72,17 +73,18 @@ class Lifted:
         return {s.past: torch.zeros((batch, *s.shape), dtype=dtype) for s in self.states}
 
 
-def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
+def lift(module: nn.Module, example: Iterable[Tensor] = (), *, stateless: bool = False) -> Lifted:
     """Replace every known cell of `module` on a copy that shares its parameters.
 
     Args:
         module: the user's module.
         example: inputs of its forward, which is run once to count how often each cell is called; without
             them, every cell is taken to be called once.
+        stateless: every call starts fresh. Then recurrences may stay as they are: they lose nothing.
 
     Raises:
         BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
-            module does not work, forward never reaches a cell, or there is no xLSTM cell at all.
+            module does not work, forward never reaches a cell, or there is no recurrence at all.
     """
     inputs = tuple(example)
     replacements: dict[int, nn.Module] = {}
@@ -100,6 +102,8 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
             if isinstance(cell, RecurrentCell):
                 cell.path, cell.adapter = ".".join(filter(None, (path, inner))), adapter_name(adapter)
                 recurrent.append((cell.path, cell))
+                if stateless and isinstance(cell, standard_cells.StandardLayer):
+                    cell.start_fresh()
     _refuse_unknown(module, set(replaced))
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
@@ -115,7 +119,10 @@ def lift(module: nn.Module, example: Iterable[Tensor] = ()) -> Lifted:
         )
     if not inputs:
         return Lifted(lifted, _number(recurrent, {}), replaced)
-    outputs, calls = _try(lifted, inputs)
+    layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
+    with starts.recorded(layers) as given:
+        outputs, calls = _try(lifted, inputs)
+    starts.settle(lifted, inputs, outputs, layers, given)
     missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
     if missing:
         raise BuildError(

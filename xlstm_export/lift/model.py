@@ -16,9 +16,10 @@ from .lift import Lifted, block_stacks, copy_sharing_tensors, lift
 
 def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
     """The module with its state outside; without `values` on the meta device where that is possible."""
+    stateless = not loaded.streams
     if values or loaded.weights is None:
-        return lift(loaded.module, loaded.inputs.values())
-    return lift(loaded.skeleton, [x.to("meta") for x in loaded.inputs.values()])
+        return lift(loaded.module, loaded.inputs.values(), stateless=stateless)
+    return lift(loaded.skeleton, [x.to("meta") for x in loaded.inputs.values()], stateless=stateless)
 
 
 def spec_of(loaded: Loaded) -> ModelSpec:

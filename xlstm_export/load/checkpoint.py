@@ -43,9 +43,9 @@ def load(
     if checkpoint is not None:
         if weights is not None:
             raise UsageError("--weights belongs to --module", "a checkpoint path already names its weights")
-        return load_checkpoint(Path(checkpoint), stateless=stateless)
+        return load_checkpoint(Path(checkpoint), stateless=stateless).in_form(stateless)
     assert module is not None
-    return load_module(module, Path(weights) if weights else None)
+    return load_module(module, Path(weights) if weights else None).in_form(stateless)
 
 
 def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:

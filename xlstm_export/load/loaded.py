@@ -47,7 +47,8 @@ class Loaded:
             narrower than that of the weights, which some upstream code does by itself.
         dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
         companions: files carried along into the run folder (tokenizer).
-        streams: whether an export carries states by default.
+        streams: whether an export carries states by default. Where it does not, every call starts fresh, and
+            recurrences may stay as they are.
     """
 
     skeleton: nn.Module
@@ -81,6 +82,10 @@ class Loaded:
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""
         return self.dims.get(name) or ("B", "S", *self.inputs[name].shape[2:])
+
+    def in_form(self, stateless: bool | None) -> Loaded:
+        """The model for an export with or without states; None for the default."""
+        return self if stateless is None else replace(self, streams=not stateless)
 
     def stored_as(self, dtype: str) -> Loaded:
         """The model with its matrices (tensors of two dimensions or more) rounded to `dtype`.

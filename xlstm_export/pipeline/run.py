@@ -283,7 +283,7 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
             raise UsageError("a live module needs an example input", "example=torch.zeros(1, 16, channels)")
         if options.weights is not None:
             raise UsageError("weights= belongs to a factory", "a live module has its weights")
-        return checkpoint.load_live(model, options.example, options.dims)
+        return checkpoint.load_live(model, options.example, options.dims).in_form(options.stateless)
     if options.example is not None or options.dims is not None:
         raise UsageError("example= and dims= belong to a live module", "a factory returns them")
     weights = None if options.weights is None else str(options.weights)

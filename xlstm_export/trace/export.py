@@ -68,6 +68,7 @@ def export(
         UsageError, SetupError: see `runfolder.staged`.
     """
     options = _resolved(options, loaded)
+    loaded = loaded.in_form(options.stateless)
     dtype, progress = options.dtype, context.progress
     width = stored_types.DTYPES[dtype].itemsize
     needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
@@ -106,7 +107,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     """The traced and cleaned graph, function bodies attached, and its description."""
     options = _resolved(options, loaded)
     stateless, dtype = bool(options.stateless), options.dtype
-    loaded = loaded.stored_as(dtype)
+    loaded = loaded.in_form(stateless).stored_as(dtype)
     lifted = lift_model(loaded, values=False)
     streamed = loaded.weights is not None
     module = weights.hollow(lifted.module) if streamed else lifted.module

@@ -53,7 +53,7 @@ def verify(
     run = RunFolder.of(run)
     gate = None if options.gate is None else read_gate(options.gate)
     # The reference has the weights as they are stored: their rounding is chosen, the arithmetic is verified.
-    loaded = loaded.stored_as(run.options.dtype)
+    loaded = loaded.in_form(run.options.stateless).stored_as(run.options.dtype)
     with closing(_Fp32(run, loaded, options, context, calibration)) as checked:
         return finish(checked.verdict(), run.verdict, gate)
 

@@ -48,6 +48,7 @@ def verify_run(
         SetupError: the model is to be verified as a whole and does not fit the memory.
     """
     run = RunFolder.of(run)
+    loaded = loaded.in_form(run.options.stateless)
     if calibration is None and options.calib is not None and options.data is None:
         calibration = sets.for_run(loaded, run, options.calib).inputs
     verdict = _verified(run, loaded, options, context, calibration)

@@ -1,0 +1,139 @@
+"""Where the calls of a standard recurrence begin that forward gives a state to.
+
+A state of zeros that forward makes is a fresh start, as a lifted state of zeros is. A state from a parameter
+or from an input is where a stream begins. But a state that forward hands through, from an input to an output,
+is not a state of the graph. No signature tells these apart, so the lifted module is run on other inputs, and
+then with other states behind the recurrence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BuildError
+from .adapter import UserValue, count_calls
+from .cells.standard import StandardLayer, States
+
+log = logging.getLogger(__name__)
+
+Given = dict[str, list[States]]  # path of a layer → the state that each call is given
+
+
+@contextlib.contextmanager
+def recorded(layers: Sequence[StandardLayer]) -> Iterator[Given]:
+    """Context manager that records the states which the layers are given, by path; none if they get none."""
+    given: Given = {}
+
+    def before(layer: StandardLayer, args: tuple[Any, ...]) -> None:
+        if args[1] is not None:
+            given.setdefault(layer.path, []).append(args[1])
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def settle(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    result: UserValue,
+    layers: Sequence[StandardLayer],
+    given: Given,
+) -> None:
+    """Set `start` of every layer that is given a state, and the state "begun" where it is needed.
+
+    Args:
+        module: the lifted module.
+        inputs, result: example inputs of its forward, and what it returns for them.
+        layers: its standard recurrences.
+        given: from `recorded`, of that run.
+
+    Raises:
+        BuildError: a state is handed through forward, and the export is not stateless.
+    """
+    explicit = [layer for layer in layers if layer.path in given]
+    if not explicit or any(x.is_meta for x in inputs):
+        return
+    with recorded(layers) as moved, contextlib.suppress(Exception), torch.no_grad():
+        count_calls(module, tuple(map(_other, inputs)))
+    for layer in explicit:
+        calls = [value for call in given[layer.path] for value in call]
+        others = [value for call in moved.get(layer.path, []) for value in call]
+        constant = len(calls) == len(others) and all(map(torch.equal, calls, others))
+        if constant and not any(value.any() for value in calls):
+            layer.start = "past"
+        elif layer.stateless:
+            layer.start = "given"
+        elif constant or not _matters(module, inputs, result, layer):
+            layer.start = "begun"
+            layer.state_shapes["begun"] = (1,)
+        else:
+            _refuse(layer, given)
+
+
+def _refuse(layer: StandardLayer, given: Given) -> None:
+    count = len(given[layer.path])
+    if count > 1:
+        raise BuildError(
+            f"{layer.owner} is called {count} times in one forward pass, from the state of the call before: "
+            "a loop over positions, which a graph for streams cannot have",
+            f"call an nn.{layer.kind.name} on the whole sequence; or declare a fixed number of positions "
+            'beside the example, e.g. {"x": ("B", 12, 5)}: then the loop is exported for that number',
+        )
+    raise BuildError(
+        f"{layer.owner} starts from a state that forward takes and returns, so it is no state of the graph",
+        "export with --stateless: the state stays an input and an output, to be fed back by the caller; or "
+        "call it without a state, and the graph carries it",
+    )
+
+
+def _matters(module: nn.Module, inputs: tuple[Tensor, ...], result: UserValue, layer: StandardLayer) -> bool:
+    """Whether what forward returns depends on the states that a layer returns."""
+
+    def shifted(layer: nn.Module, args: Any, found: tuple[Tensor, States]) -> tuple[Tensor, States]:
+        return found[0], tuple(value + 1 for value in found[1])
+
+    hook = layer.register_forward_hook(shifted)
+    try:
+        with torch.no_grad():
+            other, _ = count_calls(module, inputs)
+    except Exception:
+        log.debug("forward does not run with other states", exc_info=True)
+        return True
+    finally:
+        hook.remove()
+    before, after = list(_tensors(result)), list(_tensors(other))
+    return len(before) != len(after) or not all(map(torch.equal, before, after))
+
+
+def _other(x: Tensor) -> Tensor:
+    """An input of the same shape and range with other values."""
+    generator = torch.Generator().manual_seed(1)
+    if x.dtype == torch.bool:
+        return ~x
+    if x.is_floating_point():
+        return x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype)
+
+
+def _tensors(value: UserValue) -> Iterator[Tensor]:
+    """The tensors in what forward returns."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    parts = value.values() if isinstance(value, Mapping) else value
+    if isinstance(parts, (tuple, list)) or isinstance(value, Mapping):
+        for part in parts:
+            yield from _tensors(part)

@@ -116,6 +116,46 @@ def test_first_index_that_is_not_finite_is_reported() -> None:
     assert difference(candidate, np.zeros((2, 2))).at == (1, 0)
 
 
+@pytest.mark.parametrize("constant", [-1e3, -1e4, -1e9, -math.inf])
+def test_error_beside_a_mask_constant_is_seen(rng: np.random.Generator, constant: float) -> None:
+    reference = rng.standard_normal((2, 8, 5)) * 0.1
+    candidate = reference * 1.01
+    reference[:, 5:], candidate[:, 5:] = constant, constant
+    found = difference(candidate, reference)
+    assert found.relative_l2 == pytest.approx(0.01)
+    assert found.norm_ratio == pytest.approx(1.01)
+    assert found.at[1] < 5
+
+
+def test_most_negative_number_is_a_mask_in_every_type(rng: np.random.Generator) -> None:
+    reference = rng.standard_normal((2, 8))
+    candidate = reference.astype(np.float32)
+    reference[0, 0], candidate[0, 0] = np.finfo(np.float64).min, np.finfo(np.float32).min
+    assert difference(candidate, reference).relative_l2 < 1e-7
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e4, math.inf, math.nan])
+def test_missing_mask_constant_is_a_difference(rng: np.random.Generator, wrong: float) -> None:
+    for constant in (-1e4, -math.inf):
+        reference = rng.standard_normal((2, 8))
+        reference[:, 5:] = constant
+        candidate = reference.copy()
+        candidate[1, 6] = wrong
+        assert difference(candidate, reference).relative_l2 > 1e-3
+
+
+def test_large_values_that_are_no_constant_stay_in_the_norm(rng: np.random.Generator) -> None:
+    reference = rng.standard_normal((2, 8))
+    reference[0, 0] = 1e6
+    candidate = reference + 1e-3
+    assert difference(candidate, reference).relative_l2 < 1e-8
+
+
+def test_rounding_beside_a_large_output_is_no_error() -> None:
+    reference, candidate = np.array([5e3, 1e-17, 0.0]), np.array([5e3, 0.0, 0.0])
+    assert difference(candidate, reference).relative_l2 < 1e-12
+
+
 def test_broken_reference_never_passes() -> None:
     result = difference(np.ones(3), np.array([1.0, math.nan, 1.0]))
     assert not result.relative_l2 <= 1e9

@@ -33,12 +33,19 @@ class Difference:
 
 
 def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare two tensors of the same shape; a candidate with NaN or Inf has an infinite error."""
+    """Compare two tensors of the same shape; NaN, and Inf in one of them only, are an infinite error.
+
+    Mask constants on which both agree (infinities, or values that dwarf all others, such as -1e4) are left
+    out: beside them no error would be seen.
+    """
     a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
-    if not np.isfinite(a).all():
-        at = tuple(int(i) for i in np.argwhere(~np.isfinite(a))[0])
+    compared = ~_masked(a, b)
+    a, b = np.where(compared, a, 0.0), np.where(compared, b, 0.0)
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.all():
+        at = tuple(int(i) for i in np.argwhere(~finite)[0])
         return Difference(math.inf, 0.0, math.inf, math.inf, at)
     error = np.abs(a - b)
     at = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))
@@ -50,6 +57,28 @@ def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
         )
     cosine = float(np.dot(a.ravel(), b.ravel()) / (norm_a * norm_b)) if norm_a else 0.0
     return Difference(float(np.linalg.norm(a - b)) / norm_b, cosine, norm_a / norm_b, float(error.max()), at)
+
+
+# A constant this many times as large as everything else is a mask. The smallest in use is -1e3.
+DWARFS, SMALLEST_MASK = 1e3, 1e3
+# The most negative number of a type is a mask too, and differs between types.
+BEYOND = 1e37
+
+
+def _masked(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where both hold the same mask constant."""
+    beyond = (np.abs(b) > BEYOND) & (np.abs(a) > BEYOND) & (np.sign(a) == np.sign(b))
+    size = np.where(beyond | ~np.isfinite(b), 0.0, np.abs(b))
+    peak = float(size.max(initial=0.0))
+    if peak < SMALLEST_MASK:
+        return beyond
+    at_peak = size == peak
+    rest = b[~at_peak & ~beyond]
+    # Rounding errors of what is zero are no scale to measure by.
+    scale = float(np.sqrt(np.mean(np.square(rest)))) if rest.size and np.isfinite(rest).all() else 0.0
+    if scale < 1e-6 or peak < DWARFS * scale or not np.array_equal(a[at_peak], b[at_peak]):
+        return beyond
+    return beyond | at_peak
 
 
 def gauge_free(

@@ -524,6 +524,7 @@ def test_cell_called_twice(tmp_path: Path) -> None:
         lambda m, x: m.cell(x, x, x) + x.cumsum(1),
         lambda m, x: m.cell(x, x, x) + nn.functional.pad(x[:, :-1], (0, 0, 1, 0)),
         lambda m, x: m.cell(x, x, x)[:, :1],
+        lambda m, x: (m.cell(x, x, x) + x.roll(-1, 1)).masked_fill(x[..., :1] > 0, -1e4),
     ],
 )
 def test_what_does_not_stream_is_exported_without_states_only(
@@ -535,6 +536,16 @@ def test_what_does_not_stream_is_exported_without_states_only(
     assert "--stateless" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
     export_and_compare(loaded, tmp_path / "out", ExportOptions(stateless=True))
+
+
+def test_infinite_mask_hides_no_look_ahead(tmp_path: Path) -> None:
+    def masked(y: Tensor, x: Tensor) -> Tensor:
+        return y.masked_fill(x[..., :1] > 0, -torch.inf)
+
+    trace.export(load_custom(lambda m, x: masked(m.cell(x, x, x), x)), tmp_path / "streams")
+    ahead = load_custom(lambda m, x: masked(m.cell(x, x, x) + x.roll(-1, 1), x))
+    with pytest.raises(BuildError, match="output y does not stream"):
+        trace.export(ahead, tmp_path / "out")
 
 
 def test_forward_that_takes_no_piece_does_not_stream(tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ class BenchOptions(Options):
         None, "also time decoding at this fixed rate, calls per second", "number", least=0, above=True
     )
     compile_at: str = option(
-        "first", "batch sizes to time torch.compile at: none, the first, or all", "text", choices=COMPILE_AT
+        "none", "batch sizes to time torch.compile at: none, the first, or all", "text", choices=COMPILE_AT
     )
     compile_limit: float = option(240.0, "seconds that torch.compile may take in total", "number", least=0)
 

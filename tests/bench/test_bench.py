@@ -90,7 +90,8 @@ def test_every_batch_and_length_in_schema_2(
     written = json.loads((verified / "bench" / "bench.json").read_text())
     assert written == json.loads(json.dumps(result.to_json()))
     assert list(written) == [
-        *("schema", "environment", "model", "threads", "grid", "rate", "memory", "skipped")
+        *("schema", "environment", "model", "threads", "grid", "rate", "memory", "skipped"),
+        "trustworthy",
     ]
     assert (written["schema"], written["threads"]) == (2, 1)
     cells = [(cell["mode"], cell["batch"], cell["length"]) for cell in written["grid"]]
@@ -228,6 +229,16 @@ def test_a_busy_machine_is_told(busy: float | None, warns: bool, capsys: pytest.
     report = BenchReport({"busy_cores": busy}, {}, 1, (cell(),))
     bench_report.show_bench(Console(width=80), report)
     assert ("other processes used this machine" in capsys.readouterr().out) is warns
+
+
+@pytest.mark.parametrize("place", ["before", "meanwhile"])
+def test_others_make_times_untrustworthy(place: str) -> None:
+    busy = {"busy_cores": 1.5} if place == "before" else {"busy_cores": 0.0}
+    timed = replace(cell(), busy_cores=1.5 if place == "meanwhile" else 0.1)
+    report = BenchReport(busy, {}, 1, (timed,))
+    assert report.busy == 1.5
+    assert report.to_json()["trustworthy"] is False
+    assert BenchReport({}, {}, 1, (cell(),)).to_json()["trustworthy"] is True
 
 
 def test_memory_that_cannot_be_measured_is_none(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from xlstm_export.errors import InputError, UsageError
 FIGURES = {"p50_ms": 1.0, "p99_ms": 2.0}
 RESULT: dict[str, Any] = {
     "schema": 2,
-    "environment": {"cpu": "one", "busy_cores": 0.5, "flags": ["avx2"], "versions": {"torch": "2.9"}},
+    "environment": {"cpu": "one", "busy_cores": 0.1, "flags": ["avx2"], "versions": {"torch": "2.9"}},
     "model": {"name": "m", "parameters": 5, "precision": "fp32"},
     "threads": 2,
     "grid": [
@@ -188,3 +188,25 @@ def test_the_command_refuses(
     monkeypatch.chdir(tmp_path)
     assert run(*args) == code
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_times_of_a_busy_machine_decide_nothing(
+    tmp_path: Path, side: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = copy.deepcopy(RESULT["grid"])
+    grid[1]["busy_cores"] = 1.3
+    paths = [write(tmp_path / f"{name}.json", **({"grid": grid} if name == side else {})) for name in "AB"]
+    with pytest.raises(InputError, match=f"{side}.json was timed while others used 1.3 cores"):
+        bench_compare.compare(*paths, fail_over=1.1)
+    assert bench_compare.compare(*paths, fail_over=1.1, allow_busy=True).passed
+    made = bench_compare.compare(*paths)
+    assert made.to_json()["busy_cores"] == [1.3 if name == side else None for name in "AB"]
+    bench_report.show_comparison(Console(width=100), made)
+    assert f"others used 1.3 cores while {side} was timed: ratios do not count" in capsys.readouterr().out
+    args = ["bench", "--compare", *map(str, paths), "--fail-over", "1.1"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 4
+    assert "--allow-busy" in capsys.readouterr().err
+    cli.main([*args, "--allow-busy"])

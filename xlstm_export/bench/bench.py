@@ -30,7 +30,7 @@ from ..sessions import OrtSession, numpy_type
 from ..sessions.timing import at_rate
 from ..specs import IoSpec
 from ..verify.verdict import require_verified
-from .environment import environment
+from .environment import Load, environment
 from .memory import memory
 from .peers import REASON, NotCompiled, Peer, Wrap, compiled, eager_prefill, eager_step
 from .result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, PREFILL, RESULT, BenchReport, Cell
@@ -159,7 +159,7 @@ class _Run:
                 )
             self.moved = step_bytes(self.spec, self.weight_bytes, batch)
             if when == "none":
-                self.skip(COMPILED, "switched off")
+                self.skip(COMPILED, "not asked for: bench --compile")
             elif not self.compiling:
                 self.skip(COMPILED, f"batch {batch}: compiled at the first batch only")
             yield
@@ -217,12 +217,15 @@ class _Run:
         peers = self._peers(mode, length, make)
         contestants = {**sessions, **{name: peer.run for name, peer in peers.items()}}
         contestants[READING] = bandwidth_probe(self.moved)
-        timings = in_turns(contestants, calls or _calls_per_round(contestants))
+        calls = calls or _calls_per_round(contestants)
+        load = Load()
+        timings = in_turns(contestants, calls)
+        busy = load.others()
         reading = timings.pop(READING).percentile(50)
         gbs = probe_bytes(self.moved) / reading / 1e9
         through = {name: peer.through for name, peer in peers.items()}
         took = {name: t for name, peer in peers.items() if (t := peer.compile_seconds) is not None}
-        return Cell(mode, self.batch, length, timings, self.moved, gbs, through, took)
+        return Cell(mode, self.batch, length, timings, self.moved, gbs, through, took, busy)
 
     def _peers(self, mode: str, length: int, make: Callable[..., Peer]) -> dict[str, Peer]:
         """PyTorch eager and compiled, those of them that run."""

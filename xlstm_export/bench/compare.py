@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError, UsageError
 from ..specs import Json, JsonMapping
-from .result import DECODE, EXPORTED, PREFILL, RESULT, SCHEMA
+from .result import DECODE, EXPORTED, PREFILL, RESULT, SCHEMA, too_busy
 
 CellKey = tuple[str, int, int]  # mode, batch, length
 AGAIN = "run `xlstm-export bench` again"
@@ -49,6 +49,7 @@ class Comparison:
     Attributes:
         only_before, only_after: (mode, batch, length, contestant) that the other run lacks.
         differences: entry of environment, model or settings → values in A and B.
+        busy: for A and B, cores that others used while it was timed, if that was too much; else None.
         fail_over: how many times slower the export may be.
     """
 
@@ -58,6 +59,7 @@ class Comparison:
     only_before: tuple[tuple[str, int, int, str], ...]
     only_after: tuple[tuple[str, int, int, str], ...]
     differences: dict[str, tuple[Any, Any]]
+    busy: tuple[float | None, float | None] = (None, None)
     fail_over: float | None = None
 
     @property
@@ -78,21 +80,26 @@ class Comparison:
             "only_before": [list(key) for key in self.only_before],
             "only_after": [list(key) for key in self.only_after],
             "differences": {key: list(values) for key, values in self.differences.items()},
+            "busy_cores": list(self.busy),
             "fail_over": self.fail_over,
             "passed": self.passed,
         }
 
 
-def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Comparison:
+def compare(
+    before: Path, after: Path, *, fail_over: float | None = None, allow_busy: bool = False
+) -> Comparison:
     """Compare two runs of `bench`.
 
     Args:
         before: run folder or bench.json of the baseline.
         after: run folder or bench.json that is compared with it.
         fail_over: `passed` is False if the median of the export grew by more than this factor in any cell.
+        allow_busy: judge also by times of a machine that others used meanwhile.
 
     Raises:
-        InputError: a file is missing, damaged or of another schema; the two have no cell in common.
+        InputError: a file is missing, damaged or of another schema; the two have no cell in common; there is
+            a limit and one was timed on a busy machine.
         UsageError: `fail_over` is not a positive number.
     """
     if fail_over is not None and not (math.isfinite(fail_over) and fail_over > 0):
@@ -104,6 +111,13 @@ def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Com
         raise InputError(
             f"{before} and {after} have no cell in common", "run bench with the same --batch and --length"
         )
+    busy = (_busy(a), _busy(b))
+    if fail_over is not None and not allow_busy and any(busy):
+        cores, path = (busy[0], before) if busy[0] else (busy[1], after)
+        raise InputError(
+            f"{path} was timed while others used {cores:.1f} cores: its times do not count",
+            "run bench again on an idle machine, or give --allow-busy",
+        )
     rows = [Row(key[:3], key[3], *_pairs(times_a[key], times_b[key])) for key in common]
     return Comparison(
         before=before,
@@ -112,6 +126,7 @@ def compare(before: Path, after: Path, *, fail_over: float | None = None) -> Com
         only_before=tuple(key for key in times_a if key not in times_b),
         only_after=tuple(key for key in times_b if key not in times_a),
         differences=_differences(_settings(a), _settings(b)),
+        busy=busy,
         fail_over=fail_over,
     )
 
@@ -195,6 +210,11 @@ def _is_time(value: Any) -> bool:
 
 def _key(cell: JsonMapping) -> CellKey:
     return cell["mode"], cell["batch"], cell["length"]
+
+
+def _busy(data: JsonMapping) -> float | None:
+    """Cores that others used while a run was timed, if that is too much for its times to count."""
+    return too_busy(data["environment"], [cell.get("busy_cores") for cell in data["grid"]])
 
 
 def _times(data: JsonMapping) -> dict[tuple[str, int, int, str], tuple[float, float]]:

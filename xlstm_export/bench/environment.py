@@ -17,6 +17,7 @@ FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
+SHORTEST = 0.01  # seconds; the kernel counts in ticks of this length
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _BOARD = Path("/sys/firmware/devicetree/base/model")
 
@@ -58,14 +59,24 @@ def busy_cores(seconds: float = 0.5) -> float | None:
 
     The load average is not used: it covers the last minute, with the load of this process itself.
     """
-    before = _busy_seconds()
-    own, start = time.process_time(), time.monotonic()
+    load = Load()
     time.sleep(seconds)
-    after = _busy_seconds()
-    if before is None or after is None:
-        return None
-    others = (after - before) - (time.process_time() - own)
-    return round(max(others, 0.0) / (time.monotonic() - start), 2)
+    return load.others()
+
+
+class Load:
+    """The load of the machine by others since this was made. Children of this process count as others."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._start = _busy_seconds(), time.process_time(), time.monotonic()
+
+    def others(self) -> float | None:
+        """Cores that other processes have used since then; None if /proc does not report it."""
+        busy, seconds = _busy_seconds(), time.monotonic() - self._start
+        if busy is None or self._busy is None or seconds < SHORTEST:
+            return None
+        others = (busy - self._busy) - (time.process_time() - self._own)
+        return round(max(others, 0.0) / seconds, 2)
 
 
 def _busy_seconds() -> float | None:

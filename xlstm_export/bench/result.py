@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..specs import Json
+from ..specs import Json, JsonMapping
 from .timing import Timing
 
 SCHEMA = 2
 RESULT = "bench/bench.json"
 DECODE, PREFILL = "decode", "prefill"
 EXPORTED, BODIES, EAGER, COMPILED = "exported", "function_bodies", "pytorch_eager", "torch_compile"
+
+
+# Cores used by other processes. With more than this, PyTorch's threads wait for each other and its times grow
+# several times more than those of the export, so that the ratios flatter it.
+BUSY = 0.25
+
+
+def too_busy(environment: JsonMapping, cells: Sequence[object]) -> float | None:
+    """The most cores that others used, before the first call or during a cell, if times then do not count."""
+    known = [n for n in (environment.get("busy_cores"), *cells) if isinstance(n, int | float)]
+    most = max(known, default=0.0)
+    return most if most > BUSY else None
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Cell:
         bandwidth_gbs: bandwidth of reading a buffer of that size with the same threads, in the same turns.
         through: by contestant that runs PyTorch, the method of the model that it calls.
         compile_seconds: time that torch.compile took.
+        busy_cores: cores that other processes used meanwhile; None if that is not known.
     """
 
     mode: str
@@ -35,6 +48,7 @@ class Cell:
     bandwidth_gbs: float
     through: Mapping[str, str] = field(default_factory=dict)
     compile_seconds: Mapping[str, float] = field(default_factory=dict)
+    busy_cores: float | None = None
 
     @property
     def achieved_gbs(self) -> float:
@@ -70,6 +84,7 @@ class Cell:
             "bandwidth_gbs": self.bandwidth_gbs,
             "achieved_gbs": self.achieved_gbs,
             "roof_share": self.roof_share,
+            "busy_cores": self.busy_cores,
             "contestants": contestants,
         }
 
@@ -101,6 +116,16 @@ class BenchReport:
         """Decode at the first batch."""
         return next(cell for cell in self.grid if cell.mode == DECODE)
 
+    @property
+    def busy(self) -> float | None:
+        """Cores that other processes used, if they were so many that times and ratios do not count."""
+        return too_busy(self.environment, [cell.busy_cores for cell in self.grid])
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the machine was left alone, as far as that is known."""
+        return self.busy is None
+
     def to_json(self) -> Json:
         return {
             "schema": SCHEMA,
@@ -111,4 +136,5 @@ class BenchReport:
             "rate": self.rate,
             "memory": self.memory,
             "skipped": self.skipped,
+            "trustworthy": self.trustworthy,
         }

@@ -17,21 +17,28 @@ from .console import emit, spinner
 
 
 def _compile_flags(command: Command) -> Command:
-    """Adds the two flags that say at which batches torch.compile runs; `compile_at` of the options."""
+    """Adds the flags that say at which batches torch.compile runs; `compile_at` of the options."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, no_compile: bool, compile_all: bool, **others: Any) -> Any:
-        if no_compile and compile_all:
-            raise UsageError("--no-compile and --compile-all contradict each other")
-        at = "none" if no_compile else "all" if compile_all else "first"
+    def wrapped(*args: Any, compile_first: bool, compile_all: bool, no_compile: bool, **others: Any) -> Any:
+        if no_compile and (compile_all or compile_first):
+            raise UsageError(
+                f"--no-compile and {'--compile-all' if compile_all else '--compile'} contradict each other"
+            )
+        at = "all" if compile_all else "first" if compile_first else "none"
         return command(*args, compile_at=at, **others)
 
-    flag = click.option(
+    every = click.option(
         "--compile-all", is_flag=True, help="time torch.compile at every batch, not only the first"
     )
-    added = flag(wrapped)
-    none = click.option("--no-compile", is_flag=True, help="do not time torch.compile, which takes minutes")
-    return none(added)
+    first = click.option(
+        "--compile",
+        "compile_first",
+        is_flag=True,
+        help="also time torch.compile, which takes minutes to compile",
+    )
+    none = click.option("--no-compile", is_flag=True, hidden=True)  # the default, once an option
+    return first(every(none(wrapped)))
 
 
 @click.command()
@@ -47,6 +54,9 @@ def _compile_flags(command: Command) -> Command:
     type=float,
     help="with --compare: exit 1 if the median of an export grew by more than this factor",
 )
+@click.option(
+    "--allow-busy", is_flag=True, help="with --compare: use times although others used the machine meanwhile"
+)
 @context_options()
 @json_option
 def bench(
@@ -56,6 +66,7 @@ def bench(
     context: Context,
     compare: tuple[Path, Path] | None,
     fail_over: float | None,
+    allow_busy: bool,
     as_json: bool,
 ) -> None:
     """Time a verified run folder against PyTorch (eager, torch.compile) and the memory bandwidth.
@@ -65,7 +76,7 @@ def bench(
     if compare is not None:
         if run is not None:
             raise UsageError(f"--compare takes two runs, {run} is a third", "bench --compare A B")
-        _compare(*compare, fail_over, as_json)
+        _compare(*compare, fail_over, allow_busy, as_json)
         return
     if fail_over is not None:
         raise UsageError("--fail-over belongs to --compare", "bench --compare A B --fail-over 1.1")
@@ -83,11 +94,11 @@ def bench(
     emit(result.to_json(), as_json, lambda console: show_bench(console, result))
 
 
-def _compare(before: Path, after: Path, fail_over: float | None, as_json: bool) -> None:
+def _compare(before: Path, after: Path, fail_over: float | None, allow_busy: bool, as_json: bool) -> None:
     from ..bench.compare import compare
     from .tables_bench import show_comparison
 
-    made = compare(before, after, fail_over=fail_over)
+    made = compare(before, after, fail_over=fail_over, allow_busy=allow_busy)
     emit(made.to_json(), as_json, lambda console: show_comparison(console, made))
     if not made.passed:
         mode, batch, length = made.slower[0].cell

@@ -85,9 +85,14 @@ def _cells(variant: Variant, first: Variant, at: int, metric: bool) -> list[str]
         f"{variant.model_bytes / first.model_bytes:.2f}×",
         *scored,
         DASH if drift is None else f"{drift:.0e}",
-        DASH if step is None else f"{step * 1e3:.3g} ms",
+        DASH if step is None else f"{step * 1e3:.3g} ms{_mark(variant)}",
         MARK[variant.verification.passed],
     ]
+
+
+def _mark(variant: Variant) -> str:
+    """A question mark behind times of a busy machine."""
+    return "" if variant.benchmark is None or variant.benchmark.trustworthy else "?"
 
 
 def _horizon(result: Deployment) -> int:
@@ -109,6 +114,8 @@ def _checked(verdict: Verdict) -> str:
 
 
 def _speed(report: BenchReport) -> str:
+    if report.busy is not None:
+        return f"not known: others used {report.busy:.1f} cores meanwhile; bench again on an idle machine"
     cells = [report.step, *(cell for cell in report.grid if cell.mode != DECODE)][:2]
     return "; ".join(map(_faster, cells))
 

@@ -13,7 +13,6 @@ from ..bench.result import BODIES, COMPILED, DECODE, EAGER, EXPORTED, BenchRepor
 if TYPE_CHECKING:
     from ..bench.compare import Comparison
 
-BUSY = 0.25  # cores used by other processes; more than this makes PyTorch's threads wait for each other
 NAMES = {
     EXPORTED: "exported",
     BODIES: "function bodies",
@@ -45,11 +44,10 @@ def show_bench(console: Console, report: BenchReport) -> None:
     for name, why in report.skipped.items():
         console.print(f"no {NAMES[name]}: {escape(why)}", highlight=False)
     console.print(_machine(report))
-    busy = report.environment.get("busy_cores")
-    if busy is not None and busy > BUSY:
+    if report.busy is not None:
         console.print(
-            f"[bold red]other processes used this machine[/] ({busy:.1f} cores before the first call): "
-            "measure again when it is idle"
+            f"[bold red]other processes used this machine[/] ({report.busy:.1f} cores): times and "
+            "ratios do not count; measure again when it is idle"
         )
 
 
@@ -75,6 +73,11 @@ def show_comparison(console: Console, made: Comparison) -> None:
         for mode, batch, length, name in only:
             console.print(
                 f"only in {side}: {_title(mode, batch, length)}, {NAMES.get(name, name)}", markup=False
+            )
+    for side, cores in zip("AB", made.busy, strict=True):
+        if cores is not None:
+            console.print(
+                f"[bold red]others used {cores:.1f} cores while {side} was timed[/]: ratios do not count"
             )
     if not made.differences:
         console.print("the same machine, versions and settings")

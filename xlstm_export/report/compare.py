@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..bench.result import too_busy
 from ..measure.drift_result import TEACHER
 from ..plot.figures import Line, LinePlot
 from .data import RunData
@@ -86,4 +87,9 @@ def _latency(a: RunData, b: RunData) -> Section:
             x, y = (side[name]["p50_ms"] for side in sides)
             rows.append((label, CONTESTANTS.get(name, name), float(x), float(y), y / x))
     columns = ("call", "what", "A p50 ms", "B p50 ms", "B ÷ A")
-    return Section("Latency", tables=(Table("Medians", columns, tuple(rows)),))
+    busy = [
+        f"{label} was timed while others used {cores:.1f} cores: its times and ratios do not count."
+        for label, run in (("A", a.bench), ("B", b.bench))
+        if (cores := too_busy(run["environment"], [cell.get("busy_cores") for cell in run["grid"]]))
+    ]
+    return Section("Latency", tuple(busy), tables=(Table("Medians", columns, tuple(rows)),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..bench.result import too_busy
 from ..measure.drift_result import FREE, TEACHER
 from ..plot.figures import Bar, BarPlot, Line, LinePlot
 from ..specs import Json
@@ -212,7 +213,9 @@ def latency(run: RunData) -> Section:
 
 def _latency_words(bench: Json) -> tuple[str, ...]:
     first = bench["grid"][0]
-    text = [
+    busy = too_busy(bench["environment"], [cell.get("busy_cores") for cell in bench["grid"]])
+    text = [] if busy is None else [f"Others used {busy:.1f} cores meanwhile: times and ratios do not count."]
+    text += [
         f"{bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
         f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios hold "
         "on other machines, milliseconds do not."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import own_models
+import own_recurrences
 import pytest
 import streamed_alone
 import torch
@@ -21,10 +22,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from xlstm_export.errors import BuildError
 from xlstm_export.lift import lift as cells
+from xlstm_export.load import checkpoint
 from xlstm_export.load.loaded import Loaded
 from xlstm_export.options import ExportOptions
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace.export import export
+from xlstm_export.verify.verify import verify_run
 
 WIDTH, HIDDEN, LENGTH = 5, 8, 24
 LIMIT = 2e-6  # relative L2 from float64; the kernels of ONNX Runtime are within 3e-7
@@ -352,28 +355,42 @@ def test_cells_compute_what_pytorch_s_do(tmp_path: Path) -> None:
     check(run, model.module, streams=False)
 
 
-class Loop(nn.Module):
-    """A loop over the positions, as a user writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.out = nn.LSTMCell(WIDTH, HIDDEN), nn.Linear(HIDDEN, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = c = x.new_zeros(x.shape[0], HIDDEN)
-        outputs = []
-        for t in range(x.shape[1]):
-            h, c = self.cell(x[:, t], (h, c))
-            outputs.append(self.out(h))
-        return torch.stack(outputs, 1)
+# --- Loops and recurrences of the user's own ---------------------------------------------------------
 
 
 def test_a_loop_over_positions_is_exported_for_a_fixed_number_of_them(tmp_path: Path) -> None:
-    model = loaded(Loop())
+    model = loaded(own_recurrences.CellLoop())
     with refused(BuildError, "cell is called 12 times", 'e.g. {"x": ("B", 12, 5)}'):
         export(model, tmp_path / "run")
-    fixed = Loaded(model.skeleton, model.inputs, "y", "Loop", {}, dims={"x": ("B", 12, WIDTH)}, streams=False)
-    run = export(fixed, tmp_path / "run")
+    exported_for_12_positions(model.module, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["HandMadeCell", "CellLoop"])
+def test_a_loop_without_states_is_told_the_dims_to_declare(kind: str, tmp_path: Path) -> None:
+    model = loaded(getattr(own_recurrences, kind)())
+    with refused(BuildError, "a Python loop over", '{"x": ("B", 12, 5)}'):
+        export(model, tmp_path / "run", ExportOptions(stateless=True))
+    assert not (tmp_path / "run").exists()
+    exported_for_12_positions(model.module, tmp_path / "run")
+
+
+def exported_for_12_positions(module: nn.Module, out: Path) -> None:
+    """Follow the hints: declare the dims, as a factory does."""
+    run = export(checkpoint.load_live(module, torch.randn(2, 12, WIDTH), {"x": ("B", 12, WIDTH)}), out)
     x = torch.randn(3, 12, WIDTH)
     found = streamed_alone.run(run, {"x": x.numpy()})["y"]
-    np.testing.assert_allclose(found, model.module(x).detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-6)
+
+
+def test_an_unknown_cell_loses_nothing_without_states(tmp_path: Path) -> None:
+    model = loaded(own_recurrences.DecayingMemoryCell())
+    with refused(BuildError, "DecayingMemoryCell is not known", "--stateless"):
+        export(model, tmp_path / "run")
+    run = export(model, tmp_path / "run", ExportOptions(stateless=True))
+    check(run, model.module, streams=False)
+    assert verify_run(run, model).passed
+
+
+def test_a_module_without_any_recurrence_is_still_refused(tmp_path: Path) -> None:
+    with refused(BuildError, "Linear holds no xLSTM cell"):
+        export(loaded(nn.Linear(WIDTH, 3)), tmp_path / "run", ExportOptions(stateless=True))

@@ -104,14 +104,16 @@ def lift(module: nn.Module, example: Iterable[Tensor] = (), *, stateless: bool =
                 recurrent.append((cell.path, cell))
                 if stateless and isinstance(cell, standard_cells.StandardLayer):
                     cell.start_fresh()
-    _refuse_unknown(module, set(replaced))
+    unknown = _unknown(module, set(replaced))
+    if unknown is not None and not stateless:
+        raise unknown
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
     lifted = copy_sharing_tensors(module, replacements).eval()
     if inputs:
         check_adapters(module, lifted, replaced, inputs)
     # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
-    if all(cell.cell == "conv" for _, cell in recurrent):
+    if unknown is None and all(cell.cell == "conv" for _, cell in recurrent):
         _refuse_look_alikes(module, inputs)
         raise BuildError(
             f"{type(module).__name__} holds no xLSTM cell that is known here",
@@ -241,8 +243,8 @@ _LOOKS_RECURRENT = re.compile(
 )
 
 
-def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
-    """Refuse a module that looks recurrent, is not known, and does not merely contain known cells.
+def _unknown(module: nn.Module, covered: set[str]) -> BuildError | None:
+    """Refusal of a module that looks recurrent, is not known, and does not merely contain known cells.
 
     A subclass of a known cell that was not replaced has its own forward. It is recurrent, and not known.
     """
@@ -256,10 +258,12 @@ def _refuse_unknown(module: nn.Module, covered: set[str]) -> None:
         if derived or isinstance(child, (nn.RNNBase, nn.RNNCellBase)) or _LOOKS_RECURRENT.search(name):
             path = path or "<root>"
             where = f"{type(child).__module__}.{type(child).__qualname__}"
-            raise BuildError(
+            return BuildError(
                 f"{path}: recurrent cell {where} is not known; exported as it is, its state would be lost",
-                f'register an adapter for it: @xlstm_export.lift.adapter.register("{where}")',
+                f'register an adapter for it: @xlstm_export.lift.adapter.register("{where}"); or export with '
+                "--stateless, where every call starts fresh",
             )
+    return None
 
 
 def _number(recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> tuple[BlockSpec, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -58,12 +58,13 @@ def torch_to_ir(
         states: lifted states, in order.
 
     Raises:
-        BuildError: the module cannot be traced; the message ends with torch's innermost error.
+        BuildError: the module cannot be traced; the message has torch's innermost error, or the dims with
+            which it can be.
     """
-    dynamic = torch.export.Dim.DYNAMIC
-    named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
-    shapes = (*named, *({0: dynamic} for _ in past))
-    try:
+
+    def traced(dims: list[Dims]) -> ir.Model:
+        dynamic = torch.export.Dim.DYNAMIC
+        named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
         with quiet(), torch.no_grad(), _decomposed_where_needed():
             program = torch.onnx.export(
                 wrapper,
@@ -71,12 +72,17 @@ def torch_to_ir(
                 dynamo=True,
                 optimize=False,
                 opset_version=functions.OPSET,
-                dynamic_shapes=(shapes,),
+                dynamic_shapes=((*named, *({0: dynamic} for _ in past)),),
                 input_names=[*input_names, *(s.past for s in states)],
                 output_names=[*output_names, *(s.present for s in states)],
                 custom_translation_table={torch.ops.aten.to.dtype: _cast},
                 verbose=False,
             )
+        assert program is not None
+        return program.model
+
+    try:
+        return traced(dims)
     except BuildError:
         raise
     except Exception as error:
@@ -85,13 +91,45 @@ def torch_to_ir(
             cause = cause.__cause__
         if isinstance(cause, BuildError):
             raise cause from None
+        _refuse_free_length(traced, example, dims, input_names)
         details = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
         raise BuildError(
             f"tracing failed: {type(cause).__name__}: {details[:400]}",
             "forward must not branch on tensor values; --debug shows where it stopped",
         ) from error
-    assert program is not None
-    return program.model
+
+
+def _refuse_free_length(
+    traced: Callable[[list[Dims]], ir.Model],
+    example: tuple[Tensor, ...],
+    dims: list[Dims],
+    input_names: list[str],
+) -> None:
+    """Raise BuildError with the dims to declare, where tracing succeeds for the example's positions."""
+    fixed: list[Dims] = [
+        tuple(
+            size if isinstance(dim, str) and dim != "B" else dim
+            for dim, size in zip(given, x.shape, strict=True)
+        )
+        for given, x in zip(dims, example, strict=True)
+    ]
+    if fixed == list(map(tuple, dims)):
+        return
+    try:
+        traced(fixed)
+    except Exception:
+        return
+    changed = ", ".join(
+        f'"{name}": ("B", {", ".join(map(str, new[1:]))})'
+        for name, old, new in zip(input_names, dims, fixed, strict=True)
+        if new != tuple(old)
+    )
+    raise BuildError(
+        "forward cannot be traced for any number of positions, only for the example's: a Python loop over "
+        "the positions, or a size that is computed from their number",
+        f"declare that number: {{{changed}}} as the third element that the factory returns (dims=); then "
+        "every call has so many positions, and carries no state",
+    )
 
 
 @contextlib.contextmanager

@@ -43,7 +43,10 @@ class Source:
         """The model."""
         from ..load.checkpoint import load
 
-        return load(self.checkpoint, self.module, self.weights, stateless=stateless)
+        loaded = load(self.checkpoint, self.module, self.weights, stateless=stateless)
+        for note in loaded.notes:
+            click.echo(note, err=True)
+        return loaded
 
     def load_for(self, run: RunFolder) -> Loaded:
         """The model of a run folder, streaming or stateless as the run is.

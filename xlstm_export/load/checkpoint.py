@@ -6,12 +6,13 @@ own nn.Module from a factory. No pickle that could run code is ever loaded.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError
 from .families import blocks, huggingface, large, tirex
 from .families.own import load_live, load_module
-from .find import find_config, read_config
+from .find import checkpoint_folder, find_config, read_config
 from .loaded import Loaded
 
 __all__ = ["Loaded", "load", "load_checkpoint", "load_live", "load_module"]
@@ -62,6 +63,12 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
+    path, notes = checkpoint_folder(path)
+    loaded = _load_family(path, stateless)
+    return replace(loaded, notes=(*notes, *loaded.notes))
+
+
+def _load_family(path: Path, stateless: bool | None) -> Loaded:
     if tirex.matches(path):
         return tirex.load(path, streaming=stateless is False)
     if huggingface.matches(path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..errors import InputError
 from .weights import Weights
 
 Dims = tuple[int | str, ...]
+SHOWN = 4  # differences of each kind that an error lists
 # Exceptions that the families' packages raise for a config that they do not accept.
 CONFIG_ERRORS = (
     *(AssertionError, ValueError, TypeError, AttributeError),
@@ -47,6 +48,8 @@ class Loaded:
             narrower than that of the weights, which some upstream code does by itself.
         dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
         companions: files carried along into the run folder (tokenizer).
+        notes: what was decided while loading, such as a prefix of names that was removed; shown by `export`
+            and kept in the manifest.
         streams: whether an export carries states by default. Where it does not, every call starts fresh, and
             recurrences may stay as they are.
     """
@@ -65,6 +68,7 @@ class Loaded:
     exact: Callable[[nn.Module], None] = _nothing
     dims: Mapping[str, Dims] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
     streams: bool = True
 
     @cached_property
@@ -149,29 +153,63 @@ def with_weights(
     return module.eval()
 
 
-def check_fit(module: nn.Module, weights: Weights, where: Path, hint: str) -> None:
-    """Compare names, shapes and types of `weights` with what the module of a config expects.
+def check_fit(
+    module: nn.Module,
+    weights: Weights,
+    where: Path,
+    hint: str,
+    *,
+    model: str = "the config",
+    optional: Collection[str] = (),
+) -> None:
+    """Compare names, shapes and types of `weights` with what a module expects.
+
+    Args:
+        module: the model.
+        weights: by its names; see `match.match`.
+        where: their file.
+        hint: of the error.
+        model: what the file does not fit, for the message.
+        optional: names of the module that may be missing.
 
     Raises:
-        InputError: with the first differences.
+        InputError: with the first differences of each kind.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = [f"missing in the weights: {name}" for name in expected if name not in weights]
-    problems += [f"not in the config's model: {name}" for name in weights if name not in expected]
-    problems += [
-        f"{name}: weights {weight.shape}, config {expected[name]}"
-        for name, weight in weights.items()
-        if name in expected and weight.shape != expected[name]
-    ]
-    problems += [
-        f"{name}: weights are {str(weight.dtype).removeprefix('torch.')}, not floating point"
-        for name, weight in weights.items()
-        if name in expected and not weight.dtype.is_floating_point  # quantized, the scales are elsewhere
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:12])
-        more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise InputError(f"{where} does not fit the config:\n  {shown}{more}", hint)
+    expected = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    extra = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    common = {name: weight for name, weight in weights.items() if name in expected}
+    if not common and expected:
+        raise InputError(
+            f"{where} does not fit {model}: its dict of tensors ({_some(weights)}) is not a state_dict of "
+            f"{type(module).__name__} ({_some(expected)})",
+            f"{hint}. Of a file that holds more than tensors, save the weights alone: "
+            "torch.save(model.state_dict(), path)",
+        )
+    kinds = (
+        [f"missing in the weights: {n}" for n in expected if n not in weights and n not in optional],
+        [f"not in the config's model: {n}" for n in weights if n not in expected and n not in extra],
+        [
+            f"{name}: weights {weight.shape}, config {tuple(expected[name].shape)}"
+            for name, weight in common.items()
+            if weight.shape != tuple(expected[name].shape)
+        ],
+        [
+            f"{name}: weights are {str(weight.dtype).removeprefix('torch.')}, not floating point"
+            for name, weight in common.items()
+            # quantized, the scales are elsewhere
+            if expected[name].is_floating_point() and not weight.dtype.is_floating_point
+        ],
+    )
+    shown = [problem for problems in kinds for problem in problems[:SHOWN]]
+    if shown:
+        rest = sum(map(len, kinds)) - len(shown)
+        more = f"\n  … and {rest} more" if rest else ""
+        raise InputError(f"{where} does not fit {model}:\n  " + "\n  ".join(shown) + more, hint)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
 
 
 def context_length(module: nn.Module) -> int | None:

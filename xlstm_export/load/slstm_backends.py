@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .weights import Weights
+
 Change = Callable[[Tensor], Tensor]
 KERNEL, BIAS = "_recurrent_kernel_", "_bias_"
 # Names in the module of the package, and of copies of it, that defines the cells.
@@ -56,6 +58,12 @@ def layout_changes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> 
         if tuple(shapes.get(prefix + BIAS, ())) == (heads * gates * dim,):
             changes[prefix + BIAS] = change[1]
     return changes
+
+
+def in_layout_of(module: nn.Module, weights: Weights) -> Weights:
+    """The weights, those of sLSTM cells in the layout that `module` has; see `layout_changes`."""
+    changes = layout_changes(module, {name: weight.shape for name, weight in weights.items()})
+    return {n: weight.through(changes[n]) if n in changes else weight for n, weight in weights.items()}
 
 
 def _to_vanilla(heads: int, gates: int, dim: int) -> tuple[Change, Change]:

@@ -1,4 +1,4 @@
-"""Weight files → tensors: safetensors (one file or shards with an index), or torch files; no unpickling.
+"""Weight files → tensors: safetensors (one file or shards with an index), torch files, .npz; no code runs.
 
 `open_weights` returns name → `Weight`: shape and type of every tensor at once, values one tensor at a time.
 Values are freed when the caller drops them, so a checkpoint may be larger than the memory.
@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .torch_files import Content, StandIn, load_beside_objects, resave
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 INDEX = ".index.json"
+DEPTH = 8  # how deep a training checkpoint may nest its mappings
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -69,22 +72,21 @@ Weights = dict[str, Weight]
 
 
 def open_weights(path: Path) -> Weights:
-    """The tensors of a weight file or, given an index (`*.index.json`), of its shards.
+    """The tensors of a weight file or, given an index (`*.index.json`), of its shards, by their names there.
+
+    Tensors of a nested checkpoint have the keys in front: `state_dict.` and the name.
 
     Raises:
-        InputError: missing, truncated or corrupted file, a pickle that is not a state_dict, an index that
-            names a missing shard or tensor.
+        InputError: missing, truncated or corrupted file, a file without tensors, an index that names a
+            missing shard or tensor.
     """
     if path.name.endswith(INDEX):
         return _open_shards(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist", "give the path of a weight file")
-    weights = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-    # DistributedDataParallel and torch.compile wrap a model in either order.
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    return weights
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -110,6 +112,8 @@ def _open_shards(index: Path) -> Weights:
             f"{index.name} names them; copy them into the folder",
         )
     shards = {file: open_weights(index.parent / file) for file in files}
+    if _one_prefix_apart(set(places), {name for shard in shards.values() for name in shard}):
+        return {name: weight for shard in shards.values() for name, weight in shard.items()}
     absent = [name for name, file in places.items() if name not in shards[file]]
     if absent:
         raise InputError(
@@ -118,6 +122,16 @@ def _open_shards(index: Path) -> Weights:
             "index and shards are not of one download; copy all of them again",
         )
     return {name: shards[file][name] for name, file in places.items()}
+
+
+def _one_prefix_apart(placed: set[str], stored: set[str]) -> bool:
+    """Whether all names of an index are those of its shards with one prefix more, or less."""
+    if len(placed) != len(stored):
+        return False
+    short, long = sorted((placed, stored), key=lambda names: sum(map(len, names)))
+    first = min(short)
+    prefixes = {name.removesuffix(first) for name in long if name.endswith(f".{first}")}
+    return any(all(prefix + name in long for name in short) for prefix in prefixes)
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -159,17 +173,41 @@ def _incomplete(path: Path, error: Exception) -> InputError:
 
 
 def _open_pickle(path: Path) -> Weights:
-    data = load_torch_file(path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
-    if not isinstance(data, Mapping) or not data or not all(isinstance(v, Tensor) for v in data.values()):
-        found = type(data).__name__
-        raise InputError(
-            f"{path} holds a {found} that is not a state_dict",
-            "expected names → tensors: torch.save(model.state_dict(), path)",
-        )
-    return from_tensors({str(name): tensor for name, tensor in data.items()}, path)
+    data = load_beside_objects(path)
+    tensors: dict[str, Tensor] = {}
+    strange: dict[str, str] = {}  # key → class of an object that is not loaded
+    _collect(data, "", tensors, strange)
+    if tensors:
+        return from_tensors(tensors, path)
+    if strange:
+        key, of = next(iter(strange.items()))
+        found = f"{key} is a {of}" if key else f"a {of}"
+        raise InputError(f"{path} holds more than tensors ({found}), so it is not loaded", resave(path, key))
+    raise InputError(
+        f"{path} holds a {type(data).__name__} that is not a state_dict",
+        "expected names → tensors: torch.save(model.state_dict(), path)",
+    )
+
+
+def _collect(
+    data: Content, name: str, tensors: dict[str, Tensor], strange: dict[str, str], depth: int = 0
+) -> None:
+    """Sort what a file holds into tensors, by their keys joined with dots, and objects of other classes."""
+    if isinstance(data, Tensor) and name:
+        tensors[name] = data.detach()
+    elif isinstance(data, StandIn):
+        strange[name] = data.of
+    elif isinstance(data, Mapping) and depth < DEPTH:
+        for key, value in data.items():
+            _collect(value, f"{name}.{key}" if name else str(key), tensors, strange, depth + 1)
+
+
+def _open_npz(path: Path) -> Weights:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return from_tensors({name: torch.from_numpy(archive[name]) for name in archive.files}, path)
+    except Exception as error:  # damaged, or objects instead of numbers
+        raise InputError(f"{path} is not a complete .npz of numbers: {error}", "copy it again") from error
 
 
 def from_tensors(tensors: Mapping[str, Tensor], path: Path) -> Weights:
@@ -181,29 +219,6 @@ def from_tensors(tensors: Mapping[str, Tensor], path: Path) -> Weights:
 
 def _given(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def load_torch_file(path: Path) -> object:
-    """What a torch file holds: tensors (mapped from disk) and plain data, nothing that runs code.
-
-    Raises:
-        InputError: damaged, or it holds other objects.
-    """
-    import pickle
-
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # files of the old format cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors, so it is not loaded",
-            "save the weights alone: torch.save(model.state_dict(), path), or use safetensors",
-        ) from error
-    except Exception as error:  # a damaged stream fails wherever its garbage leads the reader
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is not a complete torch file: {found}", "copy it again") from error
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:

@@ -90,6 +90,7 @@ def export(
                 "command": context.command,
                 "model": loaded.name,
                 "origin": loaded.origin,
+                "notes": list(loaded.notes),
                 "checkpoint_sha256": loaded.sha256,
                 "context_length": loaded.context_length,
                 "options": asdict(options),

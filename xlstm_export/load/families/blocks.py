@@ -15,7 +15,8 @@ from ...errors import BuildError, InputError, SetupError
 from ...specs import Json
 from ..find import find_weights, need_config, read_config
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
-from ..slstm_backends import layout_changes
+from ..match import match
+from ..slstm_backends import in_layout_of
 
 
 def load(path: Path) -> Loaded:
@@ -26,24 +27,18 @@ def load(path: Path) -> Loaded:
         SetupError: the `xlstm` package is not installed.
         BuildError: the model has a variant that cannot be exported.
     """
-    weights, files = find_weights(path)
+    found = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)
     module, model_config = _build(config, config_path)
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    changes = layout_changes(module, shapes)
-    weights = {name: w.through(changes[name]) if name in changes else w for name, w in weights.items()}
-    tied = bool(getattr(model_config, "tie_weights", False))
-    if tied:  # a file that stores shared tensors once keeps either name
-        names = ("token_embedding.weight", "lm_head.weight")
-        shared = next((weights[name] for name in names if name in weights), None)
-        if shared is not None:
-            weights = {**{name: shared for name in names}, **weights}
+    matched = match(found, module)
+    weights = in_layout_of(module, matched.weights)
     check_fit(
         module,
         weights,
-        files[0],
+        matched.files[0],
         "check num_blocks, embedding_dim, slstm_at, heads and vocab_size in the config",
+        model=f"the config {config_path.name}, which describes an xlstm.{type(module).__name__}",
     )
     vocab = getattr(model_config, "vocab_size", None)
     if vocab is not None:
@@ -56,7 +51,8 @@ def load(path: Path) -> Loaded:
         output="logits" if vocab is not None else "y",
         name=type(module).__name__,
         origin={"checkpoint": str(path)},
-        files=(config_path, *files),
+        files=(config_path, *matched.files),
+        notes=matched.notes,
         config=config,
         context_length=context_length(module),
         vocab_size=vocab,

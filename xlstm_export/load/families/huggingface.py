@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import nn
 
 from ...errors import InputError, SetupError
 from ...specs import Json
-from ..find import find_weights, read_config
+from ..find import find_config, find_weights, need_config, read_config, stored_names
 from ..loaded import Loaded, check_fit
+from ..match import match
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
 
 CONFIG = "config.json"
@@ -40,9 +42,10 @@ MUST_BE_OFF = frozenset(["add_qk_norm", "add_post_norm"])
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json that names a model_type."""
+    """Whether `path` is a folder, or a file in one, whose config.json names a model_type."""
+    file = path / CONFIG if path.is_dir() else find_config(path)
     try:
-        return "model_type" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return file is not None and "model_type" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -62,18 +65,19 @@ def load(path: Path) -> Loaded:
         raise SetupError(
             f"transformers with xLSTM cannot be imported: {error}", "pip install -U transformers"
         ) from error
-    config_path = path / CONFIG
-    config = read_config(config_path)
+    config_path = path / CONFIG if path.is_dir() else need_config(path)
+    folder, config = config_path.parent, read_config(config_path)
     if config.get("model_type") != "xlstm":
         raise InputError(
             f"{config_path}: model_type is {config.get('model_type')!r}, not 'xlstm'",
             "only xLSTM checkpoints can be exported",
         )
-    weights, files = find_weights(path)
+    found = find_weights(path)
     _check_fields(config, xLSTMConfig, config_path)
     check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
-    causal = not any(name.startswith("blocks.") for name in weights)
-    settings = _settings(config, weight_mode(weights))
+    names = stored_names(found)
+    causal = any(re.search(r"(^|\.)(backbone\.blocks|lm_head)\.", name) for name in names)
+    settings = _settings(config, weight_mode(names))
     try:
         model_config = xLSTMConfig(**settings)
         with torch.device("meta"):
@@ -84,27 +88,29 @@ def load(path: Path) -> Loaded:
             "compare it with the config the model was published with",
         ) from error
     finish = _leave
-    if causal and model_config.tie_word_embeddings and (TABLE in weights) != (HEAD in weights):
+    ends = {end for end in (TABLE, HEAD) for name in names if f".{name}".endswith(f".{end}")}
+    if causal and model_config.tie_word_embeddings and len(ends) == 1:
         # Tied tensors are stored once, under either name. Where both are stored they are not tied, even if
         # the config ties them.
         finish = _tie
         _tie(module)
-        shared = weights.get(TABLE) or weights[HEAD]
-        weights = {**weights, TABLE: shared, HEAD: shared}
-    check_fit(module, weights, files[0], HINT)
+    matched = match(found, module)
+    label = f"the config {config_path.name}, which describes an {type(module).__name__} of transformers"
+    check_fit(module, matched.weights, matched.files[0], HINT, model=label)
     return Loaded(
         skeleton=module.eval(),
         inputs={"tokens": torch.zeros(2, 48, dtype=torch.int64)},
         output="logits" if causal else "last_hidden_state",
         name=type(module).__name__,
         origin={"checkpoint": str(path)},
-        files=(config_path, *files),
+        files=(config_path, *matched.files),
+        notes=matched.notes,
         config=config,
         vocab_size=model_config.vocab_size,
-        weights=weights,
+        weights=matched.weights,
         finish=finish,
         exact=full_precision_norms,
-        companions=tuple(path / name for name in TOKENIZER if (path / name).is_file()),
+        companions=tuple(folder / name for name in TOKENIZER if (folder / name).is_file()),
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from ...errors import InputError, SetupError
 from ...specs import Json
-from ..find import find_weights, need_config, read_config
+from ..find import find_weights, need_config, read_config, stored_names
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit
-from ..weights import Weights
+from ..match import match
 
 # Settings that select upstream's implementation, not its function: portable kernels, states and sums in FP32.
 NATIVE = {
@@ -42,7 +43,7 @@ def load(path: Path) -> Loaded:
         from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
     except ImportError as error:
         raise SetupError(f"the `xlstm` package cannot be imported: {error}", "pip install xlstm") from error
-    weights, files = find_weights(path)
+    found = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)
     known = {f.name for f in dataclasses.fields(xLSTMLargeConfig)}
@@ -53,7 +54,9 @@ def load(path: Path) -> Loaded:
         )
     check_kernel(str(config.get("chunkwise_kernel", "")), config_path)
     try:
-        model_config = xLSTMLargeConfig(**{**config, **NATIVE, "weight_mode": weight_mode(weights)})
+        model_config = xLSTMLargeConfig(
+            **{**config, **NATIVE, "weight_mode": weight_mode(stored_names(found))}
+        )
         # On the meta device nothing is allocated; the weights are read where they are needed.
         with torch.device("meta"):
             module = xLSTMLarge(model_config)
@@ -62,24 +65,27 @@ def load(path: Path) -> Loaded:
             f"{config_path}: the xlstm package refuses this configuration: {error or type(error).__name__}",
             "compare it with the config the model was trained with",
         ) from error
-    check_fit(module, weights, files[0], HINT)
+    matched = match(found, module)
+    label = f"the config {config_path.name}, which describes an xlstm_large.xLSTMLarge"
+    check_fit(module, matched.weights, matched.files[0], HINT, model=label)
     return Loaded(
         skeleton=module.eval(),
         inputs={"tokens": torch.zeros(2, 48, dtype=torch.int64)},
         output="logits",
         name="xLSTMLarge",
         origin={"checkpoint": str(path)},
-        files=(config_path, *files),
+        files=(config_path, *matched.files),
+        notes=matched.notes,
         config=config,
         vocab_size=model_config.vocab_size,
-        weights=weights,
+        weights=matched.weights,
         exact=full_precision_norms,
     )
 
 
-def weight_mode(weights: Weights) -> str:
+def weight_mode(names: Iterable[str]) -> str:
     """ "fused" where q, k, v and the output gate are stored as one matrix, else "single"."""
-    return "fused" if any(".qkv_opreact." in name for name in weights) else "single"
+    return "fused" if any(".qkv_opreact." in name for name in names) else "single"
 
 
 def check_kernel(kernel: str, where: Path) -> None:

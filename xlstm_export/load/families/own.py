@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ...errors import ExportError, InputError, UsageError
 from ...specs import JsonMapping
 from ..loaded import Dims, Loaded, context_length
-from ..slstm_backends import call_factory, layout_changes, without_cuda
+from ..slstm_backends import call_factory, without_cuda
 from ..user_code import load_function
-from ..weights import check_finite, read_weights
+from ..weights import check_finite
+from .own_weights import load_weights
 
 RETURN = (
     'return (module, {"x": example tensor}), keyed by forward\'s parameter names, and as a third element '
@@ -36,16 +38,15 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
         InputError: the factory fails or returns something else; weights do not fit.
     """
     module, inputs, dims = _call_factory(spec)
-    if weights is not None:
-        state = read_weights(weights)
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        state.update({n: change(state[n]) for n, change in layout_changes(module, shapes).items()})
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise InputError(f"{weights} does not fit the module of {spec}: {error}") from error
-    origin = {"module": spec, **({"weights": str(weights)} if weights else {})}
-    return _loaded(module, (inputs, dims), f"--module {spec}", origin, weights)
+    origin = {"module": spec}
+    if weights is None:
+        return _loaded(module, (inputs, dims), f"--module {spec}", origin)
+    files, notes = load_weights(module, weights, spec)
+    if weights.is_dir():
+        weights = files[0]
+    origin["weights"] = str(weights)
+    loaded = _loaded(module, (inputs, dims), f"--module {spec}", origin, weights)
+    return replace(loaded, files=files, notes=notes)
 
 
 def load_live(
@@ -67,7 +68,7 @@ def load_live(
         if first is None:
             raise InputError(f"forward of {name} takes no inputs", "export a module that has one")
         example = {first: example}
-    return _loaded(copy.deepcopy(module), (dict(example), dims or {}), name, {}, None)
+    return _loaded(copy.deepcopy(module), (dict(example), dims or {}), name, {})
 
 
 def _loaded(
@@ -75,7 +76,7 @@ def _loaded(
     given: tuple[dict[str, Tensor], JsonMapping],
     spec: str,
     origin: dict[str, str],
-    weights: Path | None,
+    weights: Path | None = None,
 ) -> Loaded:
     """A module with its example inputs and their dims, checked."""
     # Tracing happens on the CPU in float32, whatever device and type the factory chose.
@@ -92,7 +93,6 @@ def _loaded(
         output="y",
         name=type(module).__name__,
         origin=origin,
-        files=(weights,) if weights else (),
         context_length=context_length(module),
         vocab_size=_vocab_size(module),
         dims=dims,

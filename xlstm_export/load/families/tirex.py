@@ -29,15 +29,18 @@ from torch import Tensor, nn
 
 from ...errors import InputError, SetupError
 from ...specs import Json
-from ..find import find_config
+from ..find import Candidate, find_config
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
-from ..weights import Weights, from_tensors, load_torch_file
+from ..match import match
+from ..torch_files import load_torch_file
+from ..weights import Weights, from_tensors
 
 FILE = "model.ckpt"
 SUFFIX = ".ckpt"
 HINT = (
-    "TiRex's model.ckpt has hyper_parameters (model_config, train_ctx_len) and state_dict; "
-    "a model of another family needs its config beside the file"
+    "it is read as TiRex because there is no config beside it; TiRex's model.ckpt has hyper_parameters "
+    "(model_config, train_ctx_len) and state_dict. A checkpoint of another family needs its config.yaml "
+    "beside it; one of a module of your own is given as --weights, with --module"
 )
 
 
@@ -67,7 +70,9 @@ def load(path: Path, *, streaming: bool = False) -> Loaded:
         raise InputError(f"{path} holds no {FILE}", f"give a folder with {FILE}, or a {SUFFIX} file")
     hyper_parameters, tensors = _read(file)
     model = _build(hyper_parameters, file)
-    weights = _current_names(from_tensors(tensors, file))
+    stored = Candidate(_current_names(from_tensors(tensors, file)), (file,))
+    matched = match((stored,), model)
+    weights = matched.weights
     check_fit(model, weights, file, "hyper_parameters and state_dict are not of one model; copy it again")
     config: Any = model.config
     module: nn.Module = StreamingForecaster(model) if streaming else Forecaster(model)
@@ -81,6 +86,7 @@ def load(path: Path, *, streaming: bool = False) -> Loaded:
         files=(file,),
         config=hyper_parameters,
         context_length=config.train_ctx_len // config.input_patch_size,
+        notes=matched.notes,
         weights={f"model.{name}": weight for name, weight in weights.items()},
         exact=exact,
         dims=dims,
@@ -263,7 +269,7 @@ def _read(file: Path) -> tuple[Json, dict[str, Tensor]]:
             raise
         raise InputError(
             f"{file} holds more than tensors and plain data, so it is not loaded",
-            "save it again with hyper_parameters of plain dicts, lists and numbers, and state_dict",
+            f"save it again with hyper_parameters of plain dicts, lists and numbers, and state_dict; {HINT}",
         ) from error
     if not isinstance(data, Mapping):
         raise InputError(f"{file} holds a {type(data).__name__}, not a checkpoint of TiRex", HINT)

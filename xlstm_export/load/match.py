@@ -23,9 +23,7 @@ from .find import Candidate, several
 from .weights import Weights, open_weights
 
 # A second copy of a model, kept beside the one that is trained.
-_COPIES = re.compile(
-    r"(^|[._])(ema|swa|averaged?|teacher|target|momentum|shadow|online_ema)([._]|$)|_ema", re.I
-)
+_COPIES = re.compile(r"(^|[._])(ema|swa|averaged?|teacher|target|momentum|shadow)([._]|$)", re.I)
 
 
 @dataclass(frozen=True)

@@ -171,3 +171,28 @@ def test_export_says_what_it_wrote_as_json(small_checkpoint: Path, tmp_path: Pat
         for name in ("io.json", "model.onnx", "model.onnx.data", "manifest.json")
         if (path := tmp_path / "out" / name).is_file()
     ]
+
+
+@pytest.mark.slow
+def test_what_a_users_module_prints_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "noisy_module.py").write_text(
+        "import logging, own_models, torch\n"
+        "logging.basicConfig(level=logging.INFO)\n"
+        "print('imported')\n"
+        "class Net(own_models.Twice):\n"
+        "    def forward(self, x):\n"
+        "        print('called')\n"
+        "        return super().forward(x)\n"
+        "def build():\n"
+        "    print('built')\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net().eval(), {'x': torch.randn(2, 6, own_models.WIDTH)}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    export = [*COMMAND, "export", "--module", "noisy_module:build", "-o", "out", "--json"]
+    for command in (export, [*COMMAND, "verify", "out", "--json"]):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+        assert "built" in done.stderr
+        assert "Removed" not in done.stderr, "the log of the libraries underneath is none of a user's"

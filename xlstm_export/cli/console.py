@@ -14,9 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -43,10 +43,11 @@ PLAIN = {
 
 @dataclass
 class Output:
-    """How much is printed; kept in click's context while a command runs."""
+    """How much is printed, and where results go; kept in click's context while a command runs."""
 
     quiet: bool = False
     verbose: bool = False
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
 
 def output() -> Output:
@@ -137,9 +138,14 @@ class Commands(click.Group):
                 one.params.extend(OUTPUT)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; an error is logged with its traceback, for --debug and --log-file."""
+        """Run the command; an error is logged with its traceback, for --debug and --log-file.
+
+        What a user's module prints while it is imported, built or run goes to stderr: stdout is for results.
+        """
+        output()  # keeps the real stdout
         try:
-            return super().invoke(ctx)
+            with contextlib.redirect_stdout(sys.stderr):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:
@@ -167,6 +173,12 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # replaced by a test or an embedder
             stream.reconfigure(errors="plain")  # type: ignore[union-attr]
+
+
+def quiet_libraries() -> None:
+    """Keep the graph libraries' progress out of a log that a user's module sets up for itself."""
+    for name in ("onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -198,7 +210,7 @@ def emit(
         line: all that is printed when quiet; None for what `show` prints.
     """
     wanted = output()
-    with open_pipe():
+    with contextlib.redirect_stdout(wanted.stdout), open_pipe():
         if as_json:
             click.echo(json.dumps(data, indent=1))
         elif wanted.quiet and line is not None:

@@ -11,7 +11,7 @@ import click
 from ..options import ForecastOptions, GenerateOptions
 from ..runfolder import RunFolder
 from .common import RECORDED, json_option, run_argument, stage_options, threads_option
-from .console import emit
+from .console import emit, output
 
 BACKENDS = ("onnxruntime", "pytorch", "tensorrt")
 backend_option = click.option(
@@ -57,8 +57,8 @@ def generate(
         for piece in generate_(session, opened.io, codec, text, options):
             pieces.append(piece)
             if not as_json:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+                click.echo(piece, nl=False, file=output().stdout)
+                output().stdout.flush()
         if state is not None:
             save_state(session, state)
     rate = options.tokens / max(time.perf_counter() - start, 1e-9)

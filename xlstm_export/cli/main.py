@@ -35,7 +35,7 @@ from .common import (
     source_options,
     stage_options,
 )
-from .console import Commands, emit, no_color, open_pipe, prepare_streams, spinner
+from .console import Commands, emit, no_color, open_pipe, prepare_streams, quiet_libraries, spinner
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -158,6 +158,7 @@ def main(args: list[str] | None = None) -> None:
     if args is None:  # own process: SIGTERM must clean up as Ctrl-C does
         signal.signal(signal.SIGTERM, _terminated)
     prepare_streams()
+    quiet_libraries()
     color = no_color()
     try:
         with open_pipe():

@@ -25,7 +25,7 @@ def load_function(spec: str, label: str) -> Callable[..., Any]:
         InputError: importing the module raised something.
     """
     module_name, _, attribute = spec.partition(":")
-    _look_here_first()
+    look_here_first()
     _require_module_of_here(module_name.partition(".")[0], label)
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -45,7 +45,7 @@ def load_function(spec: str, label: str) -> Callable[..., Any]:
     return function
 
 
-def _look_here_first() -> None:
+def look_here_first() -> None:
     """Put the folder the command runs in before others, which earlier calls may have added."""
     here = str(Path.cwd())
     if sys.path[:1] != [""] and sys.path[:1] != [here]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..atomic import sha256, write_json
 from ..checks import Verdict
 from ..errors import UsageError
+from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
 from ..runfolder import versions
 from .plan import Pipeline, Step
@@ -136,6 +137,7 @@ class _Run:
         values, files = _plain(step.options)
         if step.stage == "export":
             files += [v for k, v in self._pipeline.source.items() if k in ("checkpoint", "weights")]
+        factory = self._pipeline.source.get("module") if step.stage == "export" else None
         depends = [
             step.stage,
             values,
@@ -143,6 +145,7 @@ class _Run:
             dict(self._pipeline.source),
             versions(),
             {file: _content(Path(file)) for file in files},
+            code_hashes(factory) if factory else {},
             self._before,
         ]
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

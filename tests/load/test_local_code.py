@@ -17,7 +17,7 @@ from xlstm_export.pipeline.schema import read_pipeline
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project in which everything would fail if it were imported."""
-    path, modules = list(sys.path), set(sys.modules)
+    path = list(sys.path)
     package = tmp_path / "proj_a"
     (package / "parts").mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('imported')")
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.path[:] = path
-    for name in set(sys.modules) - modules:
+    for name in [name for name in sys.modules if name.startswith("proj_")]:
         del sys.modules[name]
 
 

@@ -49,25 +49,23 @@ def _source(name: str) -> Path | None:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
     path = Path(spec.origin)
-    installed = (
-        any(path.is_relative_to(place) for place in (*_INSTALLED, _OWN)) or "site-packages" in path.parts
-    )
-    return path if path.is_file() and not installed else None
+    if "site-packages" in path.parts or any(path.is_relative_to(place) for place in (*_INSTALLED, _OWN)):
+        return None
+    return path if path.is_file() else None
 
 
 def _find(name: str) -> ModuleSpec | None:
     """As importlib finds a module, without importing the packages around it."""
-    head, *rest = name.split(".")
-    try:
-        spec = importlib.util.find_spec(head)
-    except (ImportError, ValueError):  # ValueError: a module that was made by hand
-        return None
-    for place, part in enumerate(rest, start=1):
-        if spec is None or spec.submodule_search_locations is None:
+    above, _, _ = name.rpartition(".")
+    if not above:
+        try:
+            return importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # ValueError: a module that was made by hand
             return None
-        full = ".".join([head, *rest[:place]])
-        spec = PathFinder.find_spec(full, list(spec.submodule_search_locations))
-    return spec
+    package = _find(above)
+    if package is None or package.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, list(package.submodule_search_locations))
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:

@@ -339,3 +339,22 @@ def test_killed_in_mid_export(sent: signal.Signals, small_checkpoint: Path, tmp_
         assert list(tmp_path.iterdir()) == []
     assert run("export", small_checkpoint, "-o", out) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "what the killed process left is gone"
+
+
+@pytest.mark.slow
+def test_factory_that_builds_other_weights_each_time_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "random_factory.py").write_text(
+        "import own_models, torch\n"
+        "def build():\n"
+        "    return own_models.Twice().eval(), {'x': torch.randn(2, 6, own_models.WIDTH)}\n"
+        "def seeded():\n"
+        "    torch.manual_seed(0)\n"
+        "    return build()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, passed in (("build", False), ("seeded", True)):
+        assert run("export", "--module", f"random_factory:{name}", "-o", name) == 0
+        assert (run("verify", name, "--no-bisect") == 0) == passed
+        assert ("torch.manual_seed" in capsys.readouterr().err) == (not passed)

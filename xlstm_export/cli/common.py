@@ -58,7 +58,10 @@ class Source:
             origin = run.origin
             weights = self.weights or origin.get("weights")
             source = Source(origin.get("checkpoint"), origin.get("module"), weights)
-        return source.load(run.options.stateless)
+        loaded = source.load(run.options.stateless)
+        if note := loaded.differs_from(run.manifest.get("checkpoint_sha256", {})):
+            click.echo(note, err=True)
+        return loaded
 
 
 RECORDED = Source(None, None, None)  # the model that a run folder records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from ..errors import InputError
 from .weights import Weights
 
 Dims = tuple[int | str, ...]
+IN_MEMORY = "module"  # name of the hash of a module that no file stores
 SHOWN = 4  # differences of each kind that an error lists
 # Exceptions that the families' packages raise for a config that they do not accept.
 CONFIG_ERRORS = (
@@ -80,8 +82,24 @@ class Loaded:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """Hash per weight and config file."""
+        """Hash per weight and config file; of a module that no file stores, one of all its tensors."""
+        if not self.files and self.weights is None:
+            return {IN_MEMORY: _digest(self.skeleton)}
         return {path.name: sha256(path) for path in self.files}
+
+    def differs_from(self, recorded: Mapping[str, str]) -> str | None:
+        """Says so where a module that no file stores has other weights than at its export.
+
+        Args:
+            recorded: `sha256` as the manifest has it.
+        """
+        expected = recorded.get(IN_MEMORY)
+        if expected is None or self.sha256.get(IN_MEMORY, expected) == expected:
+            return None
+        return (
+            f"{self.origin.get('module', self.name)} builds other weights than when it was exported: call "
+            "torch.manual_seed in it, or save its weights and name them with --weights; then export again"
+        )
 
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""
@@ -116,6 +134,15 @@ class Loaded:
             if _is_matrix(parameter):
                 parameter.data = _rounding(name, kind)(parameter.data).to(torch.float32)
         return replace(self, skeleton=module)
+
+
+def _digest(module: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _is_matrix(tensor: Any) -> bool:

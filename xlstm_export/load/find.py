@@ -26,6 +26,8 @@ def find_config(path: Path) -> Path | None:
 
 
 def _beside(weights: Path) -> tuple[str, ...]:
+    if weights.name.endswith(INDEX):
+        return CONFIG_NAMES
     return (f"{weights.stem}.yaml", f"{weights.stem}.yml", f"{weights.stem}.json", *CONFIG_NAMES)
 
 

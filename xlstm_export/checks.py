@@ -58,6 +58,10 @@ class Verdict:
     gates: dict[str, Any] = field(default_factory=dict)  # of `gates.Gates.to_json`
     bisect: dict[str, Any] = field(default_factory=dict)  # of `bisect.search.Bisection.to_json`, on failure
     gate: dict[str, Any] = field(default_factory=dict)  # the gate file, where one was given
+    # How the PyTorch model of an FP32 verification computed, one of `lift.precise.REFERENCES`, and why it is
+    # not the first of them.
+    reference: str = ""
+    reference_reason: str = ""
     # Of a half or quantized export: precision, base, reference, sites, drift. Empty for FP32.
     precision: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +78,8 @@ class Verdict:
                 "files": self.files,
                 "inputs": self.inputs,
                 "upstream_as_it_comes": self.as_it_comes,
+                **({"reference": self.reference} if self.reference else {}),
+                **({"reference_reason": self.reference_reason} if self.reference_reason else {}),
                 "gates": self.gates or None,
                 "bisect": self.bisect or None,
                 **({"gate": self.gate} if self.gate else {}),
@@ -93,9 +99,20 @@ class Verdict:
             as_it_comes=data["upstream_as_it_comes"],
             gates=data["gates"] or {},
             bisect=data["bisect"] or {},
+            reference=data.get("reference", ""),
+            reference_reason=data.get("reference_reason", ""),
             gate=data.get("gate", {}),
             precision=data.get("precision", {}),
         )
+
+
+def pytorch(reference: str) -> str:
+    """The PyTorch model that an export is compared with, for a sentence.
+
+    Args:
+        reference: how it computes, one of `lift.precise.REFERENCES`.
+    """
+    return f"PyTorch {'with' if 'cells' in reference else 'in'} {reference}"
 
 
 def _finite(data: Any) -> Any:

@@ -50,3 +50,7 @@ class BuildError(ExportError):
     """Tracing, graph construction or parsing failed (exit code 5)."""
 
     exit_code = 5
+
+
+class UserCodeError(BuildError):
+    """Code of the user, such as the forward of their module, raised an exception (exit code 5)."""

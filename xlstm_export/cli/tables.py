@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench import roofline
+from ..checks import pytorch
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
@@ -89,15 +90,19 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
         console.print(escape(verdict.bisect["sentence"]), highlight=False)
     if verdict.metric:
         m = verdict.metric
-        against = "PyTorch (float64)" if "pytorch_float64" in m else "FP32"
-        expected = m.get("pytorch_float64", m.get("fp32"))
+        against = "PyTorch (float64)" if "pytorch_float64" in m else "PyTorch" if "pytorch" in m else "FP32"
+        expected = m.get("pytorch_float64", m.get("pytorch", m.get("fp32")))
         console.print(
             f"{m['name']} on {m['positions']:,} held-out positions: "
             f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         )
+    if verdict.reference:
+        why = f", because {verdict.reference_reason}" if verdict.reference_reason else ""
+        console.print(escape(f"the reference is {pytorch(verdict.reference)}{why}"), highlight=False)
     for name, far in verdict.as_it_comes.items():
+        distance, there = ("from_float64", "float64") if "from_float64" in far else ("from_reference", "it")
         console.print(
-            f"{name}: PyTorch, unmodified (FP32), is {far['from_float64']:.1e} from float64 and "
+            f"{name}: PyTorch, unmodified (FP32), is {far[distance]:.1e} from {there} and "
             f"{far['from_export']:.1e} from the export"
         )
     console.print(f"{MARK[verdict.passed]} {verdict_line(verdict)}", highlight=False)

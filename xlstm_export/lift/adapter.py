@@ -6,7 +6,9 @@ opens around one forward pass. A cell that is called several times in one pass h
 
 from __future__ import annotations
 
+import logging
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,7 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import BuildError, UsageError
+from ..errors import BuildError, ExportError, UsageError, UserCodeError
+from ..load.user_code import comes_from_us, described
+
+log = logging.getLogger(__name__)
 
 # What a user's forward takes or returns: anything. It is examined where its tensors get names.
 UserValue: TypeAlias = Any
@@ -172,15 +177,71 @@ def run_lifted(
     """One forward pass: the module's own result, and the present states by graph output name.
 
     Where the caller gives `present`, every state is put into it as soon as it is computed.
+
+    Raises:
+        UserCodeError: the user's code raised an exception.
     """
     scope = _Scope(past, {} if present is None else present)
-    return _run(module, args, scope), scope.present
+    return _blamed(module, args, scope), scope.present
 
 
 def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[UserValue, dict[str, int]]:
-    """One forward pass from zero states: its result, and how often the cell of each path was called."""
+    """One forward pass from zero states: its result, and how often the cell of each path was called.
+
+    Raises:
+        UserCodeError: the user's code raised an exception.
+    """
     scope = _CountingScope({}, batch=args[0].shape[0], like=args[0])
-    return _run(module, args, scope), scope.calls
+    return _blamed(module, args, scope), scope.calls
+
+
+def call_untouched(module: nn.Module, args: tuple[Tensor, ...]) -> UserValue:
+    """One forward pass of the user's own module, in which nothing was replaced.
+
+    Raises:
+        UserCodeError: it raised an exception.
+    """
+    with torch.no_grad():
+        return _blamed(module, args, _Scope({}))
+
+
+def remember_original(lifted: nn.Module, module: nn.Module) -> None:
+    """Note the module that a lifted one was made from, to find out whose an error is."""
+    vars(lifted)[_ORIGINAL] = weakref.ref(module)  # a plain attribute would make it a submodule
+
+
+_ORIGINAL = "_lifted_from"
+
+
+def _blamed(module: nn.Module, args: tuple[Tensor, ...], scope: _Scope) -> UserValue:
+    """As `_run`; an exception in the user's code becomes one that names its place there."""
+    try:
+        return _run(module, args, scope)
+    except ExportError:
+        raise
+    except Exception as error:
+        # The exporter reports errors itself. A replaced cell may fail because it is called in a wrong way;
+        # then the original fails too.
+        ours = comes_from_us(error, _run.__code__) and _original_runs(module, args)
+        if ours or torch.compiler.is_compiling():
+            raise
+        inputs = ", ".join(map(_described, args))
+        raise UserCodeError(
+            f"forward fails: {described(error)}", f"it was called with {inputs}; --debug shows the traceback"
+        ) from error
+
+
+def _original_runs(module: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    original = vars(module).get(_ORIGINAL, lambda: None)()
+    if original is None:
+        return True
+    try:
+        with torch.no_grad():
+            original(*(x.float() if x.is_floating_point() else x for x in args))
+    except Exception:
+        log.debug("the original fails as well", exc_info=True)
+        return False
+    return True
 
 
 def run_alone(
@@ -262,7 +323,10 @@ class _CheckingScope(_CountingScope):
 
 
 def _described(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    text = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    if x.is_floating_point() or x.is_complex() or x.is_meta or not x.numel():
+        return text
+    return f"{text} of {x.min().item()} … {x.max().item()}"
 
 
 _SCOPE: ContextVar[_Scope] = ContextVar("lifted state")

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BuildError, ExportError
+from ..errors import BuildError, ExportError, UserCodeError
+from ..load.user_code import described
 from ..specs import BlockSpec, StateSpec
 from . import lookalikes, starts
 from .adapter import (
@@ -36,6 +37,7 @@ from .adapter import (
     adapter_name,
     count_calls,
     register,
+    remember_original,
     run_lifted,
 )
 from .adapter_check import check_adapters, is_built_in
@@ -109,7 +111,9 @@ def lift(module: nn.Module, example: Iterable[Tensor] = (), *, stateless: bool =
         raise unknown
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
-    lifted = copy_sharing_tensors(module, replacements).eval()
+    lifted = copy_sharing_tensors(module, replacements)
+    lifted.eval()  # not chained: a `train` of the user's own may return nothing
+    remember_original(lifted, module)
     if inputs:
         check_adapters(module, lifted, replaced, inputs)
     # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
@@ -144,7 +148,7 @@ def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
         raise BuildError(f"{where}: {whose}{error.message}", error.hint) from None
     except Exception as error:
         raise BuildError(
-            f"{where}: adapter {adapter_name(adapter)} raised {type(error).__name__}: {error}",
+            f"{where}: adapter {adapter_name(adapter)} raised {described(error)}",
             f"call it by itself on a {type(cell).__qualname__}; --debug shows where it stopped",
         ) from error
     if not isinstance(replacement, nn.Module):
@@ -174,13 +178,11 @@ def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, 
     try:
         with torch.no_grad(), lookalikes.watch() as seen:
             result = count_calls(module, inputs)
-    except BuildError:
-        raise
-    except Exception as error:
+    except UserCodeError as error:
         seen.refuse(paths)  # a clearer message than that of the failed kernel
         raise BuildError(
-            f"forward fails on the example inputs: {type(error).__name__}: {error}",
-            "the example inputs must have the shapes forward expects",
+            error.message.replace("fails", "fails on the example inputs", 1),
+            f"the example inputs must have the shapes forward expects; {error.hint}",
         ) from error
     seen.refuse(paths)
     return result
@@ -203,9 +205,9 @@ def copy_sharing_tensors(module: nn.Module, memo: Mapping[int, object] | None = 
     known.update({id(t): t for t in (*module.parameters(), *module.buffers())})
     try:
         return copy.deepcopy(module, known)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # also of a __deepcopy__ of the user's own
         raise BuildError(
-            f"{type(module).__name__} cannot be copied: {error}",
+            f"{type(module).__name__} cannot be copied: {described(error)}",
             "keep locks, files and non-leaf tensors out of the module's attributes",
         ) from error
 

@@ -1,12 +1,16 @@
-"""Import of a user's function, named as package.module:function; errors name the user's code as source."""
+"""Code of the user: importing a function of theirs, and where in their code an exception comes from."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 from ..errors import ExportError, InputError, UsageError
@@ -32,17 +36,25 @@ def load_function(spec: str, label: str) -> Callable[..., Any]:
     except ExportError:
         raise
     except ImportError as error:
+        place = place_of(error)
         raise UsageError(
-            f"{label}: {error}", "run from the folder that holds the package, or install it"
+            f"{label}: {error}" + (place and f" ({place})"),
+            "run from the folder that holds the package, or install it",
         ) from error
     except AttributeError as error:
-        raise UsageError(f"{label}: {error}", "name a function of that module") from error
+        if not place_of(error):
+            raise UsageError(f"{label}: {error}", "name a function of that module") from error
+        raise _not_imported(label, module_name, error) from error
     except Exception as error:
-        raise InputError(
-            f"{label}: importing {module_name} raised {type(error).__name__}: {error}",
-            "import it by itself to see where; --debug shows the traceback",
-        ) from error
+        raise _not_imported(label, module_name, error) from error
     return function
+
+
+def _not_imported(label: str, module_name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{label}: importing {module_name} raised {described(error)}",
+        "it is an error of that module; --debug shows the traceback",
+    )
 
 
 def look_here_first() -> None:
@@ -63,3 +75,82 @@ def _require_module_of_here(name: str, label: str) -> None:
             f"{label}: this process has imported another {name}, {before}",
             f"rename one of them, or use a process of its own for {found.origin}",
         )
+
+
+# --- Where an exception comes from ----------------------------------------------------------------------
+
+_OURS = __package__.partition(".")[0]
+# Code that others call, and that raises where the caller made a mistake; `precise` runs operators for others.
+_MACHINERY = frozenset(
+    {"torch", "numpy", "onnxscript", "onnx", "onnx_ir", "importlib", f"{_OURS}.lift.precise"}
+)
+_STANDARD = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
+
+
+def described(error: BaseException) -> str:
+    """An exception as text: type, message, and the place in the user's code if it comes from there."""
+    text = " ".join(str(error).split())[:400]
+    place = place_of(error)
+    return type(error).__name__ + (text and f": {text}") + (place and f", at {place}")
+
+
+def place_of(error: BaseException) -> str:
+    """File, line and function where the user's code raised an exception, or called what did; "" if nowhere.
+
+    Where only packages are involved that the user has installed, the place in them.
+    """
+    if isinstance(error, SyntaxError) and error.filename and not isinstance(error, ImportError):
+        return f"{_shown(error.filename)}:{error.lineno}"
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1]
+    return _place(frames, "user") or _place(frames, "package")
+
+
+def place_here() -> str:
+    """File, line and function of the user's code that is running; "" if none is."""
+    return _place(traceback.walk_stack(sys._getframe(1)), "user")
+
+
+def comes_from_user(error: BaseException) -> bool:
+    """Whether an exception was raised in the user's own code, or by a library that it called directly."""
+    return _raiser(error, None) == "user"
+
+
+def comes_from_us(error: BaseException, boundary: CodeType) -> bool:
+    """Whether an exception was raised in this package, deeper than the function `boundary`."""
+    return _raiser(error, boundary) == "ours"
+
+
+def _raiser(error: BaseException, boundary: CodeType | None) -> str:
+    """The kind of the innermost code that is responsible for an exception."""
+    for frame, _ in [*traceback.walk_tb(error.__traceback__)][::-1]:
+        if frame.f_code is boundary:
+            break
+        if (kind := _kind(frame)) != "machinery":
+            return kind
+    return ""
+
+
+def _place(frames: Iterable[tuple[FrameType, int]], kind: str) -> str:
+    for frame, line in frames:
+        if _kind(frame) == kind:
+            return f"{_shown(frame.f_code.co_filename)}:{line}, in {frame.f_code.co_name}"
+    return ""
+
+
+def _kind(frame: FrameType) -> str:
+    """Whose code a frame runs: "ours", "user", "package" (installed) or "machinery"."""
+    name, file = str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename
+    root = name.partition(".")[0]
+    if {root, name} & _MACHINERY or (file.startswith("<") and name != "__main__"):
+        return "machinery"
+    if root == _OURS:
+        return "ours"
+    if {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return "package"
+    return "machinery" if os.path.realpath(file).startswith(_STANDARD) else "user"
+
+
+def _shown(file: str) -> str:
+    """A path relative to the folder the command runs in, where the file lies below it."""
+    here = os.getcwd() + os.sep
+    return file.removeprefix(here) if file.startswith(here) else file

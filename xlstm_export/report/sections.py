@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from ..checks import pytorch
 from ..specs import Json
 from .data import RunData, number
 from .document import Document, Section, Table, bytes_of, missing, text_of
@@ -64,8 +65,10 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
 
 
 def _metric(metric: Json) -> str:
-    against = "PyTorch in float64" if "pytorch_float64" in metric else "FP32"
-    expected = metric.get("pytorch_float64", metric.get("fp32"))
+    against = (
+        "PyTorch in float64" if "pytorch_float64" in metric else "PyTorch" if "pytorch" in metric else "FP32"
+    )
+    expected = metric.get("pytorch_float64", metric.get("pytorch", metric.get("fp32")))
     text = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {_precise(expected)}"
     text += f", exported {_precise(metric['exported'])}"
     drop = metric.get("drop")
@@ -164,13 +167,29 @@ def parity(run: RunData) -> Section:
         "largest error",
         "at",
     )
-    text = [f"Inputs of the checks: {run.verification.get('inputs')}."]
+    text = [f"Inputs of the checks: {run.verification.get('inputs')}.", *_reference(run.verification)]
     for name, far in (run.verification.get("upstream_as_it_comes") or {}).items():
+        distance, there = (
+            ("from_float64", "float64") if "from_float64" in far else ("from_reference", "the reference")
+        )
         text.append(
-            f"{name}: PyTorch, unmodified (FP32), is {text_of(number(far['from_float64']))} from float64 and "
+            f"{name}: PyTorch, unmodified (FP32), is {text_of(number(far[distance]))} from {there} and "
             f"{text_of(number(far['from_export']))} from the export."
         )
     return Section("Parity", tuple(text), tables=(Table("Checks", columns, tuple(rows)),))
+
+
+def _reference(verification: Json) -> list[str]:
+    """What an FP32 export was compared with, and what that means for the limits."""
+    reference, reason = verification.get("reference"), verification.get("reference_reason")
+    if not reference:
+        return []
+    if not reason:
+        return [f"The reference is {pytorch(reference)}."]
+    return [
+        f"The reference is {pytorch(reference)}, because {reason}.",
+        "So it rounds as well, and the limits are multiples of the error of PyTorch's own FP32 from it.",
+    ]
 
 
 def environment(run: RunData) -> Section:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,10 @@ from ..specs import IoSpec, StateSpec, TensorSpec
 from .protocol import Session
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ..lift.adapter import UserValue
     from ..load.loaded import Loaded
 
 
@@ -22,13 +28,15 @@ class TorchSession(Session):
     Args:
         loaded: the model.
         batch: number of streams.
-        dtype: "float64" for a reference, "float32" for the speed and accuracy of plain PyTorch.
+        dtype: "float64" for a reference, "float32" for the speed and accuracy of plain PyTorch. Where the
+            user's code does not run in float64, a reference is as exact as that code allows.
     """
 
     def __init__(self, loaded: Loaded, batch: int = 1, dtype: str = "float64") -> None:
         import torch
 
         from ..lift.model import lift_model
+        from ..lift.precise import Precise
 
         lifted = lift_model(loaded)
         states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
@@ -36,48 +44,64 @@ class TorchSession(Session):
         super().__init__(IoSpec(inputs, (), states), batch, loaded.vocab_size)
         self._torch = torch
         self._dtype = getattr(torch, dtype)
-        # The copy shares the user's parameters, so the conversion must not be in place.
-        self._module: Any = (
-            lifted.module if self._dtype == torch.float32 else _converted(lifted.module, self._dtype)
-        )
-        self._output = loaded.output
+        self._loaded, self._module = loaded, lifted.module
+        self._precise: Precise | None = None
+        if self._dtype != torch.float32:
+            # A copy shares the user's parameters, so the conversion must not be in place.
+            self._precise = Precise(lambda: copy.deepcopy(lifted.module), lifted.replaced)
+        self.cells = tuple(lifted.replaced)  # paths of the cells in the user's module
+        self._paths: tuple[str, ...] = ()  # modules whose results are kept
+        self._results: list[np.ndarray] = []
         self._past = lifted.fresh_state(self.batch, self._dtype)
 
+    @property
+    def reference(self) -> str:
+        """How results were computed so far, one of `lift.precise.REFERENCES`; the least exact one."""
+        return self._precise.reference if self._precise else "float32"
+
+    @property
+    def reason(self) -> str:
+        """Why a reference is not all in float64; empty if it is."""
+        return self._precise.reason if self._precise else ""
+
     def _prefill(self, inputs: Arrays) -> Arrays:
-        from ..lift import lift as cells
         from ..lift.lift import named_outputs
 
-        tensors = []
-        for spec in self.io.inputs:
-            tensor = self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name]))
-            tensors.append(tensor.to(self._dtype) if tensor.is_floating_point() else tensor)
+        tensors = [self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.io.inputs]
         with self._torch.no_grad():
-            result, present = cells.run_lifted(self._module, tuple(tensors), self._past)
+            result, present = self._run(tensors)
         lacking = [s.present for s in self.io.states if s.present not in present]
         if lacking:
             raise BuildError(
                 f"forward gives no {lacking[0]} for this input, because it does not call the cell",
                 "forward must call every cell, whatever its input",
             )
-        self._past = {s.past: present[s.present] for s in self.io.states}
-        return {name: t.numpy() for name, t in named_outputs(result, self._output).items()}
+        self._past = {s.past: present[s.present].to(self._dtype) for s in self.io.states}
+        return {name: t.numpy() for name, t in named_outputs(result, self._loaded.output).items()}
+
+    def _run(self, tensors: list[Tensor]) -> tuple[UserValue, dict[str, Tensor]]:
+        """One forward pass: its result, and the present states by name."""
+        from ..lift.lift import run_lifted
+
+        def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> tuple[Any, Any]:
+            past = {name: x.to(state) for name, x in self._past.items()}
+            with _kept(module, self._paths) as self._results:
+                return run_lifted(module, given, past)
+
+        if self._precise is None:
+            return call(self._module, tuple(tensors), self._dtype)
+        return self._precise.run(call, tensors)
 
     def traced(
         self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]
     ) -> tuple[list[np.ndarray], Arrays]:
         """As `prefill`, and also returns the results of the modules at `paths`."""
-        self._require_open()
-        results: list[np.ndarray] = []
-
-        def keep(module: Any, given: Any, result: Any) -> None:
-            results.append((result[0] if isinstance(result, tuple) else result).numpy())
-
-        hooks = [self._module.get_submodule(path).register_forward_hook(keep) for path in paths]
+        self._paths = tuple(paths)
         try:
-            return results, self.prefill(inputs)
+            outputs = self.prefill(inputs)
         finally:
-            for hook in hooks:
-                hook.remove()
+            self._paths = ()
+        return self._results, outputs
 
     def _state(self) -> Arrays:
         return {name: tensor.numpy().copy() for name, tensor in self._past.items()}
@@ -86,14 +110,25 @@ class TorchSession(Session):
         self._past[name] = self._torch.from_numpy(np.array(value)).to(self._dtype)
 
     def _close(self) -> None:
-        self._module = None
+        del self._module, self._loaded
+        self._precise = None
         self._past = {}
 
 
-def _converted(module: Any, dtype: Any) -> Any:
-    import copy
+@contextlib.contextmanager
+def _kept(module: nn.Module, paths: Sequence[str]) -> Iterator[list[np.ndarray]]:
+    """The results of the modules at `paths`, in the order they are computed in the block."""
+    results: list[np.ndarray] = []
 
-    return copy.deepcopy(module).to(dtype)
+    def keep(module: Any, given: Any, result: Any) -> None:
+        results.append((result[0] if isinstance(result, tuple) else result).numpy())
+
+    hooks = [module.get_submodule(path).register_forward_hook(keep) for path in paths]
+    try:
+        yield results
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _symbolic(name: str, example: Any, loaded: Loaded) -> TensorSpec:

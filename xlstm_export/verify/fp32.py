@@ -2,19 +2,27 @@
 
 Three parties: the user's own module in float64 (upstream), the same module with its cells lifted, in
 float64 (reference: it also has states, and runs beyond the context length), and the exported graph
-(candidate). The limits are in `limits.py`, each with its reason.
+(candidate). Where the user's code does not run in float64, both are as exact as it allows
+(`lift.precise`). The limits are in `limits.py`, each with its reason.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ..checks import Check, Verdict, output_check
 from ..distance import difference
 from ..inputs import Arrays, cut
+from ..lift.adapter import UserValue, call_untouched
+from ..lift.lift import named_outputs
+from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
 from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
@@ -23,7 +31,8 @@ from ..sessions import OrtSession, TorchSession
 from ..specs import Json
 from .base import Verification, require_same_model
 from .gate_file import read_gate
-from .limits import LIMITS
+from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error
+from .own_error import own_error, own_metric_error
 from .parts import audited, finish, metric_checks
 from .ways import BATCH, RAGGED
 
@@ -59,7 +68,7 @@ def verify(
 
 
 class _Fp32(Verification):
-    """Verification against the reference in float64."""
+    """Verification against the reference, in float64 where the user's code runs in it."""
 
     def __init__(
         self,
@@ -78,7 +87,9 @@ class _Fp32(Verification):
         self.last_only = run.last_only
         self.candidate = self.streams.candidate
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
-        self._double: Any = None
+        self._untouched = Precise(self._copy, self.reference.cells)
+        self.limits = self._limits()
+        self.streams.limits = self.limits
 
     def close(self) -> None:
         super().close()
@@ -105,7 +116,14 @@ class _Fp32(Verification):
             more, measured = self.check_metric(self.data)
             checks += more
         return Verdict(
-            tuple(checks), measured, self.run.hashes(), self.source.name, as_it_comes, gates=found.to_json()
+            tuple(checks),
+            measured,
+            self.run.hashes(),
+            self.source.name,
+            as_it_comes,
+            gates=found.to_json(),
+            reference=self.reference.reference,
+            reference_reason=self.reference.reason,
         )
 
     def check_lift(self) -> list[Check]:
@@ -113,18 +131,20 @@ class _Fp32(Verification):
         length = min(max(self.lengths), self.limit_context)
         ours = self.expected(length)[0]
         theirs = self._upstream(length)
-        return [output_check(f"lift: {name}", ours[name], theirs[name], LIMITS["lift"]) for name in theirs]
+        limit = self.limits["lift"]
+        return [output_check(f"lift: {name}", ours[name], theirs[name], limit) for name in theirs]
 
     def as_it_comes(self) -> dict[str, dict[str, float]]:
-        """Distance of upstream in FP32, unmodified, from the float64 reference and from the export."""
+        """Distance of upstream in FP32, unmodified, from the reference and from the export."""
         length = min(max(self.lengths), self.limit_context)
-        theirs = self._forward(self.loaded.module, length, double=False)
-        reference = self._upstream(length)
+        theirs = self._named(call_untouched(self.loaded.module, self._tensors(length)))
+        reference = self._best(length)
+        distance = "from_float64" if self.reference.reference == FLOAT64 else "from_reference"
         self.candidate.reset()
         ours = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
         return {
             name: {
-                "from_float64": difference(x, reference[name]).relative_l2,
+                distance: difference(x, reference[name]).relative_l2,
                 "from_export": difference(ours[name], x[:, -1:] if name in self.last_only else x).relative_l2,
             }
             for name, x in theirs.items()
@@ -135,7 +155,7 @@ class _Fp32(Verification):
         checks = []
         for length in self.lengths:
             reference, state = self.expected(length)
-            expected = self._upstream(length) if length <= self.limit_context else reference
+            expected = self._best(length) if length <= self.limit_context else reference
             self.candidate.reset()
             outputs = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
             name = f"prefill {length}" if self.lengths is RAGGED else "one call"
@@ -156,9 +176,13 @@ class _Fp32(Verification):
         """The task's metric on held-out data, reference in float64."""
         with TorchSession(self.loaded, data.rows, "float64") as reference:
             expected = data.run(reference)
+            how = reference.reference
         with OrtSession(self.run.path, data.rows, self.threads) as candidate:
             found = data.run(candidate, 1 if self.last_only else PIECE)
-        return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
+        if how == FLOAT64:
+            return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
+        limits = metric_limits_by_own_error(own_metric_error(self.loaded, data, expected))
+        return metric_checks(data, found, expected, "pytorch", limits)
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
         """Outputs and state of the reference after `length` positions."""
@@ -168,20 +192,35 @@ class _Fp32(Verification):
             self._expected[length] = (outputs, self.reference.state())
         return self._expected[length]
 
+    def _limits(self) -> Mapping[str, float]:
+        """The built-in limits, or others where the reference rounds as well."""
+        expected, state = self.expected(max(self.lengths))  # the first call shows what the reference is
+        if self.reference.reference == FLOAT64:
+            return LIMITS
+        self.context.progress("PyTorch's own error")
+        return limits_by_own_error(own_error(self.loaded, self.streams, expected, state))
+
+    def _best(self, length: int) -> Arrays:
+        """Outputs of upstream, or those of the reference where it is more exact."""
+        outputs = self._upstream(length)
+        exact = REFERENCES.index(self._untouched.reference) <= REFERENCES.index(self.reference.reference)
+        return outputs if exact else self.expected(length)[0]
+
     def _upstream(self, length: int) -> Arrays:
-        """Outputs of the user's own forward, in float64 on an unmodified copy without states."""
-        if self._double is None:
-            module = copy.deepcopy(self.loaded.module)
-            self.loaded.exact(module)
-            self._double = module.double()
-        return self._forward(self._double, length, double=True)
+        """Outputs of the user's own forward, on a copy without states, as exact as it can be."""
 
-    def _forward(self, module: Any, length: int, *, double: bool) -> Arrays:
-        import torch
+        def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> UserValue:
+            return call_untouched(module, given)
 
-        from ..lift.lift import named_outputs
+        return self._named(self._untouched.run(call, self._tensors(length)))
 
-        tensors = [torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values()]
-        with torch.no_grad():
-            result = module(*(t.double() if double and t.is_floating_point() else t for t in tensors))
+    def _copy(self) -> nn.Module:
+        module = copy.deepcopy(self.loaded.module)
+        self.loaded.exact(module)
+        return module
+
+    def _tensors(self, length: int) -> tuple[Tensor, ...]:
+        return tuple(torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values())
+
+    def _named(self, result: UserValue) -> Arrays:
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}

@@ -173,17 +173,20 @@ class StreamChecks:
     ) -> list[Check]:
         """Checks of the inputs run in pieces from a fresh start, through a session's `step` or `prefill`."""
         session.reset()
+        outputs = self.joined(pieces, call)
+        ends = np.cumsum(pieces).tolist()
+        expected, state = self._expected(ends[-1])
+        return self.compare(name, outputs, expected, state, session.state(), ends=ends)
+
+    def joined(self, pieces: Sequence[int], call: Callable[[Arrays], Arrays]) -> Arrays:
+        """Outputs of the inputs in pieces of these lengths, joined; `call` runs one of them."""
         parts: list[Arrays] = []
         start = 0
         for piece in pieces:
-            inputs = cut(self.inputs, self.io, start, start + piece)
-            result = call(inputs)
+            result = call(cut(self.inputs, self.io, start, start + piece))
             parts.append({n: x.copy() for n, x in result.items()})
             start += piece
-        outputs = self._joined(parts)
-        expected, state = self._expected(start)
-        ends = np.cumsum(pieces).tolist()
-        return self.compare(name, outputs, expected, state, session.state(), ends=ends)
+        return self._joined(parts)
 
     def _joined(self, parts: Sequence[Arrays]) -> Arrays:
         """Outputs of consecutive calls joined; an output of a whole sequence is that of the last call."""

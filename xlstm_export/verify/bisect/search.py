@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ...calibration.scales import Scales
+from ...checks import pytorch
 from ...errors import ExportError, UsageError
 from ...graph import files
 from ...graph.files import load_graph
@@ -207,7 +208,7 @@ class _Search:
         found = self._search(fresh, "the checkpoint exported again", EXACT)
         if found.place is not None or not self.candidate.blocks or len(self.paths) != self.candidate.blocks:
             return found
-        self.progress("PyTorch in float64")
+        self.progress("PyTorch")
         return self._against_pytorch()
 
     def _quantized_again(self, fresh: Path) -> Side:
@@ -288,13 +289,14 @@ class _Search:
         return Place(index, block.path, node.name or "", node.op_type, name, errors[name], limit, why)
 
     def _against_pytorch(self) -> Bisection:
-        """Compare the candidate's blocks with PyTorch in float64, from PyTorch's inputs and states."""
+        """Compare the candidate's blocks with the PyTorch reference, from its inputs and states."""
         with TorchSession(self.loaded, BATCH, "float64") as session:
             if self.first:
                 session.prefill(self.warm)
             past = {name: x.astype(np.float32) for name, x in session.state().items()}
             hidden, outputs = session.traced(self.paths, self.inputs)
             presents = {s.present: session.state()[s.past] for s in session.io.states}
+            against = pytorch(session.reference)
         expected = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
         errors: list[BlockError] = []
         place = None
@@ -317,7 +319,7 @@ class _Search:
                     why,
                 )
                 break
-        return Bisection(place, "PyTorch in float64", tuple(errors))
+        return Bisection(place, against, tuple(errors))
 
     def _fresh(self, side: Side) -> Arrays:
         return {s.past: np.zeros((BATCH, *s.shape), s.dtype) for s in side.io.states}

@@ -7,6 +7,7 @@ an error message that names the cell.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def check_adapters(
     theirs = {path: entry for path, entry in replaced.items() if not is_built_in(entry[1])}
     if not theirs or module.training or any(x.is_meta for x in (*inputs, *module.parameters())):
         return  # nothing to compare, or dropout at work, or no values
-    for call in _original_calls(module, theirs, inputs):
+    for call in _original_calls(module, list(theirs), inputs):
         where = f"{call.path or '<root>'}: adapter {adapter_name(theirs[call.path][1])}"
         try:
             with torch.no_grad():
@@ -74,10 +75,10 @@ def check_adapters(
         _compare(where, "", call.result, found)
 
 
-def _original_calls(
-    module: nn.Module, cells: Mapping[str, tuple[nn.Module, AdapterFunction]], inputs: Sequence[Tensor]
-) -> list[_Call]:
+def _original_calls(module: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor]) -> list[_Call]:
     """Arguments and result of every call of the cells; where the original fails, of the calls before that."""
+    # On a copy: the original may store something in its buffers and attributes.
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     open_calls: list[_Call] = []
     calls: list[_Call] = []
 
@@ -96,7 +97,7 @@ def _original_calls(
             cell.register_forward_hook(after, with_kwargs=True),
         ]
 
-    hooks = [hook for path, (cell, _) in cells.items() for hook in watch(path, cell)]
+    hooks = [hook for path in paths for hook in watch(path, module.get_submodule(path))]
     try:
         with torch.no_grad():
             module(*(x.clone() for x in inputs))

@@ -65,7 +65,7 @@ def settle(
     if not explicit or any(x.is_meta for x in inputs):
         return
     with recorded(layers) as moved, contextlib.suppress(Exception), torch.no_grad():
-        count_calls(module, tuple(map(_other, inputs)))
+        count_calls(module, tuple(map(other_values, inputs)))
     for layer in explicit:
         calls = [value for call in given[layer.path] for value in call]
         others = [value for call in moved.get(layer.path, []) for value in call]
@@ -112,13 +112,13 @@ def _matters(module: nn.Module, inputs: tuple[Tensor, ...], result: UserValue, l
         return True
     finally:
         hook.remove()
-    before, after = list(_tensors(result)), list(_tensors(other))
+    before, after = list(tensors_of(result)), list(tensors_of(other))
     return len(before) != len(after) or not all(map(torch.equal, before, after))
 
 
-def _other(x: Tensor) -> Tensor:
+def other_values(x: Tensor, seed: int = 1) -> Tensor:
     """An input of the same shape and range with other values."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     if x.dtype == torch.bool:
         return ~x
     if x.is_floating_point():
@@ -126,7 +126,7 @@ def _other(x: Tensor) -> Tensor:
     return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype)
 
 
-def _tensors(value: UserValue) -> Iterator[Tensor]:
+def tensors_of(value: UserValue) -> Iterator[Tensor]:
     """The tensors in what forward returns."""
     if isinstance(value, Tensor):
         yield value
@@ -136,4 +136,4 @@ def _tensors(value: UserValue) -> Iterator[Tensor]:
     parts = value.values() if isinstance(value, Mapping) else value
     if isinstance(parts, (tuple, list)) or isinstance(value, Mapping):
         for part in parts:
-            yield from _tensors(part)
+            yield from tensors_of(part)

@@ -32,6 +32,7 @@ from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .capture import quiet, torch_to_ir
+from .memory import check_memory
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
@@ -73,6 +74,9 @@ def export(
     width = stored_types.DTYPES[dtype].itemsize
     needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
     with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
+        if loaded.weights is None:
+            progress("memory")
+            check_memory(loaded)
         if not options.stateless and loaded.weights is None:
             progress("streaming")
             check_streams(loaded)

@@ -15,7 +15,7 @@ import numpy as np
 
 from xlstm_export.errors import InputError
 from xlstm_export.inputs import Arrays, per_position
-from xlstm_export.specs import IoSpec
+from xlstm_export.specs import IoSpec, TensorSpec
 
 WINDOW = 64
 _DIGEST = 8  # bytes of the hash of a position
@@ -85,7 +85,7 @@ def _digests(arrays: Arrays, io: IoSpec) -> Iterator[bytes]:
     specs = [spec for spec in io.inputs if per_position(spec)]
     if not specs:
         arrays = {name: array[:, None] for name, array in arrays.items()}
-    columns = [np.ascontiguousarray(arrays[spec.name]) for spec in specs or io.inputs]
+    columns = [_by_position(arrays[spec.name], spec) for spec in specs or io.inputs]
     for row in range(columns[0].shape[0]):
         raw = [(column[row].tobytes(), column[row, 0].nbytes) for column in columns]
         yield b"".join(
@@ -94,6 +94,14 @@ def _digests(arrays: Arrays, io: IoSpec) -> Iterator[bytes]:
             ).digest()
             for at in range(columns[0].shape[1])
         )
+
+
+def _by_position(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """The tensor as (N, S, ...), with all that belongs to a position of the stream behind it."""
+    if spec.time_axis is not None:
+        array = np.moveaxis(array, spec.time_axis, 1)
+        array = array.reshape(array.shape[0], -1, spec.steps, *array.shape[2:])
+    return np.ascontiguousarray(array)
 
 
 def _constant(window: bytes) -> bool:

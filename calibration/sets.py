@@ -13,10 +13,10 @@ from xlstm_export.calibration import overlap
 from xlstm_export.calibration.sources import Reader
 
 from xlstm_export.errors import InputError, UsageError
-from xlstm_export.inputs import Arrays, has_positions, per_position
+from xlstm_export.inputs import Arrays, has_positions, length_of, piece
 from xlstm_export.load.made_up import random_inputs
 from xlstm_export.runfolder import RunFolder
-from xlstm_export.specs import IoSpec, Json
+from xlstm_export.specs import IoSpec, Json, TensorSpec
 
 if TYPE_CHECKING:
     from xlstm_export.load.loaded import Loaded
@@ -55,7 +55,7 @@ class CalibrationSet:
 
     def length(self, io: IoSpec) -> int:
         """S, positions per sequence; 1 for a model without positions."""
-        return next((self.inputs[x.name].shape[1] for x in io.inputs if per_position(x)), 1)
+        return length_of(self.inputs, io.inputs)
 
     @cached_property
     def sha256(self) -> str:
@@ -203,26 +203,31 @@ def _windows(part: Arrays, io: IoSpec, length: int | None, where: str) -> Arrays
     """Sequences (N, S, ...) → windows (N · (S // length), length, ...)."""
     if length is None:
         return part
-    positions = _length(part, io)
+    positions = length_of(part, io.inputs)
     if positions < length:
         raise InputError(
             f"{where} has a sequence of {positions} positions, {length} were asked for",
             "give longer sequences, or a shorter length",
         )
     count = positions // length
-    return {
-        spec.name: part[spec.name][:, : count * length].reshape(-1, length, *part[spec.name].shape[2:])
-        if per_position(spec)
-        else np.repeat(part[spec.name], count, axis=0)
-        for spec in io.inputs
-    }
+    return {spec.name: _split(part[spec.name], spec, count, length) for spec in io.inputs}
+
+
+def _split(array: np.ndarray, spec: TensorSpec, count: int, length: int) -> np.ndarray:
+    """Sequences (N, ...) → their windows (N · count, ...), each of `length` positions of the stream."""
+    if not spec.batched:
+        return array
+    if spec.time_axis is None:
+        return np.repeat(array, count, axis=0)
+    windows = [piece(array, spec, at * length, (at + 1) * length) for at in range(count)]
+    return np.stack(windows, axis=1).reshape(-1, *windows[0].shape[1:])
 
 
 def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
     """Parts one after the other; where lengths differ, all are cut to the shortest."""
     if len(parts) == 1:
         return parts[0]
-    lengths = [_length(part, io) for part in parts]
+    lengths = [length_of(part, io.inputs) for part in parts]
     rows = [next(iter(part.values())).shape[0] for part in parts]
     before = sum(n * s for n, s in zip(rows, lengths, strict=True))
     lost = 1 - min(lengths) * sum(rows) / before
@@ -233,16 +238,14 @@ def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
             "give a length to cut all of them into windows, or leave the short ones out",
         )
     return {
-        spec.name: np.concatenate(
-            [part[spec.name][:, : min(lengths)] if per_position(spec) else part[spec.name] for part in parts]
-        )
+        spec.name: np.concatenate([piece(part[spec.name], spec, 0, min(lengths)) for part in parts])
         for spec in io.inputs
     }
 
 
 def _cut_single(sequences: Arrays, io: IoSpec) -> Arrays:
     """One sequence longer than LENGTH → equal windows of at most that."""
-    positions = _length(sequences, io)
+    positions = length_of(sequences, io.inputs)
     if next(iter(sequences.values())).shape[0] > 1 or positions <= LENGTH:
         return sequences
     return _windows(sequences, io, positions // -(-positions // LENGTH), "")
@@ -259,10 +262,6 @@ def _chosen(sequences: Arrays, samples: int | None, seed: int, where: str) -> Ar
     wanted = min(samples or SAMPLES, available)
     rows = np.sort(np.random.default_rng(seed).choice(available, wanted, replace=False))
     return {name: np.ascontiguousarray(array[rows]) for name, array in sequences.items()}
-
-
-def _length(arrays: Arrays, io: IoSpec) -> int:
-    return next((arrays[x.name].shape[1] for x in io.inputs if per_position(x)), 1)
 
 
 def _check_size(data: CalibrationSet, io: IoSpec, where: str) -> None:

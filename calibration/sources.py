@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
-from xlstm_export.inputs import Arrays, per_position
+from xlstm_export.inputs import Arrays, length_of, per_position
 from xlstm_export.load.user_code import load_function
 from xlstm_export.specs import IoSpec, Json, JsonMapping, TensorSpec
 
@@ -97,16 +97,15 @@ class Reader:
             fitted[spec.name] = _fit(np.asarray(arrays[spec.name]), spec, where)
         first = self.io.inputs[0]
         for spec in self.io.inputs:
-            for axis, letter in enumerate("BS"):
-                sizes = [
-                    fitted[s.name].shape[axis] for s in (first, spec) if s.shape[axis : axis + 1] == (letter,)
-                ]
-                if len(set(sizes)) > 1:
-                    raise InputError(
-                        f"{where}: {spec.name} has shape {fitted[spec.name].shape}, but {first.name} has "
-                        f"shape {fitted[first.name].shape}",
-                        "all inputs have the same number of sequences and of positions",
-                    )
+            pair = [s for s in (first, spec) if s.batched]
+            timed = [s for s in (first, spec) if s.time_axis is not None]
+            rows = {fitted[s.name].shape[0] for s in pair}
+            if len(rows) > 1 or len({length_of(fitted, [s]) for s in timed}) > 1:
+                raise InputError(
+                    f"{where}: {spec.name} has shape {fitted[spec.name].shape}, but {first.name} has "
+                    f"shape {fitted[first.name].shape}",
+                    "all inputs have the same number of sequences and of positions",
+                )
         self._check_tokens(fitted, where)
         return fitted
 
@@ -176,17 +175,24 @@ class Reader:
     def _csv(self, path: Path, spec: TensorSpec) -> tuple[np.ndarray, tuple[str, ...]]:
         if not np.issubdtype(spec.dtype, np.floating) or len(spec.shape) != 3 or not per_position(spec):
             raise UsageError(f"{path} is read as a time series, but the model's input is {spec}", PICTURE)
-        return _read_csv(path, int(spec.shape[2]), spec.name)
+        axis = 3 - (spec.time_axis or 1)  # of the channels
+        values, notes = _read_csv(path, int(spec.shape[axis]), spec.name)
+        values = values[: len(values) // spec.steps * spec.steps]
+        return (values if axis == 2 else values.T), notes
 
 
 def _fit(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     """One input: leading axis, shape, type, finite values."""
     given = array.shape
-    if array.ndim == len(spec.shape) - 1:
+    if spec.batched and array.ndim == len(spec.shape) - 1:
         array = array[None]
-    fixed = 1 + per_position(spec)
-    if array.ndim != len(spec.shape) or array.shape[fixed:] != spec.shape[fixed:] or 0 in array.shape:
-        expected = ", ".join(map(str, ("N", *spec.shape[1:])))
+    expected = ", ".join(map(str, ("N", *spec.shape[1:]) if spec.batched else spec.shape))
+    fits = array.ndim == len(spec.shape) and 0 not in array.shape
+    if fits:
+        fits = array.shape == spec.sized(
+            array.shape[0] if array.ndim else 1, length_of({spec.name: array}, [spec])
+        )
+    if not fits:
         raise InputError(f"{where}: {spec.name} has shape {given}, expected ({expected})")
     wanted = np.dtype(spec.dtype)
     kinds = {"f": "biuf", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]

@@ -1,8 +1,11 @@
-"""Inputs of a model as arrays: which of them have positions, and how to cut those."""
+"""Inputs and outputs as arrays: which of them have positions, and how to cut and join those.
+
+A position is one of the stream: an input (B, 4*S, ...) has four rows to each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def per_position(spec: TensorSpec) -> bool:
-    """Whether a tensor is (B, S, ...)."""
-    return spec.shape[1:2] == ("S",)
+    """Whether a tensor has an axis of positions."""
+    return spec.time_axis is not None
 
 
 def has_positions(io: IoSpec) -> bool:
@@ -22,14 +25,42 @@ def has_positions(io: IoSpec) -> bool:
     return any(map(per_position, io.inputs))
 
 
+def piece(array: np.ndarray, spec: TensorSpec, start: int, end: int) -> np.ndarray:
+    """A view of positions start … end - 1; of a tensor without positions the whole."""
+    if spec.time_axis is None:
+        return array
+    return array[(slice(None),) * spec.time_axis + (slice(start * spec.steps, end * spec.steps),)]
+
+
 def cut(inputs: Mapping[str, np.ndarray], io: IoSpec, start: int, end: int) -> Arrays:
     """Positions start … end - 1; an input without positions is passed on whole, in every piece."""
     return {
-        spec.name: np.ascontiguousarray(inputs[spec.name][:, start:end])
+        spec.name: np.ascontiguousarray(piece(inputs[spec.name], spec, start, end))
         if per_position(spec)
         else inputs[spec.name]
         for spec in io.inputs
     }
+
+
+def length_of(arrays: Mapping[str, np.ndarray], specs: Iterable[TensorSpec]) -> int:
+    """Positions of the stream in arrays; 1 where none has an axis of them."""
+    lengths = (arrays[x.name].shape[x.time_axis] // x.steps for x in specs if x.time_axis is not None)
+    return max(lengths, default=1)
+
+
+def joined(parts: Sequence[np.ndarray], spec: TensorSpec) -> np.ndarray:
+    """One tensor of consecutive calls: joined along its positions; without them that of the last call."""
+    return parts[-1] if spec.time_axis is None else np.concatenate(parts, axis=spec.time_axis)
+
+
+def rows_of(arrays: Mapping[str, np.ndarray], io: IoSpec, rows: slice | list[int]) -> Arrays:
+    """The given rows of the batch; an input that all streams share is passed on whole."""
+    return {x.name: arrays[x.name][rows] if x.batched else arrays[x.name] for x in io.inputs}
+
+
+def rolled(array: np.ndarray, spec: TensorSpec, start: int) -> np.ndarray:
+    """The tensor from position `start` on, and what was before that at its end."""
+    return array if spec.time_axis is None else np.roll(array, -start * spec.steps, axis=spec.time_axis)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

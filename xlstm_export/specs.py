@@ -91,13 +91,50 @@ class ModelSpec:
         return sum(state.elements for state in self.states)
 
 
+def steps_of(dim: int | str) -> int:
+    """Positions of an axis to a step of the stream: 1 for "S", 4 for "4*S", 0 for any other dimension."""
+    if not isinstance(dim, str):
+        return 0
+    factor, _, letter = dim.rpartition("*")
+    if letter != "S" or not (factor == "" or factor.isdecimal()):
+        return 0
+    return int(factor or dim == "S")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output. Symbolic dimensions are the strings "B" (batch) and "S" (sequence)."""
+    """A graph input or output.
+
+    Symbolic dimensions are strings: "B" (batch), "S" (positions of the stream), and "4*S" for an axis with
+    four positions of its own to each of the stream.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    @property
+    def time_axis(self) -> int | None:
+        """The axis that has the positions; None where there is none, or no single one."""
+        axes = [axis for axis, dim in enumerate(self.shape) if steps_of(dim)]
+        return axes[0] if len(axes) == 1 else None
+
+    @property
+    def steps(self) -> int:
+        """Positions along the time axis to a position of the stream; 1 without a time axis."""
+        return 1 if self.time_axis is None else steps_of(self.shape[self.time_axis])
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first axis is the batch; else all streams share the tensor."""
+        return self.shape[:1] == ("B",)
+
+    def sized(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape for `batch` streams and `length` positions of the stream."""
+        return tuple(
+            dim if isinstance(dim, int) else batch if dim == "B" else steps_of(dim) * length
+            for dim in self.shape
+        )
 
 
 @dataclass(frozen=True)

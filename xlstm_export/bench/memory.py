@@ -59,11 +59,7 @@ def run(folder: Path, batch: int, length: int, threads: int) -> Memory:
 
 
 def _zeros(io: IoSpec, batch: int, length: int) -> Arrays:
-    sizes = {"B": batch, "S": length}
-    return {
-        spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
-        for spec in io.inputs
-    }
+    return {spec.name: np.zeros(spec.sized(batch, length), spec.dtype) for spec in io.inputs}
 
 
 if __name__ == "__main__":

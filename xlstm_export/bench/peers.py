@@ -48,12 +48,12 @@ def eager_prefill(loaded: Loaded, inputs: Arrays, wrap: Wrap = lambda f: f) -> P
     """The model's forward over `inputs`, (batch, S, ...) each, without state."""
     import torch
 
-    tensors = [torch.from_numpy(x) for x in inputs.values()]
+    args, kwargs = loaded.call({name: torch.from_numpy(x) for name, x in inputs.items()})
     forward = wrap(loaded.module)
 
     def run() -> None:
         with torch.no_grad():
-            forward(*tensors)
+            forward(*args, **kwargs)
 
     return Peer(run, f"{type(loaded.module).__name__}.forward")
 
@@ -83,14 +83,16 @@ def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
     from ..lift.adapter import run_lifted
 
     lifted = lift_model(loaded)
-    given = [torch.from_numpy(np.ascontiguousarray(x)) for x in one.values()]
-    tensors = tuple(x.to(torch.float32) if x.is_floating_point() else x for x in given)
+    given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in one.items()}
+    args, kwargs = loaded.call(
+        {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in given.items()}
+    )
     state = {"now": lifted.fresh_state(batch, torch.float32)}
     call = wrap(run_lifted)
 
     def run() -> None:
         with torch.no_grad():
-            _, present = call(lifted.module, tensors, state["now"])
+            _, present = call(lifted.module, args, state["now"], kwargs=kwargs)
         state["now"] = {name: present[name.replace("past_", "present_", 1)] for name in state["now"]}
 
     return Peer(run, "the lifted module; the model has no step of its own")

@@ -23,7 +23,7 @@ from ..plugins import locate
 from ..runfolder import MANIFEST, MODEL, RunFolder
 from ..sessions.cuda import Cuda
 from ..sessions.tensorrt import TensorRt, import_tensorrt
-from ..specs import IoSpec
+from ..specs import IoSpec, TensorSpec
 from . import integrity
 from .kernels import BIN
 
@@ -132,18 +132,13 @@ def profile_shapes(
 ) -> dict[str, tuple[tuple[tuple[int, ...], ...], ...]]:
     """(min, opt, max) of each input for one position, and for up to `max_length`."""
 
-    def resolve(shape: tuple[int | str, ...], batch: int, length: int) -> tuple[int, ...]:
-        return tuple({"B": batch, "S": length}[d] if isinstance(d, str) else d for d in shape)
-
-    tensors: dict[str, tuple[int | str, ...]] = {x.name: x.shape for x in io.inputs}
-    tensors |= {s.past: ("B", *s.shape) for s in io.states}
+    tensors = [*io.inputs, *(TensorSpec(s.past, s.dtype, ("B", *s.shape)) for s in io.states)]
     corners = (
         ((1, 1), (1, 1), (max_batch, 1)),
         ((1, 1), (1, min(OPTIMAL, max_length)), (max_batch, max_length)),
     )
     return {
-        name: tuple(tuple(resolve(shape, *corner) for corner in profile) for profile in corners)
-        for name, shape in tensors.items()
+        x.name: tuple(tuple(x.sized(*corner) for corner in profile) for profile in corners) for x in tensors
     }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..checks import Check
 from ..distance import compare_states, difference
 from ..errors import InputError
-from ..inputs import Arrays, cut, per_position
+from ..inputs import Arrays, cut, joined, per_position
 from ..sessions.protocol import Session, load_state, save_state
 from ..specs import IoSpec, TensorSpec
 
@@ -103,11 +103,16 @@ def kept_positions(length: int, spec: TensorSpec) -> list[int]:
 
     The first and the last are always among them.
     """
-    size = int(np.prod([dim for dim in spec.shape[2:] if isinstance(dim, int)]))
+    size = int(np.prod([dim for dim in spec.shape[1:] if isinstance(dim, int)])) * spec.steps
     most = max(KEPT, KEPT_ELEMENTS // max(1, size))
     if length <= most:
         return list(range(length))
     return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def _places(positions: Sequence[int], spec: TensorSpec) -> list[int]:
+    """Where positions of the stream are along the time axis of a tensor."""
+    return [at * spec.steps + offset for at in positions for offset in range(spec.steps)]
 
 
 def keep(outputs: Mapping[str, np.ndarray], specs: Mapping[str, TensorSpec], length: int) -> Arrays:
@@ -115,8 +120,8 @@ def keep(outputs: Mapping[str, np.ndarray], specs: Mapping[str, TensorSpec], len
     kept = {}
     for name, value in outputs.items():
         spec = specs[name]
-        if per_position(spec):
-            value = value[:, kept_positions(length, spec)]
+        if spec.time_axis is not None:
+            value = np.take(value, _places(kept_positions(length, spec), spec), axis=spec.time_axis)
         elif spec.shape[1:2] == (1,):  # of the last position; the model itself gives all of them
             value = value[:, -1:]
         kept[name] = value.copy()
@@ -269,12 +274,12 @@ class _Replay:
         return self._outputs("step by step", found, expected, self._limits["same_output"])
 
     def _joined(self, kept: Mapping[int, Arrays], length: int) -> Arrays:
-        joined = {}
+        found = {}
         for spec in self._io.outputs:
             at = kept_positions(length, spec) if per_position(spec) else [length - 1]
             parts = [kept[offset][spec.name] for offset in at]
-            joined[spec.name] = np.concatenate(parts, 1) if per_position(spec) else parts[0]
-        return joined
+            found[spec.name] = joined(parts, spec)
+        return found
 
     def _resumed(self) -> list[Check]:
         """The state written to a file after half of the calls; a new session reads it and goes on."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..atomic import write_json
 from ..board.replay import FOLDER, SCHEMA, run_calls
-from ..inputs import Arrays, cut, has_positions, per_position, save_arrays
+from ..inputs import Arrays, cut, has_positions, length_of, save_arrays
 from ..load.loaded import Loaded
 from ..measure import data
 from ..options import BundleOptions, Context
@@ -63,7 +63,7 @@ def write_goldens(
         held_out = data.load(options.data, io, vocab_size=loaded.vocab_size, limit=horizon)
     sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
     inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
-    length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+    length = length_of(inputs, io.inputs)
     # An output without a sequence axis may belong to the whole sequence; pieces do not give the same value.
     calls = call_lengths(length) if io.states else [length]
     arrays: Arrays = {f"input/{name}": array for name, array in inputs.items()}

@@ -12,18 +12,18 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BuildError, ExportError, UsageError, UserCodeError
+from ..load.signature import UserValue as UserValue
+from ..load.signature import leaves, rebuilt
 from ..load.user_code import comes_from_us, described
 
 log = logging.getLogger(__name__)
 
-# What a user's forward takes or returns: anything. It is examined where its tensors get names.
-UserValue: TypeAlias = Any
 AdapterFunction = Callable[[nn.Module], nn.Module]
 # Adapters by the path of their class. `register` adds to it when a module is imported, so an adapter lives as
 # long as the process, like the class it is for.
@@ -170,9 +170,10 @@ def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
 
 def run_lifted(
     module: nn.Module,
-    args: tuple[Tensor, ...],
+    args: tuple[UserValue, ...],
     past: Mapping[str, Tensor],
     present: dict[str, Tensor] | None = None,
+    kwargs: Mapping[str, UserValue] | None = None,
 ) -> tuple[UserValue, dict[str, Tensor]]:
     """One forward pass: the module's own result, and the present states by graph output name.
 
@@ -182,27 +183,40 @@ def run_lifted(
         UserCodeError: the user's code raised an exception.
     """
     scope = _Scope(past, {} if present is None else present)
-    return _blamed(module, args, scope), scope.present
+    return _blamed(module, args, scope, kwargs), scope.present
 
 
-def count_calls(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[UserValue, dict[str, int]]:
+def count_calls(
+    module: nn.Module,
+    args: tuple[UserValue, ...],
+    kwargs: Mapping[str, UserValue] | None = None,
+    like: Tensor | None = None,
+) -> tuple[UserValue, dict[str, int]]:
     """One forward pass from zero states: its result, and how often the cell of each path was called.
+
+    Args:
+        module: a lifted module.
+        args, kwargs: arguments of its forward.
+        like: an input of the model; the states get its batch and device. By default the first argument.
 
     Raises:
         UserCodeError: the user's code raised an exception.
     """
-    scope = _CountingScope({}, batch=args[0].shape[0], like=args[0])
-    return _blamed(module, args, scope), scope.calls
+    like = args[0] if like is None else like
+    scope = _CountingScope({}, batch=like.shape[0], like=like)
+    return _blamed(module, args, scope, kwargs), scope.calls
 
 
-def call_untouched(module: nn.Module, args: tuple[Tensor, ...]) -> UserValue:
+def call_untouched(
+    module: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue] | None = None
+) -> UserValue:
     """One forward pass of the user's own module, in which nothing was replaced.
 
     Raises:
         UserCodeError: it raised an exception.
     """
     with torch.no_grad():
-        return _blamed(module, args, _Scope({}))
+        return _blamed(module, args, _Scope({}), kwargs)
 
 
 def remember_original(lifted: nn.Module, module: nn.Module) -> None:
@@ -213,31 +227,37 @@ def remember_original(lifted: nn.Module, module: nn.Module) -> None:
 _ORIGINAL = "_lifted_from"
 
 
-def _blamed(module: nn.Module, args: tuple[Tensor, ...], scope: _Scope) -> UserValue:
+def _blamed(
+    module: nn.Module, args: tuple[UserValue, ...], scope: _Scope, kwargs: Mapping[str, UserValue] | None
+) -> UserValue:
     """As `_run`; an exception in the user's code becomes one that names its place there."""
     try:
-        return _run(module, args, scope)
+        return _run(module, args, scope, kwargs)
     except ExportError:
         raise
     except Exception as error:
         # The exporter reports errors itself. A replaced cell may fail because it is called in a wrong way;
         # then the original fails too.
-        ours = comes_from_us(error, _run.__code__) and _original_runs(module, args)
+        ours = comes_from_us(error, _run.__code__) and _original_runs(module, args, kwargs or {})
         if ours or torch.compiler.is_compiling():
             raise
-        inputs = ", ".join(map(_described, args))
+        inputs = ", ".join(_described(x) for _, x in leaves((args, kwargs)) if isinstance(x, Tensor))
         raise UserCodeError(
             f"forward fails: {described(error)}", f"it was called with {inputs}; --debug shows the traceback"
         ) from error
 
 
-def _original_runs(module: nn.Module, args: tuple[Tensor, ...]) -> bool:
+def _original_runs(module: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue]) -> bool:
     original = vars(module).get(_ORIGINAL, lambda: None)()
     if original is None:
         return True
+
+    def single(x: UserValue) -> UserValue:
+        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
     try:
         with torch.no_grad():
-            original(*(x.float() if x.is_floating_point() else x for x in args))
+            original(*rebuilt(args, single), **rebuilt(dict(kwargs), single))
     except Exception:
         log.debug("the original fails as well", exc_info=True)
         return False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..distance import difference
 from ..errors import BuildError, ExportError
+from ..load.signature import Call, rebuilt
 from .adapter import AdapterFunction, adapter_name, run_alone
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def check_adapters(
     module: nn.Module,
     lifted: nn.Module,
     replaced: Mapping[str, tuple[nn.Module, AdapterFunction]],
-    inputs: Sequence[Tensor],
+    inputs: Call,
+    like: Tensor,
 ) -> None:
     """Compare the result of every call of a cell that a user's adapter replaces.
 
@@ -53,18 +55,19 @@ def check_adapters(
         lifted: the copy with the replaced cells.
         replaced: path → (original cell, adapter).
         inputs: arguments of forward.
+        like: a tensor among them, whose first axis is the batch.
 
     Raises:
         BuildError: structure, shape, type or values of a result differ, or the replaced cell fails.
     """
     theirs = {path: entry for path, entry in replaced.items() if not is_built_in(entry[1])}
-    if not theirs or module.training or any(x.is_meta for x in (*inputs, *module.parameters())):
+    if not theirs or module.training or any(x.is_meta for x in (like, *module.parameters())):
         return  # nothing to compare, or dropout at work, or no values
     for call in _original_calls(module, list(theirs), inputs):
         where = f"{call.path or '<root>'}: adapter {adapter_name(theirs[call.path][1])}"
         try:
             with torch.no_grad():
-                found = run_alone(lifted.get_submodule(call.path), call.args, call.kwargs, inputs[0])
+                found = run_alone(lifted.get_submodule(call.path), call.args, call.kwargs, like)
         except ExportError:
             raise
         except Exception as error:
@@ -75,7 +78,7 @@ def check_adapters(
         _compare(where, "", call.result, found)
 
 
-def _original_calls(module: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor]) -> list[_Call]:
+def _original_calls(module: nn.Module, paths: Sequence[str], inputs: Call) -> list[_Call]:
     """Arguments and result of every call of the cells; where the original fails, of the calls before that."""
     # On a copy: the original may store something in its buffers and attributes.
     module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
@@ -100,7 +103,8 @@ def _original_calls(module: nn.Module, paths: Sequence[str], inputs: Sequence[Te
     hooks = [hook for path in paths for hook in watch(path, module.get_submodule(path))]
     try:
         with torch.no_grad():
-            module(*(x.clone() for x in inputs))
+            args, kwargs = rebuilt(inputs, _copied)
+            module(*args, **kwargs)
     except Exception:  # it may need a GPU; other code checks that the lifted module runs
         log.debug("the module as it was given does not run", exc_info=True)
     finally:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BuildError, ExportError, UserCodeError
+from ..load.signature import Call, UserValue, leaves
 from ..load.user_code import described
 from ..specs import BlockSpec, StateSpec
 from . import lookalikes, starts
@@ -33,7 +34,6 @@ from .adapter import (
     ADAPTERS,
     AdapterFunction,
     RecurrentCell,
-    UserValue,
     adapter_name,
     count_calls,
     register,
@@ -75,20 +75,69 @@ class Lifted:
         return {s.past: torch.zeros((batch, *s.shape), dtype=dtype) for s in self.states}
 
 
-def lift(module: nn.Module, example: Iterable[Tensor] = (), *, stateless: bool = False) -> Lifted:
+def lift(
+    module: nn.Module,
+    example: Iterable[UserValue] = (),
+    kwargs: Mapping[str, UserValue] | None = None,
+    like: Tensor | None = None,
+    *,
+    stateless: bool = False,
+) -> Lifted:
     """Replace every known cell of `module` on a copy that shares its parameters.
 
     Args:
         module: the user's module.
-        example: inputs of its forward, which is run once to count how often each cell is called; without
-            them, every cell is taken to be called once.
+        example, kwargs: arguments of its forward, which is run once to count how often each cell is called;
+            without them, every cell is taken to be called once.
+        like: one of the tensors among them, whose first axis is the batch; by default the first one.
         stateless: every call starts fresh. Then recurrences may stay as they are: they lose nothing.
 
     Raises:
         BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
             module does not work, forward never reaches a cell, or there is no recurrence at all.
     """
-    inputs = tuple(example)
+    inputs: Call = (tuple(example), dict(kwargs or {}))
+    if like is None:
+        like = next((x for _, x in leaves(inputs) if isinstance(x, Tensor)), None)
+    replacements, replaced, recurrent = _replacements(module, stateless)
+    unknown = _unknown(module, set(replaced))
+    if unknown is not None and not stateless:
+        raise unknown
+    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
+    # (shared ones stay shared) and copies no weight.
+    lifted = copy_sharing_tensors(module, replacements)
+    lifted.eval()  # not chained: a `train` of the user's own may return nothing
+    remember_original(lifted, module)
+    if like is not None:
+        check_adapters(module, lifted, replaced, inputs, like)
+    # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
+    if unknown is None and all(cell.cell == "conv" for _, cell in recurrent):
+        _refuse_look_alikes(module, inputs)
+        raise BuildError(
+            f"{type(module).__name__} holds no xLSTM cell that is known here",
+            "known cells: " + ", ".join(sorted(ADAPTERS)),
+        )
+    if like is None:
+        return Lifted(lifted, _number(recurrent, {}), replaced)
+    layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
+    with starts.recorded(layers) as given:
+        outputs, calls = _try(lifted, inputs, like)
+    starts.settle(lifted, inputs, like, outputs, layers, given)
+    missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
+    if missing:
+        raise BuildError(
+            f"forward never reaches the cell(s) {', '.join(missing)}",
+            "export a module whose forward uses every cell it holds",
+        )
+    return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+
+
+def _replacements(
+    module: nn.Module, stateless: bool
+) -> tuple[
+    dict[int, nn.Module], dict[str, tuple[nn.Module, AdapterFunction]], list[tuple[str, RecurrentCell]]
+]:
+    """What takes the place of cells: by their identity; path → (cell, adapter); and all that have state."""
     replacements: dict[int, nn.Module] = {}
     replaced: dict[str, tuple[nn.Module, AdapterFunction]] = {}
     recurrent: list[tuple[str, RecurrentCell]] = []
@@ -106,36 +155,7 @@ def lift(module: nn.Module, example: Iterable[Tensor] = (), *, stateless: bool =
                 recurrent.append((cell.path, cell))
                 if stateless and isinstance(cell, standard_cells.StandardLayer):
                     cell.start_fresh()
-    unknown = _unknown(module, set(replaced))
-    if unknown is not None and not stateless:
-        raise unknown
-    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
-    # (shared ones stay shared) and copies no weight.
-    lifted = copy_sharing_tensors(module, replacements)
-    lifted.eval()  # not chained: a `train` of the user's own may return nothing
-    remember_original(lifted, module)
-    if inputs:
-        check_adapters(module, lifted, replaced, inputs)
-    # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
-    if unknown is None and all(cell.cell == "conv" for _, cell in recurrent):
-        _refuse_look_alikes(module, inputs)
-        raise BuildError(
-            f"{type(module).__name__} holds no xLSTM cell that is known here",
-            "known cells: " + ", ".join(sorted(ADAPTERS)),
-        )
-    if not inputs:
-        return Lifted(lifted, _number(recurrent, {}), replaced)
-    layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
-    with starts.recorded(layers) as given:
-        outputs, calls = _try(lifted, inputs)
-    starts.settle(lifted, inputs, outputs, layers, given)
-    missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
-    if missing:
-        raise BuildError(
-            f"forward never reaches the cell(s) {', '.join(missing)}",
-            "export a module whose forward uses every cell it holds",
-        )
-    return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+    return replacements, replaced, recurrent
 
 
 def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
@@ -159,25 +179,11 @@ def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
     return replacement
 
 
-def named_outputs(result: UserValue, single: str) -> dict[str, Tensor]:
-    """A forward's result as name → tensor: a tensor, a tuple or list of tensors, or a dict."""
-    if isinstance(result, Tensor):
-        return {single: result}
-    if isinstance(result, (tuple, list)) and result and all(isinstance(r, Tensor) for r in result):
-        return {f"{single}_{index}": r for index, r in enumerate(result)}
-    if isinstance(result, dict) and result and all(isinstance(r, Tensor) for r in result.values()):
-        return {str(key): r for key, r in result.items()}
-    raise BuildError(
-        f"forward returns {type(result).__name__}, which has no names for its tensors",
-        "return a tensor, a tuple of tensors, or a dict of tensors",
-    )
-
-
-def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, int]]:
+def _try(module: nn.Module, inputs: Call, like: Tensor) -> tuple[UserValue, dict[str, int]]:
     paths = {id(child): path for path, child in module.named_modules()}
     try:
         with torch.no_grad(), lookalikes.watch() as seen:
-            result = count_calls(module, inputs)
+            result = count_calls(module, *inputs, like)
     except UserCodeError as error:
         seen.refuse(paths)  # a clearer message than that of the failed kernel
         raise BuildError(
@@ -188,10 +194,10 @@ def _try(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, dict[str, 
     return result
 
 
-def _refuse_look_alikes(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _refuse_look_alikes(module: nn.Module, inputs: Call) -> None:
     """Refuse a recurrence that is called as a function, in a module without a known cell."""
     with torch.no_grad(), lookalikes.watch() as seen, contextlib.suppress(Exception):
-        module(*inputs)
+        module(*inputs[0], **inputs[1])
     seen.refuse({id(child): path for path, child in module.named_modules()})
 
 

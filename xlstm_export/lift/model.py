@@ -16,10 +16,11 @@ from .lift import Lifted, block_stacks, copy_sharing_tensors, lift
 
 def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
     """The module with its state outside; without `values` on the meta device where that is possible."""
-    stateless = not loaded.streams
-    if values or loaded.weights is None:
-        return lift(loaded.module, loaded.inputs.values(), stateless=stateless)
-    return lift(loaded.skeleton, [x.to("meta") for x in loaded.inputs.values()], stateless=stateless)
+    meta = not values and loaded.weights is not None
+    tensors = {name: x.to("meta") if meta else x for name, x in loaded.inputs.items()}
+    args, kwargs = loaded.call(tensors)
+    module = loaded.skeleton if meta else loaded.module
+    return lift(module, args, kwargs, tensors[loaded.batched], stateless=not loaded.streams)
 
 
 def spec_of(loaded: Loaded) -> ModelSpec:

@@ -9,16 +9,16 @@ then with other states behind the recurrence.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BuildError
-from .adapter import UserValue, count_calls
+from ..load.signature import Call, UserValue, leaves, rebuilt
+from .adapter import count_calls
 from .cells.standard import StandardLayer, States
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def recorded(layers: Sequence[StandardLayer]) -> Iterator[Given]:
 
 def settle(
     module: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: Call,
+    like: Tensor,
     result: UserValue,
     layers: Sequence[StandardLayer],
     given: Given,
@@ -54,7 +55,8 @@ def settle(
 
     Args:
         module: the lifted module.
-        inputs, result: example inputs of its forward, and what it returns for them.
+        inputs, result: arguments of its forward, and what it returns for them.
+        like: a tensor among the inputs, whose first axis is the batch.
         layers: its standard recurrences.
         given: from `recorded`, of that run.
 
@@ -62,10 +64,11 @@ def settle(
         BuildError: a state is handed through forward, and the export is not stateless.
     """
     explicit = [layer for layer in layers if layer.path in given]
-    if not explicit or any(x.is_meta for x in inputs):
+    if not explicit or like.is_meta:
         return
     with recorded(layers) as moved, contextlib.suppress(Exception), torch.no_grad():
-        count_calls(module, tuple(map(other_values, inputs)))
+        args, kwargs = rebuilt(inputs, other_values)
+        count_calls(module, args, kwargs, like)
     for layer in explicit:
         calls = [value for call in given[layer.path] for value in call]
         others = [value for call in moved.get(layer.path, []) for value in call]
@@ -74,7 +77,7 @@ def settle(
             layer.start = "past"
         elif layer.stateless:
             layer.start = "given"
-        elif constant or not _matters(module, inputs, result, layer):
+        elif constant or not _matters(module, inputs, like, result, layer):
             layer.start = "begun"
             layer.state_shapes["begun"] = (1,)
         else:
@@ -97,7 +100,7 @@ def _refuse(layer: StandardLayer, given: Given) -> None:
     )
 
 
-def _matters(module: nn.Module, inputs: tuple[Tensor, ...], result: UserValue, layer: StandardLayer) -> bool:
+def _matters(module: nn.Module, inputs: Call, like: Tensor, result: UserValue, layer: StandardLayer) -> bool:
     """Whether what forward returns depends on the states that a layer returns."""
 
     def shifted(layer: nn.Module, args: Any, found: tuple[Tensor, States]) -> tuple[Tensor, States]:
@@ -106,7 +109,7 @@ def _matters(module: nn.Module, inputs: tuple[Tensor, ...], result: UserValue, l
     hook = layer.register_forward_hook(shifted)
     try:
         with torch.no_grad():
-            other, _ = count_calls(module, inputs)
+            other, _ = count_calls(module, *inputs, like)
     except Exception:
         log.debug("forward does not run with other states", exc_info=True)
         return True
@@ -116,8 +119,10 @@ def _matters(module: nn.Module, inputs: tuple[Tensor, ...], result: UserValue, l
     return len(before) != len(after) or not all(map(torch.equal, before, after))
 
 
-def other_values(x: Tensor, seed: int = 1) -> Tensor:
-    """An input of the same shape and range with other values."""
+def other_values(x: UserValue, seed: int = 1) -> UserValue:
+    """An input of the same shape and range with other values; a constant as it is."""
+    if not isinstance(x, Tensor):
+        return x
     generator = torch.Generator().manual_seed(seed)
     if x.dtype == torch.bool:
         return ~x
@@ -128,12 +133,4 @@ def other_values(x: Tensor, seed: int = 1) -> Tensor:
 
 def tensors_of(value: UserValue) -> Iterator[Tensor]:
     """The tensors in what forward returns."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
-    parts = value.values() if isinstance(value, Mapping) else value
-    if isinstance(parts, (tuple, list)) or isinstance(value, Mapping):
-        for part in parts:
-            yield from tensors_of(part)
+    return (x for _, x in leaves(value) if isinstance(x, Tensor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..atomic import sha256
 from ..errors import InputError
+from .signature import Call, Signature
 from .weights import Weights
 
 Dims = tuple[int | str, ...]
@@ -27,7 +28,7 @@ CONFIG_ERRORS = (
 )
 
 
-def _nothing(module: nn.Module) -> None:
+def nothing(module: nn.Module) -> None:
     """Default of the two hooks below."""
 
 
@@ -54,6 +55,7 @@ class Loaded:
             and kept in the manifest.
         streams: whether an export carries states by default. Where it does not, every call starts fresh, and
             recurrences may stay as they are.
+        signature: how forward takes the inputs; None where they are its positional arguments in that order.
     """
 
     skeleton: nn.Module
@@ -66,12 +68,13 @@ class Loaded:
     context_length: int | None = None
     vocab_size: int | None = None
     weights: Weights | None = None
-    finish: Callable[[nn.Module], None] = _nothing
-    exact: Callable[[nn.Module], None] = _nothing
+    finish: Callable[[nn.Module], None] = nothing
+    exact: Callable[[nn.Module], None] = nothing
     dims: Mapping[str, Dims] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     streams: bool = True
+    signature: Signature | None = None
 
     @cached_property
     def module(self) -> nn.Module:
@@ -101,9 +104,24 @@ class Loaded:
             "torch.manual_seed in it, or save its weights and name them with --weights; then export again"
         )
 
+    @property
+    def batched(self) -> str:
+        """Name of the first input whose first axis is the batch."""
+        return next(
+            (name for name in self.inputs if self.input_dims(name)[:1] == ("B",)), next(iter(self.inputs))
+        )
+
+    def call(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Call:
+        """Arguments of forward for these inputs, given by name or in the order of `inputs`."""
+        if not isinstance(tensors, Mapping):
+            tensors = dict(zip(self.inputs, tensors, strict=True))
+        if self.signature is None:
+            return tuple(tensors[name] for name in self.inputs), {}
+        return self.signature.bind(tensors)
+
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""
-        return self.dims.get(name) or ("B", "S", *self.inputs[name].shape[2:])
+        return self.dims[name] if name in self.dims else ("B", "S", *self.inputs[name].shape[2:])
 
     def in_form(self, stateless: bool | None) -> Loaded:
         """The model for an export with or without states; None for the default."""
@@ -167,7 +185,7 @@ def _rounding(name: str, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def with_weights(
-    skeleton: nn.Module, weights: Weights, finish: Callable[[nn.Module], None] = _nothing, path: str = ""
+    skeleton: nn.Module, weights: Weights, finish: Callable[[nn.Module], None] = nothing, path: str = ""
 ) -> nn.Module:
     """A copy of `skeleton` (a submodule at `path`) with its values, float32; nothing else is read."""
     module = copy.deepcopy(skeleton)

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from ..checks import Check
 from ..graph.files import load_graph
 from ..graph.values import recurrence
-from ..inputs import Arrays, cut, per_position
+from ..inputs import Arrays, cut, length_of
 from ..ops.operands import MLSTM
 from ..ops.reference import LOG_ZERO
 from ..options import Context
@@ -106,7 +106,7 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
     cells = _cells(load_graph(run.model))
     with ObservedGraph(run.path, [name for cell in cells for name in cell.names], context.threads) as graph:
         io = graph.io
-        length = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+        length = length_of(inputs, io.inputs)
         graph.reset(next(iter(inputs.values())).shape[0])
         # A graph without states carries nothing on, so its sequence cannot be cut into pieces.
         piece = PIECE if io.states else length

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, cut, length_of, per_position, rolled
+from ..inputs import piece as piece_of
 from ..sessions import Session
 from ..specs import IoSpec, TensorSpec
 from .metrics import METRICS, Metric, Target
@@ -23,10 +24,12 @@ class Sequences:
     """Sequences like those that a model is used on.
 
     Attributes:
-        inputs: model inputs by name, each (N, S, ...).
+        inputs: model inputs by name, in the model's shapes with N rows.
+        io: the model's inputs and outputs, all inputs with positions.
     """
 
     inputs: Arrays
+    io: IoSpec
 
     @property
     def rows(self) -> int:
@@ -34,15 +37,21 @@ class Sequences:
 
     @property
     def length(self) -> int:
-        return int(next(iter(self.inputs.values())).shape[1])
+        """Positions of the stream."""
+        return length_of(self.inputs, self.io.inputs)
 
     def sample(self, count: int, length: int, rng: np.random.Generator) -> Arrays:
         """Stretches of `length` positions from random places, (count, length, ...)."""
         starts = rng.integers(0, self.length - length, size=count)
         rows = rng.integers(0, self.rows, size=count)
         return {
-            name: np.stack([x[row, start : start + length] for row, start in zip(rows, starts, strict=True)])
-            for name, x in self.inputs.items()
+            spec.name: np.concatenate(
+                [
+                    piece_of(self.inputs[spec.name][row : row + 1], spec, start, start + length)
+                    for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
+                ]
+            )
+            for spec in self.io.inputs
         }
 
     def streams(self, count: int) -> Arrays:
@@ -50,8 +59,13 @@ class Sequences:
         chosen = [row % self.rows for row in range(count)]
         shifts = [self.length * (row // self.rows) // count for row in range(count)]
         return {
-            name: np.stack([np.roll(x[row], -shift, 0) for row, shift in zip(chosen, shifts, strict=True)])
-            for name, x in self.inputs.items()
+            spec.name: np.concatenate(
+                [
+                    rolled(self.inputs[spec.name][row : row + 1], spec, shift)
+                    for row, shift in zip(chosen, shifts, strict=True)
+                ]
+            )
+            for spec in self.io.inputs
         }
 
 
@@ -83,7 +97,7 @@ class EvalData(Sequences):
 
     def run(self, session: Session, piece: int = PIECE) -> Arrays:
         """Outputs of a session of `rows` streams on the data, from a fresh start."""
-        return stream(session, self.inputs, self.length if self.whole else piece)
+        return stream(session, self.inputs, self.length if self.whole else piece, self.io.outputs)
 
 
 def load(
@@ -130,7 +144,7 @@ def _byte_text(path: Path, io: IoSpec, limit: int, metric: str | None) -> EvalDa
         raise InputError(f"{path} is empty", "a metric needs at least two bytes of text")
     target = Target(tokens[None, 1:])
     inputs = {io.inputs[0].name: tokens[None, :-1]}
-    return _scored(inputs, target, _chosen(metric or "bits-per-byte", target), _output(io), str(path))
+    return _scored(inputs, io, target, _chosen(metric or "bits-per-byte", target), str(path))
 
 
 def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size: int | None) -> EvalData:
@@ -143,7 +157,7 @@ def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size
     output = _output(io)
     target = _target(path, arrays, output, limit)
     name = metric or _default_metric(target, output, vocab_size, "mase_scale" in arrays)
-    return _scored(inputs, target, _chosen(name, target), output, str(path))
+    return _scored(inputs, io, target, _chosen(name, target), str(path))
 
 
 def _input(
@@ -152,18 +166,20 @@ def _input(
     if spec.name not in arrays:
         raise InputError(f"{path} lacks input {spec.name}", f"it holds {', '.join(sorted(arrays))}")
     array = arrays[spec.name]
-    if array.ndim != len(spec.shape) or array.shape[2:] != spec.shape[2:] or 0 in array.shape[:2]:
-        expected = ", ".join(map(str, ("N", "S", *spec.shape[2:])))
+    axis = spec.time_axis or 0
+    length = array.shape[axis] // spec.steps if array.ndim > axis else 0
+    if array.ndim != len(spec.shape) or array.shape != spec.sized(array.shape[0], length) or 0 in array.shape:
+        expected = ", ".join(map(str, ("N", *spec.shape[1:])))
         raise InputError(f"{path}: {spec.name} has shape {array.shape}, expected ({expected})")
     first = arrays[io.inputs[0].name]
-    if array.shape[:2] != first.shape[:2]:
+    if (array.shape[0], length) != (first.shape[0], length_of(arrays, io.inputs[:1])):
         other = f"{io.inputs[0].name} has shape {first.shape}"
         raise InputError(f"{path}: {spec.name} has shape {array.shape}, but {other}")
     if array.dtype.kind not in "biuf":
         raise InputError(f"{path}: {spec.name} holds {array.dtype}, not numbers")
     if not np.isfinite(array).all():
         raise InputError(f"{path}: {spec.name} holds NaN or Inf", "fill the gaps before evaluating")
-    return np.ascontiguousarray(array[:, :limit].astype(spec.dtype))
+    return np.ascontiguousarray(piece_of(array, spec, 0, limit).astype(spec.dtype))
 
 
 def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, limit: int) -> Target:
@@ -176,7 +192,9 @@ def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, li
         raise InputError(f"{path}: target is {values.dtype} of shape {values.shape}, expected {axes}")
     if scale.ndim or scale.dtype.kind not in "biuf" or not 0 < scale < np.inf:
         raise InputError(f"{path}: mase_scale is {scale}, expected one positive number")
-    values = values[:, :limit] if positions else values
+    if positions and values.ndim == len(output.shape):
+        values = _positions_second(values, output)
+    values = values[:, : limit * output.steps] if positions else values
     # Integer targets of the output's shape are measured values; if the output has one more axis, classes.
     classes = values.dtype.kind in "iu" and values.ndim == len(output.shape) - 1
     quantiles = arrays.get("quantiles")
@@ -223,12 +241,18 @@ def _chosen(name: str, target: Target) -> Metric:
     return metric
 
 
-def _scored(inputs: Arrays, target: Target, metric: Metric, output: TensorSpec, source: str) -> EvalData:
+def _positions_second(values: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """The tensor as (N, S, ...), which the metrics take."""
+    return np.moveaxis(values, spec.time_axis or 1, 1) if values.ndim > 1 else values
+
+
+def _scored(inputs: Arrays, io: IoSpec, target: Target, metric: Metric, source: str) -> EvalData:
     """The data with a score that never broadcasts: an output of another shape than the target is refused."""
+    output = _output(io)
     more = metric.classes or metric.name == "quantile loss"  # the output has one more axis
 
     def score(outputs: Arrays) -> float:
-        found = outputs[output.name]
+        found = _positions_second(outputs[output.name], output)
         if (found.shape[:-1] if more else found.shape) != target.values.shape:
             raise InputError(
                 f"{source}: target has shape {target.values.shape}, the model gives {found.shape}"
@@ -237,6 +261,7 @@ def _scored(inputs: Arrays, target: Target, metric: Metric, output: TensorSpec, 
 
     return EvalData(
         inputs,
+        io,
         metric.name,
         score,
         output.name,
@@ -250,15 +275,24 @@ def _output(io: IoSpec) -> TensorSpec:
     return io.outputs[0]
 
 
-def stream(session: Session, inputs: Arrays, piece: int = PIECE) -> Arrays:
-    """Run a session over long inputs from a fresh start, in pieces; outputs joined along the sequence."""
+def stream(
+    session: Session, inputs: Arrays, piece: int = PIECE, outputs: Sequence[TensorSpec] = ()
+) -> Arrays:
+    """Run a session over long inputs from a fresh start, in pieces; outputs joined along the sequence.
+
+    Args:
+        session: of as many streams as the inputs have rows.
+        inputs: by name.
+        piece: positions per call.
+        outputs: the model's; by default as the session describes them, else positions are the second axis.
+    """
     session.reset()
-    length = next(iter(inputs.values())).shape[1]
-    parts: list[Arrays] = []
-    for start in range(0, length, piece):
-        parts.append(
-            session.prefill({k: np.ascontiguousarray(v[:, start : start + piece]) for k, v in inputs.items()})
-        )
+    length = length_of(inputs, session.io.inputs)
+    parts = [
+        session.prefill(cut(inputs, session.io, start, min(start + piece, length)))
+        for start in range(0, length, piece)
+    ]
     if len(parts) == 1:
         return parts[0]
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    axes = {spec.name: spec.time_axis or 1 for spec in outputs or session.io.outputs}
+    return {n: np.concatenate([part[n] for part in parts], axis=axes.get(n, 1)) for n in parts[0]}

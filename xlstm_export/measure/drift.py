@@ -29,7 +29,7 @@ from ..errors import InputError, UsageError
 from ..inputs import Arrays, cut, per_position
 from ..options import Context
 from ..sessions import Session
-from ..specs import IoSpec
+from ..specs import IoSpec, TensorSpec
 from .drift_plan import DriftPlan
 from .drift_result import FREE, TEACHER, Drift, Feedback, FreeRun, Series
 
@@ -125,20 +125,28 @@ class _Data:
             raise InputError(
                 f"no data for input {lacking[0]}", f"the data hold {', '.join(inputs) or 'none'}"
             )
-        lengths = {x.name: inputs[x.name].shape[1:2] for x in io.inputs if per_position(x)}
-        first = next(iter(lengths.values()))
-        if set(lengths.values()) != {first} or first in ((), (0,)):
+        lengths = {
+            x.name: inputs[x.name].shape[x.time_axis : x.time_axis + 1]
+            for x in io.inputs
+            if x.time_axis is not None
+        }
+        steps = {x.name: x.steps for x in io.inputs}
+        found = {size[0] // steps[name] if size else 0 for name, size in lengths.items()}
+        if len(found) != 1 or 0 in found:
             raise InputError(f"data of {lengths} positions", "all inputs need the same number, at least one")
-        self.length = first[0]
+        self.length = found.pop()
         self._inputs, self._io = inputs, io
 
     def positions(self, start: int, end: int) -> Arrays:
         """Copies of the positions start … end - 1."""
-        index = np.arange(start, end) % self.length
-        return {
-            x.name: np.take(self._inputs[x.name], index, axis=1) if per_position(x) else self._inputs[x.name]
-            for x in self._io.inputs
-        }
+        return {x.name: self._taken(x, start, end) for x in self._io.inputs}
+
+    def _taken(self, spec: TensorSpec, start: int, end: int) -> np.ndarray:
+        array = self._inputs[spec.name]
+        if spec.time_axis is None:
+            return array
+        index = np.arange(start * spec.steps, end * spec.steps) % (self.length * spec.steps)
+        return np.take(array, index, axis=spec.time_axis)
 
 
 class _Driver(Protocol):
@@ -165,7 +173,7 @@ class _Teacher:
 
     def drive(self, start: int, end: int, singly: bool) -> tuple[Arrays, Arrays]:
         inputs = self._data.positions(start, end)
-        return inputs, _call(self._candidate, inputs, end - start, singly or self.steps)
+        return inputs, _call(self._candidate, inputs, end - start, singly or self.steps, self._candidate.io)
 
 
 class _Student:
@@ -189,7 +197,7 @@ class _Student:
             outputs = self._candidate.step(cut(inputs, self._candidate.io, offset, offset + 1))
             parts.append({name: x.copy() for name, x in outputs.items()})
             self._next = self._choose(outputs)
-        return inputs, _joined(parts)
+        return inputs, _joined(parts, self._candidate.io)
 
     def _choose(self, outputs: Arrays) -> np.ndarray:
         logits = outputs[self._feedback.output].reshape(self._candidate.batch, -1).astype(np.float64)
@@ -200,23 +208,26 @@ class _Student:
         return logits.argmax(-1)
 
 
-def _call(session: Session, inputs: Arrays, length: int, singly: bool) -> Arrays:
-    """Run positions in one call, or one by one if outputs belong to a whole call."""
+def _call(session: Session, inputs: Arrays, length: int, singly: bool, io: IoSpec) -> Arrays:
+    """Run positions in one call, or one by one if outputs belong to a whole call; `io` has the outputs."""
     if not singly:
         return session.prefill(inputs)
     parts = []
     for at in range(length):
         outputs = session.step(cut(inputs, session.io, at, at + 1))
         parts.append({name: x.copy() for name, x in outputs.items()})
-    return _joined(parts)
+    return _joined(parts, io)
 
 
-def _joined(parts: Sequence[Arrays]) -> Arrays:
-    """Outputs of single positions joined along axis 1, which is added where an output has none."""
-    return {
-        name: (np.concatenate if x.shape[1:2] == (1,) else np.stack)([part[name] for part in parts], axis=1)
-        for name, x in parts[0].items()
-    }
+def _joined(parts: Sequence[Arrays], io: IoSpec) -> Arrays:
+    """Outputs of single positions joined along these; an output without such an axis gets one."""
+    axes = {x.name: x.time_axis for x in io.outputs}
+    result = {}
+    for name, x in parts[0].items():
+        axis = axes.get(name) or 1
+        one = axes.get(name) is not None or x.shape[1:2] == (1,)
+        result[name] = (np.concatenate if one else np.stack)([part[name] for part in parts], axis=axis)
+    return result
 
 
 # --- windows, and the sums over them ---------------------------------------------------------
@@ -330,7 +341,7 @@ class _Run:
                 window.state = self._reference.state()
         singly = self._singly and (bool(active) or driver.chooses)
         inputs, found = driver.drive(start, end, singly)
-        expected = _call(self._reference, inputs, end - start, singly)
+        expected = _call(self._reference, inputs, end - start, singly, self._candidate.io)
         if active or driver.chooses:
             _check_outputs(found, expected, self._logits)
         if driver.chooses and self._logits is not None:
@@ -350,7 +361,7 @@ class _Run:
         """Run the candidate from the window's state and update that; its own state is restored."""
         own = self._candidate.state()
         self._candidate.set_state(window.state)
-        outputs = _call(self._candidate, inputs, length, singly)
+        outputs = _call(self._candidate, inputs, length, singly, self._candidate.io)
         window.state = self._candidate.state()
         self._candidate.set_state(own)
         return outputs

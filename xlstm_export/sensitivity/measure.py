@@ -21,7 +21,7 @@ import numpy as np
 from ..atomic import readable_os_errors
 from ..errors import BuildError
 from ..graph.files import load_graph
-from ..inputs import Arrays, per_position, save_arrays
+from ..inputs import Arrays, length_of, rolled, save_arrays
 from ..measure.data import EvalData
 from ..measure.drift import measure_drift
 from ..measure.drift_plan import WINDOW, DriftPlan
@@ -30,7 +30,7 @@ from ..quantize.quantize import quantize
 from ..quantize.recipe import Recipe
 from ..runfolder import MODEL
 from ..sessions import OrtSession, Session
-from ..specs import IoSpec, Json, JsonMapping, TensorSpec
+from ..specs import IoSpec, Json, JsonMapping
 
 if TYPE_CHECKING:
     from ..calibration.scales import Scales
@@ -141,7 +141,7 @@ def stretch(setup: Setup) -> Arrays:
     """The data (N, S, ...) from the position on at which the stream for the drift starts."""
     spare = max(0, setup.data.length - setup.horizon)
     start = int(np.random.default_rng(setup.seed).integers(spare + 1))
-    return {name: np.roll(x, -start, axis=1) for name, x in setup.data.inputs.items()}
+    return {x.name: rolled(setup.data.inputs[x.name], x, start) for x in setup.data.io.inputs}
 
 
 def stored_bytes(folder: Path) -> int:
@@ -192,7 +192,7 @@ def data_hash(data: EvalData, io: IoSpec) -> str:
     for name, array in sorted(data.inputs.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     rng = np.random.default_rng(0)
-    shapes = {x.name: _shape(x, data.rows, data.length) for x in io.outputs}
+    shapes = {x.name: x.sized(data.rows, data.length) for x in io.outputs}
     noise = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     digest.update(json.dumps([data.metric, data.score(noise)]).encode())
     return digest.hexdigest()
@@ -206,10 +206,10 @@ class _Zeros(Session):
         self._position = 0
 
     def _prefill(self, inputs: Arrays) -> Arrays:
-        length = next(inputs[x.name].shape[1] for x in self.io.inputs if per_position(x))
+        length = length_of(inputs, self.io.inputs)
         self._position += length
         return {
-            x.name: np.broadcast_to(np.zeros((), x.dtype), _shape(x, self.batch, length))
+            x.name: np.broadcast_to(np.zeros((), x.dtype), x.sized(self.batch, length))
             for x in self.io.outputs
         }
 
@@ -276,8 +276,3 @@ class Replay(_Zeros):
 
 def _key(position: int, name: str) -> str:
     return f"{position}/{name}"
-
-
-def _shape(spec: TensorSpec, batch: int, length: int) -> tuple[int, ...]:
-    sizes = {"B": batch, "S": length}
-    return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)

@@ -54,8 +54,8 @@ def checked_inputs(
     arrays: Arrays = {}
     for spec in io.inputs:
         array = _array(f"input {spec.name}", inputs[spec.name])
-        if length is None and "S" in spec.shape and array.ndim == len(spec.shape):
-            length = array.shape[spec.shape.index("S")]
+        if length is None and spec.time_axis is not None and array.ndim == len(spec.shape):
+            length = array.shape[spec.time_axis] // spec.steps
         _check_shape(spec, array, batch, length)
         arrays[spec.name] = _converted(spec, array)
         if spec is tokens:
@@ -144,9 +144,9 @@ def _array(what: str, value: ArrayLike) -> np.ndarray:
 
 
 def _check_shape(spec: TensorSpec, array: np.ndarray, batch: int, length: int | None) -> None:
-    wanted = tuple(batch if dim == "B" else length if dim == "S" else dim for dim in spec.shape)
+    wanted = spec.sized(batch, length or 0)
     if array.shape != wanted or 0 in wanted:
-        shown = ", ".join(str(size or "S") for size in wanted)
+        shown = ", ".join(str(size or dim) for size, dim in zip(wanted, spec.shape, strict=True))
         raise InputError(
             f"input {spec.name} has shape {list(array.shape)}, expected [{shown}]",
             f"the batch is {batch}, S at least 1 and the same for all inputs",

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import BuildError, InputError, SetupError
-from ..inputs import Arrays, cut, per_position
+from ..inputs import Arrays, cut, length_of, per_position
+from ..inputs import piece as piece_of
 from ..runfolder import IO, MODEL
 from ..specs import TensorSpec
 from .arrays import numpy_type
@@ -67,7 +68,7 @@ class GraphSession(Session):
     def _prefill(self, inputs: Arrays) -> Arrays:
         if self._prefill_session is None:
             self._prefill_session = self._open(decode=False)
-        length = max((inputs[x.name].shape[1] for x in self.io.inputs if per_position(x)), default=1)
+        length = length_of(inputs, self.io.inputs)
         piece = PIECE if self._divisible else length
         outputs = {x.name: self._empty(x, length) for x in self.io.outputs}
         for start in range(0, length, piece):
@@ -95,9 +96,7 @@ class GraphSession(Session):
         for spec in self.io.inputs:
             held.append(self._value(np.ascontiguousarray(pieces[spec.name])))
             binding.bind_ortvalue_input(spec.name, held[-1])
-        views = {
-            x.name: outputs[x.name][:, piece] if per_position(x) else outputs[x.name] for x in self.io.outputs
-        }
+        views = {x.name: piece_of(outputs[x.name], x, piece.start, piece.stop) for x in self.io.outputs}
         # With one row a stretch of positions is contiguous and is written in place.
         targets = {name: np.ascontiguousarray(view) for name, view in views.items()}
         for name, target in targets.items():
@@ -110,8 +109,7 @@ class GraphSession(Session):
                 views[name][...] = target
 
     def _empty(self, spec: TensorSpec, length: int) -> np.ndarray:
-        sizes = {"B": self.batch, "S": length}
-        return np.empty([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
+        return np.empty(spec.sized(self.batch, length), dtype=spec.dtype)
 
     def _step(self, inputs: Arrays) -> Arrays:
         # Recurrences without states need not run along S.

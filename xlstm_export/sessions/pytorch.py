@@ -65,7 +65,7 @@ class TorchSession(Session):
         return self._precise.reason if self._precise else ""
 
     def _prefill(self, inputs: Arrays) -> Arrays:
-        from ..lift.lift import named_outputs
+        from ..load.signature import named_outputs
 
         tensors = [self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.io.inputs]
         with self._torch.no_grad():
@@ -85,8 +85,9 @@ class TorchSession(Session):
 
         def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> tuple[Any, Any]:
             past = {name: x.to(state) for name, x in self._past.items()}
+            args, kwargs = self._loaded.call(given)
             with _kept(module, self._paths) as self._results:
-                return run_lifted(module, given, past)
+                return run_lifted(module, args, past, kwargs=kwargs)
 
         if self._precise is None:
             return call(self._module, tuple(tensors), self._dtype)

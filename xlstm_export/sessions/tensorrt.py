@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..errors import BuildError, InputError, SetupError
-from ..inputs import Arrays, cut, per_position
+from ..inputs import Arrays, cut, length_of, piece
 from ..specs import IoSpec, TensorSpec
 from .arrays import numpy_type
 from .cuda import Cuda
@@ -102,19 +102,18 @@ class TensorRtSession(Session):
 
     def _longest(self) -> int:
         """The largest number of positions of the prefill profile."""
-        name, axis = self._length_axis()
-        highest = self._engine.get_tensor_profile_shape(name, PREFILL)[2]
-        if highest[0] < self.batch:
+        profile = self._engine.get_tensor_profile_shape
+        streams = [profile(x.name, PREFILL)[2][0] for x in self.io.inputs if x.batched]
+        if streams and min(streams) < self.batch:
             raise InputError(
-                f"the engine takes {highest[0]} streams, not {self.batch}", "build it for a larger batch"
+                f"the engine takes {min(streams)} streams, not {self.batch}", "build it for a larger batch"
             )
-        return int(highest[axis])
-
-    def _length_axis(self) -> tuple[str, int]:
-        for spec in self.io.inputs:
-            if "S" in spec.shape:
-                return spec.name, spec.shape.index("S")
-        return self.io.inputs[0].name, 0
+        lengths = (
+            int(profile(x.name, PREFILL)[2][x.time_axis]) // x.steps
+            for x in self.io.inputs
+            if x.time_axis is not None
+        )
+        return next(lengths, 1)
 
     def _context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
@@ -145,24 +144,19 @@ class TensorRtSession(Session):
                 buffers[state.past] = [allocate(size) for _ in range(2)]
         return buffers
 
-    def _shape(self, spec: TensorSpec, length: int) -> tuple[int, ...]:
-        sizes = {"B": self.batch, "S": length}
-        return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
-
     def _empty(self, spec: TensorSpec, length: int) -> np.ndarray:
-        return np.empty(self._shape(spec, length), dtype=numpy_type(spec.dtype))
+        return np.empty(spec.sized(self.batch, length), dtype=numpy_type(spec.dtype))
 
     # --- Calls ----------------------------------------------------------------------------------------
 
     def _prefill(self, inputs: Arrays) -> Arrays:
-        length = max((inputs[x.name].shape[1] for x in self.io.inputs if per_position(x)), default=1)
+        length = length_of(inputs, self.io.inputs)
         outputs = {x.name: self._empty(x, length) for x in self.io.outputs}
         for start in range(0, length, self._most):
             end = min(start + self._most, length)
             found = self._piece(cut(inputs, self.io, start, end), end - start)
             for spec in self.io.outputs:
-                target = outputs[spec.name]
-                (target[:, start:end] if per_position(spec) else target)[...] = found[spec.name]
+                piece(outputs[spec.name], spec, start, end)[...] = found[spec.name]
         return outputs
 
     def _piece(self, inputs: Arrays, length: int) -> Arrays:
@@ -205,7 +199,7 @@ class TensorRtSession(Session):
     def _enqueue(self, profile: int, length: int) -> None:
         context = self._contexts[profile]
         addresses = {x.name: self._buffers[x.name][0] for x in (*self.io.inputs, *self.io.outputs)}
-        shapes = {x.name: self._shape(x, length) for x in self.io.inputs}
+        shapes = {x.name: x.sized(self.batch, length) for x in self.io.inputs}
         for state in self.io.states:
             shapes[state.past] = (self.batch, *state.shape)
             addresses[state.past] = self._buffers[state.past][self._now]

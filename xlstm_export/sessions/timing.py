@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..inputs import cut, has_positions, per_position
+from ..inputs import cut, has_positions, length_of
 from ..specs import Json
 from .protocol import Session
 
@@ -34,7 +34,7 @@ def bench(
     """Time a session of one stream.
 
     Args:
-        inputs: positions to run, each (1, S, ...); used again from the start where there are too few.
+        inputs: positions to run, of one stream; used again from the start where there are too few.
         steps: calls of one position.
         prefill: positions of a prefill call.
         hz: also call one position at this rate, and measure how late each call begins and ends.
@@ -44,7 +44,7 @@ def bench(
         Milliseconds and rates, as JSON.
     """
     io = session.io
-    available = max((inputs[x.name].shape[1] for x in io.inputs if per_position(x)), default=1)
+    available = length_of(inputs, io.inputs)
     singles = [cut(inputs, io, place, place + 1) for place in range(min(available, 256))]
     length = min(prefill, available) if has_positions(io) else 1
     result: dict[str, Any] = {"steps": steps, "prefill_length": length}

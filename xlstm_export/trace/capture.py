@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -42,9 +42,8 @@ AS_THEY_ARE = frozenset(
 def torch_to_ir(
     wrapper: nn.Module,
     example: tuple[Tensor, ...],
-    dims: list[Dims],
+    dims: Mapping[str, Dims],
     past: tuple[Tensor, ...],
-    input_names: list[str],
     output_names: list[str],
     states: tuple[StateSpec, ...],
 ) -> ir.Model:
@@ -53,8 +52,8 @@ def torch_to_ir(
     Args:
         wrapper: takes inputs and past states, returns outputs and present states, all positional.
         example, past: inputs and past states to trace with.
-        dims: dimensions of each input: numbers, or letters for the axes that stay free.
-        input_names, output_names: names in the graph, without those of the states.
+        dims: dimensions of each input by name: numbers, or letters for the axes that stay free.
+        output_names: names in the graph, without those of the states.
         states: lifted states, in order.
 
     Raises:
@@ -62,9 +61,10 @@ def torch_to_ir(
             which it can be.
     """
 
-    def traced(dims: list[Dims]) -> ir.Model:
+    def traced(dims: Mapping[str, Dims]) -> ir.Model:
         dynamic = torch.export.Dim.DYNAMIC
-        named = [{axis: dynamic for axis, dim in enumerate(shape) if isinstance(dim, str)} for shape in dims]
+        free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
+        named = [dict.fromkeys(axes, dynamic) for axes in free]
         with quiet(), torch.no_grad(), _decomposed_where_needed():
             program = torch.onnx.export(
                 wrapper,
@@ -73,7 +73,7 @@ def torch_to_ir(
                 optimize=False,
                 opset_version=functions.OPSET,
                 dynamic_shapes=((*named, *({0: dynamic} for _ in past)),),
-                input_names=[*input_names, *(s.past for s in states)],
+                input_names=[*dims, *(s.past for s in states)],
                 output_names=[*output_names, *(s.present for s in states)],
                 custom_translation_table={torch.ops.aten.to.dtype: _cast},
                 verbose=False,
@@ -91,7 +91,7 @@ def torch_to_ir(
             cause = cause.__cause__
         if isinstance(cause, BuildError):
             raise cause from None
-        _refuse_free_length(traced, example, dims, input_names)
+        _refuse_free_length(traced, example, dims)
         details = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
         raise BuildError(
             f"tracing failed: {type(cause).__name__}: {details[:400]}",
@@ -100,34 +100,27 @@ def torch_to_ir(
 
 
 def _refuse_free_length(
-    traced: Callable[[list[Dims]], ir.Model],
-    example: tuple[Tensor, ...],
-    dims: list[Dims],
-    input_names: list[str],
+    traced: Callable[[Mapping[str, Dims]], ir.Model], example: tuple[Tensor, ...], dims: Mapping[str, Dims]
 ) -> None:
     """Raise BuildError with the dims to declare, where tracing succeeds for the example's positions."""
-    fixed: list[Dims] = [
-        tuple(
-            size if isinstance(dim, str) and dim != "B" else dim
-            for dim, size in zip(given, x.shape, strict=True)
+    fixed: dict[str, Dims] = {
+        name: tuple(
+            size if isinstance(d, str) and d != "B" else d for d, size in zip(given, x.shape, strict=True)
         )
-        for given, x in zip(dims, example, strict=True)
-    ]
-    if fixed == list(map(tuple, dims)):
+        for (name, given), x in zip(dims.items(), example, strict=True)
+    }
+    changed = [name for name in dims if fixed[name] != tuple(dims[name])]
+    if not changed:
         return
     try:
         traced(fixed)
     except Exception:
         return
-    changed = ", ".join(
-        f'"{name}": ("B", {", ".join(map(str, new[1:]))})'
-        for name, old, new in zip(input_names, dims, fixed, strict=True)
-        if new != tuple(old)
-    )
+    shown = ", ".join(f'"{name}": ("B", {", ".join(map(str, fixed[name][1:]))})' for name in changed)
     raise BuildError(
         "forward cannot be traced for any number of positions, only for the example's: a Python loop over "
         "the positions, or a size that is computed from their number",
-        f"declare that number: {{{changed}}} as the third element that the factory returns (dims=); then "
+        f"declare that number: {{{shown}}} as the third element that the factory returns (dims=); then "
         "every call has so many positions, and carries no state",
     )
 

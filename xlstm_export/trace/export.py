@@ -7,6 +7,7 @@ checkpoint and options give the same bytes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,12 +27,14 @@ from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
 from ..lift import weights
 from ..lift.model import lift_model
-from ..load.loaded import Dims, Loaded
+from ..load.loaded import Loaded
+from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
 from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .capture import quiet, torch_to_ir
+from .dimensions import name_dimensions
 from .memory import check_memory
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
@@ -116,15 +119,16 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     lifted = lift_model(loaded, values=False)
     streamed = loaded.weights is not None
     module = weights.hollow(lifted.module) if streamed else lifted.module
-    wrapper = _Streaming(module, lifted.states, len(loaded.inputs), stateless)
+    wrapper = _Streaming(module, lifted.states, loaded, stateless)
     example = tuple(loaded.inputs.values())
-    past = () if stateless else tuple(lifted.fresh_state(example[0].shape[0]).values())
+    batch = loaded.inputs[loaded.batched].shape[0]
+    past = () if stateless else tuple(lifted.fresh_state(batch).values())
     states = () if stateless else lifted.states
-    output_names = list(cells.named_outputs(lifted.outputs, loaded.output))
-    _check_reserved(output_names, lifted.states)
-    dims = [loaded.input_dims(name) for name in loaded.inputs]
-    model = torch_to_ir(wrapper, example, dims, past, list(loaded.inputs), output_names, states)
-    _rename(model, prefix="module.", dims=dims)
+    output_names = list(_outputs(lifted.outputs, loaded.output))
+    dims = {name: loaded.input_dims(name) for name in loaded.inputs}
+    model = torch_to_ir(wrapper, example, dims, past, output_names, states)
+    _rename_weights(model, prefix="module.")
+    name_dimensions(model, dims)
     if streamed:
         graph_weights.attach_weights(model, loaded, lifted)
     else:
@@ -140,6 +144,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
         keep_last_position(model, output_names[0])
     stored_types.narrow_weights(model, dtype)
     _clean(model)
+    _separate_outputs(model, output_names)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
     functions.attach(model)
     model.ir_version = IR_VERSION
@@ -158,26 +163,28 @@ class _Streaming(nn.Module):
     """The lifted module as a function of tensors: (inputs..., past...) → (outputs..., present...)."""
 
     def __init__(
-        self, module: nn.Module, states: tuple[StateSpec, ...], inputs: int, stateless: bool
+        self, module: nn.Module, states: tuple[StateSpec, ...], loaded: Loaded, stateless: bool
     ) -> None:
         super().__init__()
         self.module = module
         self._states = states
-        self._inputs = inputs
+        self._names, self._batched, self._call = tuple(loaded.inputs), loaded.batched, loaded.call
         self._stateless = stateless
         _mark_boundaries(module)
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, past = tensors[: self._inputs], tensors[self._inputs :]
+        inputs = dict(zip(self._names, tensors, strict=False))
+        past = tensors[len(inputs) :]
         if self._stateless:
-            batch = inputs[0].shape[0]
+            batch = inputs[self._batched].shape[0]
             states = {s.past: torch.zeros((batch, *s.shape)) for s in self._states}
         else:
             states = {s.past: t for s, t in zip(self._states, past, strict=True)}
-        result, present = cells.run_lifted(self.module, inputs, states)
+        args, kwargs = self._call(inputs)
+        result, present = cells.run_lifted(self.module, args, states, kwargs=kwargs)
         # Clones, so that an input that is returned unchanged becomes a separate output.
-        outputs = tuple(t.clone() for t in cells.named_outputs(result, "y").values())
+        outputs = tuple(t.clone() for t in named_outputs(result, "y").values())
         return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
 
 
@@ -201,44 +208,39 @@ def _mark(index: int, block: nn.Module, inputs: Any, result: Any) -> Any:
     return (marked, *result[1:]) if several else marked
 
 
-def _check_reserved(outputs: list[str], states: tuple[StateSpec, ...]) -> None:
-    clash = set(outputs) & {*(s.past for s in states), *(s.present for s in states)}
+_RESERVED = re.compile(r"(past|present)_\d+_\w+")
+
+
+def _outputs(result: UserValue, single: str) -> dict[str, Tensor]:
+    """The outputs that forward returned for the example inputs, by name.
+
+    Raises:
+        BuildError: there are none, or one has the name of a state.
+    """
+    outputs = named_outputs(result, single)
+    if not outputs:
+        found = ", ".join(left_out(result)[:5]) or type(result).__name__
+        raise BuildError(
+            f"forward returns no tensor; it returns {found}",
+            "return a tensor, or a tuple, dict or dataclass that holds tensors",
+        )
+    clash = sorted(name for name in outputs if _RESERVED.fullmatch(name))
     if clash:
-        raise BuildError(f"output name(s) {', '.join(sorted(clash))} are reserved for states")
+        raise BuildError(
+            f"output name(s) {', '.join(clash)} are reserved for states",
+            "return it under another key",
+        )
+    return outputs
 
 
-def _rename(model: ir.Model, *, prefix: str, dims: list[Dims]) -> None:
-    """Give weights the names of the user's module, and dimensions the names B and S."""
+def _rename_weights(model: ir.Model, *, prefix: str) -> None:
+    """Give weights the names of the user's module."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith(prefix):
             del graph.initializers[value.name]
             value.name = value.name.removeprefix(prefix)
             graph.register_initializer(value)
-    symbols: dict[str, str] = {}
-    for position, value in enumerate(graph.inputs):
-        assert value.shape is not None
-        letters = dims[position] if position < len(dims) else ("B",)
-        for letter, dim in zip(letters, value.shape, strict=False):
-            if not isinstance(dim, int) and isinstance(letter, str):
-                symbols[str(dim)] = letter
-    values = [*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
-    # States have the batch of the inputs: state outputs declare it too, where tracing lost it.
-    for value in graph.outputs:
-        if value.shape is not None and value.name is not None and value.name.startswith("present_"):
-            value.shape = ir.Shape(["B", *list(value.shape)[1:]])
-
-
-def _renamed(dim: Any, symbols: dict[str, str]) -> int | str | None:
-    if isinstance(dim, int):
-        return dim
-    text = str(dim)
-    if text in symbols:
-        return symbols[text]
-    return None  # an expression of symbols; runtimes infer it
 
 
 def _make_contiguous(model: ir.Model) -> None:
@@ -278,13 +280,29 @@ def _clean(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
+def _separate_outputs(model: ir.Model, names: list[str]) -> None:
+    """Copy a tensor that is several outputs: in a graph it has one name."""
+    graph = model.graph
+    first: dict[int, str] = {}
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        if first.setdefault(id(value), name) == name:
+            continue
+        value.name = first[id(value)]
+        node = ir.node("Identity", [value], name=f"Identity_{name}")
+        copy = node.outputs[0]
+        copy.name, copy.shape, copy.type = name, value.shape, value.type
+        graph.append(node)
+        graph.outputs[index] = copy
+
+
 def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states: tuple[Any, ...]) -> None:
-    """Require distinct outputs: a tensor has one name in a graph, so it cannot be two outputs."""
+    """Require names that tell inputs and outputs apart."""
     found = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
     if found != [*inputs, *outputs, *(s.present for s in states)]:
         raise BuildError(
-            f"of the outputs {', '.join(outputs)}, two are one tensor, or one has the name of an input",
-            "return every computed tensor once, under a name of its own",
+            f"of the outputs {', '.join(outputs)}, one has the name of an input",
+            "return every computed tensor under a name of its own",
         )
 
 
@@ -293,9 +311,4 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.shape is not None
     assert value.dtype is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
-    if not all(isinstance(dim, int) or dim in ("B", "S") for dim in shape):
-        raise BuildError(
-            f"{value.name} has a length that is neither fixed nor that of the input",
-            "return one position per input position, or a fixed number of them",
-        )
     return TensorSpec(value.name, np.dtype(value.dtype.numpy()).name, shape)

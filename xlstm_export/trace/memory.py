@@ -80,10 +80,11 @@ def _run(loaded: Loaded, history: int) -> _Outcome:
     before: Mapping[str, Any] = {}
     with recorded(layers) as given, torch.no_grad(), torch.random.fork_rng(devices=()):
         for seed in range(history, -1, -1):
-            inputs = tuple(other_values(x, seed) if seed else x.clone() for x in loaded.inputs.values())
+            inputs = {n: other_values(x, seed) if seed else x.clone() for n, x in loaded.inputs.items()}
+            args, kwargs = loaded.call(inputs)
             torch.manual_seed(seed)
             before = _stored(module)
-            result, _ = count_calls(module, inputs)
+            result, _ = count_calls(module, args, kwargs, inputs[loaded.batched])
     owner = next((layer.owner for layer in layers if layer.path in given), "")
     return _Outcome(result, before, _stored(module), owner)
 

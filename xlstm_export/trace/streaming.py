@@ -12,7 +12,7 @@ import numpy as np
 
 from ..distance import difference
 from ..errors import BuildError, ExportError
-from ..inputs import Arrays, cut, has_positions, per_position
+from ..inputs import Arrays, cut, has_positions, length_of, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
 from ..sessions import TorchSession
@@ -50,8 +50,8 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
         raise
     except Exception:  # forward may not take this length; the example's it does
         log.debug("forward does not take %d positions", LENGTH, exc_info=True)
-        inputs = {name: x[:2].numpy() for name, x in loaded.inputs.items()}
-        length = next(inputs[spec.name].shape[1] for spec in session.io.inputs if per_position(spec))
+        inputs = rows_of({name: x.numpy() for name, x in loaded.inputs.items()}, session.io, slice(0, 2))
+        length = length_of(inputs, session.io.inputs)
         first = length // 2
         session.reset()
         whole = session.prefill(inputs)

@@ -17,13 +17,13 @@ from torch import Tensor
 from ..checks import Check, Verdict, output_check
 from ..distance import Difference, compare_states, difference
 from ..errors import UsageError
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, piece
 from ..lift import lift as cells
-from ..lift.lift import named_outputs
 from ..lift.model import lift_model
 from ..lift.weights import LiftedWeights
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
+from ..load.signature import named_outputs
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..specs import CHUNK, StateSpec
@@ -92,7 +92,7 @@ class _PerBlock:
     def __init__(self, run: RunFolder, loaded: Loaded, context: Context) -> None:
         self.progress = context.progress
         self.io, self.loaded, self.last_only = run.io, loaded, run.last_only
-        self.whole = {x.name for x in self.io.inputs if not per_position(x)}  # inputs without positions
+        self.specs = {x.name: x for x in self.io.inputs}
         self.lifted = lift_model(loaded, values=False)
         self.stack = [
             f"{path}.{index}"
@@ -135,7 +135,8 @@ class _PerBlock:
         )
         past = FreshStates(self.lifted.states, BATCH)
         with torch.no_grad():
-            result, _ = cells.run_lifted(streamed.module, self._tensors(), past, present=self.present)
+            args, kwargs = self.loaded.call(self._tensors())
+            result, _ = cells.run_lifted(streamed.module, args, past, self.present, kwargs)
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
 
     def _compare_block(self, index: int, result: Tensor) -> None:
@@ -241,7 +242,8 @@ class _PerBlock:
             finish=self.loaded.finish,
             after=keep,
         )
-        outputs = named_outputs(streamed(*self._tensors(self.length, dtype)), self.loaded.output)
+        args, kwargs = self.loaded.call(self._tensors(self.length, dtype))
+        outputs = named_outputs(streamed(*args, **kwargs), self.loaded.output)
         return hidden, {name: tensor.numpy() for name, tensor in outputs.items()}
 
     def _pieces(self, inputs: Arrays) -> list[Arrays]:
@@ -252,15 +254,15 @@ class _PerBlock:
         ]
 
     def _cut(self, name: str, x: np.ndarray, start: int, end: int) -> np.ndarray:
-        return x if name in self.whole else x[:, start:end]
+        return piece(x, self.specs[name], start, end) if name in self.specs else x[:, start:end]
 
     def _start(self, x: np.ndarray) -> np.ndarray:
         """The first positions, up to the context length, where upstream's forward may stop."""
         return x[:, : self.length]
 
-    def _tensors(self, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-        tensors = (torch.from_numpy(self._cut(name, x, 0, length)) for name, x in self.inputs.items())
-        return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    def _tensors(self, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        tensors = {name: torch.from_numpy(self._cut(name, x, 0, length)) for name, x in self.inputs.items()}
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def typical_error(found: np.ndarray, reference: np.ndarray) -> float:

@@ -21,9 +21,9 @@ from ..checks import Check, Verdict, output_check
 from ..distance import difference
 from ..inputs import Arrays, cut
 from ..lift.adapter import UserValue, call_untouched
-from ..lift.lift import named_outputs
 from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
+from ..load.signature import named_outputs
 from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
@@ -137,7 +137,8 @@ class _Fp32(Verification):
     def as_it_comes(self) -> dict[str, dict[str, float]]:
         """Distance of upstream in FP32, unmodified, from the reference and from the export."""
         length = min(max(self.lengths), self.limit_context)
-        theirs = self._named(call_untouched(self.loaded.module, self._tensors(length)))
+        args, kwargs = self.loaded.call(self._tensors(length))
+        theirs = self._named(call_untouched(self.loaded.module, args, kwargs))
         reference = self._best(length)
         distance = "from_float64" if self.reference.reference == FLOAT64 else "from_reference"
         self.candidate.reset()
@@ -210,7 +211,8 @@ class _Fp32(Verification):
         """Outputs of the user's own forward, on a copy without states, as exact as it can be."""
 
         def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> UserValue:
-            return call_untouched(module, given)
+            args, kwargs = self.loaded.call(given)
+            return call_untouched(module, args, kwargs)
 
         return self._named(self._untouched.run(call, self._tensors(length)))
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..atomic import write_json
 from ..checks import Check, Verdict
 from ..errors import UsageError
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, cut, per_position, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
 from ..measure import data as evaluation
@@ -107,7 +107,7 @@ class Source:
         self._loaded, self._io, self._rng = loaded, io, rng
         self._sequences: Sequences | None = data
         if data is None and calibration is not None and all(map(per_position, io.inputs)):
-            self._sequences = Sequences(calibration)
+            self._sequences = Sequences(calibration, io)
         self.kind = HELD_OUT if data is not None else MADE_UP if self._sequences is None else CALIBRATION
 
     @property
@@ -131,8 +131,8 @@ class Source:
     def stretch(self) -> Arrays:
         """The start of one stream, up to `GATE_POSITIONS` positions."""
         if self._sequences is None:
-            return {name: x[:1] for name, x in self.batch(GATE_POSITIONS).items()}
-        return {name: x[:1, :GATE_POSITIONS] for name, x in self._sequences.inputs.items()}
+            return rows_of(self.batch(GATE_POSITIONS), self._io, slice(0, 1))
+        return cut(rows_of(self._sequences.inputs, self._io, slice(0, 1)), self._io, 0, GATE_POSITIONS)
 
 
 def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, list[Check]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..load.signature import UserValue
+
 Read = Callable[[str], Tensor]
 
 
@@ -47,9 +49,9 @@ class Streamed:
                 part.register_forward_pre_hook(self._fetch(path, whole))
                 part.register_forward_hook(self._drop(whole, blocks.index(path) if whole else -1))
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *args: UserValue, **kwargs: UserValue) -> UserValue:
         with torch.no_grad():
-            return self.module(*inputs)
+            return self.module(*args, **kwargs)
 
     def _fetch(self, path: str, whole: bool) -> Callable[..., None]:
         def hook(part: nn.Module, inputs: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checks import Check, output_check
 from ..distance import compare_states, difference
-from ..inputs import Arrays, cut, has_positions
+from ..inputs import Arrays, cut, has_positions, joined, rows_of
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
@@ -128,12 +128,17 @@ class StreamChecks:
         with OrtSession(self.folder, 1, self.threads, fused=False) as alone:
             for row in range(BATCH):
                 alone.reset()
-                single = alone.prefill({name: x[row : row + 1] for name, x in inputs.items()})
+                single = alone.prefill(rows_of(inputs, self.io, slice(row, row + 1)))
                 worst = max(difference(together[n][row : row + 1], single[n]).relative_l2 for n in single)
                 checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
         other = {name: x.copy() for name, x in inputs.items()}
-        for name, x in self._make_inputs(length).items():
-            other[name][1] = x[1][::-1] if x.ndim > 1 else x[1]
+        made = self._make_inputs(length)
+        for spec in self.io.inputs:
+            if spec.batched:
+                axis = (spec.time_axis or 1) - 1
+                other[spec.name][1] = (
+                    np.flip(made[spec.name][1], axis) if len(spec.shape) > 1 else made[spec.name][1]
+                )
         self.candidate.reset()
         disturbed = self.candidate.prefill(other)
         rows = [0, 2]
@@ -191,9 +196,9 @@ class StreamChecks:
     def _joined(self, parts: Sequence[Arrays]) -> Arrays:
         """Outputs of consecutive calls joined; an output of a whole sequence is that of the last call."""
         return {
-            x.name: np.concatenate([p[x.name] for p in parts], x.shape.index("S") if "S" in x.shape else 1)
-            if "S" in x.shape or x.name in self.last_only
-            else parts[-1][x.name]
+            x.name: np.concatenate([p[x.name] for p in parts], 1)
+            if x.name in self.last_only
+            else joined([p[x.name] for p in parts], x)
             for x in self.io.outputs
         }
 

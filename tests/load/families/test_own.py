@@ -244,7 +244,7 @@ def test_dims_of_a_factory(factories: Callable[[str], checkpoint.Loaded]) -> Non
         ("size", ("('B', 9)", "(2, 8)")),
         ("batch", ("('N', 8)", '"B" first')),
         ("no_batch", ("(2, 8)", '"B" first')),
-        ("places", ("dims of input body", '"S" second')),
+        ("places", ("S differs between the example inputs: image 7, body 5",)),
         ("letters", ("('B', 'T', 5)", '"S" second')),
         ("truth", ("('B', True)",)),
         ("text", ("dims of input goal are 'B8'",)),

@@ -79,7 +79,7 @@ def load(path: Path, *, streaming: bool = False) -> Loaded:
     dims: dict[str, Dims] = {"loc": ("B", 1), "scale": ("B", 1)} if streaming else {}
     return Loaded(
         skeleton=module.eval(),
-        inputs=_example(config.input_patch_size, streaming),
+        inputs=example(config.input_patch_size, streaming),
         output="quantiles",
         name=type(model).__name__,
         origin={"checkpoint": str(path)},
@@ -186,7 +186,7 @@ def to_patches(series: Tensor, patch: int, length: int, ahead: int = 0) -> Tenso
     return padded.reshape(series.shape[0], -1, patch)
 
 
-def _example(patch: int, streaming: bool) -> dict[str, Tensor]:
+def example(patch: int, streaming: bool) -> dict[str, Tensor]:
     """Two walks of 48 patches that begin in padding and have gaps, so that checks see missing values."""
     walk = torch.randn(2, 48 * patch, generator=torch.Generator().manual_seed(0)).cumsum(-1)
     x = (walk + torch.tensor([[3.0], [-20.0]])).reshape(2, 48, patch)

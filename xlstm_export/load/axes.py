@@ -1,0 +1,284 @@
+"""The symbolic shape of inputs: declared and checked, or found by running forward at other lengths.
+
+"B" is the batch, the first axis. "S" is the number of positions of the stream, at most one axis of an input;
+"4*S" is an axis with four of its own positions per position of the stream, as for a model that joins patches.
+Without a declaration an input is (B, S, ...), if forward takes it at other lengths. Else the lengths that it
+takes show the patch length, or that another axis has the positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..specs import JsonMapping, steps_of
+from .example import result_of, shadow
+from .loaded import Dims
+from .signature import Signature, leaves, names_of
+
+# Positions of the stream at which forward is tried, if it takes that few. Far enough apart to tell an output
+# of a fixed length from one that is rounded.
+TRIED = (5, 13)
+MOST_PATCHES = 64  # tried as patch length
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Symbolic shape per input, and what the user should know of how it was found."""
+
+    dims: dict[str, Dims]
+    notes: tuple[str, ...] = ()
+
+
+def axes_of(
+    module: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], declared: JsonMapping, label: str
+) -> Axes:
+    """The symbolic shape of every input.
+
+    Args:
+        module: in eval mode.
+        signature: how forward takes `inputs`.
+        inputs: examples by name.
+        declared: shapes that the user gave, by input name.
+        label: beginning of messages.
+
+    Raises:
+        InputError: a shape does not fit its example, the examples do not fit each other, or it is not clear
+            which axis has the positions; the hint says what to declare.
+    """
+    declared = _by_input(declared, inputs, label)
+    batch = _batch(inputs, declared)
+    dims = {name: _symbolic(name, x, declared.get(name), batch, label) for name, x in inputs.items()}
+    free = [name for name in inputs if name not in declared and len(dims[name]) > 1]
+    _require_equal("B", inputs, dims, free, label)
+    _require_equal("S", inputs, dims, free, label)
+    if not free:
+        return Axes(dims)
+    found = list(itertools.islice(_Search(module, signature, inputs, dims, free).accepted(), 3))
+    if not found or found[0] == dims:
+        return Axes(dims)  # with nothing found, lifting and tracing have clearer messages
+    _require_clear(found, inputs, free, label)
+    shown = ", ".join(f"{name} is {_shown(found[0][name])}" for name in free)
+    return Axes(found[0], (f"found by running forward at other lengths: {shown}; dims declare others",))
+
+
+class _Search:
+    """Runs forward at other lengths, to find the axis that has the positions and how many to a step."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        signature: Signature,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, Dims],
+        free: list[str],
+    ) -> None:
+        self._module, self._signature, self._inputs = shadow(module), signature, inputs
+        self._dims, self._free = dims, free
+        self._base = self._sizes(inputs)
+
+    def accepted(self) -> Iterator[dict[str, Dims]]:
+        """Shapes that forward agrees with, those on the second axis first."""
+        if not self._base:
+            return
+        rank = min(self._inputs[name].ndim for name in self._free)
+        for axis in range(1, rank):
+            sizes = {self._inputs[name].shape[axis] for name in self._free}
+            if len(sizes) > 1:
+                continue
+            length = sizes.pop()
+            patches = [k for k in range(1, min(length, MOST_PATCHES) + 1) if length % k == 0]
+            dims = next((d for k in patches if self._agrees(d := self._with(axis, k), length // k)), None)
+            if dims is not None:
+                yield dims
+                if axis == 1:
+                    return
+
+    def _with(self, axis: int, steps: int) -> dict[str, Dims]:
+        def shape(x: Tensor) -> Dims:
+            return ("B", *x.shape[1:axis], symbol(steps), *x.shape[axis + 1 :])
+
+        return {**self._dims, **{name: shape(self._inputs[name]) for name in self._free}}
+
+    def _agrees(self, dims: dict[str, Dims], length: int) -> bool:
+        """Whether forward takes other lengths, and every output follows them or is of a fixed size."""
+        if {_positions(d, self._inputs[name]) for name, d in dims.items()} - {0, length}:
+            return False
+        found = {length: self._base}
+        for tried in (*TRIED, length - 1, length + 1, length - 2):
+            if tried >= 1 and tried not in found and len(found) < 3:
+                sizes = self._sizes({n: resized(x, dims[n], tried) for n, x in self._inputs.items()})
+                if sizes:
+                    found[tried] = sizes
+                elif tried == length + 1 and len(found) == 1:
+                    return False
+        return len(found) > 2 and _follow(found)
+
+    def _sizes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+        """Shapes of the tensors that forward returns; none where it fails."""
+        found = result_of(self._module, *self._signature.bind(inputs))
+        return [tuple(x.shape) for _, x in leaves(found) if isinstance(x, Tensor)]
+
+
+def _follow(found: Mapping[int, list[tuple[int, ...]]]) -> bool:
+    """Whether each axis of each output is a whole multiple of the length, or of a fixed size."""
+    if len({tuple(map(len, shapes)) for shapes in found.values()}) > 1:
+        return False
+    for place in range(len(next(iter(found.values())))):
+        for sizes in zip(*(shapes[place] for shapes in found.values()), strict=True):
+            ratios = {size / length for size, length in zip(sizes, found, strict=True)}
+            follows = len(ratios) == 1 and ratios.pop().is_integer()
+            if 0 in sizes or not (len(set(sizes)) == 1 or follows):
+                return False
+    return True
+
+
+def symbol(steps: int) -> str:
+    """The dimension of an axis with so many positions to a step of the stream."""
+    return "S" if steps == 1 else f"{steps}*S"
+
+
+def resized(x: Tensor, dims: Dims, length: int) -> Tensor:
+    """An example of another length: its positions repeated or cut off."""
+    for axis, dim in enumerate(dims):
+        if isinstance(dim, str) and dim != "B":
+            x = x.index_select(axis, torch.arange(length * steps_of(dim)) % x.shape[axis])
+    return x
+
+
+def _require_clear(
+    found: list[dict[str, Dims]], inputs: Mapping[str, Tensor], free: list[str], label: str
+) -> None:
+    """Raise InputError where shapes other than the usual (B, S, ...) are only one way to read the model."""
+    name = free[0]
+    dims = found[0][name]
+    axis = next(i for i, dim in enumerate(dims) if isinstance(dim, str) and i > 0)
+    fixed = ("B", *inputs[name].shape[1:])
+    if len(found) == 1 and (axis == 1 or inputs[name].shape[axis] >= max(inputs[name].shape[1:axis])):
+        return
+    options = "; ".join(f'"{name}": {_shown(d[name])}' for d in found)
+    raise InputError(
+        f"{label}: it is not clear which axis of input {name} {tuple(inputs[name].shape)} has the positions: "
+        f"forward takes axis 1 only at {inputs[name].shape[1]}, and axis {axis} at other lengths",
+        f'return dims as the third element: {{"{name}": {_shown(fixed)}}} where every call has exactly that '
+        f"shape (a fixed window), or {{{options}}} where that axis is time",
+    )
+
+
+def _shown(dims: Dims) -> str:
+    return "(" + ", ".join(f'"{dim}"' if isinstance(dim, str) else str(dim) for dim in dims) + ")"
+
+
+def _by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str) -> dict[str, Any]:
+    """Declared shapes by input name; those of a dict input may stand in a dict of the same keys."""
+    found: dict[str, Any] = {}
+    strangers = []
+    for place, dims in _flat(declared):
+        name = next((n for n in (*names_of([place]), "_".join(place)) if n in inputs), None)
+        if name is None:
+            strangers.append(".".join(place))
+        else:
+            found[name] = dims
+    if strangers:
+        raise InputError(
+            f"{label}: dims given for {', '.join(sorted(strangers))}, which is no example input",
+            f"the example inputs are {', '.join(inputs)}",
+        )
+    return found
+
+
+def _flat(declared: JsonMapping, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in declared.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*place, str(key)))
+        else:
+            yield (*place, str(key)), value
+
+
+def _batch(inputs: Mapping[str, Tensor], declared: JsonMapping) -> int | None:
+    """The batch of the examples, of the first input that has one."""
+    for name, x in inputs.items():
+        given = declared.get(name)
+        batched = x.ndim > 1 if given is None else isinstance(given, (tuple, list)) and "B" in given[:1]
+        if batched and x.ndim:
+            return int(x.shape[0])
+    return None
+
+
+def _symbolic(name: str, example: Tensor, given: Any, batch: int | None, label: str) -> Dims:
+    """The symbolic shape of an input, checked against its example; (B, S, ...) where none is given."""
+    shape = tuple(example.shape)
+    if 0 in shape:
+        raise InputError(
+            f"{label}: example input {name} of shape {shape} is empty", "every dimension needs a size"
+        )
+    if given is None:
+        if len(shape) == 1:
+            fitting = ("B",) if shape[0] == batch else shape
+            raise InputError(
+                f"{label}: example input {name} has shape {shape}",
+                "inputs are (B, S, ...): batch first, then sequence; others need dims beside them, such as "
+                f'{{"{name}": ({_shown(fitting)[1:-1]},)}}',
+            )
+        return ("B", "S", *shape[2:]) if shape else ()
+    dims: Dims = tuple(map(_normal, given)) if isinstance(given, (tuple, list)) else ()
+    if "B" in dims[1:] and len(dims) == len(shape):
+        raise InputError(
+            f"{label}: dims of input {name} are {given!r}: the batch is not its first axis",
+            f"give it as {_shown(('B', *(d for d in dims if d != 'B')))}, and swap the axes where forward "
+            f"begins: {name} = {name}.transpose(0, {dims.index('B')})",
+        )
+    moving = [axis for axis, dim in enumerate(dims) if isinstance(dim, str) and dim != "B"]
+    fits = len(dims) == len(shape) and len(moving) <= 1 and (dims[:1] == ("B",) or shape[:1] != (batch,))
+    for dim, size in zip(dims, shape, strict=False):
+        whole = isinstance(dim, str) and (dim == "B" or (steps_of(dim) > 0 and size % steps_of(dim) == 0))
+        fits = fits and (whole or (type(dim) is int and dim == size))
+    if not fits:
+        raise InputError(
+            f"{label}: dims of input {name} are {given!r}, its example has shape {shape}",
+            '"B" first, "S" second or where else its positions are, "4*S" where four of them make one step '
+            "of the stream, and the sizes of the example for all others",
+        )
+    return dims
+
+
+def _normal(dim: Any) -> Any:
+    """One dimension as it is stored: "4 * S" and "S*4" as "4*S"."""
+    if not isinstance(dim, str):
+        return dim
+    factors = sorted(dim.replace(" ", "").split("*"))
+    return (
+        symbol(int(factors[0])) if len(factors) == 2 and factors[0].isdecimal() and factors[1] == "S" else dim
+    )
+
+
+def _positions(dims: Dims, example: Tensor) -> int:
+    """Positions of the stream in an example; 0 where it has none."""
+    return sum(size // steps_of(d) for d, size in zip(dims, example.shape, strict=True) if steps_of(d))
+
+
+def _require_equal(
+    letter: str, inputs: Mapping[str, Tensor], dims: Mapping[str, Dims], free: list[str], label: str
+) -> None:
+    """Raise InputError unless all examples have one batch (letter "B"), or as many positions ("S")."""
+    if letter == "S":
+        found = {name: n for name, x in inputs.items() if (n := _positions(dims[name], x))}
+    else:
+        found = {name: x.shape[0] for name, x in inputs.items() if dims[name][:1] == ("B",)}
+    if len(set(found.values())) < 2:
+        return
+    usual = max(found.values(), key=list(found.values()).count)
+    odd = [name for name in free if letter == "S" and found[name] != usual]
+    advice = [f'"{name}": {_shown(("B", *inputs[name].shape[1:]))}' for name in odd]
+    sizes = ", ".join(f"{name} {size}" for name, size in found.items())
+    raise InputError(
+        f"{label}: {letter} differs between the example inputs: {sizes}",
+        "all inputs of one call have the same batch B and the same number of positions S"
+        + (f"; one without positions needs dims, such as {{{', '.join(advice)}}}" if odd else ""),
+    )

@@ -1,0 +1,136 @@
+"""What published models take is known, so they need no example: it is made up.
+
+So it is for a module around them whose first input is tokens: it goes into an embedding table as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..example import POSITIONAL, parameters, result_of, shadow
+from ..loaded import Dims
+from ..signature import Signature, Slot, UserValue
+from . import tirex
+from .large import full_precision_norms
+
+LENGTH = 16  # positions of a made-up example
+
+
+@dataclass(frozen=True)
+class Known:
+    """A module with an example that was made up for it.
+
+    Attributes:
+        module: the module that is exported.
+        signature, inputs: how its forward takes which inputs.
+        output: name of an output without a key.
+        dims: symbolic shape of the inputs.
+        exact, streams: as in `Loaded`.
+        note: what the user should know of it.
+    """
+
+    module: nn.Module
+    signature: Signature
+    inputs: dict[str, Tensor]
+    output: str = "y"
+    dims: dict[str, Dims] | None = None
+    exact: Callable[[nn.Module], None] | None = None
+    streams: bool = True
+    note: str = ""
+
+
+def known(module: nn.Module) -> Known | None:
+    """The module with a made-up example; None where it is not known what it takes."""
+    for cls in type(module).__mro__:
+        make = _PUBLISHED.get(f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}")
+        if make is not None:
+            return make(module)
+    return _takes_tokens(module)
+
+
+def _language_model(module: nn.Module) -> Known:
+    return Known(module, Signature((Slot("tokens"),)), _tokens(_vocabulary(module)), "logits")
+
+
+def _large(module: nn.Module) -> Known:
+    model = _language_model(module)
+    return Known(module, model.signature, model.inputs, model.output, exact=full_precision_norms)
+
+
+def _hugging_face(module: nn.Module) -> Known:
+    # Without a cache, which would be another output: the graph carries the states.
+    signature = Signature((), {"input_ids": Slot("tokens"), "use_cache": False})
+    return Known(module, signature, _tokens(_vocabulary(module)), "logits", exact=full_precision_norms)
+
+
+def _stack(module: nn.Module) -> Known:
+    width = int(module.config.embedding_dim)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)
+    return Known(module, Signature((Slot("x"),)), {"x": torch.randn(2, LENGTH, width, generator=generator)})
+
+
+def _tirex(module: nn.Module) -> Known:
+    config: Any = module.config
+    inputs = tirex.example(config.input_patch_size, streaming=False)
+    signature = Signature(tuple(Slot(name) for name in inputs))
+    return Known(
+        tirex.Forecaster(module),
+        signature,
+        inputs,
+        "quantiles",
+        exact=tirex.exact,
+        streams=False,
+        dims={name: ("B", "S", *x.shape[2:]) for name, x in inputs.items()},
+    )
+
+
+_PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
+    "xlstm.xLSTMLMModel": _language_model,
+    "xlstm.xLSTMBlockStack": _stack,
+    "xlstm.xLSTMLarge": _large,
+    "transformers.xLSTMForCausalLM": _hugging_face,
+    "transformers.xLSTMModel": _hugging_face,
+    "tirex.TiRexZero": _tirex,
+}
+
+
+def _vocabulary(module: nn.Module) -> int:
+    return int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
+
+def _tokens(vocabulary: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"tokens": torch.randint(0, vocabulary, (2, LENGTH), generator=generator)}
+
+
+def _takes_tokens(module: nn.Module) -> Known | None:
+    """A module whose only needed input goes into an embedding table as it is."""
+    wanted = [p for p in parameters(module) if p.default is inspect.Parameter.empty]
+    tables = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+    if len(wanted) != 1 or wanted[0].kind not in POSITIONAL or not tables:
+        return None
+    (tokens,) = _tokens(min(tables)).values()
+    copy = shadow(module)
+    read: list[int] = []
+
+    def look(table: nn.Module, args: tuple[UserValue, ...]) -> None:
+        if isinstance(table, nn.Embedding) and args and args[0] is tokens:
+            read.append(table.num_embeddings)
+
+    for part in copy.modules():
+        part.register_forward_pre_hook(look)
+    if not result_of(copy, (tokens,), {}) or not read:
+        return None
+    name = wanted[0].name
+    return Known(
+        module,
+        Signature((Slot(name),)),
+        {name: _tokens(min(read))["tokens"]},
+        note=f"no example was given: {name} goes into an embedding table, so it is tokens below {min(read)}",
+    )

@@ -13,7 +13,7 @@ import numpy as np
 
 from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
 from xlstm_export.inputs import Arrays, length_of, per_position
-from xlstm_export.load.user_code import load_function
+from xlstm_export.load.user_code import described, load_function
 from xlstm_export.specs import IoSpec, Json, JsonMapping, TensorSpec
 
 PICTURE = (
@@ -293,6 +293,6 @@ def _items(spec: str) -> Iterable[Any]:
         raise
     except Exception as error:
         raise InputError(
-            f"{spec} raised {type(error).__name__}: {error}",
+            f"{spec} raised {described(error)}",
             "it takes no arguments and returns an iterable of dicts of input name → array",
         ) from error

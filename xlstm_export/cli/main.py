@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from dataclasses import replace
@@ -36,6 +37,8 @@ from .common import (
     stage_options,
 )
 from .console import Commands, emit, no_color, open_pipe, prepare_streams, quiet_libraries, spinner
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
@@ -173,9 +176,19 @@ def main(args: list[str] | None = None) -> None:
         click.echo("interrupted; nothing was left under the final name", err=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        hint = "this is a bug in xlstm-export; please report it with the output of --debug"
-        _show_error(f"unexpected {type(error).__name__}: {error}", hint, color)
+        log.debug("not expected", exc_info=True)
+        _show_error(*_unexpected(error), color)
         sys.exit(ExportError.exit_code)
+
+
+def _unexpected(error: Exception) -> tuple[str, str]:
+    """Message and hint of an exception that no stage expected."""
+    from ..load.user_code import comes_from_user, described
+
+    if comes_from_user(error):
+        return f"your code raised {described(error)}", "--debug shows the traceback"
+    hint = "this is a bug in xlstm-export; please report it with the output of --debug"
+    return f"unexpected {type(error).__name__}: {error}", hint
 
 
 def _show_error(message: str, hint: str | None, color: bool | None) -> None:

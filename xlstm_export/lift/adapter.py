@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -255,12 +256,16 @@ def _original_runs(module: nn.Module, args: tuple[UserValue, ...], kwargs: Mappi
     def single(x: UserValue) -> UserValue:
         return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
+    watched = sys.getprofile()
+    sys.setprofile(None)  # what the original calls is not what is exported
     try:
         with torch.no_grad():
             original(*rebuilt(args, single), **rebuilt(dict(kwargs), single))
     except Exception:
         log.debug("the original fails as well", exc_info=True)
         return False
+    finally:
+        sys.setprofile(watched)
     return True
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..distance import difference
 from ..errors import BuildError, ExportError
 from ..load.signature import Call, rebuilt
+from ..load.user_code import described
 from .adapter import AdapterFunction, adapter_name, run_alone
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def check_adapters(
             raise
         except Exception as error:
             raise BuildError(
-                f"{where} built a module that fails where the original runs: {type(error).__name__}: {error}",
+                f"{where} built a module that fails where the original runs: {described(error)}",
                 "its forward must take the same arguments as the original's",
             ) from error
         _compare(where, "", call.result, found)

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from ..errors import BuildError
 from ..load.loaded import Dims
+from ..load.user_code import described
 from ..ops import bodies as functions
 from ..specs import StateSpec
 
@@ -92,9 +93,8 @@ def torch_to_ir(
         if isinstance(cause, BuildError):
             raise cause from None
         _refuse_free_length(traced, example, dims)
-        details = " ".join(line.strip() for line in str(cause).splitlines() if line.strip())
         raise BuildError(
-            f"tracing failed: {type(cause).__name__}: {details[:400]}",
+            f"tracing failed: {described(cause)}",
             "forward must not branch on tensor values; --debug shows where it stopped",
         ) from error
 

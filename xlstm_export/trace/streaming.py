@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from ..distance import difference
-from ..errors import BuildError, ExportError
+from ..errors import BuildError, UserCodeError
 from ..inputs import Arrays, cut, has_positions, length_of, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
@@ -46,9 +46,7 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
     length, first = LENGTH, FIRST
     try:
         whole = session.prefill(inputs)
-    except ExportError:
-        raise
-    except Exception:  # forward may not take this length; the example's it does
+    except UserCodeError:  # forward may not take this length; the example's it does
         log.debug("forward does not take %d positions", LENGTH, exc_info=True)
         inputs = rows_of({name: x.numpy() for name, x in loaded.inputs.items()}, session.io, slice(0, 2))
         length = length_of(inputs, session.io.inputs)
@@ -73,11 +71,9 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
 def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays:
     try:
         return session.prefill(cut(inputs, session.io, start, end))
-    except ExportError:
-        raise
-    except Exception as error:
+    except UserCodeError as error:
         raise BuildError(
-            f"forward fails on a piece of {end - start} positions: {type(error).__name__}: {error}",
+            error.message.replace("fails", f"fails on a piece of {end - start} positions", 1),
             f"a stream comes in pieces of any length, also of one position; {HINT}",
         ) from error
 

@@ -17,7 +17,7 @@ from ..example import Given, given, parameters, signature_of, what_to_return
 from ..loaded import Dims, Loaded, context_length, nothing
 from ..signature import UserValue
 from ..slstm_backends import call_factory, without_cuda
-from ..user_code import load_function
+from ..user_code import described, load_function
 from ..weights import check_finite
 from .known import Known, known
 from .own_weights import load_weights
@@ -126,7 +126,7 @@ def _call_factory(spec: str) -> Given:
         raise
     except Exception as error:
         raise InputError(
-            f"--module {spec}: the factory raised {type(error).__name__}: {error}",
+            f"--module {spec}: the factory raised {described(error)}",
             _NO_CUDA if _wants_cuda(error) else "call it by itself to see where; --debug shows the traceback",
         ) from error
     return given(result, f"--module {spec}")

@@ -69,7 +69,9 @@ def load_live(module: nn.Module, example: UserValue = None, dims: Mapping[str, D
 def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | None = None) -> Loaded:
     """A module with its example inputs and their dims, checked."""
     # Tracing happens on the CPU in float32, whatever device and type the factory chose.
-    module = made.module.eval().cpu()
+    module = made.module
+    module.eval()  # not chained: a `train` of the user's own may return nothing
+    module = module.cpu()
     without_cuda(module)
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()

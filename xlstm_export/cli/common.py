@@ -53,12 +53,12 @@ class Source:
 
         Where no model is named, it is the one that the run folder records.
         """
-        source = self
-        if self.checkpoint is None and self.module is None:
-            origin = run.origin
-            weights = self.weights or origin.get("weights")
-            source = Source(origin.get("checkpoint"), origin.get("module"), weights)
-        loaded = source.load(run.options.stateless)
+        if self.checkpoint is not None or self.module is not None:
+            loaded = self.load(run.options.stateless)
+        else:
+            from ..pipeline.recorded import load_recorded
+
+            loaded = load_recorded(run, self.weights)
         if note := loaded.differs_from(run.manifest.get("checkpoint_sha256", {})):
             click.echo(note, err=True)
         return loaded

@@ -18,6 +18,7 @@ from ..errors import InputError
 from .signature import Call, Signature
 from .weights import Weights
 
+PATHS = ("checkpoint", "weights")  # entries of `Loaded.origin` that are paths
 Dims = tuple[int | str, ...]
 IN_MEMORY = "module"  # name of the hash of a module that no file stores
 SHOWN = 4  # differences of each kind that an error lists
@@ -118,6 +119,11 @@ class Loaded:
         if self.signature is None:
             return tuple(tensors[name] for name in self.inputs), {}
         return self.signature.bind(tensors)
+
+    @property
+    def origin_absolute(self) -> dict[str, str]:
+        """The paths of the origin as absolute ones, recorded beside those that were given."""
+        return {name: str(Path(path).resolve()) for name, path in self.origin.items() if name in PATHS}
 
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""

@@ -263,15 +263,9 @@ class Run:
     @property
     def _model(self) -> Loaded:
         if self._loaded is None:
-            from ..load.checkpoint import load
+            from .recorded import load_recorded
 
-            run = self._folder
-            if not run.origin:
-                raise UsageError(
-                    f"{self.path} was exported from a module in memory", "keep the Run that export returned"
-                )
-            names = (run.origin.get(key) for key in ("checkpoint", "module", "weights"))
-            self._loaded = load(*names, stateless=run.options.stateless)
+            self._loaded = load_recorded(self._folder)
         return self._loaded
 
 

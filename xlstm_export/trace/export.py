@@ -97,6 +97,7 @@ def export(
                 "command": context.command,
                 "model": loaded.name,
                 "origin": loaded.origin,
+                "origin_absolute": loaded.origin_absolute,
                 "notes": list(loaded.notes),
                 "checkpoint_sha256": loaded.sha256,
                 "context_length": loaded.context_length,

@@ -110,6 +110,16 @@ def place_here() -> str:
     return _place(traceback.walk_stack(sys._getframe(1)), "user")
 
 
+def instruction_here() -> tuple[str, int, int] | None:
+    """File, line and instruction of the user's code, or of a package of theirs, that is running."""
+    frames = [*traceback.walk_stack(sys._getframe(1))]
+    for kind in ("user", "package"):
+        for frame, line in frames:
+            if _kind(frame) == kind:
+                return frame.f_code.co_filename, line, frame.f_lasti
+    return None
+
+
 def comes_from_user(error: BaseException) -> bool:
     """Whether an exception was raised in the user's own code, or by a library that it called directly."""
     return _raiser(error, None) == "user"

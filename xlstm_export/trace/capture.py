@@ -13,12 +13,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import BuildError
 from ..load.loaded import Dims
-from ..load.user_code import described
+from ..load.user_code import described, place_of
 from ..ops import bodies as functions
 from ..specs import StateSpec
+from .input_checks import InputChecks
 
 OPERATOR = type(torch.ops.aten.add.Tensor)
 # Operators without side effects that translate to the same nodes as their decomposition. These are the ones
@@ -62,11 +64,13 @@ def torch_to_ir(
             which it can be.
     """
 
+    checks: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
     def traced(dims: Mapping[str, Dims]) -> ir.Model:
         dynamic = torch.export.Dim.DYNAMIC
         free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
         named = [dict.fromkeys(axes, dynamic) for axes in free]
-        with quiet(), torch.no_grad(), _decomposed_where_needed():
+        with quiet(), torch.no_grad(), _decomposed_where_needed(), checks:
             program = torch.onnx.export(
                 wrapper,
                 (*example, *past),
@@ -87,22 +91,51 @@ def torch_to_ir(
     except BuildError:
         raise
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, BuildError):
-            raise cause from None
-        _refuse_free_length(traced, example, dims)
-        raise BuildError(
-            f"tracing failed: {described(cause)}",
-            "forward must not branch on tensor values; --debug shows where it stopped",
-        ) from error
+        if not isinstance(_cause(error), GuardOnDataDependentSymNode):
+            raise _refused(error, traced, example, dims) from error
+    checks = InputChecks(lambda: wrapper(*example, *past))
+    try:
+        return traced(dims)
+    except Exception as error:
+        raise _refused(error, traced, example, dims) from error
 
 
-def _refuse_free_length(
+def _cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _cause(error.__cause__)
+
+
+def _refused(
+    error: Exception,
+    traced: Callable[[Mapping[str, Dims]], ir.Model],
+    example: tuple[Tensor, ...],
+    dims: Mapping[str, Dims],
+) -> BuildError:
+    """What stopped torch's exporter, or the dims with which it can trace."""
+    cause = _cause(error)
+    if isinstance(cause, BuildError):
+        return cause
+    return _fixed_length(traced, example, dims) or _untraceable(cause)
+
+
+def _untraceable(cause: BaseException) -> BuildError:
+    """What stopped torch's exporter, with the line of the user's code."""
+    if isinstance(cause, GuardOnDataDependentSymNode):
+        place = place_of(cause)
+        return BuildError(
+            "forward decides on the values of a tensor, which a graph cannot" + (place and f": {place}"),
+            "choose with torch.where, or mask; leave out a mere check of the inputs where a graph is made: "
+            "`if not torch.compiler.is_exporting() and ...`",
+        )
+    return BuildError(
+        f"tracing failed: {described(cause)}",
+        "forward must not depend on the values of tensors; --debug shows where it stopped",
+    )
+
+
+def _fixed_length(
     traced: Callable[[Mapping[str, Dims]], ir.Model], example: tuple[Tensor, ...], dims: Mapping[str, Dims]
-) -> None:
-    """Raise BuildError with the dims to declare, where tracing succeeds for the example's positions."""
+) -> BuildError | None:
+    """The dims to declare, where tracing succeeds for the example's positions."""
     fixed: dict[str, Dims] = {
         name: tuple(
             size if isinstance(d, str) and d != "B" else d for d, size in zip(given, x.shape, strict=True)
@@ -111,13 +144,13 @@ def _refuse_free_length(
     }
     changed = [name for name in dims if fixed[name] != tuple(dims[name])]
     if not changed:
-        return
+        return None
     try:
         traced(fixed)
     except Exception:
-        return
+        return None
     shown = ", ".join(f'"{name}": ("B", {", ".join(map(str, fixed[name][1:]))})' for name in changed)
-    raise BuildError(
+    return BuildError(
         "forward cannot be traced for any number of positions, only for the example's: a Python loop over "
         "the positions, or a size that is computed from their number",
         f"declare that number: {{{shown}}} as the third element that the factory returns (dims=); then "

@@ -1,0 +1,84 @@
+"""A forward that decides on values: checks of the inputs are left out of the graph, all else is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import own_models
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_export.errors import BuildError
+from xlstm_export.load import checkpoint
+from xlstm_export.trace.export import export
+
+
+class Checks(own_models.Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        assert torch.isfinite(x).all(), "not finite"
+        if (x.abs() > 1e6).any():
+            print("large")
+        if bool(torch.any(torch.isnan(x))) or not (x < 1e7).all():
+            raise ValueError("beyond its range")
+        return super().forward(x)
+
+
+class Repairs(own_models.Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            x = torch.nan_to_num(x)
+        return super().forward(x)
+
+
+class ReportsOrRepairs(own_models.Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            print("NaN")
+        else:
+            x = x + 1
+        return super().forward(x)
+
+
+class Loops(own_models.Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        while (x.abs() > 10).any():
+            x = x / 2
+        return super().forward(x)
+
+
+class RepairsOutside(own_models.Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting() and torch.isnan(x).any():
+            x = torch.nan_to_num(x)
+        return super().forward(x)
+
+
+def exported(cls: type[own_models.Twice], out: Path) -> None:
+    torch.manual_seed(0)
+    module = cls().eval()
+    x = torch.randn(2, 6, own_models.WIDTH)
+    export(checkpoint.load_live(module, x), out)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    feed = {"x": x.numpy()}
+    for node in session.get_inputs()[1:]:
+        feed[node.name] = np.zeros((2, *node.shape[1:]), np.float32)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    np.testing.assert_allclose(session.run(["y"], feed)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [Checks, RepairsOutside])
+def test_checks_of_the_inputs_are_left_out(cls: type[own_models.Twice], tmp_path: Path) -> None:
+    exported(cls, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cls", [Repairs, ReportsOrRepairs, Loops])
+def test_other_decisions_are_refused_with_their_line(cls: type[own_models.Twice], tmp_path: Path) -> None:
+    line = cls.forward.__code__.co_firstlineno + 1
+    with pytest.raises(BuildError, match=rf"decides on the values .*test_input_checks.py:{line}") as caught:
+        exported(cls, tmp_path / "out")
+    assert "torch.compiler.is_exporting()" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

@@ -127,3 +127,29 @@ def test_io_that_describes_no_graph(
 def test_state_saved_into_a_folder_that_is_not_there(small_export: Path, tmp_path: Path) -> None:
     with refused(SetupError, "nowhere", "cannot be written"):
         sessions.save_state(sessions.OrtSession(small_export), tmp_path / "nowhere" / "state.npz")
+
+
+def linked(source: Path, folder: Path) -> Path:
+    """A folder of links into a store with other names, as caches of downloads have it."""
+    store = folder / "store"
+    store.mkdir(parents=True)
+    (folder / "run").mkdir()
+    for number, file in enumerate(sorted(path for path in source.iterdir() if path.is_file())):
+        shutil.copy(file, store / f"blob{number}")
+        (folder / "run" / file.name).symlink_to(f"../store/blob{number}")
+    return folder / "run"
+
+
+def test_files_that_are_links_are_refused_by_name(small_export: Path, tmp_path: Path) -> None:
+    run = linked(small_export, tmp_path)
+    with refused(InputError, "model.onnx is a symbolic link", f"cp -rL {run} COPY"):
+        sessions.OrtSession(run)
+    shutil.copytree(run, tmp_path / "copy", symlinks=False)  # the advice
+    with sessions.OrtSession(tmp_path / "copy") as session:
+        session.prefill({"tokens": [[1, 2]]})
+
+
+def test_a_link_to_the_whole_folder_works(small_export: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(small_export)
+    with sessions.OrtSession(tmp_path / "link") as session:
+        session.prefill({"tokens": [[1, 2]]})

@@ -80,10 +80,12 @@ class RunFolder:
         """Read the manifest and io.json.
 
         Raises:
-            InputError: it is not a run folder, or one of the two files is damaged.
+            InputError: it is not a run folder, one of the two files is damaged, or the weights are a link to
+                another folder.
         """
         path = Path(folder)
         manifest = read_manifest(path)
+        _refuse_links(path)
         return RunFolder(path, manifest, read_io(path), RunOptions.from_json(manifest.get("options", {})))
 
     @staticmethod
@@ -143,6 +145,21 @@ class RunFolder:
     def hashes(self) -> Json:
         """Name → hash and size of each file now; see `hashes`."""
         return hashes(self.path)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise InputError where graph or weights are links out of the folder, as caches of downloads have them.
+
+    ONNX and ONNX Runtime read external data from the graph's own folder only, so that a model cannot name
+    files of its reader. A link to the whole folder is fine.
+    """
+    for name in (MODEL, MODEL_DATA):
+        file = folder / name
+        if file.is_symlink() and file.resolve().parent != folder.resolve():
+            raise InputError(
+                f"{file} is a symbolic link to another folder, which ONNX Runtime does not follow",
+                f"copy the files themselves: cp -rL {folder} COPY",
+            )
 
 
 def write_manifest(folder: Path, entries: Json) -> None:

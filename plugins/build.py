@@ -107,7 +107,8 @@ def build(
     manifests = {kind: _manifest(kind, tools, sources) for kind in wanted}
     folders = {kind: cache_folder() / f"{kind}-{_key(manifest)}" for kind, manifest in manifests.items()}
     with _one_at_a_time():
-        missing = [kind for kind in wanted if not (folders[kind] / KINDS[kind].library).is_file()]
+        fine = {b.path for kind in wanted for b in sources.cached(kind) if not b.problem}
+        missing = [kind for kind in wanted if folders[kind] / KINDS[kind].library not in fine]
         if missing:
             with tempfile.TemporaryDirectory(prefix="xlstm-plugins-") as temporary:
                 _compile(missing, tools, sources, Path(temporary), progress)

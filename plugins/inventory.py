@@ -34,7 +34,8 @@ class Entry:
 
 def inventory(sources: Sources = OWN) -> list[Entry]:
     """Every library in the cache, kind by kind, the newest first; `sources` decide which are current."""
-    return [Entry(built, loading_problem(built.path)) for kind in KINDS for built in sources.cached(kind)]
+    found = [built for kind in KINDS for built in sources.cached(kind)]
+    return [Entry(built, built.problem or loading_problem(built.path)) for built in found]
 
 
 def loading_problem(path: Path) -> str:

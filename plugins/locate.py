@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +78,14 @@ class Built:
     Attributes:
         manifest: what `build` recorded of it.
         current: it was made of the sources as they are now, for this kind of machine.
+        problem: why it must not be loaded: it is not what was built, or others may change it; else empty.
     """
 
     kind: str
     path: Path
     manifest: dict[str, object]
     current: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Sources:
             if not Path(given).is_file():
                 raise SetupError(f"{variable} names {given}, which is no file", f"unset {variable}")
             return Path(given).resolve()
-        return next((built.path for built in self.cached(kind) if built.current), None)
+        return next((b.path for b in self.cached(kind) if b.current and not b.problem), None)
 
     def cached(self, kind: str) -> Iterator[Built]:
         """Every library of a kind in the cache, the newest first."""
@@ -127,9 +131,10 @@ class Sources:
             try:
                 manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
                 current = (manifest["sources"], manifest["machine"]) == (sources, machine())
+                problem = _problem(folder / name, manifest)
             except (OSError, ValueError, KeyError, TypeError):  # damaged, or being removed
                 continue
-            yield Built(kind, folder / name, manifest, current)
+            yield Built(kind, folder / name, manifest, current, problem)
 
     def has(self, kind: str) -> bool:
         """Whether every pattern of a kind finds something; a kind may be left out of an installation."""
@@ -178,9 +183,35 @@ def _variable(kind: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export."""
+    """Where built libraries are kept; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export.
+
+    A user without a home, such as a service in a container, has a folder among the temporary files.
+    """
     given = os.environ.get("XLSTM_EXPORT_CACHE")
-    return (Path(given) if given else Path.home() / ".cache" / "xlstm_export") / "plugins"
+    if given:
+        return Path(given) / "plugins"
+    try:
+        home = Path.home() / ".cache" / "xlstm_export"
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"xlstm_export-{os.getuid()}"
+    return home / "plugins"
+
+
+def _problem(library: Path, manifest: Mapping[str, object]) -> str:
+    """Why a library in the cache must not be loaded; empty if it may be.
+
+    Loading it runs its code, and a truncated one ends the process. So its bytes must be those that were
+    built, and nobody else may be able to replace them.
+    """
+    for path in (library, library.parent, library.parent.parent):
+        about = path.stat()
+        if about.st_uid not in (0, os.getuid()):
+            return f"{path} belongs to another user"
+        if about.st_mode & stat.S_IWOTH:
+            return f"{path} can be written by everyone"
+    if hashlib.sha256(library.read_bytes()).hexdigest() != manifest["sha256"]:
+        return f"{library} is not what was built: truncated or replaced"
+    return ""
 
 
 def machine() -> str:

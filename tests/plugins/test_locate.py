@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mini_project
 import pytest
 from places import ROOT
-from xlstm_export.plugins import locate
+from xlstm_export.plugins import inventory, locate
 from xlstm_export.plugins.locate import OWN, Sources
 
 from xlstm_export.errors import SetupError, UsageError
@@ -30,7 +33,9 @@ def put(folder: Sources, key: str, *, age: int = 0, kind: str = KIND, **manifest
     """A library in the cache as `build` leaves it, `age` seconds old."""
     place = locate.cache_folder() / f"{kind}-{key}"
     place.mkdir(parents=True)
-    entries = {"kind": kind, "sources": folder.hash(kind), "machine": locate.machine(), **manifest}
+    digest = hashlib.sha256(b"").hexdigest()
+    entries = {"kind": kind, "sources": folder.hash(kind), "machine": locate.machine(), "sha256": digest}
+    entries |= manifest
     (place / locate.MANIFEST).write_text(json.dumps(entries))
     library = place / locate.KINDS[kind].library
     library.touch()
@@ -154,3 +159,45 @@ def test_every_included_file_is_part_of_the_key(kind: str, command: str) -> None
     ours = {path.resolve() for path in listed if path.resolve().is_relative_to(OWN.root)}
     assert ours <= set(OWN.files(kind))
     assert set(compiled) <= ours
+
+
+@pytest.mark.parametrize("fault", ["truncated", "replaced", "written by everyone", "in a folder of everyone"])
+def test_a_library_that_may_not_be_ours_is_not_loaded(sources: Sources, fault: str) -> None:
+    library = put(sources, "a", sha256=hashlib.sha256(b"built").hexdigest())
+    library.write_bytes(b"built")
+    assert sources.find(KIND) == library
+    if fault == "truncated":
+        library.write_bytes(b"bui")
+    elif fault == "replaced":
+        library.write_bytes(b"other")
+    elif fault == "written by everyone":
+        library.chmod(0o666)
+    else:
+        library.parent.chmod(0o777)
+    assert sources.find(KIND) is None
+    (built,) = sources.cached(KIND)
+    assert str(library.parent) in built.problem
+    (entry,) = inventory.inventory(sources)
+    assert entry.problem == built.problem  # it was not loaded to find that out
+
+
+def test_a_library_of_another_user(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(sources, "a")
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    found = sources.find(KIND)
+    assert found is None or owner == 0  # what belongs to root is trusted
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No HOME, and no entry in the password file."""
+
+    def missing(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XLSTM_EXPORT_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", missing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert locate.cache_folder() == tmp_path / f"xlstm_export-{os.getuid()}" / "plugins"
+    assert OWN.find(KIND) is None

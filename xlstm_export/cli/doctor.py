@@ -112,6 +112,9 @@ def _recurrences() -> Finding:
         return Finding(name, "missing", error.message, error.hint)
     if library is None:
         command = "xlstm-export plugins build --only ort-cpu"
+        for built in locate.OWN.cached("ort-cpu"):
+            if built.current and built.problem:
+                return Finding(name, "missing", f"not loaded: {built.problem}", f"remove it, then {command}")
         return Finding(
             name, "optional", "function bodies of standard operators: correct, but slower", command
         )

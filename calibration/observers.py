@@ -28,7 +28,7 @@ from xlstm_export import atomic, runfolder
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import observed_tensors
-from xlstm_export.inputs import cut
+from xlstm_export.inputs import batch_of, cut, rows_of
 from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions.cpu.observed_graph import ObservedGraph
@@ -63,8 +63,8 @@ class _Run:
 
     def batch(self, rows: slice) -> None:
         """Stream some sequences from a fresh state to their end."""
-        inputs = {name: array[rows] for name, array in self.data.inputs.items()}
-        count = next(iter(inputs.values())).shape[0]
+        inputs = rows_of(self.data.inputs, self.graph.io, rows)
+        count = batch_of(inputs, self.graph.io.inputs)
         length = self.data.length(self.graph.io)
         self.graph.reset(count)
         self.position_bytes = 0

@@ -13,7 +13,7 @@ from xlstm_export.calibration import overlap
 from xlstm_export.calibration.sources import Reader
 
 from xlstm_export.errors import InputError, UsageError
-from xlstm_export.inputs import Arrays, has_positions, length_of, piece
+from xlstm_export.inputs import Arrays, batch_of, has_positions, length_of, piece, rows_of
 from xlstm_export.load.made_up import random_inputs
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.specs import IoSpec, Json, TensorSpec
@@ -40,6 +40,7 @@ class CalibrationSet:
         seed: that chose the sequences, or made them up.
         random: made up, not data; ranges from it are good for tests of speed only.
         notes: what a user should know about how the data was read.
+        shared: names of the inputs that have no rows, because all streams share them.
     """
 
     inputs: Arrays
@@ -47,11 +48,12 @@ class CalibrationSet:
     seed: int = 0
     random: bool = False
     notes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:
         """N, sequences."""
-        return int(next(iter(self.inputs.values())).shape[0])
+        return next((int(x.shape[0]) for name, x in self.inputs.items() if name not in self.shared), 1)
 
     def length(self, io: IoSpec) -> int:
         """S, positions per sequence; 1 for a model without positions."""
@@ -154,8 +156,8 @@ def load(
     sequences = _joined([_windows(part, io, length, str(source)) for part in read.parts], io, str(source))
     if length is None:
         sequences = _cut_single(sequences, io)
-    chosen = _chosen(sequences, samples, selection.seed, str(source))
-    data = CalibrationSet(chosen, read.name, selection.seed, notes=read.notes)
+    chosen = _chosen(sequences, io, samples, selection.seed, str(source))
+    data = CalibrationSet(chosen, read.name, selection.seed, notes=read.notes, shared=_shared(io))
     _check_size(data, io, str(source))
     if avoid is not None:
         heldout = reader.read(avoid, SAMPLES)
@@ -175,9 +177,13 @@ def random_set(loaded: Loaded, io: IoSpec, selection: Selection = Selection()) -
     samples = 4 if selection.samples is None else selection.samples
     length = 512 if selection.length is None else selection.length
     inputs = random_inputs(loaded, io, samples, length, np.random.default_rng(seed))
-    data = CalibrationSet(inputs, "random", seed, random=True)
+    data = CalibrationSet(inputs, "random", seed, random=True, shared=_shared(io))
     _check_size(data, io, "the random set")
     return data
+
+
+def _shared(io: IoSpec) -> tuple[str, ...]:
+    return tuple(spec.name for spec in io.inputs if not spec.batched)
 
 
 def content_hash(arrays: Arrays) -> str:
@@ -228,7 +234,7 @@ def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
     if len(parts) == 1:
         return parts[0]
     lengths = [length_of(part, io.inputs) for part in parts]
-    rows = [next(iter(part.values())).shape[0] for part in parts]
+    rows = [batch_of(part, io.inputs) for part in parts]
     before = sum(n * s for n, s in zip(rows, lengths, strict=True))
     lost = 1 - min(lengths) * sum(rows) / before
     if lost > MAX_CUT:
@@ -239,6 +245,8 @@ def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
         )
     return {
         spec.name: np.concatenate([piece(part[spec.name], spec, 0, min(lengths)) for part in parts])
+        if spec.batched
+        else parts[0][spec.name]
         for spec in io.inputs
     }
 
@@ -246,14 +254,14 @@ def _joined(parts: list[Arrays], io: IoSpec, where: str) -> Arrays:
 def _cut_single(sequences: Arrays, io: IoSpec) -> Arrays:
     """One sequence longer than LENGTH → equal windows of at most that."""
     positions = length_of(sequences, io.inputs)
-    if next(iter(sequences.values())).shape[0] > 1 or positions <= LENGTH:
+    if batch_of(sequences, io.inputs) > 1 or positions <= LENGTH:
         return sequences
     return _windows(sequences, io, positions // -(-positions // LENGTH), "")
 
 
-def _chosen(sequences: Arrays, samples: int | None, seed: int, where: str) -> Arrays:
+def _chosen(sequences: Arrays, io: IoSpec, samples: int | None, seed: int, where: str) -> Arrays:
     """`samples` of the sequences, in their order."""
-    available = next(iter(sequences.values())).shape[0]
+    available = batch_of(sequences, io.inputs)
     if samples is not None and samples > available:
         raise InputError(
             f"{where} gives {available} sequences, {samples} were asked for",
@@ -261,7 +269,7 @@ def _chosen(sequences: Arrays, samples: int | None, seed: int, where: str) -> Ar
         )
     wanted = min(samples or SAMPLES, available)
     rows = np.sort(np.random.default_rng(seed).choice(available, wanted, replace=False))
-    return {name: np.ascontiguousarray(array[rows]) for name, array in sequences.items()}
+    return {name: np.asarray(x, order="C") for name, x in rows_of(sequences, io, rows.tolist()).items()}
 
 
 def _check_size(data: CalibrationSet, io: IoSpec, where: str) -> None:

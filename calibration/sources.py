@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
-from xlstm_export.inputs import Arrays, length_of, per_position
+from xlstm_export.inputs import Arrays, batch_of, length_of, per_position
 from xlstm_export.load.user_code import described, load_function
 from xlstm_export.specs import IoSpec, Json, JsonMapping, TensorSpec
 
@@ -147,7 +147,7 @@ class Reader:
                 )
             arrays = self.fit(item, f"{spec}, item {index}")
             yield arrays
-            count += next(iter(arrays.values())).shape[0]
+            count += batch_of(arrays, self.io.inputs)
             if count >= rows:
                 return
         if not count:

@@ -35,7 +35,7 @@ def piece(array: np.ndarray, spec: TensorSpec, start: int, end: int) -> np.ndarr
 def cut(inputs: Mapping[str, np.ndarray], io: IoSpec, start: int, end: int) -> Arrays:
     """Positions start … end - 1; an input without positions is passed on whole, in every piece."""
     return {
-        spec.name: np.ascontiguousarray(piece(inputs[spec.name], spec, start, end))
+        spec.name: np.asarray(piece(inputs[spec.name], spec, start, end), order="C")
         if per_position(spec)
         else inputs[spec.name]
         for spec in io.inputs
@@ -51,6 +51,11 @@ def length_of(arrays: Mapping[str, np.ndarray], specs: Iterable[TensorSpec]) -> 
 def joined(parts: Sequence[np.ndarray], spec: TensorSpec) -> np.ndarray:
     """One tensor of consecutive calls: joined along its positions; without them that of the last call."""
     return parts[-1] if spec.time_axis is None else np.concatenate(parts, axis=spec.time_axis)
+
+
+def batch_of(arrays: Mapping[str, np.ndarray], specs: Iterable[TensorSpec]) -> int:
+    """Rows of the arrays; 1 where all streams share all of them."""
+    return next((int(arrays[x.name].shape[0]) for x in specs if x.batched), 1)
 
 
 def rows_of(arrays: Mapping[str, np.ndarray], io: IoSpec, rows: slice | list[int]) -> Arrays:

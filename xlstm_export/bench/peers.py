@@ -83,7 +83,7 @@ def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
     from ..lift.adapter import run_lifted
 
     lifted = lift_model(loaded)
-    given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in one.items()}
+    given = {name: torch.from_numpy(np.asarray(x, order="C")) for name, x in one.items()}
     args, kwargs = loaded.call(
         {name: x.to(torch.float32) if x.is_floating_point() else x for name, x in given.items()}
     )

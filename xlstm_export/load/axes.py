@@ -9,8 +9,10 @@ takes show the patch length, or that another axis has the positions.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,11 +58,11 @@ def axes_of(
     batch = _batch(inputs, declared)
     dims = {name: _symbolic(name, x, declared.get(name), batch, label) for name, x in inputs.items()}
     free = [name for name in inputs if name not in declared and len(dims[name]) > 1]
-    _require_equal("B", inputs, dims, free, label)
-    _require_equal("S", inputs, dims, free, label)
+    search = _Search(module, signature, inputs, dims, free)
+    _require_equal(search, label)
     if not free:
         return Axes(dims)
-    found = list(itertools.islice(_Search(module, signature, inputs, dims, free).accepted(), 3))
+    found = list(itertools.islice(search.accepted(), 3))
     if not found or found[0] == dims:
         return Axes(dims)  # with nothing found, lifting and tracing have clearer messages
     _require_clear(found, inputs, free, label)
@@ -79,17 +81,25 @@ class _Search:
         dims: Mapping[str, Dims],
         free: list[str],
     ) -> None:
-        self._module, self._signature, self._inputs = shadow(module), signature, inputs
-        self._dims, self._free = dims, free
-        self._base = self._sizes(inputs)
+        self._module, self._signature, self._free = module, signature, free
+        self.inputs, self.dims = inputs, dims
+
+    @cached_property
+    def _base(self) -> list[tuple[int, ...]]:
+        """Shapes of what forward returns for the example; none where it fails."""
+        return self._sizes(self.inputs)
+
+    @cached_property
+    def _copy(self) -> nn.Module:
+        return shadow(self._module)
 
     def accepted(self) -> Iterator[dict[str, Dims]]:
         """Shapes that forward agrees with, those on the second axis first."""
         if not self._base:
             return
-        rank = min(self._inputs[name].ndim for name in self._free)
+        rank = min(self.inputs[name].ndim for name in self._free)
         for axis in range(1, rank):
-            sizes = {self._inputs[name].shape[axis] for name in self._free}
+            sizes = {self.inputs[name].shape[axis] for name in self._free}
             if len(sizes) > 1:
                 continue
             length = sizes.pop()
@@ -100,20 +110,42 @@ class _Search:
                 if axis == 1:
                     return
 
+    def advice(self, positions: Mapping[str, int]) -> str:
+        """What to declare where the examples have different lengths: what forward agrees with, if anything.
+
+        Args:
+            positions: of each input that has any.
+        """
+        usual = max(positions.values(), key=list(positions.values()).count)
+        odd = [name for name in self._free if positions[name] != usual]
+        if not odd:
+            return ""
+        sides = {name: ("B", *self.inputs[name].shape[1:]) for name in odd}
+        options = [(sides, usual)]
+        most = math.gcd(*positions.values())
+        for length in (n for n in range(most, 1, -1) if most % n == 0):
+            at = {n: symbol(positions[n] // length) for n in self._free}
+            options.append(({n: ("B", at[n], *self.inputs[n].shape[2:]) for n in self._free}, length))
+        fitting = [
+            dims for dims, length in options if self._base and self._agrees({**self.dims, **dims}, length)
+        ]
+        shown = [", ".join(f'"{n}": {_shown(d)}' for n, d in dims.items()) for dims in fitting or [sides]]
+        return f"; return dims as the third element, such as {{{shown[0]}}}"
+
     def _with(self, axis: int, steps: int) -> dict[str, Dims]:
         def shape(x: Tensor) -> Dims:
             return ("B", *x.shape[1:axis], symbol(steps), *x.shape[axis + 1 :])
 
-        return {**self._dims, **{name: shape(self._inputs[name]) for name in self._free}}
+        return {**self.dims, **{name: shape(self.inputs[name]) for name in self._free}}
 
     def _agrees(self, dims: dict[str, Dims], length: int) -> bool:
         """Whether forward takes other lengths, and every output follows them or is of a fixed size."""
-        if {_positions(d, self._inputs[name]) for name, d in dims.items()} - {0, length}:
+        if {_positions(d, self.inputs[name]) for name, d in dims.items()} - {0, length}:
             return False
         found = {length: self._base}
         for tried in (*TRIED, length - 1, length + 1, length - 2):
             if tried >= 1 and tried not in found and len(found) < 3:
-                sizes = self._sizes({n: resized(x, dims[n], tried) for n, x in self._inputs.items()})
+                sizes = self._sizes({n: resized(x, dims[n], tried) for n, x in self.inputs.items()})
                 if sizes:
                     found[tried] = sizes
                 elif tried == length + 1 and len(found) == 1:
@@ -122,7 +154,7 @@ class _Search:
 
     def _sizes(self, inputs: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
         """Shapes of the tensors that forward returns; none where it fails."""
-        found = result_of(self._module, *self._signature.bind(inputs))
+        found = result_of(self._copy, *self._signature.bind(inputs))
         return [tuple(x.shape) for _, x in leaves(found) if isinstance(x, Tensor)]
 
 
@@ -263,22 +295,16 @@ def _positions(dims: Dims, example: Tensor) -> int:
     return sum(size // steps_of(d) for d, size in zip(dims, example.shape, strict=True) if steps_of(d))
 
 
-def _require_equal(
-    letter: str, inputs: Mapping[str, Tensor], dims: Mapping[str, Dims], free: list[str], label: str
-) -> None:
-    """Raise InputError unless all examples have one batch (letter "B"), or as many positions ("S")."""
-    if letter == "S":
-        found = {name: n for name, x in inputs.items() if (n := _positions(dims[name], x))}
-    else:
-        found = {name: x.shape[0] for name, x in inputs.items() if dims[name][:1] == ("B",)}
-    if len(set(found.values())) < 2:
-        return
-    usual = max(found.values(), key=list(found.values()).count)
-    odd = [name for name in free if letter == "S" and found[name] != usual]
-    advice = [f'"{name}": {_shown(("B", *inputs[name].shape[1:]))}' for name in odd]
-    sizes = ", ".join(f"{name} {size}" for name, size in found.items())
-    raise InputError(
-        f"{label}: {letter} differs between the example inputs: {sizes}",
-        "all inputs of one call have the same batch B and the same number of positions S"
-        + (f"; one without positions needs dims, such as {{{', '.join(advice)}}}" if odd else ""),
-    )
+def _require_equal(search: _Search, label: str) -> None:
+    """Raise InputError unless all examples have one batch B, and as many positions S."""
+    rows = {name: x.shape[0] for name, x in search.inputs.items() if search.dims[name][:1] == ("B",)}
+    positions = {name: n for name, x in search.inputs.items() if (n := _positions(search.dims[name], x))}
+    for letter, found in (("B", rows), ("S", positions)):
+        if len(set(found.values())) < 2:
+            continue
+        sizes = ", ".join(f"{name} {size}" for name, size in found.items())
+        advice = search.advice(found) if letter == "S" else ""
+        raise InputError(
+            f"{label}: {letter} differs between the example inputs: {sizes}",
+            "all inputs of one call have the same batch B and the same number of positions S" + advice,
+        )

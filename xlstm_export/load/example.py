@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,12 +68,24 @@ def given(result: UserValue, label: str) -> Given:
 def what_to_return(module: nn.Module | None) -> str:
     """The hint: what a factory returns, with the names of the module's forward where it is known."""
     names = [] if module is None else [p.name for p in parameters(module) if _required(p)]
+    width = _width(module, names[0]) if module is not None and len(names) == 1 else None
     names = names or ["x"]
-    examples = ", ".join(f'"{name}": example tensor' for name in names)
+    example = "example tensor" if width is None else f"torch.zeros(2, 16, {width})"
+    examples = ", ".join(f'"{name}": {example}' for name in names)
     return (
         f"return (module, {{{examples}}}), keyed by forward's parameter names, and as a third element "
         f'{{"{names[0]}": ("B", 3, 32, 32)}} for inputs that are not (B, S, ...)'
     )
+
+
+def _width(module: nn.Module, name: str) -> int | None:
+    """Channels of a sequence that forward takes as its only input: those of one of its linear layers."""
+    widths = dict.fromkeys(m.in_features for m in module.modules() if isinstance(m, nn.Linear))
+    copy = shadow(module)
+    for width in itertools.islice(widths, 8):
+        if result_of(copy, (), {name: torch.zeros(2, 16, width)}):
+            return width
+    return None
 
 
 def parameters(module: nn.Module) -> list[inspect.Parameter]:

@@ -44,4 +44,4 @@ def _noisy(
     spread = flat.std(axis=0)
     noise = rng.standard_normal(chosen.shape) * np.where(spread > 0, spread, 1.0)
     found: np.ndarray = np.moveaxis((chosen + noise).astype(spec.dtype), front, axes)
-    return np.ascontiguousarray(found)
+    return np.asarray(found, order="C")

@@ -158,17 +158,26 @@ def names_of(places: Iterable[Place]) -> list[str]:
     return names
 
 
-def named_outputs(result: UserValue, single: str) -> dict[str, Tensor]:
+def named_outputs(
+    result: UserValue, single: str, inputs: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors that a forward returns, by name.
 
-    None, numbers, texts and objects are left out. Those of a plain tuple or list are numbered, y_0, y_1, …; a
-    tensor alone, also beside what is left out, has the name `single`.
+    None, numbers, texts and objects are left out, and inputs that are returned as they are under their own
+    names, as by a forward that adds to a dict. The tensors of a plain tuple or list are numbered, y_0, y_1,
+    …; a tensor alone, also beside what is left out, has the name `single`.
 
     Args:
         result: of the forward.
         single: name of a tensor that has no key.
+        inputs: of that call, by name.
     """
-    found = [(place, leaf) for place, leaf in leaves(result) if isinstance(leaf, Tensor)]
+    known = inputs or {}
+    found = [
+        (place, leaf)
+        for place, leaf in leaves(result)
+        if isinstance(leaf, Tensor) and not _handed_back(place, leaf, known)
+    ]
     keyless = len(found) == 1 and not any(isinstance(key, str) for key in found[0][0])
     if keyless and not (isinstance(result, (tuple, list)) and len(result) == 1):
         return {single: found[0][1]}
@@ -176,6 +185,10 @@ def named_outputs(result: UserValue, single: str) -> dict[str, Tensor]:
     # The values between blocks are named hidden_<k> in every graph.
     names = [f"{single}_{name}" if _BETWEEN_BLOCKS.fullmatch(name) else name for name in names]
     return dict(zip(names, (leaf for _, leaf in found), strict=True))
+
+
+def _handed_back(place: Place, leaf: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+    return bool(place) and inputs.get(names_of([("", *place)])[0]) is leaf
 
 
 def left_out(result: UserValue) -> list[str]:

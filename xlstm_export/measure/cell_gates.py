@@ -24,7 +24,7 @@ import onnx_ir as ir
 from ..checks import Check
 from ..graph.files import load_graph
 from ..graph.values import recurrence
-from ..inputs import Arrays, cut, length_of
+from ..inputs import Arrays, batch_of, cut, length_of
 from ..ops.operands import MLSTM
 from ..ops.reference import LOG_ZERO
 from ..options import Context
@@ -107,7 +107,7 @@ def audit(run: RunFolder | Path, inputs: Mapping[str, np.ndarray], context: Cont
     with ObservedGraph(run.path, [name for cell in cells for name in cell.names], context.threads) as graph:
         io = graph.io
         length = length_of(inputs, io.inputs)
-        graph.reset(next(iter(inputs.values())).shape[0])
+        graph.reset(batch_of(inputs, io.inputs))
         # A graph without states carries nothing on, so its sequence cannot be cut into pieces.
         piece = PIECE if io.states else length
         for start in range(0, length, piece):

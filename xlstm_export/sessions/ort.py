@@ -94,11 +94,11 @@ class GraphSession(Session):
         held = []  # bindings do not keep the arrays they point to
         pieces = cut(inputs, self.io, piece.start, piece.stop)
         for spec in self.io.inputs:
-            held.append(self._value(np.ascontiguousarray(pieces[spec.name])))
+            held.append(self._value(np.asarray(pieces[spec.name], order="C")))
             binding.bind_ortvalue_input(spec.name, held[-1])
         views = {x.name: piece_of(outputs[x.name], x, piece.start, piece.stop) for x in self.io.outputs}
         # With one row a stretch of positions is contiguous and is written in place.
-        targets = {name: np.ascontiguousarray(view) for name, view in views.items()}
+        targets = {name: np.asarray(view, order="C") for name, view in views.items()}
         for name, target in targets.items():
             held.append(self._value(target))
             binding.bind_ortvalue_output(name, held[-1])

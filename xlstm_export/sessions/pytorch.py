@@ -50,6 +50,7 @@ class TorchSession(Session):
             # A copy shares the user's parameters, so the conversion must not be in place.
             self._precise = Precise(lambda: copy.deepcopy(lifted.module), lifted.replaced)
         self.cells = tuple(lifted.replaced)  # paths of the cells in the user's module
+        self._given: dict[str, Tensor] = {}  # inputs of the last call
         self._paths: tuple[str, ...] = ()  # modules whose results are kept
         self._results: list[np.ndarray] = []
         self._past = lifted.fresh_state(self.batch, self._dtype)
@@ -67,7 +68,7 @@ class TorchSession(Session):
     def _prefill(self, inputs: Arrays) -> Arrays:
         from ..load.signature import named_outputs
 
-        tensors = [self._torch.from_numpy(np.ascontiguousarray(inputs[spec.name])) for spec in self.io.inputs]
+        tensors = [self._torch.from_numpy(np.array(inputs[spec.name], order="C")) for spec in self.io.inputs]
         with self._torch.no_grad():
             result, present = self._run(tensors)
         lacking = [s.present for s in self.io.states if s.present not in present]
@@ -77,7 +78,8 @@ class TorchSession(Session):
                 "forward must call every cell, whatever its input",
             )
         self._past = {s.past: present[s.present].to(self._dtype) for s in self.io.states}
-        return {name: t.numpy() for name, t in named_outputs(result, self._loaded.output).items()}
+        named = named_outputs(result, self._loaded.output, self._given)
+        return {name: t.numpy() for name, t in named.items()}
 
     def _run(self, tensors: list[Tensor]) -> tuple[UserValue, dict[str, Tensor]]:
         """One forward pass: its result, and the present states by name."""
@@ -85,6 +87,7 @@ class TorchSession(Session):
 
         def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> tuple[Any, Any]:
             past = {name: x.to(state) for name, x in self._past.items()}
+            self._given = dict(zip(self._loaded.inputs, given, strict=True))
             args, kwargs = self._loaded.call(given)
             with _kept(module, self._paths) as self._results:
                 return run_lifted(module, args, past, kwargs=kwargs)

@@ -160,7 +160,7 @@ class TensorRtSession(Session):
         return outputs
 
     def _piece(self, inputs: Arrays, length: int) -> Arrays:
-        held = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.io.inputs}
+        held = {spec.name: np.asarray(inputs[spec.name], order="C") for spec in self.io.inputs}
         for name, array in held.items():
             self._cuda.upload(self._buffers[name][0], array, self._stream)
         self._enqueue(PREFILL, length)

@@ -125,7 +125,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     batch = loaded.inputs[loaded.batched].shape[0]
     past = () if stateless else tuple(lifted.fresh_state(batch).values())
     states = () if stateless else lifted.states
-    output_names = list(_outputs(lifted.outputs, loaded.output))
+    output_names = list(_outputs(lifted.outputs, loaded))
     dims = {name: loaded.input_dims(name) for name in loaded.inputs}
     model = torch_to_ir(wrapper, example, dims, past, output_names, states)
     _rename_weights(model, prefix="module.")
@@ -185,7 +185,7 @@ class _Streaming(nn.Module):
         args, kwargs = self._call(inputs)
         result, present = cells.run_lifted(self.module, args, states, kwargs=kwargs)
         # Clones, so that an input that is returned unchanged becomes a separate output.
-        outputs = tuple(t.clone() for t in named_outputs(result, "y").values())
+        outputs = tuple(t.clone() for t in named_outputs(result, "y", inputs).values())
         return outputs if self._stateless else (*outputs, *(present[s.present] for s in self._states))
 
 
@@ -212,13 +212,13 @@ def _mark(index: int, block: nn.Module, inputs: Any, result: Any) -> Any:
 _RESERVED = re.compile(r"(past|present)_\d+_\w+")
 
 
-def _outputs(result: UserValue, single: str) -> dict[str, Tensor]:
+def _outputs(result: UserValue, loaded: Loaded) -> dict[str, Tensor]:
     """The outputs that forward returned for the example inputs, by name.
 
     Raises:
         BuildError: there are none, or one has the name of a state.
     """
-    outputs = named_outputs(result, single)
+    outputs = named_outputs(result, loaded.output, loaded.inputs)
     if not outputs:
         found = ", ".join(left_out(result)[:5]) or type(result).__name__
         raise BuildError(

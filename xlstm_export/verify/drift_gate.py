@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..checks import Check
+from ..inputs import batch_of
 from ..measure.drift import measure_drift
 from ..measure.drift_result import GROWTH_FROM, JUDGED_FROM, WHILE_FILLING, Drift, Series, judged_growth
 from ..quantize.recipe import Recipe
+from ..runfolder import read_io
 from ..sessions import OrtSession
 from .limits import DriftLimits, drift_limits
 
@@ -26,7 +28,7 @@ def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recip
     """
 
     def judge(folder: Path, candidate: Path, recipe: Recipe) -> list[Check]:
-        batch = next(iter(stream.values())).shape[0]
+        batch = batch_of(stream, read_io(folder).inputs)
         with OrtSession(folder, batch) as reference, OrtSession(candidate, batch) as narrow:
             drift = measure_drift(reference, narrow, stream)
         return drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype))

@@ -137,8 +137,7 @@ class _Fp32(Verification):
     def as_it_comes(self) -> dict[str, dict[str, float]]:
         """Distance of upstream in FP32, unmodified, from the reference and from the export."""
         length = min(max(self.lengths), self.limit_context)
-        args, kwargs = self.loaded.call(self._tensors(length))
-        theirs = self._named(call_untouched(self.loaded.module, args, kwargs))
+        theirs = self._named(self._call_untouched(self.loaded.module, self._tensors(length)))
         reference = self._best(length)
         distance = "from_float64" if self.reference.reference == FLOAT64 else "from_reference"
         self.candidate.reset()
@@ -211,8 +210,7 @@ class _Fp32(Verification):
         """Outputs of the user's own forward, on a copy without states, as exact as it can be."""
 
         def call(module: nn.Module, given: tuple[Tensor, ...], state: torch.dtype) -> UserValue:
-            args, kwargs = self.loaded.call(given)
-            return call_untouched(module, args, kwargs)
+            return self._call_untouched(module, given)
 
         return self._named(self._untouched.run(call, self._tensors(length)))
 
@@ -224,5 +222,10 @@ class _Fp32(Verification):
     def _tensors(self, length: int) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values())
 
+    def _call_untouched(self, module: nn.Module, given: tuple[Tensor, ...]) -> UserValue:
+        self._given = dict(zip(self.loaded.inputs, given, strict=True))
+        args, kwargs = self.loaded.call(given)
+        return call_untouched(module, args, kwargs)
+
     def _named(self, result: UserValue) -> Arrays:
-        return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output).items()}
+        return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output, self._given).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..distance import compare_states, difference
-from ..inputs import Arrays, has_positions
+from ..inputs import Arrays, has_positions, rows_of
 from ..load.loaded import Loaded
 from ..measure.data import EvalData
 from ..sessions import TorchSession
@@ -38,9 +38,10 @@ def own_error(loaded: Loaded, streams: StreamChecks, expected: Arrays, state: Ar
             rows = []
             for row in range(batch):
                 single.reset()
-                rows.append(single.prefill({name: x[row : row + 1] for name, x in inputs.items()}))
-        found.append(({name: np.concatenate([row[name] for row in rows]) for name in expected}, {}))
-    outputs = [difference(one[name], expected[name]).relative_l2 for one, _ in found for name in expected]
+                rows.append(single.prefill(rows_of(inputs, plain.io, slice(row, row + 1))))
+        batched = [x.name for x in streams.io.outputs if x.batched]
+        found.append(({name: np.concatenate([row[name] for row in rows]) for name in batched}, {}))
+    outputs = [difference(one[name], expected[name]).relative_l2 for one, _ in found for name in one]
     drifted = [x.relative_l2 for _, s in found for x in compare_states(s, state, states).values()]
     return {"output": max(outputs), "state": max(drifted, default=0.0)}
 

@@ -20,7 +20,7 @@ PLUGIN_NAMESPACE = "xlstm"
 # (∝ L) against reading and writing the matrix memory once per chunk (∝ 1/L) on CPUs and GPUs alike.
 CHUNK = 64
 
-STATE_KINDS = ("C", "n", "m", "y", "c", "conv")
+STATE_KINDS = ("C", "n", "m", "y", "c", "conv", "h", "begun")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BlockSpec:
 
     index: int
     path: str
-    cell: str  # "mlstm", "slstm" or "conv"
+    cell: str  # "mlstm", "slstm", "conv", "lstm", "gru", "rnn", or of a user's adapter
     heads: int
     head_dim: int
     states: tuple[StateSpec, ...]

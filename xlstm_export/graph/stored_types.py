@@ -37,12 +37,10 @@ def narrow_weights(model: ir.Model, dtype: str) -> int:
         uses = list(value.uses())
         if source is None or source.dtype != ir.DataType.FLOAT or not any(_is_matrix(use) for use in uses):
             continue
-        narrow = ir.Value(
-            name=name,
-            shape=source.shape,
-            type=ir.TensorType(target),
-            const_value=converted(source, target, name),
-        )
+        tensor = converted(source, target, name)
+        if any(use.node.op_type in PRODUCTS for use in uses) and not _is_exact(source, tensor):
+            continue
+        narrow = ir.Value(name=name, shape=source.shape, type=ir.TensorType(target), const_value=tensor)
         del graph.initializers[name]
         graph.register_initializer(narrow)
         _widen(graph, value, narrow, uses)
@@ -50,8 +48,17 @@ def narrow_weights(model: ir.Model, dtype: str) -> int:
     return count
 
 
+# With a projection, their weights are products of stored ones, which no narrow type holds exactly.
+PRODUCTS = ("LSTM", "GRU", "RNN")
 # operator → inputs that are matrices
-MATRICES = {"MatMul": (0, 1), "Gemm": (0, 1), "Gather": (0,), SLSTM.name: (SLSTM.index("R"),)}
+MATRICES = {
+    **{"MatMul": (0, 1), "Gemm": (0, 1), "Gather": (0,), SLSTM.name: (SLSTM.index("R"),)},
+    **dict.fromkeys(PRODUCTS, (1, 2)),
+}
+
+
+def _is_exact(source: ir.TensorProtocol, narrow: ir.TensorProtocol) -> bool:
+    return np.array_equal(source.numpy(), narrow.numpy().astype(np.float32))
 
 
 def _is_matrix(use: ir.Usage) -> bool:

@@ -45,15 +45,23 @@ def truncated(loaded: Loaded, num_blocks: int) -> Loaded:
     """The model with only the first blocks of its stack, head and embedding as they are.
 
     Raises:
-        UsageError: the model has no stack of blocks, or not more than `num_blocks`.
+        UsageError: the model has no stack of blocks, recurrent layers beside it, or too few blocks.
     """
-    stacks = block_stacks(lift_model(loaded, values=False).module)
+    lifted = lift_model(loaded, values=False)
+    stacks = block_stacks(lifted.module)
     if len(stacks) != 1:
         raise UsageError(
             f"{loaded.name} has {len(stacks)} stacks of blocks, so it cannot be cut after some of them",
             "only a model with one nn.ModuleList of blocks can",
         )
     path = stacks[0][0]
+    beside = [block.path for block in lifted.blocks if not block.path.startswith(f"{path}.")]
+    if beside:
+        raise UsageError(
+            f"{loaded.name} has recurrent layers beside its stack of blocks ({', '.join(beside)}), so it "
+            "cannot be cut after some of them",
+            "verify it as a whole, without --num-blocks",
+        )
     module = copy_sharing_tensors(loaded.skeleton)
     stack: Any = module.get_submodule(path)
     if not 1 <= num_blocks <= len(stack):

@@ -25,6 +25,7 @@ SENSITIVE = frozenset(
         *("Exp", "Log", "Softplus", "Softmax", "LogSoftmax", "Tanh", "Sqrt", "Pow", "Reciprocal"),
         *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare"),
         *("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization"),
+        *("LSTM", "GRU", "RNN"),
     )
 )
 

@@ -61,7 +61,8 @@ class StandardLayer(RecurrentCell):
     def forward(
         self, x: Tensor, given: States | None, directions: Sequence[Direction]
     ) -> tuple[Tensor, States]:
-        """x (S, B, I), states (D, B, H) → h (S, B, D·H), and the states after the last position."""
+        """x (B, S, I), states (D, B, H) → h (B, S, D·H), and the states after the last position."""
+        x = x.transpose(0, 1)  # (S, B, I)
         state = self._before(x, given)
         if torch.onnx.is_in_onnx_export():
             y, after = ops.recur_symbol(self.kind, x, (self.W, self.R, self.bias), state, relu=self.relu)
@@ -73,6 +74,7 @@ class StandardLayer(RecurrentCell):
                 self.keep(name, value[0])
         if "begun" in self.state_shapes:
             self.keep("begun", (self.past("begun") + 1).clamp(max=1))  # two layers' ones would be one tensor
+        y = y.transpose(0, 1)  # (B, S, D·H)
         if not self.projects:
             return y, after
         w_hr = [weights[-1] for weights in directions]
@@ -146,13 +148,9 @@ class _Sequence(nn.RNNBase):
                 "export with --stateless, for whole sequences",
             )
         batched = input.dim() == 3
-        x = (
-            input.transpose(0, 1)
-            if self.batch_first and batched
-            else input
-            if batched
-            else input.unsqueeze(1)
-        )
+        x = input if batched else input.unsqueeze(1)  # a sequence alone, (S, I), is the one row of a batch
+        swapped = not (batched and self.batch_first)
+        x = x.transpose(0, 1) if swapped else x  # (B, S, I)
         given = _states(hx, batched)
         directions, count = self.all_weights, 2 if self.bidirectional else 1
         collected: list[States] = []
@@ -162,10 +160,9 @@ class _Sequence(nn.RNNBase):
             x, after = layer(x, start, directions[mine])
             collected.append(after)
         states = [torch.cat(parts) for parts in zip(*collected, strict=True)]
+        x = x.transpose(0, 1) if swapped else x
         if not batched:
             x, states = x.squeeze(1), [value.squeeze(1) for value in states]
-        elif self.batch_first:
-            x = x.transpose(0, 1)
         return x, tuple(states) if len(states) > 1 else states[0]
 
 
@@ -179,7 +176,7 @@ class _Step(nn.RNNCellBase):
         given = _states(hx, batched)
         start = None if given is None else tuple(value[None] for value in given)
         weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
-        _, after = layer(input[None] if batched else input[None, None], start, [weights])
+        _, after = layer(input[:, None] if batched else input[None, None], start, [weights])
         states = tuple(value[0] if batched else value[0, 0] for value in after)
         return states if len(states) > 1 else states[0]
 

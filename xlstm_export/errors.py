@@ -54,3 +54,7 @@ class BuildError(ExportError):
 
 class UserCodeError(BuildError):
     """Code of the user, such as the forward of their module, raised an exception (exit code 5)."""
+
+
+class CannotStreamError(BuildError):
+    """The model cannot carry states from call to call; the export says what to do instead (exit code 5)."""

@@ -80,7 +80,7 @@ def eager_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap = lambda f: f
 def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
     import torch
 
-    from ..lift.adapter import run_lifted
+    from ..lift.passes import run_lifted
 
     lifted = lift_model(loaded)
     given = {name: torch.from_numpy(np.asarray(x, order="C")) for name, x in one.items()}

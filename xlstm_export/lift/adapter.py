@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
-import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BuildError, ExportError, UsageError, UserCodeError
+from ..errors import BuildError, UsageError
 from ..load.signature import UserValue as UserValue
-from ..load.signature import leaves, rebuilt
-from ..load.user_code import comes_from_us, described
+from .carried import Carried
+from .rows import CallKey, Mixed, Rows
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +66,16 @@ class RecurrentCell(nn.Module):
 
     Subclasses set the class attribute `cell` and pass `state_shapes`: state kind → shape without the batch
     dimension. In `forward` they read every past state with `past` and return the new one with `keep`. `heads`
-    and `head_dim` describe the cell in listings.
+    and `head_dim` describe the cell in listings. A `step`, where the original has one, is forward for
+    a caller that hands a state around.
 
     Raises:
         BuildError: a state kind or shape is not valid.
     """
 
     cell = ""
+    rows_axis = 0  # axis of the batch in the first argument of forward
+    positions_axis = 1  # axis of the positions in what forward returns; in its arguments it is 1
 
     def __init__(self, heads: int, head_dim: int, state_shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -82,15 +83,22 @@ class RecurrentCell(nn.Module):
         self.head_dim = head_dim
         self.state_shapes = _checked(state_shapes, type(self))
         self.blocks: tuple[int, ...] = ()  # block of each call in one forward pass; set by `lift`
+        self.stateless = False  # every pass starts fresh; set by `lift`
+        self.rows: tuple[Rows | Mixed, ...] = ()  # what the rows of each call are; set by `lift`
         self.path = ""
         self.adapter = ""  # name of the function that built this cell; set by `lift`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        scope = _scope()
+        scope = current_scope()
         # By path and not by identity: torch.export runs copies of a module that is used in two places.
         call = scope.calls[self.path] = scope.calls.get(self.path, 0) + 1
-        result = super().__call__(*args, **kwargs)
+        scope.see(self, (*args, *kwargs.values()))
+        if scope.positions is None:
+            result = super().__call__(*args, **kwargs)
+        else:
+            result = self._over_positions(args, kwargs, *scope.positions)
         lost = [kind for kind in self.state_shapes if (self.path, call, kind) not in scope.kept]
+        scope.resumed.pop(self.path, None)
         if lost:
             raise BuildError(
                 f"{_label(self)} never keeps state {lost[0]!r}, which it declared",
@@ -98,14 +106,65 @@ class RecurrentCell(nn.Module):
             )
         return result
 
+    def is_mixed(self, call: int) -> bool:
+        """Whether the rows of a call are no fixed number per stream: then it has no state of streams."""
+        return isinstance(self.rows_of(call), Mixed)
+
+    def rows_of(self, call: int) -> Rows | Mixed:
+        """What the rows of a call are (from 1); of calls that were not seen, those of the last one seen."""
+        return self.rows[min(call, len(self.rows)) - 1] if self.rows else Rows()
+
+    def stream_shapes(self, call: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a stream's states by kind, in a call of a pass (from 1); none where rows are mixed."""
+        rows = self.rows_of(call)
+        return {} if isinstance(rows, Mixed) else {k: rows.shape(s) for k, s in self.state_shapes.items()}
+
+    def _over_positions(self, args: Any, kwargs: Any, streams: int, positions: int) -> Any:
+        """A call each row of which is one position: the cell runs over them as over a sequence."""
+        rows = current_scope().rows_of(self)
+
+        def spread(x: Any) -> Any:
+            is_sequence = isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == 1
+            return rows.spread(x, streams, positions) if is_sequence else x
+
+        def gather(y: Any) -> Any:
+            axis = self.positions_axis
+            if not isinstance(y, Tensor):
+                return y
+            return rows.gather(y.movedim(axis, 1), streams, positions).movedim(1, axis)
+
+        result = super().__call__(*map(spread, args), **{name: spread(x) for name, x in kwargs.items()})
+        return type(result)(map(gather, result)) if type(result) in (tuple, list) else gather(result)
+
+    def begin(self, *state: Any) -> None:
+        """Take what a call is given as state: None, or what an earlier call returned in its place.
+
+        Raises:
+            BuildError: values of the caller's own; or, for streams, the state of another call in this pass.
+        """
+        given = [x for part in state for x in (part if isinstance(part, (tuple, list)) else (part,))]
+        for x in given:
+            if isinstance(x, Carried):
+                current_scope().resume(self, x)
+            elif x is not None:
+                raise BuildError(
+                    f"{self.path} is called with a state",
+                    "call it without one, or with what its last call returned: the graph carries the state",
+                )
+
+    @property
+    def carried(self) -> Carried:
+        """What stands for the state after the last call."""
+        return Carried(self.path, current_scope().calls[self.path])
+
     def past(self, kind: str) -> Tensor:
-        """The incoming state (B, ...) of this call."""
+        """The incoming state (B, ...) of this call, by the rows of the cell."""
         if kind not in self.state_shapes:
             raise BuildError(
                 f"{_label(self)} reads state {kind!r}, which it did not declare",
                 f"it declared {', '.join(self.state_shapes) or 'none'}",
             )
-        return _scope().past_of(self, kind)
+        return current_scope().past_of(self, kind)
 
     def keep(self, kind: str, value: Tensor) -> None:
         """Return the new state (B, ...) of this call.
@@ -121,7 +180,7 @@ class RecurrentCell(nn.Module):
                 f"{_label(self)} keeps state {kind!r} of shape (B, {found})",
                 f"it declared {declared or 'no state'}",
             )
-        scope = _scope()
+        scope = current_scope()
         scope.kept.add((self.path, scope.calls[self.path], kind))
         scope.keep(self, kind, value)
 
@@ -169,144 +228,53 @@ def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
     return {kind: tuple(shape) for kind, shape in shapes.items()}
 
 
-def run_lifted(
-    module: nn.Module,
-    args: tuple[UserValue, ...],
-    past: Mapping[str, Tensor],
-    present: dict[str, Tensor] | None = None,
-    kwargs: Mapping[str, UserValue] | None = None,
-) -> tuple[UserValue, dict[str, Tensor]]:
-    """One forward pass: the module's own result, and the present states by graph output name.
-
-    Where the caller gives `present`, every state is put into it as soon as it is computed.
-
-    Raises:
-        UserCodeError: the user's code raised an exception.
-    """
-    scope = _Scope(past, {} if present is None else present)
-    return _blamed(module, args, scope, kwargs), scope.present
-
-
-def count_calls(
-    module: nn.Module,
-    args: tuple[UserValue, ...],
-    kwargs: Mapping[str, UserValue] | None = None,
-    like: Tensor | None = None,
-) -> tuple[UserValue, dict[str, int]]:
-    """One forward pass from zero states: its result, and how often the cell of each path was called.
-
-    Args:
-        module: a lifted module.
-        args, kwargs: arguments of its forward.
-        like: an input of the model; the states get its batch and device. By default the first argument.
-
-    Raises:
-        UserCodeError: the user's code raised an exception.
-    """
-    like = args[0] if like is None else like
-    scope = _CountingScope({}, batch=like.shape[0], like=like)
-    return _blamed(module, args, scope, kwargs), scope.calls
-
-
-def call_untouched(
-    module: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue] | None = None
-) -> UserValue:
-    """One forward pass of the user's own module, in which nothing was replaced.
-
-    Raises:
-        UserCodeError: it raised an exception.
-    """
-    with torch.no_grad():
-        return _blamed(module, args, _Scope({}), kwargs)
-
-
-def remember_original(lifted: nn.Module, module: nn.Module) -> None:
-    """Note the module that a lifted one was made from, to find out whose an error is."""
-    vars(lifted)[_ORIGINAL] = weakref.ref(module)  # a plain attribute would make it a submodule
-
-
-_ORIGINAL = "_lifted_from"
-
-
-def _blamed(
-    module: nn.Module, args: tuple[UserValue, ...], scope: _Scope, kwargs: Mapping[str, UserValue] | None
-) -> UserValue:
-    """As `_run`; an exception in the user's code becomes one that names its place there."""
-    try:
-        return _run(module, args, scope, kwargs)
-    except ExportError:
-        raise
-    except Exception as error:
-        # The exporter reports errors itself. A replaced cell may fail because it is called in a wrong way;
-        # then the original fails too.
-        ours = comes_from_us(error, _run.__code__) and _original_runs(module, args, kwargs or {})
-        if ours or torch.compiler.is_compiling():
-            raise
-        inputs = ", ".join(_described(x) for _, x in leaves((args, kwargs)) if isinstance(x, Tensor))
-        raise UserCodeError(
-            f"forward fails: {described(error)}", f"it was called with {inputs}; --debug shows the traceback"
-        ) from error
-
-
-def _original_runs(module: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue]) -> bool:
-    original = vars(module).get(_ORIGINAL, lambda: None)()
-    if original is None:
-        return True
-
-    def single(x: UserValue) -> UserValue:
-        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    watched = sys.getprofile()
-    sys.setprofile(None)  # what the original calls is not what is exported
-    try:
-        with torch.no_grad():
-            original(*rebuilt(args, single), **rebuilt(dict(kwargs), single))
-    except Exception:
-        log.debug("the original fails as well", exc_info=True)
-        return False
-    finally:
-        sys.setprofile(watched)
-    return True
-
-
-def run_alone(
-    cell: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue], like: Tensor
-) -> UserValue:
-    """One call of a replaced cell alone, from zero states, with all checks of its states.
-
-    Args:
-        cell: the module that an adapter returned.
-        args, kwargs: arguments of the call.
-        like: an input of the model; the states get its batch and device.
-    """
-    return _run(cell, args, _CheckingScope({}, batch=like.shape[0], like=like), kwargs)
-
-
-def _run(
-    module: nn.Module,
-    args: tuple[UserValue, ...],
-    scope: _Scope,
-    kwargs: Mapping[str, UserValue] | None = None,
-) -> Any:
-    token = _SCOPE.set(scope)
-    try:
-        return module(*args, **(kwargs or {}))
-    finally:
-        _SCOPE.reset(token)
-
-
 @dataclass
-class _Scope:
+class Scope:
     given: Mapping[str, Tensor]
     present: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     kept: set[tuple[str, int, str]] = field(default_factory=set)
+    positions: tuple[int, int] | None = None  # streams and positions, where every row is a position
+    row_count: int = 0  # rows of the call that runs
+    resumed: dict[str, Carried] = field(default_factory=dict)  # path of a cell → what its call goes on from
+    last: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)  # states after the calls, by rows
+
+    def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
+        """Note the first argument of a call."""
+        first = next((x for x in args if isinstance(x, Tensor) and x.ndim > cell.rows_axis), None)
+        self.row_count = 0 if first is None else first.shape[cell.rows_axis]
+        if self.positions is not None:
+            self.row_count //= self.positions[1]
+
+    def resume(self, cell: RecurrentCell, state: Carried) -> None:
+        """The call of a cell that runs, or runs next, begins at the state after another call of this pass."""
+        if not cell.stateless:
+            raise BuildError(
+                f"{cell.path} is called again for the same position, from the state after its first call",
+                "call it once for every position, or without a state: then each call has a state of its own",
+            )
+        self.resumed[cell.path] = state
+
+    def _last(self, cell: RecurrentCell, kind: str) -> Tensor | None:
+        """The state that a call goes on from, where that is one of this pass."""
+        state = self.resumed.get(cell.path)
+        return None if state is None else self.last[state.path, state.call, kind]
+
+    def rows_of(self, cell: RecurrentCell) -> Rows:
+        rows = cell.rows_of(self.calls[cell.path])
+        return rows if isinstance(rows, Rows) else Rows()
 
     def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
-        return self.given[f"past_{self._block(cell)}_{kind}"]
+        if (last := self._last(cell, kind)) is not None:
+            return last
+        if cell.is_mixed(self.calls[cell.path]):  # no state of streams: every call starts fresh
+            return fresh(cell, kind, self.row_count)
+        return self.rows_of(cell).of_streams(self.given[f"past_{self._block(cell)}_{kind}"])
 
     def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
-        self.present[f"present_{self._block(cell)}_{kind}"] = value
+        self.last[cell.path, self.calls[cell.path], kind] = value
+        if not cell.is_mixed(self.calls[cell.path]):
+            self.present[f"present_{self._block(cell)}_{kind}"] = self.rows_of(cell).to_streams(value)
 
     def _block(self, cell: RecurrentCell) -> int:
         call = self.calls[cell.path]
@@ -318,48 +286,76 @@ class _Scope:
         return cell.blocks[call - 1]
 
 
-@dataclass
-class _CountingScope(_Scope):
-    """A scope for the time before states have names: every past state is zero."""
+def fresh(cell: RecurrentCell, kind: str, rows: int, device: torch.device | None = None) -> Tensor:
+    """The zero state of a cell with so many rows."""
+    like = next(cell.parameters(), None)
+    dtype = torch.float32 if like is None else like.dtype
+    device = device or (None if like is None else like.device)
+    return torch.zeros((rows, *cell.state_shapes[kind]), dtype=dtype, device=device)
 
-    batch: int = 1
+
+@dataclass
+class CountingScope(Scope):
+    """A scope for the time before states have names: every past state is zero.
+
+    Attributes:
+        batch: rows of every state; None for as many as the cell is called with.
+        like: a tensor on the device of the states.
+        seen: the first argument of each call.
+        stepped: whether a cell was given the state that another call returned, or its `step` was called.
+    """
+
+    batch: int | None = 1
     like: Tensor = field(default_factory=lambda: torch.zeros(()))
+    seen: dict[CallKey, Tensor] = field(default_factory=dict)
+    stepped: bool = False
+
+    def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
+        super().see(cell, args)
+        first = next((x for x in args if isinstance(x, Tensor) and x.ndim > cell.rows_axis), None)
+        if first is not None:
+            self.seen[cell.path, self.calls[cell.path]] = first.movedim(cell.rows_axis, 0)
+
+    def resume(self, cell: RecurrentCell, state: Carried) -> None:
+        self.stepped = True
+        self.resumed[cell.path] = state
 
     def past_of(self, cell: RecurrentCell, kind: str) -> Tensor:
-        parameter = next(cell.parameters(), None)
-        dtype = torch.float32 if parameter is None else parameter.dtype
-        return torch.zeros((self.batch, *cell.state_shapes[kind]), dtype=dtype, device=self.like.device)
+        if (last := self._last(cell, kind)) is not None:
+            return last
+        return fresh(cell, kind, self.row_count if self.batch is None else self.batch, self.like.device)
 
     def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
-        pass
+        self.last[cell.path, self.calls[cell.path], kind] = value
 
 
-class _CheckingScope(_CountingScope):
+class CheckingScope(CountingScope):
     """Require that a new state has the type and batch of the old one: a runtime keeps both in one tensor."""
 
     def keep(self, cell: RecurrentCell, kind: str, value: Tensor) -> None:
         past = self.past_of(cell, kind)
-        if (value.dtype, value.shape[0]) != (past.dtype, self.batch):
+        if (value.dtype, value.shape[0]) != (past.dtype, past.shape[0]):
             raise BuildError(
-                f"{_label(cell)} keeps state {kind!r} as {_described(value)}, "
-                f"but its past is {_described(past)}",
+                f"{_label(cell)} keeps state {kind!r} as {described_tensor(value)}, "
+                f"but its past is {described_tensor(past)}",
                 "a state must have the same type and batch in every call",
             )
+        super().keep(cell, kind, value)
 
 
-def _described(x: Tensor) -> str:
+def described_tensor(x: Tensor) -> str:
     text = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
     if x.is_floating_point() or x.is_complex() or x.is_meta or not x.numel():
         return text
     return f"{text} of {x.min().item()} … {x.max().item()}"
 
 
-_SCOPE: ContextVar[_Scope] = ContextVar("lifted state")
+SCOPE: ContextVar[Scope] = ContextVar("lifted state")
 
 
-def _scope() -> _Scope:
+def current_scope() -> Scope:
     try:
-        return _SCOPE.get()
+        return SCOPE.get()
     except LookupError:
         raise BuildError(
             "a lifted cell was called outside run_lifted", "call the module through run_lifted"

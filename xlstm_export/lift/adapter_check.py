@@ -20,7 +20,8 @@ from ..distance import difference
 from ..errors import BuildError, ExportError
 from ..load.signature import Call, rebuilt
 from ..load.user_code import described
-from .adapter import AdapterFunction, adapter_name, run_alone
+from .adapter import AdapterFunction, adapter_name
+from .passes import run_alone
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BuildError, ExportError, UserCodeError
+from ..errors import BuildError, CannotStreamError, ExportError, UserCodeError
+from ..load.loaded import Dims
 from ..load.signature import Call, UserValue, leaves
 from ..load.user_code import described
 from ..specs import BlockSpec, StateSpec
@@ -35,17 +36,17 @@ from .adapter import (
     AdapterFunction,
     RecurrentCell,
     adapter_name,
-    count_calls,
     register,
-    remember_original,
-    run_lifted,
 )
 from .adapter_check import check_adapters, is_built_in
+from .calls import Example, Pass, run, settle
 from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
 from .cells import large as large_cells  # noqa: F401 - they register their cells
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
+from .passes import remember_original, run_lifted, watch_calls
+from .rows import Mixed, Rows
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
 
@@ -70,6 +71,13 @@ class Lifted:
     def states(self) -> tuple[StateSpec, ...]:
         return tuple(state for block in self.blocks for state in block.states)
 
+    @property
+    def folded(self) -> bool:
+        """Whether a cell has another number of rows than the model."""
+        return any(
+            isinstance(c, RecurrentCell) and any(r != Rows() for r in c.rows) for c in self.module.modules()
+        )
+
     def fresh_state(self, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All-zero past states, by graph input name."""
         return {s.past: torch.zeros((batch, *s.shape), dtype=dtype) for s in self.states}
@@ -80,6 +88,7 @@ def lift(
     example: Iterable[UserValue] = (),
     kwargs: Mapping[str, UserValue] | None = None,
     like: Tensor | None = None,
+    dims: Sequence[Dims] = (),
     *,
     stateless: bool = False,
 ) -> Lifted:
@@ -90,6 +99,7 @@ def lift(
         example, kwargs: arguments of its forward, which is run once to count how often each cell is called;
             without them, every cell is taken to be called once.
         like: one of the tensors among them, whose first axis is the batch; by default the first one.
+        dims: symbolic shape of each tensor among them; by default (B, S, ...).
         stateless: every call starts fresh. Then recurrences may stay as they are: they lose nothing.
 
     Raises:
@@ -120,16 +130,15 @@ def lift(
     if like is None:
         return Lifted(lifted, _number(recurrent, {}), replaced)
     layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
-    with starts.recorded(layers) as given:
-        outputs, calls = _try(lifted, inputs, like)
-    starts.settle(lifted, inputs, like, outputs, layers, given)
+    done = _observed(module, lifted, Example(inputs, dims, like), layers)
+    calls = done.scope.calls
     missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
     if missing:
         raise BuildError(
             f"forward never reaches the cell(s) {', '.join(missing)}",
             "export a module whose forward uses every cell it holds",
         )
-    return Lifted(lifted, _number(recurrent, calls), replaced, outputs)
+    return Lifted(lifted, _number(recurrent, calls), replaced, done.result)
 
 
 def _replacements(
@@ -153,6 +162,7 @@ def _replacements(
             if isinstance(cell, RecurrentCell):
                 cell.path, cell.adapter = ".".join(filter(None, (path, inner))), adapter_name(adapter)
                 recurrent.append((cell.path, cell))
+                cell.stateless = stateless
                 if stateless and isinstance(cell, standard_cells.StandardLayer):
                     cell.start_fresh()
     return replacements, replaced, recurrent
@@ -179,19 +189,48 @@ def _adapt(path: str, cell: nn.Module, adapter: AdapterFunction) -> nn.Module:
     return replacement
 
 
-def _try(module: nn.Module, inputs: Call, like: Tensor) -> tuple[UserValue, dict[str, int]]:
-    paths = {id(child): path for path, child in module.named_modules()}
-    try:
-        with torch.no_grad(), lookalikes.watch() as seen:
-            result = count_calls(module, *inputs, like)
-    except UserCodeError as error:
-        seen.refuse(paths)  # a clearer message than that of the failed kernel
-        raise BuildError(
-            error.message.replace("fails", "fails on the example inputs", 1),
-            f"the example inputs must have the shapes forward expects; {error.hint}",
-        ) from error
-    seen.refuse(paths)
-    return result
+def _observed(
+    module: nn.Module, lifted: nn.Module, example: Example, layers: Sequence[standard_cells.StandardLayer]
+) -> Pass:
+    """A pass of the lifted module over the example, prepared for how forward calls its cells."""
+    paths = {id(child): path for path, child in lifted.named_modules()}
+    first: Pass | None = None
+    failure: Exception | None = None
+    with starts.recorded(layers) as given:
+        try:
+            with torch.no_grad(), lookalikes.watch() as seen:
+                first = Pass(*watch_calls(lifted, example.call, example.like, batch=example.like.shape[0]))
+        except Exception as error:
+            failure = error
+    seen.refuse(paths)  # a clearer message than that of a failed kernel
+    done = settle(module, lifted, example, first)
+    if done is not None and done is not first:
+        with starts.recorded(layers) as given:
+            done = run(lifted, example)
+    if done is None:
+        if isinstance(failure, UserCodeError):
+            raise BuildError(
+                failure.message.replace("fails", "fails on the example inputs", 1),
+                f"the example inputs must have the shapes forward expects; {failure.hint}",
+            ) from failure
+        raise failure or BuildError("forward does not run twice on the example inputs")
+    _require_streams(lifted, failure)
+    starts.settle(lifted, example.call, example.like, done.result, layers, given)
+    return done
+
+
+def _require_streams(lifted: nn.Module, failure: Exception | None) -> None:
+    """Require that the rows of every cell are a fixed number per stream, unless the export is stateless."""
+    for cell in lifted.modules():
+        if not isinstance(cell, RecurrentCell) or cell.stateless or not cell.state_shapes:
+            continue
+        for rows in cell.rows:
+            if isinstance(rows, Mixed):
+                if isinstance(failure, BuildError):
+                    raise failure
+                raise CannotStreamError(
+                    f"{cell.path} cannot carry a state from call to call: {rows.reason}", rows.hint
+                )
 
 
 def _refuse_look_alikes(module: nn.Module, inputs: Call) -> None:
@@ -292,7 +331,8 @@ def _number(recurrent: list[tuple[str, RecurrentCell]], calls: Mapping[str, int]
                 states = []
                 for _, cell in called:
                     cell.blocks = (*cell.blocks, index)
-                    states += [StateSpec(index, kind, shape) for kind, shape in cell.state_shapes.items()]
+                    shapes = cell.stream_shapes(call + 1)
+                    states += [StateSpec(index, kind, shape) for kind, shape in shapes.items()]
                 path, main = next(((p, c) for p, c in called if c.cell != "conv"), called[0])
                 path = path if call == 0 else f"{path} (call {call + 1})"
                 blocks.append(BlockSpec(index, path, main.cell, main.heads, main.head_dim, tuple(states)))

@@ -19,8 +19,9 @@ def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
     meta = not values and loaded.weights is not None
     tensors = {name: x.to("meta") if meta else x for name, x in loaded.inputs.items()}
     args, kwargs = loaded.call(tensors)
+    dims = [loaded.input_dims(name) for name in tensors]
     module = loaded.skeleton if meta else loaded.module
-    return lift(module, args, kwargs, tensors[loaded.batched], stateless=not loaded.streams)
+    return lift(module, args, kwargs, tensors[loaded.batched], dims, stateless=not loaded.streams)
 
 
 def spec_of(loaded: Loaded) -> ModelSpec:

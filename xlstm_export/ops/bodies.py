@@ -36,25 +36,29 @@ Form = Literal["sequence", "step"]
 
 
 @cache
-def mlstm_function(form: Form = "sequence", *, cast: bool = False) -> onnx.FunctionProto:
+def mlstm_function(form: Form = "sequence", *, cast: bool = False, rows: bool = False) -> onnx.FunctionProto:
     """FunctionProto of `XlstmMlstm`; see `reference.mlstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.
         cast: whether q, k, v or the state may be of another type than FP32.
+        rows: whether calls differ in their batch, see `attach`.
     """
     body = mlstm.STEP if form == "step" else mlstm.sequence()
-    return _function(MLSTM, body, cast)
+    return _function(MLSTM, _any_batch(body) if rows else body, cast)
 
 
 @cache
-def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool = False) -> onnx.FunctionProto:
+def slstm_function(
+    form: Form = "sequence", *, clamp: bool = False, cast: bool = False, rows: bool = False
+) -> onnx.FunctionProto:
     """FunctionProto of `XlstmSlstm`; see `reference.slstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.
         clamp: whether any call sets `forget_max`; without it the body saves an operator per position.
         cast: whether x, R or the state may be of another type than FP32.
+        rows: whether calls differ in their batch, see `attach`.
     """
     body = slstm.STEP if form == "step" else slstm.SEQUENCE
     # The bodies hold the negated forget pre-activation, so its maximum becomes a minimum.
@@ -65,30 +69,49 @@ def slstm_function(form: Form = "sequence", *, clamp: bool = False, cast: bool =
             "forget_max = Constant <value_float: float = @forget_max> ()\n"
             "minus_forget_max = Neg(forget_max)\n" + body
         )
-    return _function(SLSTM, body, cast)
+    return _function(SLSTM, _any_batch(body) if rows else body, cast)
 
 
-def attach(model: ir.Model, *, cast: bool = False) -> None:
+def attach(model: ir.Model, *, cast: bool = False, rows: bool = False) -> None:
     """Give each recurrence operator of a graph its sequence body, at the opset of the graph.
 
     Args:
         model: changed in place.
         cast: whether q, k, v, R or C may be of another type than FP32.
+        rows: whether a cell has another batch than the graph's inputs, because something is folded into it.
+            Bodies that the graph has for this already are replaced by such ones.
     """
+    rows = rows or any(map(_takes_any_batch, model.functions.values()))
     nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
     kinds = {node.op_type for node in nodes}
     clamp = any("forget_max" in node.attributes for node in nodes)
     bodies = []
     if MLSTM.name in kinds:
-        bodies.append(mlstm_function(cast=cast))
+        bodies.append(mlstm_function(cast=cast, rows=rows))
     if SLSTM.name in kinds:
-        bodies.append(slstm_function(clamp=clamp, cast=cast))
+        bodies.append(slstm_function(clamp=clamp, cast=cast, rows=rows))
     for proto in bodies:
         function = ir.serde.deserialize_function(proto)
         # Nothing a body uses has changed its meaning since OPSET, only the types it may have.
         function.opset_imports[""] = model.opset_imports.get("") or OPSET
         model.functions[function.identifier()] = function
     model.graph.opset_imports[OP_DOMAIN] = 1
+
+
+def _any_batch(body: str) -> str:
+    """A body whose loops do not name their batch: to ONNX Runtime equal names in a graph are equal sizes."""
+    return body.replace("float[B, ", "float[?, ")
+
+
+def _takes_any_batch(function: ir.Function) -> bool:
+    bodies = [
+        a.as_graph()
+        for node in function
+        for a in node.attributes.values()
+        if a.type == ir.AttributeType.GRAPH
+    ]
+    shapes = [value.shape for body in bodies for value in body.inputs if value.shape]
+    return any(not isinstance(shape[0], int) and shape[0].value is None for shape in shapes)
 
 
 def _function(operator: Operator, body: str, cast: bool) -> onnx.FunctionProto:

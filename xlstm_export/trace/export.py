@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from .. import atomic, runfolder
-from ..errors import BuildError
+from ..errors import BuildError, CannotStreamError
 from ..graph import stored_types
 from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
@@ -33,6 +33,7 @@ from ..ops import bodies as functions
 from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
 from . import weights as graph_weights
+from .advice import with_advice
 from .capture import quiet, torch_to_ir
 from .dimensions import name_dimensions
 from .memory import check_memory
@@ -80,11 +81,17 @@ def export(
         if loaded.weights is None:
             progress("memory")
             check_memory(loaded)
-        if not options.stateless and loaded.weights is None:
-            progress("streaming")
-            check_streams(loaded)
-        progress("tracing")
-        model, spec = trace(loaded, options)
+        try:
+            if not options.stateless and loaded.weights is None:
+                progress("streaming")
+                check_streams(loaded)
+            progress("tracing")
+            model, spec = trace(loaded, options)
+        except CannotStreamError as error:
+            progress("trying other forms")
+            raise with_advice(
+                error, loaded, partial(trace, options=replace(options, stateless=True))
+            ) from error
         atomic.require_space(folder, stored_bytes(model))
         save(model, folder, progress)
         atomic.write_json(folder / runfolder.IO, spec.to_json())
@@ -147,7 +154,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     _clean(model)
     _separate_outputs(model, output_names)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
-    functions.attach(model)
+    functions.attach(model, rows=lifted.folded)
     model.ir_version = IR_VERSION
     model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
     model.metadata_props["xlstm_export.passes"] = json.dumps(fired)

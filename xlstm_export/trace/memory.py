@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BuildError
-from ..lift.adapter import UserValue, count_calls
 from ..lift.cells.standard import StandardLayer
 from ..lift.lift import lift
+from ..lift.passes import count_calls
 from ..lift.starts import other_values, recorded, tensors_of
 from ..load.loaded import Loaded
+from ..load.signature import UserValue
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Check whether a model can be streamed: all its memory must be in the states of its cells.
 
 A bidirectional pass, a mean over the sequence, positions counted from its end, or an unknown recurrence give
-other results when a sequence arrives in pieces. Such a model can only be exported with --stateless.
+other results when a sequence arrives in pieces. Such a model can only be exported without states.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from ..distance import difference
-from ..errors import BuildError, UserCodeError
+from ..errors import CannotStreamError, UserCodeError
 from ..inputs import Arrays, cut, has_positions, length_of, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
@@ -23,17 +23,14 @@ LENGTH, FIRST = 12, 5
 # Relative L2. FP32 rounding in the tested models is below 1e-6, and a model that looks ahead changes outputs
 # by more than 1e-2. `verify` decides in float64 about values in between.
 LIMIT = 1e-4
-HINT = (
-    "export with --stateless; or make a cell of what has to be remembered, with a state of its own "
-    "(docs/adapters.md)"
-)
+HINT = "make a cell of what has to be remembered, with a state of its own (docs/adapters.md)"
 
 
 def check_streams(loaded: Loaded) -> None:
     """Run the lifted module over a sequence as a whole, and in two pieces with the state carried on.
 
     Raises:
-        BuildError: an output differs, forward does not take the pieces, or no input has positions.
+        CannotStreamError: an output differs, forward does not take the pieces, or no input has positions.
     """
     with TorchSession(loaded, 2, "float32") as session:
         _check_pieces(session, loaded)
@@ -41,7 +38,7 @@ def check_streams(loaded: Loaded) -> None:
 
 def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
     if not has_positions(session.io):
-        raise BuildError(f"no input of {loaded.name} has positions, so there is no stream", HINT)
+        raise CannotStreamError(f"no input of {loaded.name} has positions, so there is no stream", HINT)
     inputs = random_inputs(loaded, session.io, 2, LENGTH, np.random.default_rng(0))
     length, first = LENGTH, FIRST
     try:
@@ -61,7 +58,7 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
             continue  # tracing and verification report it with clearer messages
         gap = difference(found, expected).relative_l2
         if gap > LIMIT:
-            raise BuildError(
+            raise CannotStreamError(
                 f"output {name} does not stream: in two pieces it is {gap:.1e} off the whole; forward "
                 "looks ahead, or remembers more than the states of its cells",
                 HINT,
@@ -72,9 +69,9 @@ def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays
     try:
         return session.prefill(cut(inputs, session.io, start, end))
     except UserCodeError as error:
-        raise BuildError(
+        raise CannotStreamError(
             error.message.replace("fails", f"fails on a piece of {end - start} positions", 1),
-            f"a stream comes in pieces of any length, also of one position; {HINT}",
+            f"take pieces of any length, also of one position, as a stream comes; {error.hint}",
         ) from error
 
 

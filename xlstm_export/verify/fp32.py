@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..checks import Check, Verdict, output_check
 from ..distance import difference
 from ..inputs import Arrays, cut
-from ..lift.adapter import UserValue, call_untouched
+from ..lift.passes import call_untouched
 from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
-from ..load.signature import named_outputs
+from ..load.signature import UserValue, named_outputs
 from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import BuildError
 from ...ops import reference as ops
 from ..adapter import RecurrentCell, register
+from ..carried import Carried
 
 # Block-diagonal weights are merged up to this width. A 4 x 4 block is too small for any matrix unit; the
 # added zeros of a 64 x 64 block cost less time than the calls they save.
@@ -39,6 +40,13 @@ class LiftedMlstmCell(RecurrentCell):
         self.norm = LiftedHeadNorm(source.outnorm, heads, dim)  # type: ignore[arg-type]
         self.eps = 1e-6  # constant of the original; it has no configuration field
 
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, mlstm_state: Any = None, **_: Any
+    ) -> tuple[Tensor, Carried]:
+        """As the original's: forward of one position; the state lives in the graph."""
+        self.begin(mlstm_state)
+        return self(q, k, v), self.carried
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         """q, k, v (B, S, H·D) → normalized h (B, S, H·D)."""
         batch, length, width = q.shape
@@ -57,6 +65,7 @@ class LiftedSlstmCell(RecurrentCell):
     """`xlstm.blocks.slstm.cell.sLSTMCell`, either backend, `function="slstm"`."""
 
     cell = "slstm"
+    positions_axis = 2
 
     def __init__(self, source: nn.Module) -> None:
         config: Any = source.config
@@ -70,20 +79,16 @@ class LiftedSlstmCell(RecurrentCell):
         self.R = nn.Parameter(R, False)
         self.bias = nn.Parameter(bias, False)
 
-    def forward(self, x: Tensor, state: Tensor | None = None, lengths: None = None) -> tuple[Tensor, None]:
-        """x (B, S, 4·H·D) → y (B, H, S, D); the state lives in the graph, so none is returned."""
-        if state is not None or lengths is not None:
-            raise BuildError(
-                f"{self.path} is called with a state or with lengths",
-                "call the cell without them: the exported graph carries the state",
-            )
+    def forward(self, x: Tensor, state: Any = None, lengths: None = None) -> tuple[Tensor, Carried]:
+        """x (B, S, 4·H·D) → y (B, H, S, D); the state lives in the graph."""
+        self.begin(state, lengths)
         batch, length, _ = x.shape
         x = x.reshape(batch, length, 4, self.heads, self.head_dim)
         past = (self.past("y"), self.past("c"), self.past("n"), self.past("m"))
         y, present = ops.slstm(x, self.R, self.bias, past)
         for kind, value in zip("ycnm", present, strict=True):
             self.keep(kind, value)
-        return y.transpose(1, 2), None
+        return y.transpose(1, 2), self.carried
 
 
 class LiftedCausalConv1d(RecurrentCell):
@@ -102,13 +107,14 @@ class LiftedCausalConv1d(RecurrentCell):
             taps = conv.weight.detach()[:, 0].t().contiguous()  # (k, D)
             self.taps = nn.ParameterList([nn.Parameter(tap.clone(), False) for tap in taps])
 
-    def forward(self, x: Tensor, conv_state: Tensor | None = None, return_last_state: bool = False) -> Tensor:
+    def step(self, x: Tensor, conv_state: Any = None) -> tuple[Tensor, tuple[Carried]]:
+        """As the original's: forward of one position; the state lives in the graph."""
+        self.begin(conv_state)
+        return self(x), (self.carried,)
+
+    def forward(self, x: Tensor, conv_state: Any = None, return_last_state: bool = False) -> Tensor:
         """x (B, S, D) → (B, S, D)."""
-        if conv_state is not None or return_last_state:
-            raise BuildError(
-                f"{self.path} is called with a state",
-                "call the convolution without it: the exported graph carries the state",
-            )
+        self.begin(conv_state, return_last_state or None)
         before = self.kernel - 1
         padded = x
         if before:
@@ -122,6 +128,14 @@ class LiftedCausalConv1d(RecurrentCell):
         for j in range(before):
             total = total + padded[:, j : j - before] * self.taps[j]
         return total if self.conv.bias is None else total + self.conv.bias
+
+
+class LiftedNoConv(nn.Identity):
+    """`xlstm.components.conv.CausalConv1d` with kernel size 0."""
+
+    def step(self, x: Tensor, conv_state: Any = None) -> tuple[Tensor, Any]:
+        """x, and the state as it is."""
+        return x, conv_state
 
 
 class LiftedHeadNorm(nn.Module):
@@ -227,7 +241,7 @@ def _slstm_cell(cell: nn.Module) -> nn.Module:
 @register("xlstm.components.conv.CausalConv1d")
 def _causal_conv(cell: nn.Module) -> nn.Module:
     if cell.conv is None:  # kernel size 0: the original is the identity
-        return nn.Identity()
+        return LiftedNoConv()
     conv: Any = cell.conv
     if conv.stride != (1,) or conv.dilation != (1,) or conv.padding_mode != "zeros":
         raise BuildError(

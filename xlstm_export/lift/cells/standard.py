@@ -37,6 +37,7 @@ class StandardLayer(RecurrentCell):
         stateless: every call starts fresh, so no state is lifted.
     """
 
+    rows_axis = 1
     kind: ops.Standard
 
     def __init__(self, directions: Sequence[Direction], *, projects: bool, relu: bool) -> None:
@@ -44,7 +45,6 @@ class StandardLayer(RecurrentCell):
         super().__init__(1, hidden, dict.fromkeys(self.kind.states, (hidden,)))
         self.projects, self.relu = projects, relu
         self.start: Literal["given", "past", "begun"] = "given"
-        self.stateless = False
         W, R, bias = ops.in_onnx_order(self.kind, [self._folded(weights) for weights in directions])
         self.W, self.R = nn.Parameter(W, False), nn.Parameter(R, False)
         self.bias = None if bias is None else nn.Parameter(bias, False)

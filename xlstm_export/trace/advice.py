@@ -1,0 +1,114 @@
+"""What to do about a model that cannot be streamed: each way is tried before it is recommended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..distance import difference
+from ..errors import BuildError, CannotStreamError
+from ..load.loaded import Dims, Loaded
+from ..load.signature import leaves
+from ..specs import TensorSpec
+
+log = logging.getLogger(__name__)
+LIMIT = 1e-4  # relative L2 in FP32, as in streaming.py
+
+Works = Callable[[Loaded], object]
+
+
+def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> BuildError:
+    """The error to report, with a hint that begins with what works.
+
+    Args:
+        error: why the model cannot be streamed.
+        loaded: the model.
+        trace: traces a model without states; raises an exception where that fails.
+    """
+    loaded = loaded.in_form(True)
+    dims = _fixed(loaded)
+    fixed = replace(loaded, dims={**loaded.dims, **dims})
+    free = _any_length(loaded) and _works(loaded, trace)
+    if free:
+        hint = f"export with --stateless: then every call starts fresh; or {error.hint}"
+    elif dims and _works(fixed, trace):
+        declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
+        hint = (
+            "forward works for the example's number of positions only; declare it: the factory returns "
+            f"{{{declared}}} as its third element (dims= in Python), and every call has so many and starts "
+            "fresh"
+        )
+    else:
+        hint = error.hint
+    return BuildError(error.message, hint)
+
+
+def _works(loaded: Loaded, trace: Works) -> bool:
+    """Whether a model can be traced without states, and its rows do not depend on each other."""
+    try:
+        trace(loaded)
+        return _rows_are_apart(loaded)
+    except Exception:
+        log.debug("not recommended, because it fails", exc_info=True)
+        return False
+
+
+def _any_length(loaded: Loaded) -> bool:
+    """Whether forward takes one position, and twice as many as the example has."""
+
+    def one(x: Tensor, spec: TensorSpec) -> Tensor:
+        return x if spec.time_axis is None else x.narrow(spec.time_axis, 0, spec.steps)
+
+    def twice(x: Tensor, spec: TensorSpec) -> Tensor:
+        return x if spec.time_axis is None else torch.cat([x, x], spec.time_axis)
+
+    specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
+    return all(
+        _run(loaded, {name: change(x, specs[name]) for name, x in loaded.inputs.items()}) is not None
+        for change in (one, twice)
+    )
+
+
+def _rows_are_apart(loaded: Loaded) -> bool:
+    """Whether the first and the last row give alone what they give beside the others."""
+    whole = _run(loaded, loaded.inputs)
+    for row in (slice(0, 1), slice(-1, None)):
+        one = {n: x[row] if loaded.input_dims(n)[:1] == ("B",) else x for n, x in loaded.inputs.items()}
+        alone = _run(loaded, one)
+        if whole is None or alone is None:
+            return False
+        pairs = [(x[row], y) for x, y in zip(whole, alone, strict=True) if x.ndim]
+        if any(x.shape != y.shape or difference(x.numpy(), y.numpy()).relative_l2 > LIMIT for x, y in pairs):
+            return False
+    return True
+
+
+def _run(loaded: Loaded, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """The tensors that forward returns; None where it fails."""
+    args, kwargs = loaded.call(inputs)
+    try:
+        with torch.no_grad():
+            return [x for _, x in leaves(loaded.module(*args, **kwargs)) if isinstance(x, Tensor)]
+    except Exception:
+        return None
+
+
+def _fixed(loaded: Loaded) -> dict[str, Dims]:
+    """Dims of the inputs that have positions, with the example's number of them."""
+    given = {name: loaded.input_dims(name) for name in loaded.inputs}
+    return {
+        name: tuple(
+            n if isinstance(d, str) and d != "B" else d
+            for d, n in zip(dims, loaded.inputs[name].shape, strict=True)
+        )
+        for name, dims in given.items()
+        if TensorSpec(name, "", dims).time_axis is not None
+    }
+
+
+def _shown(dims: Dims) -> str:
+    return "(" + ", ".join(f'"{d}"' if isinstance(d, str) else str(d) for d in dims) + ")"

@@ -67,15 +67,19 @@ def given(result: UserValue, label: str) -> Given:
 
 def what_to_return(module: nn.Module | None) -> str:
     """The hint: what a factory returns, with the names of the module's forward where it is known."""
+    first = "x" if module is None else next((p.name for p in parameters(module) if _required(p)), "x")
+    return (
+        f"return (module, {what_to_give(module)}), keyed by forward's parameter names, and as a third "
+        f'element {{"{first}": ("B", 3, 32, 32)}} for inputs that are not (B, S, ...)'
+    )
+
+
+def what_to_give(module: nn.Module | None) -> str:
+    """An example for a module as it is written in Python; with its width, where forward takes it."""
     names = [] if module is None else [p.name for p in parameters(module) if _required(p)]
     width = _width(module, names[0]) if module is not None and len(names) == 1 else None
-    names = names or ["x"]
     example = "example tensor" if width is None else f"torch.zeros(2, 16, {width})"
-    examples = ", ".join(f'"{name}": {example}' for name in names)
-    return (
-        f"return (module, {{{examples}}}), keyed by forward's parameter names, and as a third element "
-        f'{{"{names[0]}": ("B", 3, 32, 32)}} for inputs that are not (B, S, ...)'
-    )
+    return "{" + ", ".join(f'"{name}": {example}' for name in names or ["x"]) + "}"
 
 
 def _width(module: nn.Module, name: str) -> int | None:

@@ -30,7 +30,7 @@ from ..runfolder import RunFolder
 from . import stages
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..bench.result import BenchReport
     from ..calibration.scales import Scales
@@ -86,7 +86,7 @@ class _Export(ExportOptions):
     """Options of `export`, and the other keywords of the API's `export`."""
 
     out: Path | str
-    example: Tensor | Mapping[str, Tensor] | None = None
+    example: object = None
     dims: Mapping[str, tuple[int | str, ...]] | None = None
     weights: Path | str | None = None
     force: bool = False
@@ -127,9 +127,10 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
     Args:
         model: a live nn.Module; the path of a checkpoint; or a factory, as "package.module:function".
         out: run folder to create.
-        example: for a live module: an example tensor (B, S, ...) of forward's first parameter, or a dict with
-            one per parameter.
-        dims: for a live module: symbolic shape of inputs that are not (B, S, ...), `{"goal": ("B", 8)}`.
+        example: for a live module: an example tensor (B, S, ...) of forward's first parameter, a tuple of its
+            arguments, or a dict with one per parameter; also nests of tensors. A published model needs none.
+        dims: for a live module: symbolic shape of inputs that are not (B, S, ...), such as
+            `{"goal": ("B", 8), "x": ("B", 5, "S")}`.
         weights: for a factory: file with its weights.
         force: replace an existing run folder.
         threads: CPU threads of this run; all cores by default.
@@ -273,8 +274,6 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
     from ..load import checkpoint
 
     if not isinstance(model, str | Path):
-        if options.example is None:
-            raise UsageError("a live module needs an example input", "example=torch.zeros(1, 16, channels)")
         if options.weights is not None:
             raise UsageError("weights= belongs to a factory", "a live module has its weights")
         return checkpoint.load_live(model, options.example, options.dims).in_form(options.stateless)

@@ -31,7 +31,7 @@ from ..load.loaded import Loaded
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
 from ..options import Context, ExportOptions
-from ..specs import OP_DOMAIN, IoSpec, StateSpec, TensorSpec
+from ..specs import OP_DOMAIN, IoSpec, Json, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import with_advice
 from .capture import quiet, torch_to_ir
@@ -98,20 +98,21 @@ def export(
         for companion in loaded.companions:
             shutil.copyfile(companion, folder / companion.name)
         progress("hashing")
-        runfolder.write_manifest(
-            folder,
-            {
-                "command": context.command,
-                "model": loaded.name,
-                "origin": loaded.origin,
-                "origin_absolute": loaded.origin_absolute,
-                "notes": list(loaded.notes),
-                "checkpoint_sha256": loaded.sha256,
-                "context_length": loaded.context_length,
-                "options": asdict(options),
-            },
-        )
+        about = {"command": context.command, "options": asdict(options), **_about(loaded)}
+        runfolder.write_manifest(folder, {**about, "left_out": model.meta["left_out"]})
     return Path(out)
+
+
+def _about(loaded: Loaded) -> Json:
+    """Entries of the manifest about the model."""
+    return {
+        "model": loaded.name,
+        "origin": loaded.origin,
+        "origin_absolute": loaded.origin_absolute,
+        "notes": list(loaded.notes),
+        "checkpoint_sha256": loaded.sha256,
+        "context_length": loaded.context_length,
+    }
 
 
 def _resolved(options: ExportOptions, loaded: Loaded) -> ExportOptions:
@@ -158,6 +159,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     model.ir_version = IR_VERSION
     model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
     model.metadata_props["xlstm_export.passes"] = json.dumps(fired)
+    model.meta["left_out"] = left_out(lifted.outputs)
     outputs = [o for o in model.graph.outputs if o.name in output_names]
     spec = IoSpec(
         tuple(_tensor_spec(v) for v in model.graph.inputs[: len(loaded.inputs)]),

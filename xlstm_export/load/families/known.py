@@ -59,20 +59,21 @@ def _language_model(module: nn.Module) -> Known:
 
 
 def _large(module: nn.Module) -> Known:
+    config: Any = module.config
+    config.return_last_states = False  # the graph carries them
     model = _language_model(module)
     return Known(module, model.signature, model.inputs, model.output, exact=full_precision_norms)
 
 
 def _hugging_face(module: nn.Module) -> Known:
-    # Without a cache, which would be another output: the graph carries the states.
-    signature = Signature((), {"input_ids": Slot("tokens"), "use_cache": False})
+    signature = Signature((), {"input_ids": Slot("tokens")})
     return Known(module, signature, _tokens(_vocabulary(module)), "logits", exact=full_precision_norms)
 
 
 def _stack(module: nn.Module) -> Known:
-    width = int(module.config.embedding_dim)  # type: ignore[union-attr, arg-type]
-    generator = torch.Generator().manual_seed(0)
-    return Known(module, Signature((Slot("x"),)), {"x": torch.randn(2, LENGTH, width, generator=generator)})
+    config: Any = module.config
+    x = torch.randn(2, LENGTH, config.embedding_dim, generator=torch.Generator().manual_seed(0))
+    return Known(module, Signature((Slot("x"),)), {"x": x})
 
 
 def _tirex(module: nn.Module) -> Known:
@@ -101,12 +102,21 @@ _PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
 
 
 def _vocabulary(module: nn.Module) -> int:
-    return int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    config: Any = module.config
+    return int(config.vocab_size)
 
 
 def _tokens(vocabulary: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {"tokens": torch.randint(0, vocabulary, (2, LENGTH), generator=generator)}
+
+
+def without_cache(module: nn.Module) -> None:
+    """Keep models of `transformers`, also those inside, from returning a cache: the graph has the states."""
+    for part in module.modules():
+        if type(part).__module__.startswith("transformers.models.xlstm") and hasattr(part, "config"):
+            config: Any = part.config
+            config.use_cache = False
 
 
 def _takes_tokens(module: nn.Module) -> Known | None:
@@ -125,7 +135,8 @@ def _takes_tokens(module: nn.Module) -> Known | None:
 
     for part in copy.modules():
         part.register_forward_pre_hook(look)
-    if not result_of(copy, (tokens,), {}) or not read:
+    result_of(copy, (tokens,), {})  # where it fails later, it has still read tokens
+    if not read:
         return None
     name = wanted[0].name
     return Known(

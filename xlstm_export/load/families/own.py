@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ...errors import ExportError, InputError, UsageError
 from ...specs import steps_of
 from ..axes import Axes, axes_of
-from ..example import Given, given, parameters, signature_of, what_to_return
+from ..example import Given, given, parameters, signature_of, what_to_give, what_to_return
 from ..loaded import Dims, Loaded, context_length, nothing
 from ..signature import UserValue
 from ..slstm_backends import call_factory, without_cuda
 from ..user_code import described, load_function
 from ..weights import check_finite
-from .known import Known, known
+from .known import Known, known, without_cache
 from .own_weights import load_weights
 
 
@@ -58,11 +58,14 @@ def load_live(module: nn.Module, example: UserValue = None, dims: Mapping[str, D
         dims: symbolic shape of inputs, as in `load_module`.
 
     Raises:
-        InputError: examples or dims do not fit the forward, or the model needs an example.
+        InputError: examples or dims do not fit the forward.
+        UsageError: the model needs an example.
     """
     name = type(module).__name__
     if not parameters(module):
         raise InputError(f"forward of {name} takes no inputs", "export a module that has one")
+    if example is None and known(module) is None:
+        raise UsageError("a live module needs an example input", f"example={what_to_give(module)}")
     return _loaded(Given(copy.deepcopy(module), example, dims), name, {})
 
 
@@ -73,6 +76,7 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
     module.eval()  # not chained: a `train` of the user's own may return nothing
     module = module.cpu()
     without_cuda(module)
+    without_cache(module)
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         module = module.float()
     for name, parameter in module.named_parameters():
@@ -129,7 +133,7 @@ def _call_factory(spec: str) -> Given:
     except Exception as error:
         raise InputError(
             f"--module {spec}: the factory raised {described(error)}",
-            _NO_CUDA if _wants_cuda(error) else "call it by itself to see where; --debug shows the traceback",
+            _hint(error),
         ) from error
     return given(result, f"--module {spec}")
 
@@ -138,6 +142,19 @@ _NO_CUDA = (
     'this machine has no CUDA, and needs none: build the model on the CPU, without .cuda() or .to("cuda"), '
     'and read its weights with torch.load(path, map_location="cpu")'
 )
+
+
+_NO_KERNELS = (
+    'build it with kernels that run everywhere: chunkwise_kernel="chunkwise--native_autograd", '
+    'sequence_kernel="native_sequence__native", step_kernel="native"'
+)
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an error of a factory."""
+    if "mlstm kernel" in str(error):
+        return _NO_KERNELS
+    return _NO_CUDA if _wants_cuda(error) else "call it by itself to see where; --debug shows the traceback"
 
 
 def _wants_cuda(error: Exception) -> bool:

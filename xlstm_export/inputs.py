@@ -63,6 +63,22 @@ def rows_of(arrays: Mapping[str, np.ndarray], io: IoSpec, rows: slice | list[int
     return {x.name: arrays[x.name][rows] if x.batched else arrays[x.name] for x in io.inputs}
 
 
+def streams_of(outputs: Mapping[str, np.ndarray], io: IoSpec, rows: list[int], batch: int) -> Arrays:
+    """What belongs to the given rows of the batch, of outputs of `batch` rows.
+
+    The batch is the axis "B", which need not be the first (hidden states of nn.LSTM), or one of a multiple of
+    it. Outputs without such an axis belong to no row and are left out.
+    """
+    found = {}
+    for spec in io.outputs:
+        axes = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and "B" in dim]
+        if axes:
+            value = outputs[spec.name]
+            each = value.shape[axes[0]] // batch
+            found[spec.name] = value.take([row * each + i for row in rows for i in range(each)], axes[0])
+    return found
+
+
 def rolled(array: np.ndarray, spec: TensorSpec, start: int) -> np.ndarray:
     """The tensor from position `start` on, and what was before that at its end."""
     return array if spec.time_axis is None else np.roll(array, -start * spec.steps, axis=spec.time_axis)

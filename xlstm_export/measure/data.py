@@ -33,7 +33,7 @@ class Sequences:
 
     @property
     def rows(self) -> int:
-        return int(next(iter(self.inputs.values())).shape[0])
+        return int(next(self.inputs[spec.name].shape[0] for spec in self.io.inputs if spec.batched))
 
     @property
     def length(self) -> int:
@@ -45,7 +45,9 @@ class Sequences:
         starts = rng.integers(0, self.length - length, size=count)
         rows = rng.integers(0, self.rows, size=count)
         return {
-            spec.name: np.concatenate(
+            spec.name: self.inputs[spec.name]
+            if not spec.batched
+            else np.concatenate(
                 [
                     piece_of(self.inputs[spec.name][row : row + 1], spec, start, start + length)
                     for row, start in zip(rows.tolist(), starts.tolist(), strict=True)
@@ -59,7 +61,9 @@ class Sequences:
         chosen = [row % self.rows for row in range(count)]
         shifts = [self.length * (row // self.rows) // count for row in range(count)]
         return {
-            spec.name: np.concatenate(
+            spec.name: self.inputs[spec.name]
+            if not spec.batched
+            else np.concatenate(
                 [
                     rolled(self.inputs[spec.name][row : row + 1], spec, shift)
                     for row, shift in zip(chosen, shifts, strict=True)

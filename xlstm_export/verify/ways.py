@@ -7,14 +7,14 @@ export's own single call for one that differs from PyTorch by rounding.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..checks import Check, output_check
 from ..distance import compare_states, difference
-from ..inputs import Arrays, cut, has_positions, joined, rows_of
+from ..inputs import Arrays, cut, has_positions, joined, rows_of, streams_of
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
@@ -129,7 +129,7 @@ class StreamChecks:
             for row in range(BATCH):
                 alone.reset()
                 single = alone.prefill(rows_of(inputs, self.io, slice(row, row + 1)))
-                worst = self._worst((together[n][row : row + 1], single[n]) for n in self._rowed)
+                worst = self._row_error(together, [row], single, [0], 1)
                 checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
         other = {name: x.copy() for name, x in inputs.items()}
         made = self._make_inputs(length)
@@ -142,21 +142,11 @@ class StreamChecks:
         self.candidate.reset()
         disturbed = self.candidate.prefill(other)
         rows = [0, 2]
+        worst = self._row_error(disturbed, rows, together, rows)
         moved = self.candidate.state()
-        pairs = [(disturbed[n][rows], together[n][rows]) for n in self._rowed]
-        worst = self._worst([*pairs, *((moved[n][rows], state[n][rows]) for n in state)])
+        worst = max([worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state)])
         checks.append(Check("rows beside another row 1", worst, self.limits["rows"]))
         return checks
-
-    @property
-    def _rowed(self) -> list[str]:
-        """Names of the outputs that have a row per stream."""
-        return [x.name for x in self.io.outputs if x.batched]
-
-    @staticmethod
-    def _worst(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-        """The largest relative L2 distance of pairs."""
-        return max((difference(a, b).relative_l2 for a, b in pairs), default=0.0)
 
     def check_reset(self) -> list[Check]:
         """Reset clears the state, also of single rows while the others continue."""
@@ -175,13 +165,21 @@ class StreamChecks:
         self.candidate.set_state(continued_from)
         self.candidate.reset(rows=[1])
         mixed = self.candidate.prefill(inputs)
-        one = self._worst((mixed[n][1], expected[n][1]) for n in self._rowed)
-        rest = self._worst((mixed[n][[0, 2]], continued[n][[0, 2]]) for n in self._rowed)
+        one = self._row_error(mixed, [1], expected, [1])
+        rest = self._row_error(mixed, [0, 2], continued, [0, 2])
         return [
             *checks,
             Check("reset of row 1", one, self.limits["rows"]),
             Check("rows 0, 2 go on", rest, self.limits["rows"]),
         ]
+
+    def _row_error(
+        self, found: Arrays, rows: list[int], expected: Arrays, theirs: list[int], batch: int = BATCH
+    ) -> float:
+        """Largest relative L2 of an output between rows of two results, the second of `batch` rows."""
+        a = streams_of(found, self.io, rows, BATCH)
+        b = streams_of(expected, self.io, theirs, batch)
+        return max((difference(a[name], b[name]).relative_l2 for name in a), default=0.0)
 
     def _streamed(
         self, name: str, pieces: Sequence[int], session: OrtSession, call: Callable[[Arrays], Arrays]

@@ -113,8 +113,7 @@ def for_run(
     run = RunFolder.of(run)
     if source is None:
         return random_set(loaded, run.io, selection)
-    found = run.path / "tokenizer.json"
-    tokenizer = tokenizer or (found if found.is_file() else None)
+    tokenizer = tokenizer or run.tokenizer
     return load(source, run.io, selection, vocab_size=loaded.vocab_size, tokenizer=tokenizer)
 
 

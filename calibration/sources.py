@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export.errors import ExportError, InputError, SetupError, UsageError
+from xlstm_export.errors import ExportError, InputError, UsageError
 from xlstm_export.inputs import Arrays, batch_of, length_of, per_position
 from xlstm_export.load.user_code import described, load_function
+from xlstm_export.sessions.codec import read_text
 from xlstm_export.specs import IoSpec, Json, JsonMapping, TensorSpec
 
 PICTURE = (
@@ -157,20 +158,7 @@ class Reader:
         spec = self._only_input(path)
         if not np.issubdtype(spec.dtype, np.integer) or len(spec.shape) != 2:
             raise UsageError(f"{path} is read as text, but the model takes no tokens", PICTURE)
-        content = path.read_bytes()
-        if self.tokenizer is None:
-            if self.vocab_size == 256:
-                return np.frombuffer(content, dtype=np.uint8).astype(spec.dtype)
-            known = "of unknown size" if self.vocab_size is None else f"of {self.vocab_size} tokens"
-            raise UsageError(
-                f"{path} is text and the model's vocabulary, {known}, is not that of bytes (256)",
-                "name the tokenizer.json of the checkpoint, or give token ids as .npy",
-            )
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error}", PICTURE) from error
-        return np.asarray(_tokenizer(self.tokenizer).encode(text, add_special_tokens=False).ids, spec.dtype)
+        return np.asarray(read_text(path, self.vocab_size, self.tokenizer), spec.dtype)
 
     def _csv(self, path: Path, spec: TensorSpec) -> tuple[np.ndarray, tuple[str, ...]]:
         if not np.issubdtype(spec.dtype, np.floating) or len(spec.shape) != 3 or not per_position(spec):
@@ -266,22 +254,6 @@ def _number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
-
-
-def _tokenizer(path: Path) -> Any:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file} does not exist", "name the tokenizer.json of the checkpoint")
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise SetupError(f"tokenizers cannot be imported: {error}", "pip install tokenizers") from error
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises plain Exception
-        raise InputError(
-            f"{file} is no tokenizer: {error}", "name the tokenizer.json of the checkpoint"
-        ) from error
 
 
 def _items(spec: str) -> Iterable[Any]:

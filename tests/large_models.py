@@ -91,3 +91,21 @@ def make_hf(
         (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
         (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+def train_tokenizer(path: Path, text: str, vocab_size: int = 300) -> Path:
+    """Write a byte-level BPE tokenizer as training scripts leave it, with truncation and padding."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=["<pad>"]
+    )
+    made.train_from_iterator([text], trainer)
+    made.enable_truncation(16)
+    made.enable_padding(length=16)
+    made.save(str(path))
+    return path

@@ -104,6 +104,12 @@ class RunFolder:
         return self.path / MODEL_DATA
 
     @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer.json that came with the checkpoint."""
+        path = self.path / "tokenizer.json"
+        return path if path.is_file() else None
+
+    @property
     def precision(self) -> str:
         """Precision of the recipe, or "fp32"; the name that reports use."""
         return self.options.precision or "fp32"

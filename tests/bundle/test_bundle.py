@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import models
 import numpy as np
 import onnx
 import pytest
+from lean_board import deploy, packages
 from refusals import refused
 from xlstm_export.plugins import locate
 
@@ -27,8 +25,6 @@ from xlstm_export.specs import OP_DOMAIN
 from xlstm_export.trace import export as trace
 
 HORIZON = 500
-# What onnxruntime and numpy need; nothing else may be imported on a board.
-LEAN = ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "google", "packaging")
 
 
 @pytest.fixture(scope="module")
@@ -172,37 +168,7 @@ def test_a_damaged_manifest(own: Path, content: str) -> None:
 @pytest.fixture(scope="module")
 def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of packages with NumPy and ONNX Runtime, and what these need."""
-    folder = tmp_path_factory.mktemp("lean")
-    for name in LEAN:
-        spec = importlib.util.find_spec(name) if "." not in name else None
-        if "." in name:
-            found = importlib.util.find_spec("numpy")
-            assert found is not None
-            assert found.origin is not None
-            path = Path(found.origin).parents[1] / name
-        elif spec is not None and spec.submodule_search_locations:
-            path = Path(next(iter(spec.submodule_search_locations)))
-        else:
-            continue
-        if path.is_dir():
-            (folder / name).symlink_to(path)
-    return folder
-
-
-def deploy(bundle: Path, lean: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run deploy.py in a Python that has no other packages."""
-    script = (
-        f"import sys, runpy; sys.path.insert(0, {str(lean)!r}); "
-        f"sys.argv = [{str(bundle / 'deploy.py')!r}, *{list(arguments)!r}]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return subprocess.run(
-        [sys.executable, "-I", "-S", "-B", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "XLSTM_EXPORT_CACHE": str(bundle.parent / "cache"), **environment},
-    )
+    return packages(tmp_path_factory.mktemp("lean"))
 
 
 def test_deploy_needs_numpy_and_onnxruntime_only(own: Path, lean: Path) -> None:

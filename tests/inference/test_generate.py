@@ -10,11 +10,12 @@ from click.testing import CliRunner
 
 from xlstm_export.cli.main import cli
 from xlstm_export.errors import UsageError
-from xlstm_export.inference.generate import Bytes, Numbers, codec_for, generate
+from xlstm_export.inference.generate import codec_for, generate
 from xlstm_export.inference.open import open_session
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import GenerateOptions
 from xlstm_export.runfolder import RunFolder
+from xlstm_export.sessions.codec import Bytes, Numbers
 from xlstm_export.sessions.streams import choose
 from xlstm_export.specs import IoSpec, TensorSpec
 

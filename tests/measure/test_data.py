@@ -95,7 +95,7 @@ def test_text_without_a_single_pair(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(("io", "vocab_size"), [(BYTES, 50304), (BYTES, None), (SERIES, None), (SERIES, 256)])
 def test_text_for_a_model_that_reads_no_bytes(tmp_path: Path, io: IoSpec, vocab_size: int | None) -> None:
     (tmp_path / "heldout.txt").write_bytes(b"some text")
-    with pytest.raises(UsageError, match=r"heldout.txt is read as text") as caught:
+    with pytest.raises(UsageError, match=r"heldout.txt is (read as )?text") as caught:
         data.load(tmp_path / "heldout.txt", io, vocab_size=vocab_size)
     assert ".npz" in caught.value.hint
 

@@ -21,6 +21,7 @@ from ..inputs import save_arrays
 from ..options import BuildOptions
 from ..runfolder import RunFolder
 from ..sessions import streams, timing
+from ..sessions.codec import codec_of
 from ..sessions.protocol import Session, load_state, save_state
 from . import integrity, replay
 
@@ -170,7 +171,7 @@ def _bench(options: Any) -> None:
 
 def _run(options: Any) -> None:
     if (options.text is None) == (options.data is None):
-        raise UsageError("give either --text or --data", "--text for a byte-level language model")
+        raise UsageError("give either --text or --data", "--text for a language model")
     with _session(options) as session:
         if options.state is not None and options.state.exists():
             load_state(session, options.state)
@@ -189,9 +190,9 @@ def _run(options: Any) -> None:
 def _write_text(session: Session, options: Any) -> None:
     pieces = streams.continue_text(
         session,
+        codec_of(options.bundle, integrity.read(options.bundle).get("vocab_size")),
         options.text,
         count=options.tokens,
-        vocab_size=integrity.read(options.bundle).get("vocab_size"),
         temperature=options.temperature,
         seed=options.seed,
     )

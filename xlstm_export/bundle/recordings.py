@@ -60,7 +60,9 @@ def write_goldens(
     io, horizon = run.io, options.horizon
     held_out = None
     if options.data is not None and has_positions(io):
-        held_out = data.load(options.data, io, vocab_size=loaded.vocab_size, limit=horizon)
+        held_out = data.load(
+            options.data, io, vocab_size=loaded.vocab_size, tokenizer=run.tokenizer, limit=horizon
+        )
     sequences = Source(loaded, io, np.random.default_rng(0), held_out, calibration)
     inputs = cut(sequences.streams(1, horizon), io, 0, horizon)
     length = length_of(inputs, io.inputs)

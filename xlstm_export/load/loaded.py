@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..atomic import sha256
 from ..errors import InputError
+from ..specs import TensorSpec
 from .signature import Call, Signature
 from .weights import Weights
 
@@ -128,6 +129,19 @@ class Loaded:
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""
         return self.dims[name] if name in self.dims else ("B", "S", *self.inputs[name].shape[2:])
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """The inputs as an export of the model describes them."""
+        return tuple(
+            TensorSpec(name, str(x.dtype).removeprefix("torch."), self.input_dims(name))
+            for name, x in self.inputs.items()
+        )
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer.json that came with the checkpoint."""
+        return next((path for path in self.companions if path.name == "tokenizer.json"), None)
 
     def in_form(self, stateless: bool | None) -> Loaded:
         """The model for an export with or without states; None for the default."""

@@ -12,11 +12,12 @@ from ..errors import InputError, UsageError
 from ..inputs import Arrays, cut, length_of, per_position, rolled
 from ..inputs import piece as piece_of
 from ..sessions import Session
+from ..sessions.codec import read_text
 from ..specs import IoSpec, TensorSpec
 from .metrics import METRICS, Metric, Target
 
 PIECE = 2048  # positions per call while a metric streams through the data
-PICTURE = "text file for a byte-level language model; .npz with the model's inputs (N, S, ...) and `target`"
+PICTURE = "text file for a language model; .npz with the model's inputs (N, S, ...) and `target`"
 
 
 @dataclass(frozen=True)
@@ -109,24 +110,27 @@ def load(
     io: IoSpec,
     *,
     vocab_size: int | None = None,
+    tokenizer: Path | None = None,
     limit: int = 16384,
     metric: str | None = None,
 ) -> EvalData:
     """Read evaluation data for a model.
 
     Args:
-        path: a text file (byte-level language models) or an .npz file with the inputs by name and `target`:
+        path: a text file (language models) or an .npz file with the inputs by name and `target`:
             classes (N, S) as integers, -1 where unknown, or real values (N, S, ...), NaN where unknown;
             without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the
             levels of the output's last axis.
         io: the model's inputs and outputs.
         vocab_size: vocabulary of a language model.
+        tokenizer: tokenizer.json that came with it; without one, text is read as bytes.
         limit: at most this many positions per row are used.
         metric: one of `METRICS`; the default depends on the targets.
 
     Raises:
         InputError: the file cannot be read or does not fit the model.
-        UsageError: the metric is unknown, or does not fit the targets.
+        UsageError: the metric is unknown, or does not fit the targets; text for a model without a tokenizer.
+        SetupError: text needs the package `tokenizers`, which cannot be imported.
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"no metric {metric}", f"there are {', '.join(METRICS)}")
@@ -134,29 +138,63 @@ def load(
         raise InputError(f"{path} does not exist", f"give a {PICTURE}")
     if path.suffix == ".npz":
         return _load_npz(path, io, limit, metric, vocab_size)
-    if [spec.dtype for spec in io.inputs] != ["int64"] or vocab_size != 256:
-        raise UsageError(
-            f"{path} is read as text, but the model is not a byte-level language model",
-            f"give a {PICTURE}",
-        )
-    return _byte_text(path, io, limit, metric)
-
-
-def _byte_text(path: Path, io: IoSpec, limit: int, metric: str | None) -> EvalData:
-    tokens = np.frombuffer(path.read_bytes()[: limit + 1], dtype=np.uint8).astype(np.int64)
+    _require_tokens(path, io.inputs)
+    if metric == "bits-per-byte" and tokenizer is not None:
+        raise UsageError(f"--metric {metric}: the model's tokens are not bytes", "perplexity is per token")
+    tokens = np.array(read_text(path, vocab_size, tokenizer)[: limit + 1], np.int64)
     if len(tokens) < 2:
-        raise InputError(f"{path} is empty", "a metric needs at least two bytes of text")
+        raise InputError(f"{path} is empty", "a metric needs at least two tokens of text")
+    if vocab_size is not None and tokens.max() >= vocab_size:
+        raise InputError(
+            f"{path} has token {tokens.max()}, the vocabulary has {vocab_size}",
+            "the tokenizer belongs to another model",
+        )
     target = Target(tokens[None, 1:])
     inputs = {io.inputs[0].name: tokens[None, :-1]}
-    return _scored(inputs, io, target, _chosen(metric or "bits-per-byte", target), str(path))
+    name = metric or ("bits-per-byte" if tokenizer is None else "perplexity")
+    return _scored(inputs, io, target, _chosen(name, target), str(path))
+
+
+def check_source(
+    path: Path, inputs: Sequence[TensorSpec], *, vocab_size: int | None = None, tokenizer: Path | None = None
+) -> None:
+    """Find what is wrong with evaluation data before there is an export to use them on.
+
+    Args:
+        path: as in `load`.
+        inputs: the model's inputs.
+        vocab_size, tokenizer: as in `load`.
+
+    Raises:
+        InputError, UsageError, SetupError: see `load`. What depends on the outputs is not checked.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", f"give a {PICTURE}")
+    if path.suffix != ".npz":
+        _require_tokens(path, inputs)
+        read_text(path, vocab_size, tokenizer)
+        return
+    arrays = _arrays(path)
+    for name in (*(spec.name for spec in inputs), "target"):
+        if name not in arrays:
+            raise InputError(f"{path} lacks {name}", f"it holds {', '.join(sorted(arrays))}")
+
+
+def _require_tokens(path: Path, inputs: Sequence[TensorSpec]) -> None:
+    if [spec.dtype for spec in inputs] != ["int64"] or len(inputs[0].shape) != 2:
+        raise UsageError(f"{path} is read as text, but the model takes no tokens", f"give a {PICTURE}")
+
+
+def _arrays(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged archive can raise almost any exception
+        raise InputError(f"{path} is not a readable .npz file: {error}", f"give a {PICTURE}") from error
 
 
 def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size: int | None) -> EvalData:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: Arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive can raise almost any exception
-        raise InputError(f"{path} is not a readable .npz file: {error}", f"give a {PICTURE}") from error
+    arrays = _arrays(path)
     inputs = {spec.name: _input(path, spec, io, arrays, limit) for spec in io.inputs}
     output = _output(io)
     target = _target(path, arrays, output, limit)

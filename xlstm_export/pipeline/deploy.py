@@ -26,7 +26,7 @@ from ..options import (
 )
 from ..quantize.recipe import Recipe, preset, read_recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
-from ..specs import Json
+from ..specs import IoSpec, Json
 from ..targets import TARGETS
 from .plan import Pipeline, Step
 from .runner import Outcome, run_pipeline
@@ -174,6 +174,7 @@ def deploy_pipeline(
     chosen = _recipe(options)
     if options.target is not None and options.target not in TARGETS:
         raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
+    _check_data(loaded, options)
     steps = [Step("export", "export", ExportOptions(), variant=FP32)]
     steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib))
     if chosen.precision != FP32:
@@ -191,6 +192,23 @@ def deploy_pipeline(
         threads=context.threads,
         loaded=loaded,
     )
+
+
+def _check_data(loaded: Loaded, options: DeployOptions) -> None:
+    """Read all data before anything is traced: what is wrong with them is known in seconds, not in minutes.
+
+    Raises:
+        InputError, UsageError, SetupError: data cannot be read, or do not fit the model.
+    """
+    from ..calibration import sets
+    from ..measure.data import check_source
+
+    inputs, size, tokenizer = loaded.input_specs, loaded.vocab_size, loaded.tokenizer
+    if options.data is not None:
+        check_source(options.data, inputs, vocab_size=size, tokenizer=tokenizer)
+    if options.calib is not None:
+        chosen = sets.Selection(avoid=options.data)
+        sets.load(options.calib, IoSpec(inputs, (), ()), chosen, vocab_size=size, tokenizer=tokenizer)
 
 
 def _recipe(options: DeployOptions) -> Recipe:

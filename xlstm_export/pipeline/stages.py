@@ -96,7 +96,7 @@ def sensitivity(
     if options.data is None:
         raise UsageError("sensitivity needs data with the task's targets", "give --data")
     run = RunFolder.of(run)
-    targets = data.load(options.data, run.io, vocab_size=loaded.vocab_size)
+    targets = data.load(options.data, run.io, vocab_size=loaded.vocab_size, tokenizer=run.tokenizer)
     return sensitivity_(run, options, context, data=targets, scales=Scales.read(run.path))
 
 

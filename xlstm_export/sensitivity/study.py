@@ -33,7 +33,7 @@ from ..measure.data import EvalData
 from ..options import Context, SensitivityOptions
 from ..quantize.recipe import Choice, Recipe, Rule, naive, possible
 from ..runfolder import MODEL, MODEL_DATA, RunFolder, versions
-from ..specs import IoSpec, Json
+from ..specs import Json
 from ..verify.limits import DriftLimits
 from .measure import Setup, data_hash
 from .report import FOLDER, write_evidence
@@ -89,7 +89,7 @@ def sensitivity(
     folder = run.path.absolute()
     out = folder / FOLDER if out is None else Path(out).absolute()
     _check_export(run, settings, scales)
-    loaded = _opened(options.data if data is None else data, run.io, search.positions)
+    loaded = _opened(options.data if data is None else data, run, search.positions)
     sites = find_sites(load_graph(run.model))
     units = units_of(sites, settings.precision, search.group)
     setup = Setup(str(folder), "", loaded, scales, options.horizon, context.seed, search.threads_per_job)
@@ -279,14 +279,15 @@ def _check_export(run: RunFolder, settings: Settings, scales: Scales | None) -> 
         scales.require_graph(run.files[MODEL]["sha256"])
 
 
-def _opened(data: EvalData | Path | None, io: IoSpec, positions: int) -> EvalData:
+def _opened(data: EvalData | Path | None, run: RunFolder, positions: int) -> EvalData:
     if data is None:
         raise UsageError("there are no data to measure on", "give --data, with the task's targets")
     if isinstance(data, EvalData):
         return data
+    io = run.io
     last = io.outputs[0].shape[-1]
     vocab_size = last if isinstance(last, int) and np.issubdtype(io.inputs[0].dtype, np.integer) else None
-    return evaluation.load(data, io, vocab_size=vocab_size, limit=positions)
+    return evaluation.load(data, io, vocab_size=vocab_size, tokenizer=run.tokenizer, limit=positions)
 
 
 def _shaped_by(setup: Setup, run: RunFolder) -> str:

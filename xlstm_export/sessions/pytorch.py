@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import BuildError
 from ..inputs import Arrays
-from ..specs import IoSpec, StateSpec, TensorSpec
+from ..specs import IoSpec, StateSpec
 from .protocol import Session
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TorchSession(Session):
 
         lifted = lift_model(loaded)
         states = tuple(StateSpec(s.block, s.kind, s.shape, dtype) for s in lifted.states)
-        inputs = tuple(_symbolic(name, x, loaded) for name, x in loaded.inputs.items())
+        inputs = loaded.input_specs
         super().__init__(IoSpec(inputs, (), states), batch, loaded.vocab_size)
         self._torch = torch
         self._dtype = getattr(torch, dtype)
@@ -133,7 +133,3 @@ def _kept(module: nn.Module, paths: Sequence[str]) -> Iterator[list[np.ndarray]]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _symbolic(name: str, example: Any, loaded: Loaded) -> TensorSpec:
-    return TensorSpec(name, str(example.dtype).removeprefix("torch."), loaded.input_dims(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import numpy as np
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, per_position
 from ..specs import IoSpec
+from .codec import Codec
 from .protocol import Session
-
-BYTES = 256
 
 
 def read_inputs(path: Path, io: IoSpec) -> Arrays:
@@ -64,32 +62,30 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def continue_text(
-    session: Session, text: str, *, count: int, vocab_size: int | None, temperature: float, seed: int
+    session: Session, codec: Codec, text: str, *, count: int, temperature: float, seed: int
 ) -> Iterator[str]:
-    """The text that a byte-level language model generates after `text`, piece by piece.
+    """The text that a language model generates after `text`, piece by piece.
 
     Args:
+        session: of one stream; its state is updated.
+        codec: converts text to tokens and back.
+        text: the prompt.
         count: tokens.
         temperature: of sampling; 0 takes the likeliest token.
         seed: equal seeds give equal texts.
 
     Raises:
-        UsageError: the model is no byte-level language model, or there is nothing to continue.
+        UsageError: the model is no language model, there is nothing to continue, or the text has a token
+            beyond the vocabulary.
     """
     io = session.io
     tokens = [x for x in io.inputs if x.dtype == "int64" and per_position(x)]
-    if len(io.inputs) != 1 or not tokens or vocab_size != BYTES:
-        raise UsageError("the model is no byte-level language model", "give its inputs with --data")
-    given = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
-    if not given.size:
-        raise UsageError("there is no text to continue", "give at least one character")
-    # A character of several bytes is returned when its last byte is generated.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    if len(io.inputs) != 1 or not tokens:
+        raise UsageError("the model is no language model", "give its inputs with --data")
+    given = codec.encode(text)
     names = (tokens[0].name, io.outputs[0].name)
-    for token in continue_tokens(
-        session, names, given.tolist(), count=count, temperature=temperature, seed=seed
-    ):
-        if piece := decoder.decode(bytes([token])):
+    for token in continue_tokens(session, names, given, count=count, temperature=temperature, seed=seed):
+        if piece := codec.feed(token):
             yield piece
 
 

@@ -28,13 +28,14 @@ GATE_POSITIONS = 2048  # positions of one stream at which the gates are examined
 HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
-def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None) -> EvalData | None:
+def load_data(path: Path | None, run: RunFolder, loaded: Loaded, metric: str | None) -> EvalData | None:
     """Load the held-out data; None without a path.
 
     Raises:
         UsageError: the export cannot stream, or a metric is named without data.
         InputError: the data do not fit the model.
     """
+    io = run.io
     if path is None:
         if metric is not None:
             raise UsageError(f"--metric {metric} needs --data", evaluation.PICTURE)
@@ -45,7 +46,7 @@ def load_data(path: Path | None, io: IoSpec, loaded: Loaded, metric: str | None)
         )
     if not all(map(per_position, io.inputs)):
         raise UsageError("--data needs a model all of whose inputs are (B, S, ...)")
-    return evaluation.load(path, io, vocab_size=loaded.vocab_size, metric=metric)
+    return evaluation.load(path, io, vocab_size=loaded.vocab_size, tokenizer=run.tokenizer, metric=metric)
 
 
 def metric_checks(

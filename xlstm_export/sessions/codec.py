@@ -1,0 +1,145 @@
+"""Text and tokens: the one place that knows how a language model's text becomes tokens and back.
+
+Used by every stage that reads text, and on the board. To support another kind of tokenizer, add a class with
+`encode` and `feed`, and choose it in `codec_of`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import InputError, SetupError, UsageError
+
+BYTES = 256  # vocabulary of a model of bytes
+TOKENIZER = "tokenizer.json"
+
+
+class Codec(Protocol):
+    """Converts text to tokens, and tokens to text one by one."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The tokens of a text; with `special`, also those that a tokenizer puts around a prompt."""
+        ...
+
+    def feed(self, token: int) -> str:
+        """The text that is complete with this token."""
+        ...
+
+
+class Bytes:
+    """UTF-8 with one token per byte; a character is returned when its last byte is complete."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def feed(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+
+class Tokenizer:
+    """A tokenizer.json, read by the package `tokenizers`.
+
+    Truncation and padding, which a training script may have saved in it, are switched off: they would cut a
+    long text to the length of a training sequence, without a word.
+
+    Raises:
+        SetupError: the package cannot be imported.
+        InputError: the file does not exist or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path = path / TOKENIZER if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"{path} does not exist", f"name the {TOKENIZER} of the checkpoint")
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise SetupError(
+                f"tokenizers cannot be imported: {error}; {path} needs it", "pip install tokenizers"
+            ) from error
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise InputError(
+                f"{path} is no tokenizer: {error}", f"name the {TOKENIZER} of the checkpoint"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokens: list[int] = []
+        self._text = ""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def feed(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith("\ufffd"):  # a character whose rest comes with the next token
+            return ""
+        new, self._text = text[len(self._text) :], text
+        return str(new)
+
+
+class Numbers:
+    """Token numbers separated by spaces, for models without a known tokenizer."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        try:
+            return [int(part) for part in text.split()]
+        except ValueError as error:
+            raise UsageError(
+                f"there is no {TOKENIZER} beside the model, so the prompt must be token numbers",
+                "such as '12 7 301'",
+            ) from error
+
+    def feed(self, token: int) -> str:
+        return f"{token} "
+
+
+def codec_of(folder: Path, vocab_size: object) -> Codec:
+    """How text and tokens of a model correspond.
+
+    Args:
+        folder: run folder or bundle, which holds the checkpoint's tokenizer.json if it had one.
+        vocab_size: of the model; 256 without a tokenizer means bytes.
+    """
+    if (folder / TOKENIZER).is_file():
+        return Tokenizer(folder / TOKENIZER)
+    return Bytes() if vocab_size == BYTES else Numbers()
+
+
+def read_text(path: Path, vocab_size: int | None, tokenizer: Path | None) -> list[int]:
+    """The tokens of a text file.
+
+    Args:
+        path: UTF-8 text; any bytes for a model of bytes.
+        vocab_size: of the model.
+        tokenizer: tokenizer.json, or the folder that holds it; None if the checkpoint came without one.
+
+    Raises:
+        UsageError: the model is not one of bytes, and there is no tokenizer.
+        InputError: the file is not UTF-8.
+        SetupError: see `Tokenizer`.
+    """
+    content = path.read_bytes()
+    if tokenizer is None:
+        if vocab_size == BYTES:
+            return list(content)
+        known = "of unknown size" if vocab_size is None else f"of {vocab_size} tokens"
+        raise UsageError(
+            f"{path} is text and the model's vocabulary, {known}, is not that of bytes ({BYTES})",
+            f"put the {TOKENIZER} beside the checkpoint and export again, or give token ids: .npz with the "
+            "model's input by name",
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: {error}", "convert it, for example with iconv"
+        ) from error
+    return Tokenizer(tokenizer).encode(text, special=False)

@@ -58,6 +58,8 @@ def axes_of(
     batch = _batch(inputs, declared)
     dims = {name: _symbolic(name, x, declared.get(name), batch, label) for name, x in inputs.items()}
     free = [name for name in inputs if name not in declared and len(dims[name]) > 1]
+    if not any(shape[:1] == ("B",) for shape in dims.values()):
+        raise InputError(f"{label}: no input has a batch", 'declare one whose first axis is "B"')
     search = _Search(module, signature, inputs, dims, free)
     _require_equal(search, label)
     if not free:
@@ -267,7 +269,8 @@ def _symbolic(name: str, example: Tensor, given: Any, batch: int | None, label: 
             f"begins: {name} = {name}.transpose(0, {dims.index('B')})",
         )
     moving = [axis for axis, dim in enumerate(dims) if isinstance(dim, str) and dim != "B"]
-    fits = len(dims) == len(shape) and len(moving) <= 1 and (dims[:1] == ("B",) or shape[:1] != (batch,))
+    own_rows = dims[:1] == ("B",)
+    fits = len(dims) == len(shape) and len(moving) <= own_rows and (own_rows or shape[:1] != (batch,))
     for dim, size in zip(dims, shape, strict=False):
         whole = isinstance(dim, str) and (dim == "B" or (steps_of(dim) > 0 and size % steps_of(dim) == 0))
         fits = fits and (whole or (type(dim) is int and dim == size))

@@ -92,6 +92,11 @@ def at_value() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     return module, {**inputs, "kind": torch.tensor([3, 1])}, {"kind": ("B",)}
 
 
+def in_range() -> tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    module, inputs = build(TrainsNothing)
+    return module, {"x": inputs["x"].clamp(-1, 1)}, {}, {"x": (-1.0, 1.0)}
+
+
 def wrong_argument() -> tuple[nn.Module, dict[str, Any]]:
     return build(WrongArgument)
 

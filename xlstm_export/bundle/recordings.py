@@ -7,20 +7,22 @@ and the states after the prefill and at the end. `board/replay.py` makes the sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ..atomic import write_json
-from ..board.replay import FOLDER, SCHEMA, run_calls
+from ..board.replay import FOLDER, SCHEMA, Recording, run_calls
+from ..distance import compare_states, difference
 from ..inputs import Arrays, cut, has_positions, length_of, save_arrays
 from ..load.loaded import Loaded
 from ..measure import data
 from ..options import BundleOptions, Context
 from ..runfolder import RunFolder, RunOptions
 from ..sessions import OrtSession, TorchSession
-from ..specs import Json
-from ..verify.limits import PRECISION_LIMITS, drift_limits
+from ..specs import IoSpec, Json
+from ..verify.limits import OWN_ERRORS, PRECISION_LIMITS, drift_limits
 from ..verify.parts import Source
 
 PREFILL = 128  # positions of the first call; levels are judged from 100 on
@@ -73,15 +75,21 @@ def write_goldens(
         context.progress(f"goldens: the export, for {backend}")
         with OrtSession(run.path, 1, context.threads, fused=False, rounding=rounding) as export:
             arrays |= _recorded(backend, run_calls(export, inputs, calls))
-    context.progress("goldens: PyTorch in float64")
-    with TorchSession(loaded, 1, "float64") as reference:
-        arrays |= _recorded("reference", run_calls(reference, inputs, calls, outputs=io.outputs))
+    context.progress("goldens: PyTorch")
+    with TorchSession(loaded, 1, "float64") as reference, sequences.explained():
+        recording = run_calls(reference, inputs, calls, outputs=io.outputs)
+        how = reference.reference
+    arrays |= _recorded("reference", recording)
+    own = {"output": 0.0, "state": 0.0}
+    if how != "float64":
+        with TorchSession(loaded, 1, "float32") as plain:
+            own = _own_error(run_calls(plain, inputs, calls, outputs=io.outputs), recording, io)
     description = {
         "schema": SCHEMA,
         "calls": calls,
         "inputs": sequences.kind,
-        "reference": "PyTorch, float64",
-        "limits": {backend: limits_of(run.options, backend) for backend in ROUNDING},
+        "reference": f"PyTorch, {how}",
+        "limits": {backend: limits_of(run.options, backend, own) for backend in ROUNDING},
     }
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     save_arrays(out / FOLDER / "goldens.npz", arrays)
@@ -106,13 +114,14 @@ def call_lengths(length: int) -> list[int]:
     return calls + [LONG] * (left // LONG) + ([left % LONG] if left % LONG else [])
 
 
-def limits_of(options: RunOptions, backend: str) -> dict[str, float]:
+def limits_of(options: RunOptions, backend: str, own: Mapping[str, float]) -> dict[str, float]:
     """Limits of a backend: against the export's recorded results, and against the model in float64.
 
     Args:
         options: options of the run folder.
         backend: "onnxruntime" runs the same operations, so the limit is that of two ways of calling;
             "tensorrt" rounds at other places, so the limit is that of the precision itself.
+        own: error of PyTorch's own FP32, of "output" and "state", where the model is not in float64.
     """
     precisions = [p for p in (options.precision, options.base) if p and p != "fp32"]
     far = drift_limits(*(precisions or ["fp32"]))
@@ -122,8 +131,18 @@ def limits_of(options: RunOptions, backend: str) -> dict[str, float]:
     return {
         "same_output": same_output,
         "same_state": same_state,
-        "reference_output": far.output,
-        "reference_state": far.state,
+        "reference_output": max(far.output, OWN_ERRORS * own["output"]),
+        "reference_state": max(far.state, OWN_ERRORS * own["state"]),
+    }
+
+
+def _own_error(found: Recording, expected: Recording, io: IoSpec) -> dict[str, float]:
+    """The worst output of all calls, and the worst state."""
+    pairs = [(a[name], b[name]) for a, b in zip(found[0], expected[0], strict=True) for name in b]
+    states = [compare_states(found[1][at], expected[1][at], io.states) for at in expected[1]]
+    return {
+        "output": max(difference(a, b).relative_l2 for a, b in pairs),
+        "state": max((x.relative_l2 for part in states for x in part.values()), default=0.0),
     }
 
 

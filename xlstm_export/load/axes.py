@@ -54,7 +54,7 @@ def axes_of(
         InputError: a shape does not fit its example, the examples do not fit each other, or it is not clear
             which axis has the positions; the hint says what to declare.
     """
-    declared = _by_input(declared, inputs, label)
+    declared = by_input(declared, inputs, label, "dims")
     batch = _batch(inputs, declared)
     dims = {name: _symbolic(name, x, declared.get(name), batch, label) for name, x in inputs.items()}
     free = [name for name in inputs if name not in declared and len(dims[name]) > 1]
@@ -142,12 +142,12 @@ class _Search:
 
     def _agrees(self, dims: dict[str, Dims], length: int) -> bool:
         """Whether forward takes other lengths, and every output follows them or is of a fixed size."""
-        if {_positions(d, self.inputs[name]) for name, d in dims.items()} - {0, length}:
+        if {positions_of(d, self.inputs[name]) for name, d in dims.items()} - {0, length}:
             return False
         found = {length: self._base}
         for tried in (*TRIED, length - 1, length + 1, length - 2):
             if tried >= 1 and tried not in found and len(found) < 3:
-                sizes = self._sizes({n: resized(x, dims[n], tried) for n, x in self.inputs.items()})
+                sizes = self._sizes({n: _shortened(x, dims[n], tried) for n, x in self.inputs.items()})
                 if sizes:
                     found[tried] = sizes
                 elif tried == length + 1 and len(found) == 1:
@@ -186,6 +186,13 @@ def resized(x: Tensor, dims: Dims, length: int) -> Tensor:
     return x
 
 
+def _shortened(x: Tensor, dims: Dims, length: int) -> Tensor:
+    """An example of another length; integers beside it, which may be lengths or indices, are within that."""
+    if any(map(steps_of, dims)) or x.is_floating_point() or x.dtype == torch.bool:
+        return resized(x, dims, length)
+    return x.clamp(max=max(1, length - 1))
+
+
 def _require_clear(
     found: list[dict[str, Dims]], inputs: Mapping[str, Tensor], free: list[str], label: str
 ) -> None:
@@ -209,8 +216,8 @@ def _shown(dims: Dims) -> str:
     return "(" + ", ".join(f'"{dim}"' if isinstance(dim, str) else str(dim) for dim in dims) + ")"
 
 
-def _by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str) -> dict[str, Any]:
-    """Declared shapes by input name; those of a dict input may stand in a dict of the same keys."""
+def by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str, what: str) -> dict[str, Any]:
+    """What was declared by input name; that of a dict input may stand in a dict of the same keys."""
     found: dict[str, Any] = {}
     strangers = []
     for place, dims in _flat(declared):
@@ -221,7 +228,7 @@ def _by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str) -
             found[name] = dims
     if strangers:
         raise InputError(
-            f"{label}: dims given for {', '.join(sorted(strangers))}, which is no example input",
+            f"{label}: {what} given for {', '.join(sorted(strangers))}, which is no example input",
             f"the example inputs are {', '.join(inputs)}",
         )
     return found
@@ -293,7 +300,7 @@ def _normal(dim: Any) -> Any:
     )
 
 
-def _positions(dims: Dims, example: Tensor) -> int:
+def positions_of(dims: Dims, example: Tensor) -> int:
     """Positions of the stream in an example; 0 where it has none."""
     return sum(size // steps_of(d) for d, size in zip(dims, example.shape, strict=True) if steps_of(d))
 
@@ -301,7 +308,7 @@ def _positions(dims: Dims, example: Tensor) -> int:
 def _require_equal(search: _Search, label: str) -> None:
     """Raise InputError unless all examples have one batch B, and as many positions S."""
     rows = {name: x.shape[0] for name, x in search.inputs.items() if search.dims[name][:1] == ("B",)}
-    positions = {name: n for name, x in search.inputs.items() if (n := _positions(search.dims[name], x))}
+    positions = {name: n for name, x in search.inputs.items() if (n := positions_of(search.dims[name], x))}
     for letter, found in (("B", rows), ("S", positions)):
         if len(set(found.values())) < 2:
             continue

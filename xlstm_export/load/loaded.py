@@ -21,6 +21,27 @@ from .weights import Weights
 
 PATHS = ("checkpoint", "weights")  # entries of `Loaded.origin` that are paths
 Dims = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of an input, both ends included.
+
+    Attributes:
+        low, high: lowest and highest value.
+        to_length: the highest value is also at most the number of positions plus this; None if it is not.
+    """
+
+    low: float
+    high: float
+    to_length: int | None = None
+
+    def at(self, length: int) -> tuple[float, float]:
+        """Lowest and highest value in a call of `length` positions."""
+        high = self.high if self.to_length is None else min(self.high, length + self.to_length)
+        return min(self.low, high), high
+
+
 IN_MEMORY = "module"  # name of the hash of a module that no file stores
 SHOWN = 4  # differences of each kind that an error lists
 # Exceptions that the families' packages raise for a config that they do not accept.
@@ -52,6 +73,7 @@ class Loaded:
         exact: called on the copy of the module that serves as reference: switches off rounding to a type
             narrower than that of the weights, which some upstream code does by itself.
         dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
+        ranges: the values that an input may have, where that is known; for made-up inputs.
         companions: files carried along into the run folder (tokenizer).
         notes: what was decided while loading, such as a prefix of names that was removed; shown by `export`
             and kept in the manifest.
@@ -73,6 +95,7 @@ class Loaded:
     finish: Callable[[nn.Module], None] = nothing
     exact: Callable[[nn.Module], None] = nothing
     dims: Mapping[str, Dims] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     streams: bool = True

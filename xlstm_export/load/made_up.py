@@ -1,12 +1,14 @@
-"""Made-up inputs for a model without data."""
+"""Made-up inputs for a model without data, in the range of the example or in one that is known."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..inputs import Arrays
+from ..errors import UserCodeError
+from ..inputs import Arrays, per_position
 from ..specs import IoSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -14,22 +16,77 @@ if TYPE_CHECKING:
 
 
 def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.random.Generator) -> Arrays:
-    """Inputs (batch, length, ...) without data: uniform tokens, or example positions with noise."""
+    """Inputs (batch, length, ...) without data: uniform integers, or example positions with noise.
+
+    The range of an input is that in `Loaded.ranges`, where it is there; that of the vocabulary, for tokens of
+    a published model; else that of the example. Floats may exceed their example, unless it is never negative
+    or stays between -1 and 1; a boolean that is the same in the whole example stays the same.
+    """
     inputs: Arrays = {}
     integers = [spec.name for spec in io.inputs if np.issubdtype(spec.dtype, np.integer)]
     for spec in io.inputs:
         example = loaded.inputs[spec.name].numpy()
+        known = loaded.ranges.get(spec.name)
+        limits = None if known is None else known.at(length)
         shape = spec.sized(batch, length)
         if spec.dtype == "bool":
-            inputs[spec.name] = rng.random(shape) < 0.5
+            inputs[spec.name] = rng.integers(example.min(), int(example.max()) + 1, shape).astype(bool)
         elif spec.name in integers:
-            # An embedding table gives the number of tokens; with several inputs it is not clear of which.
-            high = loaded.vocab_size if len(integers) == 1 else None
-            high = high or int(example.max()) + 1
-            inputs[spec.name] = rng.integers(0, high, shape).astype(spec.dtype)
+            if limits is None and loaded.vocab_size and len(integers) == 1:
+                limits = (0, loaded.vocab_size - 1)
+            low, high = limits or (example.min(), example.max())
+            inputs[spec.name] = rng.integers(int(low), int(high) + 1, shape).astype(spec.dtype)
         else:
-            inputs[spec.name] = _noisy(example, spec, shape, rng)
+            noisy = _noisy(example, spec, shape, rng)
+            low, high = limits or _bounds(example)
+            inputs[spec.name] = np.clip(noisy, low, high)
     return inputs
+
+
+def explained(error: UserCodeError, loaded: Loaded, io: IoSpec) -> UserCodeError:
+    """The error of the user's code with a hint that its inputs were made up, and how to give others."""
+    hints = ["these inputs were made up", *([error.hint] if error.hint else [])]
+    if "checkpoint" not in loaded.origin:
+        hints.append(
+            "declare the values that forward takes as the fourth element that the factory returns (ranges=), "
+            f"or a fixed length as the third (dims=), such as {_ranges(loaded)} and {_dims(loaded, io)}"
+        )
+    if io.states and all(map(per_position, io.inputs)):
+        hints.append("or give real inputs with --data")
+    return UserCodeError(error.message, "; ".join(hints))
+
+
+def _ranges(loaded: Loaded) -> str:
+    """The ranges of the example, rounded to wider ones, as a factory declares them."""
+    shown = []
+    for name, x in loaded.inputs.items():
+        values = x.numpy()
+        known = values[np.isfinite(values)]
+        if known.size and values.dtype != bool:
+            low, high = known.min(), known.max()
+            if values.dtype.kind == "f":
+                low, high = (f(v * 100) / 100 for f, v in ((math.floor, low), (math.ceil, high)))
+            shown.append(f'"{name}": ({low}, {high})')
+    return f"{{{', '.join(shown)}}}"
+
+
+def _dims(loaded: Loaded, io: IoSpec) -> str:
+    """The sizes of the example, as a factory declares them."""
+    shown = [
+        f'"{spec.name}": ("B", {", ".join(map(str, loaded.inputs[spec.name].shape[1:]))})'
+        for spec in io.inputs
+        if per_position(spec)
+    ]
+    return f"{{{', '.join(shown)}}}"
+
+
+def _bounds(example: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest value of floats that their example shows to be bounded: never negative, or in ±1."""
+    known = example[np.isfinite(example)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    if low < high and (low >= 0 or (low >= -1 and high <= 1)):
+        return low, high
+    return -math.inf, math.inf
 
 
 def _noisy(

@@ -88,6 +88,7 @@ class _Export(ExportOptions):
     out: Path | str
     example: object = None
     dims: Mapping[str, tuple[int | str, ...]] | None = None
+    ranges: Mapping[str, tuple[float, float | str]] | None = None
     weights: Path | str | None = None
     force: bool = False
     threads: int = 0
@@ -131,6 +132,8 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
             arguments, or a dict with one per parameter; also nests of tensors. A published model needs none.
         dims: for a live module: symbolic shape of inputs that are not (B, S, ...), such as
             `{"goal": ("B", 8), "x": ("B", 5, "S")}`.
+        ranges: for a live module: lowest and highest value that made-up inputs may have, where that is not
+            the example's: `{"lengths": (1, "S")}`.
         weights: for a factory: file with its weights.
         force: replace an existing run folder.
         threads: CPU threads of this run; all cores by default.
@@ -276,9 +279,10 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
     if not isinstance(model, str | Path):
         if options.weights is not None:
             raise UsageError("weights= belongs to a factory", "a live module has its weights")
-        return checkpoint.load_live(model, options.example, options.dims).in_form(options.stateless)
-    if options.example is not None or options.dims is not None:
-        raise UsageError("example= and dims= belong to a live module", "a factory returns them")
+        live = checkpoint.load_live(model, options.example, options.dims, options.ranges)
+        return live.in_form(options.stateless)
+    if any(given is not None for given in (options.example, options.dims, options.ranges)):
+        raise UsageError("example=, dims= and ranges= belong to a live module", "a factory returns them")
     weights = None if options.weights is None else str(options.weights)
     if ":" in str(model) and not Path(model).exists():
         return checkpoint.load(None, str(model), weights, stateless=options.stateless)

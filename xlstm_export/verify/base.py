@@ -53,7 +53,7 @@ class Verification:
         self.data = load_data(options.data, run, loaded, options.metric)
         rng = np.random.default_rng(context.seed)
         self.source = Source(loaded, run.io, rng, self.data, calibration)
-        self.streams = StreamChecks(run, self.source.batch, self.expected, limits, rng, context.threads)
+        self.streams = StreamChecks(run, self.source, self.expected, limits, rng, context.threads)
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
         """Expected outputs and state after `length` positions of `streams.inputs`, from a fresh start."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import Check, Verdict, output_check
 from ..distance import difference
-from ..inputs import Arrays, cut
+from ..inputs import Arrays
 from ..lift.passes import call_untouched
 from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
@@ -63,7 +63,8 @@ def verify(
     gate = None if options.gate is None else read_gate(options.gate)
     # The reference has the weights as they are stored: their rounding is chosen, the arithmetic is verified.
     loaded = loaded.in_form(run.options.stateless).stored_as(run.options.dtype)
-    with closing(_Fp32(run, loaded, options, context, calibration)) as checked:
+    checked = _Fp32(run, loaded, options, context, calibration)
+    with closing(checked), checked.source.explained():
         return finish(checked.verdict(), run.verdict, gate)
 
 
@@ -88,8 +89,7 @@ class _Fp32(Verification):
         self.candidate = self.streams.candidate
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
         self._untouched = Precise(self._copy, self.reference.cells)
-        self.limits = self._limits()
-        self.streams.limits = self.limits
+        self.limits: Mapping[str, float] = LIMITS
 
     def close(self) -> None:
         super().close()
@@ -99,6 +99,7 @@ class _Fp32(Verification):
         """All checks."""
         progress = self.context.progress
         progress("lift")
+        self.limits = self.streams.limits = self._limits()
         checks = self.check_lift()
         progress("prefill")
         checks += self.check_prefill()
@@ -141,7 +142,7 @@ class _Fp32(Verification):
         reference = self._best(length)
         distance = "from_float64" if self.reference.reference == FLOAT64 else "from_reference"
         self.candidate.reset()
-        ours = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
+        ours = self.candidate.prefill(self.source.cut(self.inputs, 0, length))
         return {
             name: {
                 distance: difference(x, reference[name]).relative_l2,
@@ -157,7 +158,7 @@ class _Fp32(Verification):
             reference, state = self.expected(length)
             expected = self._best(length) if length <= self.limit_context else reference
             self.candidate.reset()
-            outputs = self.candidate.prefill(cut(self.inputs, self.io, 0, length))
+            outputs = self.candidate.prefill(self.source.cut(self.inputs, 0, length))
             name = f"prefill {length}" if self.lengths is RAGGED else "one call"
             checks += self.streams.compare(name, outputs, expected, state)
         return checks
@@ -188,7 +189,7 @@ class _Fp32(Verification):
         """Outputs and state of the reference after `length` positions."""
         if length not in self._expected:
             self.reference.reset()
-            outputs = self.reference.prefill(cut(self.inputs, self.io, 0, length))
+            outputs = self.reference.prefill(self.source.cut(self.inputs, 0, length))
             self._expected[length] = (outputs, self.reference.state())
         return self._expected[length]
 
@@ -220,7 +221,7 @@ class _Fp32(Verification):
         return module
 
     def _tensors(self, length: int) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(x) for x in cut(self.inputs, self.io, 0, length).values())
+        return tuple(torch.from_numpy(x) for x in self.source.cut(self.inputs, 0, length).values())
 
     def _call_untouched(self, module: nn.Module, given: tuple[Tensor, ...]) -> UserValue:
         self._given = dict(zip(self.loaded.inputs, given, strict=True))

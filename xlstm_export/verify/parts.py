@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 
 from ..atomic import write_json
 from ..checks import Check, Verdict
-from ..errors import UsageError
+from ..errors import UsageError, UserCodeError
 from ..inputs import Arrays, cut, per_position, rows_of
 from ..load.loaded import Loaded
-from ..load.made_up import random_inputs
+from ..load.made_up import explained, random_inputs
 from ..measure import data as evaluation
 from ..measure.cell_gates import Gates, audit
 from ..measure.data import EvalData, Sequences
@@ -109,6 +110,7 @@ class Source:
         self._sequences: Sequences | None = data
         if data is None and calibration is not None and all(map(per_position, io.inputs)):
             self._sequences = Sequences(calibration, io)
+        self._made_up = False
         self.kind = HELD_OUT if data is not None else MADE_UP if self._sequences is None else CALIBRATION
 
     @property
@@ -121,13 +123,33 @@ class Source:
         """Inputs (BATCH, length, ...) from random places; made up if the sequences are shorter."""
         if self._sequences is not None and self._sequences.length > length:
             return self._sequences.sample(BATCH, length, self._rng)
+        self._made_up = True
         return random_inputs(self._loaded, self._io, BATCH, length, self._rng)
+
+    def cut(self, inputs: Arrays, start: int, end: int) -> Arrays:
+        """Positions start … end - 1, as a call of their own: lengths are at most what is left."""
+        part = cut(inputs, self._io, start, end)
+        for name, known in self._loaded.ranges.items():
+            if known.to_length is not None:
+                part[name] = np.minimum(part[name], end - start + known.to_length)
+        return part
 
     def streams(self, count: int, length: int) -> Arrays:
         """Inputs (count, S, ...), one stream each; S is `length` if made up, else the length of the data."""
         if self._sequences is not None:
             return self._sequences.streams(count)
+        self._made_up = True
         return random_inputs(self._loaded, self._io, count, length, self._rng)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """An error of the user's code in the block says so where inputs were made up."""
+        try:
+            yield
+        except UserCodeError as error:
+            if not self._made_up:
+                raise
+            raise explained(error, self._loaded, self._io) from error
 
     def stretch(self) -> Arrays:
         """The start of one stream, up to `GATE_POSITIONS` positions."""

@@ -17,7 +17,7 @@ from ..checks import Check, Verdict, output_check
 from ..errors import GateError, InputError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
-from ..inputs import Arrays, cut, has_positions
+from ..inputs import Arrays, has_positions
 from ..load.loaded import Loaded
 from ..measure.cell_gates import audit, memory_checks
 from ..measure.data import PIECE, EvalData
@@ -70,7 +70,8 @@ def verify_precision(
     run = RunFolder.of(run)
     gate = None if options.gate is None else read_gate(options.gate)
     loaded = loaded.stored_as(run.options.dtype)
-    with closing(_Precision(run, loaded, options, context, calibration)) as checked:
+    checked = _Precision(run, loaded, options, context, calibration)
+    with closing(checked), checked.source.explained():
         return finish(checked.verdict(), run.verdict, gate)
 
 
@@ -221,7 +222,7 @@ class _Precision(Verification):
         """Outputs and state of the candidate itself, after one call of `length` positions."""
         if length not in self._own:
             with OrtSession(self.run.path, BATCH, self.threads, fused=False) as session:
-                outputs = session.prefill(cut(self.streams.inputs, self.io, 0, length))
+                outputs = session.prefill(self.source.cut(self.streams.inputs, 0, length))
                 self._own[length] = (outputs, session.state())
         return self._own[length]
 

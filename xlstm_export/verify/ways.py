@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..checks import Check, output_check
 from ..distance import compare_states, difference
-from ..inputs import Arrays, cut, has_positions, joined, rows_of, streams_of
+from ..inputs import Arrays, has_positions, joined, rows_of, streams_of
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
@@ -25,12 +26,22 @@ RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
 Expected = Callable[[int], tuple[Arrays, Arrays]]
 
 
+class Inputs(Protocol):
+    """Where the checks have their inputs from."""
+
+    def batch(self, length: int) -> Arrays:
+        """Inputs (BATCH, length, ...) by name."""
+
+    def cut(self, inputs: Arrays, start: int, end: int) -> Arrays:
+        """Positions start … end - 1, as a call of their own."""
+
+
 class StreamChecks:
     """Checks of the ways of calling one run folder.
 
     Args:
         run: run folder.
-        make_inputs: returns inputs (BATCH, S, ...) by name, for a given S.
+        source: makes inputs (BATCH, S, ...) by name, for a given S, and cuts them.
         expected: returns outputs and state after a given number of positions of `inputs`, from a fresh start.
         limits: "output", "state" and "rows", relative L2.
         rng: generator for the cuts of the stream.
@@ -45,7 +56,7 @@ class StreamChecks:
     def __init__(
         self,
         run: RunFolder,
-        make_inputs: Callable[[int], Arrays],
+        source: Inputs,
         expected: Expected,
         limits: Mapping[str, float],
         rng: np.random.Generator,
@@ -53,10 +64,10 @@ class StreamChecks:
     ) -> None:
         self.folder, self.io, self.threads = run.path, run.io, threads
         self.limits, self.last_only, self.rng = limits, run.last_only, rng
-        self._make_inputs, self._expected = make_inputs, expected
+        self.source, self._expected = source, expected
         # Without an input that has positions there is only one way to call the model.
         self.lengths = RAGGED if has_positions(run.io) else (1,)
-        self.inputs = make_inputs(max(self.lengths))
+        self.inputs = source.batch(max(self.lengths))
         self.candidate = OrtSession(run.path, BATCH, threads, fused=False)
 
     def close(self) -> None:
@@ -105,13 +116,13 @@ class StreamChecks:
         length = max(RAGGED)
         middle = CHUNK + 5
         self.candidate.reset()
-        first = self.candidate.prefill(cut(self.inputs, self.io, 0, middle))
+        first = self.candidate.prefill(self.source.cut(self.inputs, 0, middle))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
             with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
                 load_state(fresh, path)
-                second = fresh.prefill(cut(self.inputs, self.io, middle, length))
+                second = fresh.prefill(self.source.cut(self.inputs, middle, length))
                 found = fresh.state()
         expected, state = self._expected(length)
         outputs = self._joined([first, second])
@@ -120,7 +131,7 @@ class StreamChecks:
     def check_rows(self) -> list[Check]:
         """A row gives the same results alone, and does not depend on the other rows."""
         length = min(CHUNK + 1, max(self.lengths))
-        inputs = cut(self.inputs, self.io, 0, length)
+        inputs = self.source.cut(self.inputs, 0, length)
         self.candidate.reset()
         together = self.candidate.prefill(inputs)
         state = self.candidate.state()
@@ -132,7 +143,7 @@ class StreamChecks:
                 worst = self._row_error(together, [row], single, [0], 1)
                 checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
         other = {name: x.copy() for name, x in inputs.items()}
-        made = self._make_inputs(length)
+        made = self.source.batch(length)
         for spec in self.io.inputs:
             if spec.batched:
                 axis = (spec.time_axis or 1) - 1
@@ -150,7 +161,7 @@ class StreamChecks:
 
     def check_reset(self) -> list[Check]:
         """Reset clears the state, also of single rows while the others continue."""
-        inputs = cut(self.inputs, self.io, 0, CHUNK + 1)
+        inputs = self.source.cut(self.inputs, 0, CHUNK + 1)
         with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
             expected = fresh.prefill(inputs)
         self.candidate.reset()
@@ -196,7 +207,7 @@ class StreamChecks:
         parts: list[Arrays] = []
         start = 0
         for piece in pieces:
-            result = call(cut(self.inputs, self.io, start, start + piece))
+            result = call(self.source.cut(self.inputs, start, start + piece))
             parts.append({n: x.copy() for n, x in result.items()})
             start += piece
         return self._joined(parts)

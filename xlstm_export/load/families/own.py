@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ExportError, InputError, UsageError
-from ...specs import steps_of
+from ...specs import JsonMapping, steps_of
 from ..axes import Axes, axes_of
 from ..example import Given, given, parameters, signature_of, what_to_give, what_to_return
 from ..loaded import Dims, Loaded, context_length, nothing
+from ..ranges import values_of
 from ..signature import UserValue
 from ..slstm_backends import call_factory, without_cuda
 from ..user_code import described, load_function
@@ -26,11 +27,13 @@ from .own_weights import load_weights
 def load_module(spec: str, weights: Path | None = None) -> Loaded:
     """Call `pkg.mod:factory` and load weights.
 
-    The factory returns (nn.Module, inputs) or (nn.Module, inputs, dims). `inputs` holds an example per
-    parameter of `forward`, or is the tensor or tuple of its positional arguments; nests in it are flattened
-    (`load/signature.py`). A published model, or one that takes tokens, needs none. `dims` gives the symbolic
-    shape of inputs by name (`load/axes.py`): `{"image": ("B", 3, 32, 32), "x": ("B", 5, "S")}`. A model none
-    of whose inputs has an S carries no state. Instead of a factory, `spec` may name what it would return.
+    The factory returns (nn.Module, inputs, dims, ranges), of which the last ones may be left out. `inputs`
+    holds an example per parameter of `forward`, or is the tensor or tuple of its positional arguments; nests
+    in it are flattened (`load/signature.py`). A published model, or one that takes tokens, needs none. `dims`
+    gives the symbolic shape of inputs by name (`load/axes.py`): `{"image": ("B", 3, 32, 32)}`, `{"x": ("B",
+    5, "S")}`. A model none of whose inputs has an S carries no state. `ranges` gives the lowest and highest
+    value of inputs where that is not the example's (`load/ranges.py`): `{"lengths": (1, "S")}`. Instead of a
+    factory, `spec` may name what it would return.
 
     Raises:
         UsageError: `spec` is not of that form or names something that does not exist.
@@ -48,7 +51,12 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
     return replace(loaded, files=files, notes=(*loaded.notes, *notes))
 
 
-def load_live(module: nn.Module, example: UserValue = None, dims: Mapping[str, Dims] | None = None) -> Loaded:
+def load_live(
+    module: nn.Module,
+    example: UserValue = None,
+    dims: Mapping[str, Dims] | None = None,
+    ranges: JsonMapping | None = None,
+) -> Loaded:
     """A module that is in memory already; it is copied, and stays as it is.
 
     Args:
@@ -56,6 +64,7 @@ def load_live(module: nn.Module, example: UserValue = None, dims: Mapping[str, D
         example: example tensor (B, S, ...) of forward's first parameter, a tuple of its positional arguments,
             or a dict by name; None for a model that needs none.
         dims: symbolic shape of inputs, as in `load_module`.
+        ranges: lowest and highest value of inputs, as in `load_module`.
 
     Raises:
         InputError: examples or dims do not fit the forward.
@@ -66,7 +75,7 @@ def load_live(module: nn.Module, example: UserValue = None, dims: Mapping[str, D
         raise InputError(f"forward of {name} takes no inputs", "export a module that has one")
     if example is None and known(module) is None:
         raise UsageError("a live module needs an example input", f"example={what_to_give(module)}")
-    return _loaded(Given(copy.deepcopy(module), example, dims), name, {})
+    return _loaded(Given(copy.deepcopy(module), example, dims, ranges), name, {})
 
 
 def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | None = None) -> Loaded:
@@ -81,13 +90,14 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
         module = module.float()
     for name, parameter in module.named_parameters():
         check_finite(weights or Path(label.removeprefix("--module ")), name, parameter.detach())
-    vocabulary, title = _vocab_size(module), type(module).__name__
+    title = type(module).__name__
     about = _understood(module, made, label)
     inputs = {name: _plain(x) for name, x in about.inputs.items()}
     if about.dims is None:
         axes = axes_of(about.module, about.signature, inputs, made.dims or {}, label)
     else:
         axes = Axes(about.dims)
+    values = values_of(about.module, about.signature, inputs, axes.dims, made.ranges or {}, label)
     return Loaded(
         skeleton=about.module,
         inputs={name: _example(x, axes.dims[name]) for name, x in inputs.items()},
@@ -95,8 +105,9 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
         name=title,
         origin=origin,
         context_length=context_length(module),
-        vocab_size=vocabulary,
+        vocab_size=values.vocabulary,
         dims=axes.dims,
+        ranges=values.ranges,
         exact=about.exact or nothing,
         streams=about.streams and any(steps_of(dim) for dims in axes.dims.values() for dim in dims),
         signature=about.signature,
@@ -173,9 +184,3 @@ def _example(x: Tensor, dims: Dims) -> Tensor:
         if isinstance(dim, str) and x.shape[axis] == max(1, steps_of(dim)):
             x = torch.cat([x, x], dim=axis)
     return x
-
-
-def _vocab_size(module: nn.Module) -> int | None:
-    """Number of rows of the module's embedding tables, where all have the same."""
-    tables = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
-    return tables.pop() if len(tables) == 1 else None

@@ -22,14 +22,14 @@ import numpy as np
 
 from ...calibration.scales import Scales
 from ...checks import pytorch
-from ...errors import ExportError, UsageError
+from ...errors import ExportError, UsageError, UserCodeError
 from ...graph import files
 from ...graph.files import load_graph
 from ...inputs import Arrays, cut, has_positions
 from ...lift import lift as cells
 from ...lift.model import lift_model
 from ...load.loaded import Loaded
-from ...load.made_up import random_inputs
+from ...load.made_up import explained, random_inputs
 from ...options import Context, ExportOptions
 from ...quantize import quantize
 from ...quantize.recipe import read_recipe
@@ -137,7 +137,11 @@ def bisect(
     run = RunFolder.of(run)
     with tempfile.TemporaryDirectory(prefix=".bisect.", dir=run.path.parent) as scratch:
         candidate = Side(run.path, run.io, context.threads, runner)
-        return _Search(run, loaded, candidate, inputs, context, Path(scratch)).run()
+        search = _Search(run, loaded, candidate, inputs, context, Path(scratch))
+        try:
+            return search.run()
+        except UserCodeError as error:
+            raise error if inputs is not None else explained(error, loaded, run.io) from error
 
 
 class _Search:

@@ -45,7 +45,7 @@ def place(mark: str) -> str:
         ("wrong_argument", "argument", "forward fails on the example inputs: TypeError"),
         ("wrong_shape", "shape", "forward fails on the example inputs: RuntimeError"),
         ("numpy", "numpy", "tracing failed: RuntimeError"),
-        ("branches", "branch", "tracing failed"),
+        ("branches", "branch", "forward decides on the values of a tensor"),
         ("no_copy", "copy", "NotImplementedError: there is one of me"),
         ("broken", "factory", "the factory raised IndexError"),
     ],

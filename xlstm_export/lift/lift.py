@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import BuildError, CannotStreamError, ExportError, UserCodeError
 from ..load.loaded import Dims
-from ..load.signature import Call, UserValue, leaves
+from ..load.signature import Call, Place, UserValue, leaves
 from ..load.user_code import described
 from ..specs import BlockSpec, StateSpec
 from . import lookalikes, starts
@@ -40,6 +40,7 @@ from .adapter import (
 )
 from .adapter_check import check_adapters, is_built_in
 from .calls import Example, Pass, run, settle
+from .carried import Carried
 from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
 from .cells import large as large_cells  # noqa: F401 - they register their cells
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
@@ -70,6 +71,11 @@ class Lifted:
     @property
     def states(self) -> tuple[StateSpec, ...]:
         return tuple(state for block in self.blocks for state in block.states)
+
+    @property
+    def carried(self) -> tuple[Place, ...]:
+        """Where forward returns states of cells: the graph carries them, and they are no outputs."""
+        return tuple(place for place, x in leaves(self.outputs) if isinstance(x, Carried))
 
     @property
     def folded(self) -> bool:

@@ -18,7 +18,7 @@ import dataclasses
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -189,6 +189,12 @@ def named_outputs(
 
 def _handed_back(place: Place, leaf: Tensor, inputs: Mapping[str, Tensor]) -> bool:
     return bool(place) and inputs.get(names_of([("", *place)])[0]) is leaf
+
+
+def without(value: UserValue, places: Collection[Place]) -> UserValue:
+    """A nest with None in place of all that stands at these places."""
+    order = iter([any(place[: len(p)] == p for p in places) for place, _ in leaves(value)])
+    return rebuilt(value, lambda leaf: None if next(order) else leaf)
 
 
 def left_out(result: UserValue) -> list[str]:

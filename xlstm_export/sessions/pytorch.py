@@ -49,6 +49,7 @@ class TorchSession(Session):
         if self._dtype != torch.float32:
             # A copy shares the user's parameters, so the conversion must not be in place.
             self._precise = Precise(lambda: copy.deepcopy(lifted.module), lifted.replaced)
+        self.carried = lifted.carried  # where forward returns states
         self.cells = tuple(lifted.replaced)  # paths of the cells in the user's module
         self._given: dict[str, Tensor] = {}  # inputs of the last call
         self._paths: tuple[str, ...] = ()  # modules whose results are kept

@@ -35,7 +35,7 @@ def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> Build
     free = _any_length(loaded) and _works(loaded, trace)
     if free:
         hint = f"export with --stateless: then every call starts fresh; or {error.hint}"
-    elif dims and _works(fixed, trace):
+    elif dims and not _one_position(loaded) and _works(fixed, trace):
         declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
         hint = (
             "forward works for the example's number of positions only; declare it: the factory returns "
@@ -45,6 +45,13 @@ def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> Build
     else:
         hint = error.hint
     return BuildError(error.message, hint)
+
+
+def _one_position(loaded: Loaded) -> bool:
+    """Whether the user's example may have had a single position: it was doubled for tracing then."""
+    specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
+    axes = {name: spec.time_axis for name, spec in specs.items()}
+    return any(a is not None and loaded.inputs[n].shape[a] == 2 * specs[n].steps for n, a in axes.items())
 
 
 def _works(loaded: Loaded, trace: Works) -> bool:

@@ -23,7 +23,7 @@ from ..inputs import Arrays
 from ..lift.passes import call_untouched
 from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
-from ..load.signature import UserValue, named_outputs
+from ..load.signature import UserValue, named_outputs, without
 from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
@@ -229,4 +229,5 @@ class _Fp32(Verification):
         return call_untouched(module, args, kwargs)
 
     def _named(self, result: UserValue) -> Arrays:
+        result = without(result, self.reference.carried)
         return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output, self._given).items()}

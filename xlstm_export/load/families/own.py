@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ExportError, InputError, UsageError
 from ...specs import JsonMapping, steps_of
+from .. import handed_on
 from ..axes import Axes, axes_of
 from ..example import Given, given, parameters, signature_of, what_to_give, what_to_return
 from ..loaded import Dims, Loaded, context_length, nothing
@@ -93,8 +94,14 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
     title = type(module).__name__
     about = _understood(module, made, label)
     inputs = {name: _plain(x) for name, x in about.inputs.items()}
+    declared = made.dims or {}
+    if (
+        made.example is not None
+        and (state := handed_on.find(about.module, about.signature, inputs)) is not None
+    ):
+        about, inputs, declared = _carried(about, state, declared)
     if about.dims is None:
-        axes = axes_of(about.module, about.signature, inputs, made.dims or {}, label)
+        axes = axes_of(about.module, about.signature, inputs, declared, label)
     else:
         axes = Axes(about.dims)
     values = values_of(about.module, about.signature, inputs, axes.dims, made.ranges or {}, label)
@@ -113,6 +120,23 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
         signature=about.signature,
         notes=(*filter(None, [about.note]), *axes.notes),
     )
+
+
+def _carried(
+    about: Known, state: handed_on.Found, declared: JsonMapping
+) -> tuple[Known, dict[str, Tensor], JsonMapping]:
+    """The model without the state that its forward takes and returns, its inputs and their declared dims."""
+    setattr(about.module, "forward", state.forward)  # noqa: B010 - mypy forbids it
+    note = f"{state.forward.parameter}: forward takes and returns this state, so the graph carries it" + (
+        f"; {', '.join(state.added)}: has an axis of positions, (B, S, ...)" if state.added else ""
+    )
+    declared = {
+        name: ("B", "S", *dims[1:]) if name in state.added else dims
+        for name, dims in declared.items()
+        if name in state.inputs
+    }
+    notes = "; ".join(filter(None, [about.note, note]))
+    return replace(about, signature=state.signature, note=notes), state.inputs, declared
 
 
 def _understood(module: nn.Module, made: Given, label: str) -> Known:

@@ -91,14 +91,19 @@ class ModelSpec:
         return sum(state.elements for state in self.states)
 
 
-def steps_of(dim: int | str) -> int:
-    """Positions of an axis to a step of the stream: 1 for "S", 4 for "4*S", 0 for any other dimension."""
+def multiple_of(dim: int | str, letter: str) -> int:
+    """The factor of a letter in a dimension: 1 for "S", 4 for "4*S"; 0 for any other dimension."""
     if not isinstance(dim, str):
         return 0
-    factor, _, letter = dim.rpartition("*")
-    if letter != "S" or not (factor == "" or factor.isdecimal()):
+    factor, _, found = dim.rpartition("*")
+    if found != letter or not (factor == "" or factor.isdecimal()):
         return 0
-    return int(factor or dim == "S")
+    return int(factor or dim == letter)
+
+
+def steps_of(dim: int | str) -> int:
+    """Positions of an axis to a step of the stream: 1 for "S", 4 for "4*S", 0 for any other dimension."""
+    return multiple_of(dim, "S")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class TensorSpec:
     """A graph input or output.
 
     Symbolic dimensions are strings: "B" (batch), "S" (positions of the stream), and "4*S" for an axis with
-    four positions of its own to each of the stream.
+    four positions of its own to each of the stream; "2*B" for two rows to each stream, in outputs only.
     """
 
     name: str
@@ -132,8 +137,8 @@ class TensorSpec:
     def sized(self, batch: int, length: int) -> tuple[int, ...]:
         """The shape for `batch` streams and `length` positions of the stream."""
         return tuple(
-            dim if isinstance(dim, int) else batch if dim == "B" else steps_of(dim) * length
-            for dim in self.shape
+            d if isinstance(d, int) else multiple_of(d, "B") * batch + steps_of(d) * length
+            for d in self.shape
         )
 
 

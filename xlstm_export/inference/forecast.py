@@ -141,7 +141,7 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
     """
     spec, shape = io.inputs[0], io.outputs[0].shape
     real = len(io.inputs) == 1 and spec.dtype.startswith("float") and per_position(spec)
-    size = spec.shape[2] if len(spec.shape) == 3 else 1
+    size = spec.shape[3 - (spec.time_axis or 1)] if len(spec.shape) == 3 else 1
     if not real or len(spec.shape) > 3 or not isinstance(size, int):
         found = ", ".join(f"{x.name} {x.dtype} {list(x.shape)}" for x in io.inputs)
         raise UsageError(
@@ -167,9 +167,14 @@ def forecast(session: Session, io: IoSpec, series: Series, form: Layout) -> Fore
     if form.patch:
         last = session.prefill({spec.name: _patches(values[:, 0], form)})[output.name][0, -1]  # (Q, P)
         return Forecast(series, last.T, None)
-    x = values[None]  # (1, S, F)
-    found = session.prefill({spec.name: x if len(spec.shape) == 3 else x[..., 0]})[output.name][0]
-    if not per_position(output):
+    x = values[None, len(values) % spec.steps :]  # (1, S, F), whole steps of the stream
+    x = np.moveaxis(x, 1, spec.time_axis or 1) if len(spec.shape) == 3 else x[..., 0]
+    found = session.prefill({spec.name: x})[output.name][0]
+    if output.time_axis is not None:
+        found = np.moveaxis(found, output.time_axis - 1, 0)
+        if spec.steps > 1:  # a position of the model is not a row of the series
+            return Forecast(series, _two_axes(found[-1]), None)
+    else:
         last = found[-1] if output.shape[1:2] == (1,) else found
         return Forecast(series, _two_axes(last), None)
     every = np.stack([_two_axes(row) for row in found])

@@ -110,12 +110,14 @@ def signature_of(module: nn.Module, example: UserValue, label: str) -> tuple[Sig
         InputError: it fits in no way.
     """
     example = rebuilt(example, _as_tensor)
-    readings = [reading for reading in _readings(module, example) if _binds(module, reading)]
-    if isinstance(example, Mapping) and not _by_name(module, example):
-        # A dict as the first argument: only where forward takes it, else its keys are mistaken names.
-        readings = [reading for reading in readings if result_of(shadow(module), *_call(reading))]
-    elif len(readings) > 1:
-        readings = [reading for reading in readings if result_of(shadow(module), *_call(reading))] or readings
+    possible = list(_readings(module, example))
+    readings = [reading for reading in possible if _binds(module, reading)]
+    usual = bool(readings) and readings[0] is possible[0]
+    keys = isinstance(example, Mapping) and not _by_name(module, example)
+    if keys or len(possible) > 1:
+        # Not as it usually is: only where forward takes it, else keys or number of arguments are a mistake.
+        tried = [reading for reading in readings if result_of(shadow(module), *_call(reading))]
+        readings = tried or (readings if usual and not keys else [])
     if not readings:
         names = ", ".join(_shown(p) for p in parameters(module))
         found = (

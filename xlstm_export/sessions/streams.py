@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..inputs import Arrays, per_position
+from ..inputs import Arrays, length_of, per_position, piece
 from ..specs import IoSpec
 from .codec import Codec
 from .protocol import Session
@@ -18,8 +18,8 @@ def read_inputs(path: Path, io: IoSpec) -> Arrays:
     """Inputs of one stream from a file.
 
     Args:
-        path: .npz with each input by name, (S, ...) or (1, S, ...); or .csv with one row of numbers per
-            position for a model with one input, a first line without numbers being its header.
+        path: .npz with each input by name, in its shape with or without the batch; or .csv with one row of
+            numbers per position for a model with one input, a first line without numbers being its header.
         io: the model's inputs.
 
     Raises:
@@ -40,13 +40,16 @@ def read_inputs(path: Path, io: IoSpec) -> Arrays:
             raise InputError(f"{path} lacks {spec.name}", f"the model takes {names}")
         array = arrays[spec.name]
         rank = len(spec.shape)
-        if array.ndim == rank - 1:
+        if path.suffix == ".csv" and spec.time_axis == 2:
+            array = array.T
+        if spec.batched and array.ndim == rank - 1:
             array = array[None]
-        numbers = array.dtype.kind in "biuf"
-        if array.ndim != rank or not numbers or array.shape[0] != 1 or 0 in array.shape:
+        fits = array.dtype.kind in "biuf" and array.ndim == rank and 0 not in array.shape
+        if not fits or (spec.batched and array.shape[0] != 1):
             found = f"{array.dtype} {array.shape}"
             raise InputError(f"{path}: {spec.name} is {found}", f"the model takes {names}")
-        result[spec.name] = np.ascontiguousarray(array.astype(spec.dtype))
+        array = piece(array, spec, 0, length_of({spec.name: array}, [spec]))  # whole steps of the stream
+        result[spec.name] = np.asarray(array.astype(spec.dtype), order="C")
     return result
 
 

@@ -13,8 +13,8 @@ from ..errors import BuildError
 from ..load.loaded import Dims
 from ..specs import steps_of
 
-# Two pairs of batch and positions at which an expression is evaluated: they tell B, S, B*S and S + 3 apart.
-SIZES = ((3, 7), (5, 11))
+# Batch and positions at which an expression is evaluated: they tell B, S, B*S, S + 3 and S % 4 apart.
+SIZES = ((3, 7), (5, 11), (4, 26))
 MOST_STEPS = 64  # positions of an input to a step, tried for a hint
 
 
@@ -61,19 +61,18 @@ def name_dimensions(model: ir.Model, dims: Mapping[str, Dims]) -> None:
 
 
 def _output_dimension(dim: object, symbols: Mapping[str, str]) -> int | str | None:
-    """A dimension of an output: a number, "B", "S" or a multiple of that; None for anything else."""
+    """A dimension of an output: a number, or a multiple of "B" or "S"; None for anything else."""
     if isinstance(dim, int):
         return dim
     text = str(dim)
     if text in symbols:
         return symbols[text]
     found = [_evaluated(text, symbols, *sizes) for sizes in SIZES]
-    if found == [batch for batch, _ in SIZES]:
-        return "B"
-    steps = {value / length if value else 0 for value, (_, length) in zip(found, SIZES, strict=True)}
-    if len(steps) == 1 and (ratio := steps.pop()) and float(ratio).is_integer():
-        return "S" if ratio == 1 else f"{int(ratio)}*S"
-    return int(found[0]) if found[0] is not None and found[0] == found[1] else None
+    for place, letter in enumerate("BS"):
+        ratios = {(value or 0) / sizes[place] for value, sizes in zip(found, SIZES, strict=True)}
+        if len(ratios) == 1 and (ratio := ratios.pop()) and ratio.is_integer():
+            return letter if ratio == 1 else f"{int(ratio)}*{letter}"
+    return int(found[0]) if found[0] is not None and len(set(found)) == 1 else None
 
 
 def _evaluated(text: str, symbols: Mapping[str, str], batch: int, length: int) -> float | None:

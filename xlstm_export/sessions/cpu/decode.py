@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from ...ops import bodies as functions
 from ...ops.operands import MLSTM, SLSTM
-from ...specs import OP_DOMAIN, steps_of
+from ...specs import OP_DOMAIN, multiple_of, steps_of
 from .fused import drop_bodies
 from .merge_static_views import merge_static_views
 
@@ -41,7 +41,7 @@ def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> Non
     _use_step_bodies(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
-        sizes = {str(d): batch if str(d) == "B" else steps_of(str(d)) for d in value.shape}
+        sizes = {str(d): multiple_of(str(d), "B") * batch + steps_of(str(d)) for d in value.shape}
         value.shape = ir.Shape([d if isinstance(d, int) else sizes[str(d)] or d for d in value.shape])
     if not fused:
         common.InlinePass()(model)

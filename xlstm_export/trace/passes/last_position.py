@@ -46,7 +46,9 @@ def keep_last_position(model: ir.Model, output: str) -> None:
     graph = model.graph
     result = next(value for value in graph.outputs if value.name == output)
     if result.shape is None or len(result.shape) < 3 or str(result.shape[1]) != "S":
-        raise BuildError(f"--last-logits: output {output} has no sequence axis", "leave the option away")
+        timed = result.shape is not None and any(str(dim).endswith("S") for dim in result.shape)
+        why = "has its positions elsewhere than in its second axis" if timed else "has no sequence axis"
+        raise BuildError(f"--last-logits: output {output} {why}", "leave the option away")
     source: ir.Value = result
     chain: list[ir.Node] = []
     while _read_only_by(source, chain, result) and (step := _step_up(source)) is not None:

@@ -1,0 +1,122 @@
+"""Published models and models of tokens need no example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import build, lm_config
+from own_models import WIDTH, stack
+from refusals import refused
+from torch import Tensor, nn
+
+import xlstm_export as xe
+from xlstm_export.distance import difference
+from xlstm_export.errors import InputError, UsageError
+from xlstm_export.load.families.known import known
+from xlstm_export.load.families.own import load_live
+
+
+class Speller(nn.Module):
+    """Tokens in; a table of positions, which are no tokens, beside that of the tokens."""
+
+    def __init__(self, tokens: int = 40) -> None:
+        super().__init__()
+        self.places, self.table = nn.Embedding(64, WIDTH), nn.Embedding(tokens, WIDTH)
+        self.body, self.head = stack(), nn.Linear(WIDTH, tokens)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        return None, self.head(self.body(self.table(ids)))
+
+
+def large() -> nn.Module:
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+
+    from xlstm_export.load.families.large import NATIVE
+
+    sizes = {"embedding_dim": 32, "num_heads": 2, "num_blocks": 1, "vocab_size": 50}
+    return xLSTMLarge(xLSTMLargeConfig(**sizes, **{**NATIVE, "return_last_states": True}))
+
+
+def hugging_face() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
+    return transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**sizes))
+
+
+def tirex() -> nn.Module:
+    pytest.importorskip("tirex")
+    import tirex_models
+
+    return tirex_models.build()
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "dims", "output", "vocabulary"),
+    [
+        (lambda: build(lm_config(num_blocks=1, slstm_at=[])), "tokens", ("B", "S"), "logits", 256),
+        (stack, "x", ("B", "S", WIDTH), "y", None),
+        (large, "tokens", ("B", "S"), "logits", 50),
+        (hugging_face, "tokens", ("B", "S"), "logits", 50),
+        (tirex, "context", ("B", "S", 8), "quantiles", None),
+        (Speller, "ids", ("B", "S"), "y", None),
+    ],
+)
+def test_what_is_known(make: Any, name: str, dims: Any, output: str, vocabulary: int | None) -> None:
+    loaded = load_live(make())
+    assert dict(loaded.dims) == {name: dims}
+    assert loaded.output == output
+    assert loaded.vocab_size == vocabulary
+    if vocabulary is not None:
+        assert loaded.inputs[name].max() < vocabulary
+    args, kwargs = loaded.call(loaded.inputs)
+    if make is not hugging_face:  # it needs the lifted cells: its own kernels do not take every width
+        loaded.module(*args, **kwargs)
+
+
+def test_tokens_come_from_the_table_that_reads_them() -> None:
+    loaded = load_live(Speller(40))
+    assert loaded.inputs["ids"].max() < 40
+    assert loaded.notes == (
+        "no example was given: ids goes into an embedding table, so it is tokens below 40",
+    )
+
+
+def test_numbers_that_are_no_tokens_are_not_made_up() -> None:
+    class Shifted(Speller):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids + 1)[1]
+
+    assert known(Shifted()) is None
+    assert known(nn.Linear(3, 3)) is None
+
+
+@pytest.mark.slow
+def test_a_live_model_without_an_example(tmp_path: Path) -> None:
+    model = build(lm_config(num_blocks=2, slstm_at=[1]))
+    run = xe.export(model, out=tmp_path / "run", threads=1)
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 20))
+    with run.session() as session:
+        found = session.prefill({"tokens": tokens})["logits"]
+    with torch.no_grad():
+        expected = model.double()(torch.from_numpy(tokens)).numpy()
+    assert difference(found, expected).relative_l2 < 5e-6
+
+
+def test_hints_for_other_models(tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.body = nn.Linear(7, WIDTH), stack()
+
+        def forward(self, series: Tensor) -> Tensor:
+            return self.body(self.inp(series))
+
+    with refused(UsageError, "needs an example input", 'example={"series": torch.zeros(2, 16, 7)}'):
+        load_live(Around())
+    assert load_live(Around(), {"series": torch.zeros(2, 16, 7)}).streams
+    with refused(InputError, "takes no inputs"):
+        load_live(type("Nothing", (nn.Module,), {"forward": lambda self: None})())

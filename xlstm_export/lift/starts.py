@@ -68,7 +68,7 @@ def settle(
         return
     with recorded(layers) as moved, contextlib.suppress(Exception), torch.no_grad():
         args, kwargs = rebuilt(inputs, other_values)
-        watch_calls(module, (args, kwargs), like)
+        watch_calls(module, (args, kwargs), like, batch=like.shape[0])
     for layer in explicit:
         calls = [value for call in given[layer.path] for value in call]
         others = [value for call in moved.get(layer.path, []) for value in call]
@@ -109,7 +109,7 @@ def _matters(module: nn.Module, inputs: Call, like: Tensor, result: UserValue, l
     hook = layer.register_forward_hook(shifted)
     try:
         with torch.no_grad():
-            other, _ = watch_calls(module, inputs, like)
+            other, _ = watch_calls(module, inputs, like, batch=like.shape[0])
     except Exception:
         log.debug("forward does not run with other states", exc_info=True)
         return True

@@ -570,3 +570,11 @@ def test_strided_parameters_are_written_in_order(tmp_path: Path) -> None:
     loaded.module.head.weight = nn.Parameter(torch.randn(WIDTH, 3).t())
     loaded.module.extra = nn.Parameter(torch.randn(1).expand(3))
     export_and_compare(loaded, tmp_path / "out")
+
+
+def test_fixed_batch_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="a number of the batch of x: it can be traced for 2 rows") as caught:
+        trace.export(load_custom(lambda m, x: m.cell(x, x, x) + torch.zeros(len(x), 1, 1)), tmp_path / "out")
+    assert "x.shape[0]" in caught.value.hint
+    free = load_custom(lambda m, x: m.cell(x, x, x) + torch.zeros(x.shape[0], 1, 1))
+    export_and_compare(free, tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -114,7 +115,24 @@ def _refused(
     cause = _cause(error)
     if isinstance(cause, BuildError):
         return cause
-    return _fixed_length(traced, example, dims) or _untraceable(cause)
+    return _fixed_batch(cause, dims) or _fixed_length(traced, example, dims) or _untraceable(cause)
+
+
+# How torch's exporter says that a dimension which is to stay free became a number.
+_STATIC = re.compile(r"static shape of (\d+) for dimension inputs\['tensors'\]\[(\d+)\]\.shape\[(\d+)\]")
+
+
+def _fixed_batch(cause: BaseException, dims: Mapping[str, Dims]) -> BuildError | None:
+    """What fixes the batch, where the trace made a number of it."""
+    for size, place, axis in _STATIC.findall(str(cause)):
+        name = list(dims)[int(place)] if int(place) < len(dims) else ""
+        if name and dims[name][int(axis)] == "B":
+            return BuildError(
+                f"forward makes a number of the batch of {name}: it can be traced for {size} rows only",
+                f"take it from {name}.shape[0], which stays free; len({name}), int(...), lists of rows, "
+                "and a buffer with one entry per row fix it",
+            )
+    return None
 
 
 def _untraceable(cause: BaseException) -> BuildError:

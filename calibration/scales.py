@@ -91,6 +91,11 @@ class Scales:
         """`channels` of every tensor, by value name."""
         return dict(self.channel_amax)
 
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Activations that were zero in all the data, so that nothing is known of their range."""
+        return tuple(name for name, scale in self.tensors.items() if scale.max == 0.0)
+
     def require_graph(self, sha256: str) -> None:
         """Refuse ranges of another graph: its values may have the same names and mean something else.
 

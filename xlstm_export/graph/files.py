@@ -66,7 +66,7 @@ def save(model: ir.Model, folder: Path, progress: Callable[[str], None] = lambda
     """Write model.onnx and model.onnx.data, weights one at a time, and let the ONNX checker read them."""
 
     def report(tensor: Any, info: Any) -> None:
-        progress(f"writing weights, {info.index + 1} of {info.total}")
+        progress(f"writing weights: {info.index + 1} of {info.total}")
 
     ir.save(
         model,

@@ -6,6 +6,7 @@ runner and the Python API call these functions.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..report.write import Written
     from ..sensitivity import Sensitivity
 
+log = logging.getLogger(__name__)
 Run = RunFolder | Path
 BUNDLE = "bundle"
 
@@ -75,7 +77,24 @@ def calibrate(
         sets.Selection(options.samples, options.length, context.seed, options.avoid),
         tokenizer=options.tokenizer,
     )
-    return observers.calibrate(run, chosen, options, context)
+    scales = observers.calibrate(run, chosen, options, context)
+    _warn_of_silence(run, scales)
+    return scales
+
+
+def _warn_of_silence(run: RunFolder, scales: Scales) -> None:
+    """Warn of activations that were always zero: the weights they meet have never been at work."""
+    if not scales.silent:
+        return
+    from ..graph.files import load_graph
+    from ..graph.sites import activation_names
+
+    names = activation_names(load_graph(run.model))
+    log.warning(
+        "zero in all calibration data: the input of %s. If the model is trained, calibrate with data that "
+        "reach that part of it; its range is taken to be 1.",
+        ", ".join(names.get(name, name) for name in scales.silent),
+    )
 
 
 def sensitivity(

@@ -28,6 +28,8 @@ from .recipe import Choice, Recipe, block_size
 
 HALF = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 OPSET_HALF_SCALES, OPSET_INT4 = 19, 21
+# Range of an activation that was zero in all calibration data: any positive one holds the zeros exactly.
+UNSEEN = 1.0
 
 
 def insert_qdq(model: ir.Model, recipe: Recipe, amax: Mapping[str, float]) -> dict[str, Choice]:
@@ -82,9 +84,10 @@ class _Inserter:
         name = value.name
         if name not in self._activations:
             amax = self._amax.get(name)
-            if amax is None or not np.isfinite(amax) or amax <= 0.0:
+            if amax is None or not np.isfinite(amax) or amax < 0.0:
                 found = "has no range" if amax is None else f"has the range {amax}"
                 raise InputError(f"activation {name} {found}", "calibrate the export again")
+            amax = amax or UNSEEN
             scale = self._initializer(f"{name}.scale", np.array(amax / integers.INT8, np.float32))
             zero = self._initializer(f"{name}.zero", np.array(0, np.int8))
             quantize = ir.node("QuantizeLinear", [value, scale, zero])

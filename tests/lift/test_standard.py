@@ -358,14 +358,30 @@ def test_cells_compute_what_pytorch_s_do(tmp_path: Path) -> None:
 # --- Loops and recurrences of the user's own ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("stateless", [False, True])
+@pytest.mark.parametrize("kind", ["CellLoop", "StackedCells", "SlicedLoop"])
+def test_a_loop_that_hands_the_state_on_streams(kind: str, stateless: bool, tmp_path: Path) -> None:
+    model = loaded(getattr(own_recurrences, kind)())
+    run = export(model, tmp_path / "run", ExportOptions(stateless=stateless))
+    check(run, model.module, streams=not stateless)
+    assert verify_run(run, model).passed
+
+
+@pytest.mark.parametrize("stateless", [False, True])
+def test_a_loop_from_a_first_state_streams(stateless: bool, tmp_path: Path) -> None:
+    model = loaded(own_recurrences.GuidedLoop(), {"side": ("B", 4)}, side=torch.randn(2, 4))
+    run = export(model, tmp_path / "run", ExportOptions(stateless=stateless))
+    check(run, model.module, streams=not stateless, side=torch.randn(3, 4))
+
+
 def test_a_loop_over_positions_is_exported_for_a_fixed_number_of_them(tmp_path: Path) -> None:
-    model = loaded(own_recurrences.CellLoop())
+    model = loaded(own_recurrences.NormalizedLoop())
     with refused(BuildError, "cell is called 12 times", 'e.g. {"x": ("B", 12, 5)}'):
         export(model, tmp_path / "run")
     exported_for_12_positions(model.module, tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["HandMadeCell", "CellLoop"])
+@pytest.mark.parametrize("kind", ["HandMadeCell", "NormalizedLoop"])
 def test_a_loop_without_states_is_told_the_dims_to_declare(kind: str, tmp_path: Path) -> None:
     model = loaded(getattr(own_recurrences, kind)())
     with refused(BuildError, "a Python loop over", '{"x": ("B", 12, 5)}'):

@@ -74,7 +74,6 @@ class RecurrentCell(nn.Module):
     """
 
     cell = ""
-    rows_axis = 0  # axis of the batch in the first argument of forward
     positions_axis = 1  # axis of the positions in what forward returns; in its arguments it is 1
 
     def __init__(self, heads: int, head_dim: int, state_shapes: dict[str, tuple[int, ...]]) -> None:
@@ -216,9 +215,7 @@ def _checked(shapes: Any, owner: type) -> dict[str, tuple[int, ...]]:
                 "give positive integers, without the batch dimension, e.g. (width,)",
             )
     reserved = set(shapes) & {"C", "c", "n", "m"}
-    plain = (
-        reserved == {"c"} and "h" in shapes
-    )  # an LSTM's: it has no stabilizer, so they are compared as they are
+    plain = reserved == {"c"} and "h" in shapes  # of an LSTM: without a stabilizer, compared as they are
     if reserved and not plain and not any(group <= set(shapes) for group in _STABILIZED):
         raise BuildError(
             f"state kind(s) {', '.join(sorted(reserved))} belong to the operators: C, n, m of the mLSTM and "
@@ -238,11 +235,13 @@ class Scope:
     row_count: int = 0  # rows of the call that runs
     resumed: dict[str, Carried] = field(default_factory=dict)  # path of a cell → what its call goes on from
     last: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)  # states after the calls, by rows
+    # Tensors that cells returned as their states, by identity, and what they stand for.
+    handed: dict[int, tuple[Tensor, tuple[Carried, ...]]] = field(default_factory=dict)
 
     def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
         """Note the first argument of a call."""
-        first = next((x for x in args if isinstance(x, Tensor) and x.ndim > cell.rows_axis), None)
-        self.row_count = 0 if first is None else first.shape[cell.rows_axis]
+        first = next((x for x in args if isinstance(x, Tensor) and x.ndim), None)
+        self.row_count = 0 if first is None else first.shape[0]
         if self.positions is not None:
             self.row_count //= self.positions[1]
 
@@ -312,9 +311,9 @@ class CountingScope(Scope):
 
     def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
         super().see(cell, args)
-        first = next((x for x in args if isinstance(x, Tensor) and x.ndim > cell.rows_axis), None)
+        first = next((x for x in args if isinstance(x, Tensor) and x.ndim), None)
         if first is not None:
-            self.seen[cell.path, self.calls[cell.path]] = first.movedim(cell.rows_axis, 0)
+            self.seen[cell.path, self.calls[cell.path]] = first
 
     def resume(self, cell: RecurrentCell, state: Carried) -> None:
         self.stepped = True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import BuildError
 from ..lift.cells.standard import StandardLayer
 from ..lift.lift import lift
-from ..lift.passes import count_calls
+from ..lift.passes import watch_calls
 from ..lift.starts import other_values, recorded, tensors_of
 from ..load.loaded import Loaded
 from ..load.signature import UserValue
@@ -85,7 +85,7 @@ def _run(loaded: Loaded, history: int) -> _Outcome:
             args, kwargs = loaded.call(inputs)
             torch.manual_seed(seed)
             before = _stored(module)
-            result, _ = count_calls(module, args, kwargs, inputs[loaded.batched])
+            result, _ = watch_calls(module, (args, kwargs), inputs[loaded.batched])
     owner = next((layer.owner for layer in layers if layer.path in given), "")
     return _Outcome(result, before, _stored(module), owner)
 

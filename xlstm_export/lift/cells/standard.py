@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ...errors import BuildError
 from ...ops import standard as ops
-from ..adapter import RecurrentCell, register
+from ..adapter import RecurrentCell, current_scope, register
 
 States: TypeAlias = tuple[Tensor, ...]
 # One direction as PyTorch has it: w_ih, w_hh, where it has any b_ih, b_hh, and where it projects w_hr.
@@ -37,7 +37,6 @@ class StandardLayer(RecurrentCell):
         stateless: every call starts fresh, so no state is lifted.
     """
 
-    rows_axis = 1
     kind: ops.Standard
 
     def __init__(self, directions: Sequence[Direction], *, projects: bool, relu: bool) -> None:
@@ -86,6 +85,14 @@ class StandardLayer(RecurrentCell):
         """The states that a call begins at."""
         if self.start == "past":
             given = None
+        scope = current_scope()
+        if (
+            given is not None and scope.positions is not None
+        ):  # its rows are positions: the first one's is meant
+            rows, sizes = scope.rows_of(self), scope.positions
+            given = tuple(
+                rows.spread(v.transpose(0, 1)[:, None], *sizes)[:, 0].transpose(0, 1) for v in given
+            )
         if given is not None and self.projects:
             if torch.onnx.is_in_onnx_export() or any(value.any() for value in given):
                 raise BuildError(
@@ -151,19 +158,22 @@ class _Sequence(nn.RNNBase):
         x = input if batched else input.unsqueeze(1)  # a sequence alone, (S, I), is the one row of a batch
         swapped = not (batched and self.batch_first)
         x = x.transpose(0, 1) if swapped else x  # (B, S, I)
-        given = _states(hx, batched)
+        given = _given(hx, batched, layers)
         directions, count = self.all_weights, 2 if self.bidirectional else 1
-        collected: list[States] = []
+        collected: list[Sequence[Any]] = []
         for number, layer in enumerate(layers):
             mine = slice(number * count, (number + 1) * count)
             start = None if given is None else tuple(value[mine] for value in given)
             x, after = layer(x, start, directions[mine])
-            collected.append(after)
-        states = [torch.cat(parts) for parts in zip(*collected, strict=True)]
+            collected.append(_after(layer, x, after))
+        states = [
+            torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+            for parts in zip(*collected, strict=True)
+        ]
         x = x.transpose(0, 1) if swapped else x
         if not batched:
             x, states = x.squeeze(1), [value.squeeze(1) for value in states]
-        return x, tuple(states) if len(states) > 1 else states[0]
+        return x, _handed(states, layers)
 
 
 class _Step(nn.RNNCellBase):
@@ -173,20 +183,42 @@ class _Step(nn.RNNCellBase):
         """As PyTorch's."""
         layer: StandardLayer = self.get_submodule("layer_0")  # type: ignore[assignment]
         batched = input.dim() == 2
-        given = _states(hx, batched)
+        given = _given(hx, batched, [layer])
         start = None if given is None else tuple(value[None] for value in given)
         weights = [self.weight_ih, self.weight_hh, *([self.bias_ih, self.bias_hh] if self.bias else [])]
-        _, after = layer(input[:, None] if batched else input[None, None], start, [weights])
-        states = tuple(value[0] if batched else value[0, 0] for value in after)
-        return states if len(states) > 1 else states[0]
+        y, after = layer(input[:, None] if batched else input[None, None], start, [weights])
+        states = [x[0] if isinstance(x, Tensor) else x for x in _after(layer, y, after)]
+        return _handed(states if batched else [value[0] for value in states], [layer])
 
 
-def _states(hx: Any, batched: bool) -> States | None:
-    """What a user gives as state; without a batch axis, one is added before the last axis."""
+def _given(hx: Any, batched: bool, layers: Sequence[StandardLayer]) -> States | None:
+    """The state that a call is given; None where the last call returned it, and the graph carries it.
+
+    Without a batch axis, one is added before the last axis.
+    """
     if hx is None:
         return None
     values = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    _, carried = current_scope().handed.get(id(values[0]), (None, ()))
+    if [state.path for state in carried] == [layer.path for layer in layers]:
+        for layer, state in zip(layers, carried, strict=True):
+            layer.begin(state)
+        if not layers[0].stateless:
+            return None
     return values if batched else tuple(value.unsqueeze(-2) for value in values)
+
+
+def _after(layer: StandardLayer, y: Tensor, after: States) -> Sequence[Any]:
+    """The states of a call: where its rows are positions, h of each, and what stands for the others."""
+    if current_scope().positions is None:
+        return after
+    return [y.transpose(0, 1), *(layer.carried for _ in after[1:])]
+
+
+def _handed(states: Sequence[Any], layers: Sequence[StandardLayer]) -> Any:
+    """The states as PyTorch returns them; when they are given back, they are known."""
+    current_scope().handed[id(states[0])] = (states[0], tuple(layer.carried for layer in layers))
+    return tuple(states) if len(states) > 1 else states[0]
 
 
 class LiftedLSTM(_Sequence, nn.LSTM): ...

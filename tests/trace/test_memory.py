@@ -20,6 +20,7 @@ from xlstm_export.lift import lift as cells
 from xlstm_export.lift.adapter import RecurrentCell, register
 from xlstm_export.options import ExportOptions
 from xlstm_export.trace.export import export
+from xlstm_export.verify.verify import verify_run
 
 WIDTH = own_models.WIDTH
 SEEN: list[Tensor] = []  # of `Outside`
@@ -222,7 +223,9 @@ def adapted() -> Iterator[None]:
 
 def test_memory_with_an_adapter_is_a_state(adapted: None, tmp_path: Path) -> None:
     model = own_models.loaded(OwnMean())
-    streams(export(model, tmp_path / "run"), model.module)
+    run = export(model, tmp_path / "run")
+    assert verify_run(run, model).passed
+    streams(run, model.module)
 
 
 class KeepsHidden(Plain):

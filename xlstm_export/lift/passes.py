@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import sys
 import weakref
@@ -61,11 +62,14 @@ def count_calls(
 def call_untouched(
     module: nn.Module, args: tuple[UserValue, ...], kwargs: Mapping[str, UserValue] | None = None
 ) -> UserValue:
-    """One forward pass of the user's own module, in which nothing was replaced.
+    """One forward pass of the user's own module, in which nothing was replaced, as if it were the first one.
+
+    What it stores in buffers and attributes, it stores in a copy.
 
     Raises:
         UserCodeError: it raised an exception.
     """
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     with torch.no_grad():
         return _blamed(module, args, Scope({}), kwargs)
 

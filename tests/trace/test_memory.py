@@ -174,17 +174,24 @@ def test_memory_that_eval_mode_leaves_alone_is_exported(tmp_path: Path) -> None:
     streams(export(model, tmp_path / "run"), model.module)
 
 
+def running_means(before: Tensor, x: Tensor) -> Tensor:
+    """(B, W), (B, S, W) → the mean after each position, as docs/adapters.md has it."""
+    t = torch.arange(x.shape[1])
+    weight = torch.where(t[:, None] >= t, 0.1 * 0.9 ** (t[:, None] - t).clamp(min=0), 0.0)  # (S, S)
+    return (0.9 ** (t[:, None] + 1)).to(x) * before[:, None] + weight.to(x) @ x
+
+
 class Mean(nn.Module):
     """The running mean of each row, as a module of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.register_buffer("ema", torch.zeros(1, WIDTH))
+        self.register_buffer("ema", torch.zeros(1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = 0.9 ** torch.arange(x.shape[1], 0, -1).to(x)[:, None]  # (S, 1)
-        self.ema = self.ema * 0.9 ** x.shape[1] + 0.1 * (x * weight / 0.9).sum(1)
-        return self.ema
+        means = running_means(self.ema, x)
+        self.ema = means[:, -1]
+        return means
 
 
 class LiftedMean(RecurrentCell):
@@ -192,25 +199,24 @@ class LiftedMean(RecurrentCell):
 
     cell = "mean"
 
-    def __init__(self) -> None:
-        super().__init__(1, WIDTH, {"ema": (WIDTH,)})
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(1, width, {"ema": (width,)})
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = 0.9 ** torch.arange(x.shape[1], 0, -1).to(x)[:, None]
-        ema = self.past("ema") * 0.9 ** x.shape[1] + 0.1 * (x * weight / 0.9).sum(1)
-        self.keep("ema", ema)
-        return ema
+        means = running_means(self.past("ema"), x)
+        self.keep("ema", means[:, -1])
+        return means
 
 
 class OwnMean(Plain):
-    """Only the last position's mean is read, so that a call of any length is as good."""
+    """A running mean that has a module of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mean = Mean()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.core(x)[:, -1] + self.mean(x).sum(-1, keepdim=True)
+        return self.core(x) + self.mean(x).sum(-1, keepdim=True)
 
 
 @pytest.fixture

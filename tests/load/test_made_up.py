@@ -14,7 +14,7 @@ from refusals import refused
 from torch import Tensor, nn
 
 import xlstm_export as xe
-from xlstm_export.errors import InputError, UserCodeError
+from xlstm_export.errors import BuildError, InputError, UserCodeError
 from xlstm_export.load import checkpoint
 from xlstm_export.load.loaded import Loaded, Range
 from xlstm_export.load.made_up import random_inputs
@@ -81,6 +81,14 @@ def test_a_model_with_lengths_is_verified(tmp_path: Path) -> None:
     verdict = verify_run(folder, loaded, context=Context(threads=1))
     assert [check for check in verdict.checks if not check.passed] == []
     assert "prefill 1: y" in {check.name for check in verdict.checks}
+
+
+def test_a_model_with_lengths_does_not_stream_and_the_hint_works(tmp_path: Path) -> None:
+    loaded = checkpoint.load_module("pinned_models:last_valid")
+    with pytest.raises(BuildError, match="forward fails on a piece of 5 positions") as caught:
+        trace.export(loaded, tmp_path / "out")
+    assert "export with --stateless" in caught.value.hint
+    trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True))
 
 
 class Kinds(Around):

@@ -68,6 +68,9 @@ def _any_length(loaded: Loaded) -> bool:
     """Whether forward takes one position, and twice as many as the example has."""
 
     def one(x: Tensor, spec: TensorSpec) -> Tensor:
+        known = loaded.ranges.get(spec.name)
+        if known is not None and known.to_length is not None:  # lengths and indices of positions
+            x = x.clamp(max=1 + known.to_length)
         return x if spec.time_axis is None else x.narrow(spec.time_axis, 0, spec.steps)
 
     def twice(x: Tensor, spec: TensorSpec) -> Tensor:

@@ -38,13 +38,15 @@ class Source:
     checkpoint: str | None
     module: str | None
     weights: str | None
+    alias: str | None = None
 
     def load(self, stateless: bool | None = None) -> Loaded:
         """The model."""
+        from ..lift.model import notes_of
         from ..load.checkpoint import load
 
-        loaded = load(self.checkpoint, self.module, self.weights, stateless=stateless)
-        for note in loaded.notes:
+        loaded = load(self.checkpoint, self.module, self.weights, stateless=stateless, alias=self.alias)
+        for note in notes_of(loaded):
             click.echo(note, err=True)
         return loaded
 
@@ -68,15 +70,27 @@ RECORDED = Source(None, None, None)  # the model that a run folder records
 
 
 def source_options(command: Command) -> Command:
-    """Adds CHECKPOINT, --module and --weights; the command receives them as `source`."""
+    """Adds CHECKPOINT, --module, --weights and --alias; the command receives them as `source`."""
 
     @functools.wraps(command)
     def wrapped(
-        *args: Any, checkpoint: str | None, module: str | None, weights: str | None, **others: Any
+        *args: Any,
+        checkpoint: str | None,
+        module: str | None,
+        weights: str | None,
+        alias: tuple[str, ...],
+        **others: Any,
     ) -> Any:
-        return command(*args, source=Source(checkpoint, module, weights), **others)
+        source = Source(checkpoint, module, weights, ",".join(alias) or None)
+        return command(*args, source=source, **others)
 
-    added = click.option("--weights", help="weights for --module (.safetensors or state_dict)")(wrapped)
+    added = click.option(
+        "--alias",
+        multiple=True,
+        metavar="THEIRS=KNOWN",
+        help="take classes of --module for known ones, such as mymodel.xlstm=xlstm",
+    )(wrapped)
+    added = click.option("--weights", help="file or folder with weights for --module")(added)
     added = click.option("--module", help="factory of your own module, as package.module:function")(added)
     return click.argument("checkpoint", required=False)(added)
 

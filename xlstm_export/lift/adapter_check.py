@@ -30,7 +30,7 @@ LIMIT = 1e-4
 
 
 @dataclass
-class _Call:
+class OriginalCall:
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -65,7 +65,7 @@ def check_adapters(
     theirs = {path: entry for path, entry in replaced.items() if not is_built_in(entry[1])}
     if not theirs or module.training or any(x.is_meta for x in (like, *module.parameters())):
         return  # nothing to compare, or dropout at work, or no values
-    for call in _original_calls(module, list(theirs), inputs):
+    for call in original_calls(module, list(theirs), inputs):
         where = f"{call.path or '<root>'}: adapter {adapter_name(theirs[call.path][1])}"
         try:
             with torch.no_grad():
@@ -80,17 +80,17 @@ def check_adapters(
         _compare(where, "", call.result, found)
 
 
-def _original_calls(module: nn.Module, paths: Sequence[str], inputs: Call) -> list[_Call]:
+def original_calls(module: nn.Module, paths: Sequence[str], inputs: Call) -> list[OriginalCall]:
     """Arguments and result of every call of the cells; where the original fails, of the calls before that."""
     # On a copy: the original may store something in its buffers and attributes.
     module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    open_calls: list[_Call] = []
-    calls: list[_Call] = []
+    open_calls: list[OriginalCall] = []
+    calls: list[OriginalCall] = []
 
     def watch(path: str, cell: nn.Module) -> list[Any]:
         def before(cell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Copies: the original may write into its arguments.
-            open_calls.append(_Call(path, _copied(args), _copied(kwargs)))
+            open_calls.append(OriginalCall(path, _copied(args), _copied(kwargs)))
 
         def after(cell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             call = open_calls.pop()

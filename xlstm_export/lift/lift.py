@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +45,10 @@ from .cells import large as large_cells  # noqa: F401 - they register their cell
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
+from .copies import Copies
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows
+from .unknown import unknown
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
 
@@ -97,6 +98,7 @@ def lift(
     dims: Sequence[Dims] = (),
     *,
     stateless: bool = False,
+    copies: Copies = Copies(),
 ) -> Lifted:
     """Replace every known cell of `module` on a copy that shares its parameters.
 
@@ -107,6 +109,7 @@ def lift(
         like: one of the tensors among them, whose first axis is the batch; by default the first one.
         dims: symbolic shape of each tensor among them; by default (B, S, ...).
         stateless: every call starts fresh. Then recurrences may stay as they are: they lose nothing.
+        copies: classes that are taken for known ones.
 
     Raises:
         BuildError: a recurrent cell has no adapter, a known cell has an unsupported variant, an adapter's
@@ -115,10 +118,12 @@ def lift(
     inputs: Call = (tuple(example), dict(kwargs or {}))
     if like is None:
         like = next((x for _, x in leaves(inputs) if isinstance(x, Tensor)), None)
-    replacements, replaced, recurrent = _replacements(module, stateless)
-    unknown = _unknown(module, set(replaced))
-    if unknown is not None and not stateless:
-        raise unknown
+    replacements, replaced, recurrent = _replacements(module, stateless, copies.aliases)
+    cells = {path for path, cell in recurrent if cell.cell != "conv"}
+    cells |= {path for path, (_, adapter) in replaced.items() if not is_built_in(adapter)}
+    refusal = unknown(module, set(replaced), cells, copies.others)
+    if refusal is not None and not stateless:
+        raise refusal
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
     # (shared ones stay shared) and copies no weight.
     lifted = copy_sharing_tensors(module, replacements)
@@ -127,7 +132,7 @@ def lift(
     if like is not None:
         check_adapters(module, lifted, replaced, inputs, like)
     # Cells of users' adapters count, of any kind; a model with convolutions only is not recurrent.
-    if unknown is None and all(cell.cell == "conv" for _, cell in recurrent):
+    if refusal is None and all(cell.cell == "conv" for _, cell in recurrent):
         _refuse_look_alikes(module, inputs)
         raise BuildError(
             f"{type(module).__name__} holds no xLSTM cell that is known here",
@@ -148,7 +153,7 @@ def lift(
 
 
 def _replacements(
-    module: nn.Module, stateless: bool
+    module: nn.Module, stateless: bool, aliases: Mapping[str, str]
 ) -> tuple[
     dict[int, nn.Module], dict[str, tuple[nn.Module, AdapterFunction]], list[tuple[str, RecurrentCell]]
 ]:
@@ -159,7 +164,7 @@ def _replacements(
     for path, child in module.named_modules():
         if any(path.startswith(f"{parent}.") or parent == "" for parent in replaced):
             continue  # inside a replaced cell
-        adapter = _adapter_of(child)
+        adapter = _adapter_of(child, aliases)
         if adapter is None:
             continue
         replacements[id(child)] = replacement = _adapt(path, child, adapter)
@@ -278,44 +283,13 @@ def _recurs(module: nn.Module) -> bool:
     return any(isinstance(part, RecurrentCell) and part.cell != "conv" for part in module.modules())
 
 
-def _adapter_of(module: nn.Module) -> AdapterFunction | None:
+def _adapter_of(module: nn.Module, aliases: Mapping[str, str]) -> AdapterFunction | None:
     for cls in type(module).__mro__:
-        adapter = ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        path = f"{cls.__module__}.{cls.__qualname__}"
+        adapter = ADAPTERS.get(aliases.get(path, path))
         # A subclass with its own forward computes something that the adapter does not know.
         if adapter is not None and type(module).forward is cls.forward:  # type: ignore[attr-defined]
             return adapter
-    return None
-
-
-# Class names of modules with a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
-# not names that only contain one, such as xLSTMHead. A cell that this misses fails the streaming check later.
-_LOOKS_RECURRENT = re.compile(
-    r"(lstm|gru|rnn|sru|lru|recurrent|rwkv|mamba|ssm|^s4d?|^s5|hgrn|retnet|retention|delta_?net|time_?mix|cell)"
-    r"_?(cell|layer|block|mixer|unit)?_?v?\d*$",
-    re.IGNORECASE,
-)
-
-
-def _unknown(module: nn.Module, covered: set[str]) -> BuildError | None:
-    """Refusal of a module that looks recurrent, is not known, and does not merely contain known cells.
-
-    A subclass of a known cell that was not replaced has its own forward. It is recurrent, and not known.
-    """
-    for path, child in module.named_modules():
-        inside = any(parent == "" or path == parent or path.startswith(f"{parent}.") for parent in covered)
-        contains = any(parent == path or parent.startswith(f"{path}.") or path == "" for parent in covered)
-        derived = any(f"{cls.__module__}.{cls.__qualname__}" in ADAPTERS for cls in type(child).__mro__)
-        if inside or (contains and not derived):
-            continue
-        name = type(child).__name__
-        if derived or isinstance(child, (nn.RNNBase, nn.RNNCellBase)) or _LOOKS_RECURRENT.search(name):
-            path = path or "<root>"
-            where = f"{type(child).__module__}.{type(child).__qualname__}"
-            return BuildError(
-                f"{path}: recurrent cell {where} is not known; exported as it is, its state would be lost",
-                f'register an adapter for it: @xlstm_export.lift.adapter.register("{where}"); or export with '
-                "--stateless, where every call starts fresh",
-            )
     return None
 
 

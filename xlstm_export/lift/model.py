@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UsageError
 from ..load.loaded import Loaded
 from ..specs import ModelSpec
+from .copies import Copies, find_copies
 from .lift import Lifted, block_stacks, copy_sharing_tensors, lift
 
 
@@ -21,7 +22,20 @@ def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
     args, kwargs = loaded.call(tensors)
     dims = [loaded.input_dims(name) for name in tensors]
     module = loaded.skeleton if meta else loaded.module
-    return lift(module, args, kwargs, tensors[loaded.batched], dims, stateless=not loaded.streams)
+    fresh, copies = not loaded.streams, copies_in(loaded)
+    return lift(module, args, kwargs, tensors[loaded.batched], dims, stateless=fresh, copies=copies)
+
+
+def copies_in(loaded: Loaded) -> Copies:
+    """Which classes of the model are taken for known ones; nothing is compared in a known family's model."""
+    if loaded.weights is not None:
+        return Copies()
+    return find_copies(loaded.skeleton, loaded.call(loaded.inputs), loaded.aliases)
+
+
+def notes_of(loaded: Loaded) -> tuple[str, ...]:
+    """What was decided for the user while loading and lifting, one line each."""
+    return (*loaded.notes, *copies_in(loaded).notes)
 
 
 def spec_of(loaded: Loaded) -> ModelSpec:

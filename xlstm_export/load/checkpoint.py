@@ -24,6 +24,7 @@ def load(
     weights: str | None = None,
     *,
     stateless: bool | None = None,
+    alias: str | None = None,
 ) -> Loaded:
     """Load a model through one of the two entry points, by the options of the command line.
 
@@ -32,9 +33,11 @@ def load(
         module: factory of a user's own module, as package.module:function, and
         weights: file with its weights.
         stateless: the form that will be exported; None for the one upstream uses.
+        alias: of a module's classes, those that are known under another path: THEIRS=KNOWN, or several with
+            commas between them.
 
     Raises:
-        UsageError: both or neither of `checkpoint` and `module` are given.
+        UsageError: both or neither of `checkpoint` and `module` are given, or `alias` has another form.
     """
     if (checkpoint is None) == (module is None):
         raise UsageError(
@@ -44,9 +47,23 @@ def load(
     if checkpoint is not None:
         if weights is not None:
             raise UsageError("--weights belongs to --module", "a checkpoint path already names its weights")
+        if alias is not None:
+            raise UsageError("--alias belongs to --module", "the classes of a checkpoint's model are known")
         return load_checkpoint(Path(checkpoint), stateless=stateless).in_form(stateless)
     assert module is not None
-    return load_module(module, Path(weights) if weights else None).in_form(stateless)
+    loaded = load_module(module, Path(weights) if weights else None).in_form(stateless)
+    return loaded if alias is None else with_aliases(loaded, alias)
+
+
+def with_aliases(loaded: Loaded, alias: str) -> Loaded:
+    """The model with some of its classes taken for known ones; see `load`."""
+    aliases = {}
+    for text in alias.split(","):
+        theirs, _, known = (part.strip() for part in text.partition("="))
+        if not theirs or not known:
+            raise UsageError(f"--alias {text}: expected THEIRS=KNOWN", "e.g. --alias mymodel.xlstm=xlstm")
+        aliases[theirs] = known
+    return replace(loaded, aliases=aliases, origin={**loaded.origin, "alias": alias})
 
 
 def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:

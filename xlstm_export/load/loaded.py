@@ -77,6 +77,7 @@ class Loaded:
         companions: files carried along into the run folder (tokenizer).
         notes: what was decided while loading, such as a prefix of names that was removed; shown by `export`
             and kept in the manifest.
+        aliases: prefix of class paths → prefix of known ones that compute the same, as the user named them.
         streams: whether an export carries states by default. Where it does not, every call starts fresh, and
             recurrences may stay as they are.
         signature: how forward takes the inputs; None where they are its positional arguments in that order.
@@ -98,6 +99,7 @@ class Loaded:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     streams: bool = True
     signature: Signature | None = None
 

@@ -23,7 +23,7 @@ def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
         UsageError: the manifest names no model.
         InputError: a file of it is nowhere to be found. Further errors: see `checkpoint.load`.
     """
-    if not run.origin:
+    if not run.origin.keys() & {"checkpoint", "module"}:
         raise UsageError(
             f"{run.path} was exported from a module in memory, which its manifest cannot name",
             "keep the Run that export returned, or export through a factory, package.module:function",
@@ -37,6 +37,7 @@ def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
         found.get("module"),
         weights or found.get("weights"),
         stateless=run.options.stateless,
+        alias=found.get("alias"),
     )
 
 

@@ -90,6 +90,7 @@ class _Export(ExportOptions):
     dims: Mapping[str, tuple[int | str, ...]] | None = None
     ranges: Mapping[str, tuple[float, float | str]] | None = None
     weights: Path | str | None = None
+    alias: str | None = None
     force: bool = False
     threads: int = 0
     progress: Progress = field(default=Context().progress)
@@ -134,7 +135,8 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
             `{"goal": ("B", 8), "x": ("B", 5, "S")}`.
         ranges: for a live module: lowest and highest value that made-up inputs may have, where that is not
             the example's: `{"lengths": (1, "S")}`.
-        weights: for a factory: file with its weights.
+        weights: for a factory: file or folder with its weights.
+        alias: classes that are taken for known ones, such as "mymodel.xlstm=xlstm"; several with commas.
         force: replace an existing run folder.
         threads: CPU threads of this run; all cores by default.
         progress: called with the name of each step of this run.
@@ -280,13 +282,14 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
         if options.weights is not None:
             raise UsageError("weights= belongs to a factory", "a live module has its weights")
         live = checkpoint.load_live(model, options.example, options.dims, options.ranges)
-        return live.in_form(options.stateless)
+        live = live.in_form(options.stateless)
+        return live if options.alias is None else checkpoint.with_aliases(live, options.alias)
     if any(given is not None for given in (options.example, options.dims, options.ranges)):
         raise UsageError("example=, dims= and ranges= belong to a live module", "a factory returns them")
     weights = None if options.weights is None else str(options.weights)
     if ":" in str(model) and not Path(model).exists():
-        return checkpoint.load(None, str(model), weights, stateless=options.stateless)
-    return checkpoint.load(str(model), None, weights, stateless=options.stateless)
+        return checkpoint.load(None, str(model), weights, stateless=options.stateless, alias=options.alias)
+    return checkpoint.load(str(model), None, weights, stateless=options.stateless, alias=options.alias)
 
 
 def _as(kind: type[O], options: Options) -> O:

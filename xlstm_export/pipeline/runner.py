@@ -129,7 +129,11 @@ class _Run:
         source, first = self._pipeline.source, self._pipeline.steps[0].options
         stateless = first.stateless if isinstance(first, ExportOptions) else None
         return load(
-            source.get("checkpoint"), source.get("module"), source.get("weights"), stateless=stateless
+            source.get("checkpoint"),
+            source.get("module"),
+            source.get("weights"),
+            stateless=stateless,
+            alias=source.get("alias"),
         )
 
     def _inputs(self, step: Step) -> str:

@@ -15,7 +15,7 @@ from .plan import Pipeline, Step
 from .table import STAGES, Stage
 
 KEYS = ("model", "out", "data", "threads", "stages")
-MODEL = ("checkpoint", "module", "weights")
+MODEL = ("checkpoint", "module", "weights", "alias")
 SEED = About("seed of the stage's random draws", "int")
 # In a file, torch.compile is switched by a flag: timed at the first batch, or not at all.
 COMPILE = About("time torch.compile at the first batch", "flag")

@@ -26,7 +26,7 @@ from ..graph import stored_types
 from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
 from ..lift import weights
-from ..lift.model import lift_model
+from ..lift.model import lift_model, notes_of
 from ..load.loaded import Loaded
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
@@ -109,7 +109,7 @@ def _about(loaded: Loaded) -> Json:
         "model": loaded.name,
         "origin": loaded.origin,
         "origin_absolute": loaded.origin_absolute,
-        "notes": list(loaded.notes),
+        "notes": list(notes_of(loaded)),
         "checkpoint_sha256": loaded.sha256,
         "context_length": loaded.context_length,
     }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import BuildError
 from ..lift.cells.standard import StandardLayer
 from ..lift.lift import lift
+from ..lift.model import copies_in
 from ..lift.passes import watch_calls
 from ..lift.starts import other_values, recorded, tensors_of
 from ..load.loaded import Loaded
@@ -75,7 +76,8 @@ def _run(loaded: Loaded, history: int) -> _Outcome:
     It runs in a lifted copy with buffers and attributes of its own.
     """
     shared = {id(p): p for p in loaded.module.parameters()}
-    module = lift(copy.deepcopy(loaded.module, shared), stateless=not loaded.streams).module
+    copied = copy.deepcopy(loaded.module, shared)
+    module = lift(copied, stateless=not loaded.streams, copies=copies_in(loaded)).module
     layers = [layer for layer in module.modules() if isinstance(layer, StandardLayer)]
     result: UserValue = None
     before: Mapping[str, Any] = {}

@@ -21,6 +21,8 @@ from ..carried import Carried
 # added zeros of a 64 x 64 block cost less time than the calls they save.
 BLOCK_WIDTH = 64
 
+VISION = "vision_lstm.vision_lstm"  # Vision-LSTM; its second version has the same cells in vision_lstm2
+
 
 class LiftedMlstmCell(RecurrentCell):
     """`xlstm.blocks.mlstm.cell.mLSTMCell`: gates, recurrence and head norm, heads never transposed."""
@@ -28,8 +30,7 @@ class LiftedMlstmCell(RecurrentCell):
     cell = "mlstm"
 
     def __init__(self, source: nn.Module) -> None:
-        config: Any = source.config
-        heads, width = config.num_heads, config.embedding_dim
+        heads, width = self.sizes(source)
         dim = width // heads
         super().__init__(heads, dim, {"C": (heads, dim, dim), "n": (heads, dim), "m": (heads,)})
         igate: Any = source.igate
@@ -39,6 +40,12 @@ class LiftedMlstmCell(RecurrentCell):
         self.gate_bias = nn.Parameter(torch.cat([igate.bias, fgate.bias]).detach(), False)
         self.norm = LiftedHeadNorm(source.outnorm, heads, dim)  # type: ignore[arg-type]
         self.eps = 1e-6  # constant of the original; it has no configuration field
+
+    @staticmethod
+    def sizes(source: nn.Module) -> tuple[int, int]:
+        """Number of heads and width of all of them together."""
+        config: Any = source.config
+        return config.num_heads, config.embedding_dim
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, mlstm_state: Any = None, **_: Any
@@ -59,6 +66,15 @@ class LiftedMlstmCell(RecurrentCell):
         self.keep("n", n)
         self.keep("m", m)
         return self.norm.heads_last(h).reshape(batch, length, width)
+
+
+class LiftedVisionCell(LiftedMlstmCell):
+    """Vision-LSTM's `MatrixLSTMCell` (arXiv 2406.04303): the same function, its sizes are attributes."""
+
+    @staticmethod
+    def sizes(source: nn.Module) -> tuple[int, int]:
+        cell: Any = source
+        return cell.num_heads, cell.dim
 
 
 class LiftedSlstmCell(RecurrentCell):
@@ -208,6 +224,12 @@ def _mlstm_cell(cell: nn.Module) -> nn.Module:
     return LiftedMlstmCell(cell)
 
 
+@register(f"{VISION}.MatrixLSTMCell")
+@register(f"{VISION}2.MatrixLSTMCell")
+def _vision_cell(cell: nn.Module) -> nn.Module:
+    return LiftedVisionCell(cell)
+
+
 @register("xlstm.blocks.slstm.cell.sLSTMCellBase")
 def _slstm_cell(cell: nn.Module) -> nn.Module:
     config: Any = cell.config
@@ -239,6 +261,8 @@ def _slstm_cell(cell: nn.Module) -> nn.Module:
 
 
 @register("xlstm.components.conv.CausalConv1d")
+@register(f"{VISION}.CausalConv1d")
+@register(f"{VISION}2.CausalConv1d")
 def _causal_conv(cell: nn.Module) -> nn.Module:
     if cell.conv is None:  # kernel size 0: the original is the identity
         return LiftedNoConv()
@@ -252,10 +276,14 @@ def _causal_conv(cell: nn.Module) -> nn.Module:
 
 
 @register("xlstm.components.ln.MultiHeadLayerNorm")
+@register(f"{VISION}.MultiHeadLayerNorm")
+@register(f"{VISION}2.MultiHeadLayerNorm")
 def _head_norm(cell: nn.Module) -> nn.Module:
     return LiftedHeadNorm(cell)
 
 
 @register("xlstm.components.linear_headwise.LinearHeadwiseExpand")
+@register(f"{VISION}.LinearHeadwiseExpand")
+@register(f"{VISION}2.LinearHeadwiseExpand")
 def _headwise_linear(cell: nn.Module) -> nn.Module:
     return MergedHeadwiseLinear(cell)

@@ -1,0 +1,78 @@
+"""Recurrences without an adapter: the message names the innermost place, and all like it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from refusals import refused
+from torch import Tensor, nn
+from xlstm.components.ln import MultiHeadLayerNorm
+
+from xlstm_export.errors import BuildError
+from xlstm_export.lift.model import lift_model
+from xlstm_export.load import checkpoint
+
+
+class HandMadeLstmCell(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gates = nn.Linear(width, width)
+        self.norm = MultiHeadLayerNorm(ndim=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gates(x).cumsum(1)
+
+
+class mLSTMblock(nn.Module):  # noqa: N801 - as public code names it
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"cell": HandMadeLstmCell(width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner["cell"](x)
+
+
+class xLSTM(nn.Module):  # noqa: N801 - as public code names its root
+    def __init__(self, layers: int, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), block(4)) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def refusal(module: nn.Module) -> str:
+    with pytest.raises(BuildError) as caught:
+        lift_model(checkpoint.load_live(module, torch.randn(2, 6, 4)))
+    return f"{caught.value.message}\n{caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("block", "paths"),
+    [
+        (HandMadeLstmCell, "layers.0.1, layers.1.1: "),
+        (mLSTMblock, "layers.0.1.inner.cell, layers.1.1.inner.cell: "),
+    ],
+)
+def test_innermost_cell_and_its_siblings(block: type[nn.Module], paths: str) -> None:
+    """A known norm inside does not make the cell known."""
+    text = refusal(xLSTM(2, block))
+    assert text.startswith(f"{paths}recurrent cell test_unknown.HandMadeLstmCell is not known")
+    assert "exp(f)" in text
+    assert "docs/adapters.md" in text
+
+
+def test_a_long_list_is_cut() -> None:
+    text = refusal(xLSTM(40, HandMadeLstmCell))
+    assert "layers.11.1 and 28 more: recurrent cell" in text
+
+
+def test_the_root_is_named_where_it_is_the_cell() -> None:
+    class PlainRNN(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1)
+
+    with refused(BuildError, "<root>: recurrent cell", "PlainRNN"):
+        lift_model(checkpoint.load_live(PlainRNN(), torch.randn(2, 6, 4)))

@@ -78,6 +78,7 @@ def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays
 def _joined(parts: list[np.ndarray], lengths: tuple[int, ...]) -> np.ndarray:
     """Outputs of the pieces, joined along the axis of positions; without one, that of the last piece."""
     for axis in range(1, parts[0].ndim):
-        if tuple(part.shape[axis] for part in parts) == lengths:
+        steps = {part.shape[axis] / length for part, length in zip(parts, lengths, strict=True)}
+        if len(steps) == 1 and steps.pop().is_integer():
             return np.concatenate(parts, axis=axis)
     return parts[-1]

@@ -191,6 +191,29 @@ def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["patches_of_channels", "two_rates", "shared", "scalar"])
+def test_deploy_of_other_axes(name: str, tmp_path: Path, lean: Path) -> None:
+    """deploy.py runs what io.json describes; the README says what the C++ runner does not take."""
+    loaded = checkpoint.load_module(f"nested_models:{name}")
+    run = trace.export(loaded, tmp_path / "run")
+    atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    made = bundles.bundle(run, loaded, tmp_path / "made", BundleOptions(horizon=HORIZON))
+    done = deploy(made, lean, "verify", "--backend", "onnxruntime")
+    assert done.returncode == 0, done.stdout + done.stderr
+    special = {
+        "patches_of_channels": "x is (B, 5, 4*S), y is (B, 3, S)",
+        "two_rates": "fast is (B, 4*S, 5), slow is (B, 2*S, 3)",
+        "shared": "mean is (5), temperature is ()",
+        "scalar": "y_1 is ()",
+    }
+    assert f"does not take this model: {special[name]};" in (made / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_runner_takes_usual_models(made: Path) -> None:
+    assert "does not take" not in (made / "README.md").read_text(encoding="utf-8")
+
+
 def test_deploy_with_and_without_kernels(own: Path, lean: Path) -> None:
     shipped = own / "plugins" / "bin" / locate.machine() / "libxlstm_ort_cpu.so"
     if not shipped.is_file():

@@ -21,7 +21,7 @@ from ..load.loaded import Loaded
 from ..options import BundleOptions, Context
 from ..plugins import locate
 from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
-from ..specs import OP_DOMAIN, Json
+from ..specs import OP_DOMAIN, Json, TensorSpec
 from ..verify.verdict import require_verified
 from ..version import __version__
 from . import archive
@@ -113,11 +113,18 @@ def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str)
         "licence_of_weights": options.license or "not stated",
         "vocab_size": loaded.vocab_size,
         "recurrences": _recurrences(run.model),
+        "not_for_the_runner": [text for x in (*run.io.inputs, *run.io.outputs) if (text := _too_special(x))],
         "origin": dict(run.origin),
         "options": dict(run.recorded_options),
         "plugin_abi": {kind: locate.OWN.hash(kind) for kind in ("tensorrt", kernels.KIND)},
         "command": command,
     }
+
+
+def _too_special(spec: TensorSpec) -> str:
+    """What keeps the C++ runner from a tensor: it knows the engine only, and from that (B, S, ...) only."""
+    usual = spec.batched and all(isinstance(d, int) for d in spec.shape[1 + (spec.shape[1:2] == ("S",)) :])
+    return "" if usual else f"{spec.name} is ({', '.join(map(str, spec.shape))})"
 
 
 def _recurrences(model: Path) -> int:

@@ -18,7 +18,7 @@ TensorRT comes with JetPack (6.1 or later); Python needs NumPy. Without TensorRT
     python3 deploy.py doctor      # what is installed, what is missing, what to do
     python3 deploy.py bench --hz 100
     python3 deploy.py run --help
-
+{runner}
 Exit codes: 0 pass, 1 a result is off, 2 usage, 3 the machine lacks something, 4 a file is damaged, 5 build
 failed. Every command first compares every file with `manifest.json` and names what has changed.
 
@@ -51,7 +51,13 @@ def readme(about: JsonMapping, goldens: JsonMapping) -> str:
         f"{backend}: " + ", ".join(f"`{name}` {limit:.1e}" for name, limit in sides.items())
         for backend, sides in goldens["limits"].items()
     )
+    special = ", ".join(about["not_for_the_runner"])
+    runner = (
+        f"\nThe C++ runner in `plugins/runner` does not take this model: {special}; it takes tensors that\n"
+        "are (B, S, ...), or have a batch and no positions. `deploy.py` takes it.\n"
+    )
     return _TEXT.format(
+        runner=runner if special else "",
         model=about["model"],
         precision=about["precision"],
         target=f" ({about['target']})" if about["target"] else "",

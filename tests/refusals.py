@@ -13,13 +13,18 @@ EXIT_CODES = {GateError: 1, UsageError: 2, SetupError: 3, InputError: 4, BuildEr
 
 
 @contextlib.contextmanager
-def refused(kind: type[ExportError], *words: str) -> Iterator[None]:
-    """The block raises exactly `kind`; its message and hint name every one of `words`."""
+def refused(kind: type[ExportError], *words: str) -> Iterator[list[str]]:
+    """The block raises exactly `kind`; its message and hint name every one of `words`.
+
+    The list that it gives holds message and hint afterwards.
+    """
+    texts: list[str] = []
     with pytest.raises(ExportError) as caught:
-        yield
+        yield texts
     error = caught.value
     assert type(error) is kind
     assert error.exit_code == EXIT_CODES[kind]
     text = f"{error.message}\n{error.hint}"
+    texts.append(text)
     for word in words:
         assert word in text

@@ -21,8 +21,13 @@ LIMIT = 1e-4  # relative L2 in FP32, as in streaming.py
 Works = Callable[[Loaded], object]
 
 
-def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> BuildError:
-    """The error to report, with a hint that begins with what works.
+def wants_advice(error: BuildError) -> bool:
+    """Whether an error is about states that cannot be carried, or recommends to leave them out."""
+    return isinstance(error, CannotStreamError) or "--stateless" in (error.hint or "")
+
+
+def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
+    """The error to report, with a hint that begins with what works, and does not say what does not.
 
     Args:
         error: why the model cannot be streamed.
@@ -33,8 +38,14 @@ def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> Build
     dims = _fixed(loaded)
     fixed = replace(loaded, dims={**loaded.dims, **dims})
     free = _any_length(loaded) and _works(loaded, trace)
+    advised = "--stateless" in (error.hint or "")
+    others = "; or ".join(x for x in (error.hint or "").split("; or ") if "--stateless" not in x)
     if free:
-        hint = f"export with --stateless: then every call starts fresh; or {error.hint}"
+        hint = (
+            error.hint
+            if advised
+            else f"export with --stateless: then every call starts fresh; or {error.hint}"
+        )
     elif dims and not _one_position(loaded) and _works(fixed, trace):
         declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
         hint = (
@@ -42,8 +53,9 @@ def with_advice(error: CannotStreamError, loaded: Loaded, trace: Works) -> Build
             f"{{{declared}}} as its third element (dims= in Python), and every call has so many and starts "
             "fresh"
         )
+        hint += f"; or {others}" if advised and others else ""
     else:
-        hint = error.hint
+        hint = others or "write an adapter for what has the state (docs/adapters.md)"
     return BuildError(error.message, hint)
 
 

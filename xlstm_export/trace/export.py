@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from .. import atomic, runfolder
-from ..errors import BuildError, CannotStreamError
+from ..errors import BuildError
 from ..graph import stored_types
 from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
@@ -33,7 +33,7 @@ from ..ops import bodies as functions
 from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, Json, StateSpec, TensorSpec
 from . import weights as graph_weights
-from .advice import with_advice
+from .advice import wants_advice, with_advice
 from .capture import quiet, torch_to_ir
 from .dimensions import name_dimensions
 from .memory import check_memory
@@ -78,20 +78,21 @@ def export(
     width = stored_types.DTYPES[dtype].itemsize
     needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
     with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
-        if loaded.weights is None:
-            progress("memory")
-            check_memory(loaded)
         try:
+            if loaded.weights is None:
+                progress("memory")
+                check_memory(loaded)
             if not options.stateless and loaded.weights is None:
                 progress("streaming")
                 check_streams(loaded)
             progress("tracing")
             model, spec = trace(loaded, options)
-        except CannotStreamError as error:
+        except BuildError as error:
+            if options.stateless or not wants_advice(error):
+                raise
             progress("trying other forms")
-            raise with_advice(
-                error, loaded, partial(trace, options=replace(options, stateless=True))
-            ) from error
+            stateless = partial(trace, options=replace(options, stateless=True))
+            raise with_advice(error, loaded, stateless) from error
         atomic.require_space(folder, stored_bytes(model))
         save(model, folder, progress)
         atomic.write_json(folder / runfolder.IO, spec.to_json())

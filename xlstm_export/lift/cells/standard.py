@@ -107,7 +107,7 @@ class StandardLayer(RecurrentCell):
         if not torch.onnx.is_in_onnx_export() and past[0].shape[1] != x.shape[1]:
             raise BuildError(
                 f"{self.owner} is called with {x.shape[1]} rows, and the batch has {past[0].shape[1]}",
-                "a stream has one row of state: give the batch on the axis that batch_first says, or export "
+                "a stream has one row of state: give the batch on the axis that batch_first says; or export "
                 "with --stateless",
             )
         if given is None or self.start == "given":

@@ -124,6 +124,41 @@ def test_a_replacement_is_still_what_forward_may_ask_for() -> None:
     assert lifted.module.rnn.weight_hh_l0 is module.rnn.weight_hh_l0
 
 
+class OutputOnly(nn.LSTM):
+    """A subclass for nn.Sequential, with something of its own."""
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.doubled(x))[0]
+
+
+def test_a_subclass_whose_forward_calls_its_base_s(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, 6), OutputOnly(6, HIDDEN, batch_first=True), nn.Linear(HIDDEN, 2))
+    model = checkpoint.load_live(module, torch.randn(2, 12, WIDTH))
+    run = export(model, tmp_path / "run")
+    assert verify_run(run, model).passed
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_normed_weights_are_the_computed_ones(old: bool, tmp_path: Path) -> None:
+    norm = torch.nn.utils.weight_norm if old else torch.nn.utils.parametrizations.weight_norm
+    module = Around(norm(nn.GRU(6, HIDDEN, batch_first=True), "weight_hh_l0"))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)  # what the norm computed before is stale
+    model = checkpoint.load_live(module, {"x": torch.randn(2, 12, WIDTH)})
+    check(export(model, tmp_path / "run"), model.module)
+
+
+def test_a_recurrence_alone_is_a_model(tmp_path: Path) -> None:
+    """Its forward takes and returns a state, which the graph carries."""
+    model = checkpoint.load_live(nn.LSTM(WIDTH, HIDDEN, 2, batch_first=True), torch.randn(2, 12, WIDTH))
+    assert verify_run(export(model, tmp_path / "run"), model).passed
+
+
 # --- What forward does with the state ----------------------------------------------------------------
 
 
@@ -227,6 +262,35 @@ def test_a_state_that_forward_hands_through_stays_the_caller_s(tmp_path: Path) -
 
 def test_a_returned_last_state_streams(tmp_path: Path) -> None:
     model = loaded(Returns(nn.GRU(6, HIDDEN, 2, batch_first=True)))
+    check(export(model, tmp_path / "run"), model.module)
+
+
+class Drawn(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.rnn(self.before(x), torch.randn(1, x.shape[0], HIDDEN))[0])
+
+
+def test_a_state_that_is_drawn_at_random_is_refused(tmp_path: Path) -> None:
+    model = loaded(Drawn(nn.GRU(6, HIDDEN, batch_first=True)))
+    for stateless in (False, True):
+        with refused(BuildError, "rnn starts from a state that forward draws at random", "without a state"):
+            export(model, tmp_path / "run", ExportOptions(stateless=stateless))
+
+
+class Folded(Around):
+    """Channels are rows of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, channels = x.shape
+        rows = x.transpose(1, 2).reshape(batch * channels, length, 1)
+        return self.after(self.rnn(rows)[0]).reshape(batch, channels, length).transpose(1, 2)
+
+
+def test_a_recurrence_over_folded_channels_has_a_state_per_channel(tmp_path: Path) -> None:
+    module = Folded(nn.LSTM(1, HIDDEN, batch_first=True))
+    module.after = nn.Linear(HIDDEN, 1)
+    model = loaded(module)
+    assert {s.shape for s in cells.lift(model.module, model.inputs.values()).states} == {(WIDTH, HIDDEN)}
     check(export(model, tmp_path / "run"), model.module)
 
 

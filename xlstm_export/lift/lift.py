@@ -287,8 +287,11 @@ def _adapter_of(module: nn.Module, aliases: Mapping[str, str]) -> AdapterFunctio
     for cls in type(module).__mro__:
         path = f"{cls.__module__}.{cls.__qualname__}"
         adapter = ADAPTERS.get(aliases.get(path, path))
-        # A subclass with its own forward computes something that the adapter does not know.
-        if adapter is not None and type(module).forward is cls.forward:  # type: ignore[attr-defined]
+        # A subclass with its own forward computes something that the adapter does not know; but around one of
+        # PyTorch's own recurrences, it runs as it is.
+        same = type(module).forward is getattr(cls, "forward", None)
+        around = cls.__module__ == nn.LSTM.__module__ and standard_cells.calls_its_base(type(module))
+        if adapter is not None and (same or around):
             return adapter
     return None
 

@@ -66,12 +66,19 @@ def settle(
     explicit = [layer for layer in layers if layer.path in given]
     if not explicit or like.is_meta:
         return
+    with recorded(layers) as again, contextlib.suppress(Exception), torch.no_grad():
+        watch_calls(module, inputs, like)
     with recorded(layers) as moved, contextlib.suppress(Exception), torch.no_grad():
         args, kwargs = rebuilt(inputs, other_values)
         watch_calls(module, (args, kwargs), like, batch=like.shape[0])
     for layer in explicit:
         calls = [value for call in given[layer.path] for value in call]
         others = [value for call in moved.get(layer.path, []) for value in call]
+        if not all(map(torch.equal, calls, [value for call in again.get(layer.path, []) for value in call])):
+            raise BuildError(
+                f"{layer.owner} starts from a state that forward draws at random in every call",
+                "start from zeros in eval mode: call it without a state there",
+            )
         constant = len(calls) == len(others) and all(map(torch.equal, calls, others))
         if constant and not any(value.any() for value in calls):
             layer.start = "past"

@@ -6,16 +6,19 @@ may ask for them (`self.lstm.num_layers`, `isinstance`). Importing this module r
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import BuildError
+from ...load.handed_on import HandsOn
 from ...ops import standard as ops
 from ..adapter import RecurrentCell, current_scope, register
 
@@ -270,7 +273,7 @@ def _rnn_cell(cell: nn.Module) -> nn.Module:
 
 
 def _sequence(source: Any, kind: type[_Sequence], layer: type[StandardLayer]) -> nn.Module:
-    lifted: Any = _taken_over(source, kind, source._flat_weights_names)
+    lifted = _taken_over(source, kind, source._flat_weights_names)
     count = 2 if source.bidirectional else 1
     relu = getattr(source, "nonlinearity", "tanh") == "relu"
     for number in range(source.num_layers):
@@ -281,23 +284,43 @@ def _sequence(source: Any, kind: type[_Sequence], layer: type[StandardLayer]) ->
 
 def _step(source: Any, kind: type[_Step], layer: type[StandardLayer]) -> nn.Module:
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if source.bias else [])]
-    lifted: Any = _taken_over(source, kind, names)
+    lifted = _taken_over(source, kind, names)
     weights = [getattr(lifted, name) for name in names]
     relu = getattr(source, "nonlinearity", "tanh") == "relu"
     lifted.add_module("layer_0", layer([weights], projects=False, relu=relu))
     return lifted  # type: ignore[no-any-return]
 
 
-def _taken_over(source: nn.Module, kind: type[nn.Module], names: Sequence[str]) -> nn.Module:
-    """A copy of `source` in class `kind` that shares its parameters, without hooks and submodules."""
-    lifted = copy.copy(source)
-    lifted.__class__ = kind
-    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(source) if name.endswith("_hooks")}
-    vars(lifted).update(_parameters=dict(source._parameters), _modules={}, **hooks)
+def calls_its_base(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a subclass calls that of its base class, by `super()`."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and "__class__" in code.co_freevars
+
+
+def _taken_over(source: nn.Module, kind: type[nn.Module], names: Sequence[str]) -> Any:
+    """A copy of `source` that shares its parameters, without hooks, with the forward of `kind`.
+
+    A subclass keeps its own methods. If it has a forward, that one calls the forward of `kind` by `super()`.
+    """
+    base = type_before_parametrizations(source)
+    if base.__module__ != nn.LSTM.__module__:
+        kind = type(f"Lifted{base.__name__}", (base, kind), {})
+    lifted: Any = kind.__new__(kind)
+    nn.Module.__init__(lifted)
+    fresh = {name for name in vars(source) if name.endswith("_hooks")}
+    left_out = {*fresh, *names, "forward", "_parameters", "_modules"}
+    vars(lifted).update({name: x for name, x in vars(source).items() if name not in left_out})
+    if isinstance(own := vars(source).get("forward"), HandsOn):  # it calls the forward of the source
+        vars(lifted)["forward"] = replace(own, forward=MethodType(kind.forward, lifted))
+    for name, module in source.named_children():
+        if name != "parametrizations":
+            lifted._modules[name] = module
+    hooks = source._forward_pre_hooks.values()
+    normed = {hook.name: hook.compute_weight(source) for hook in hooks if isinstance(hook, WeightNorm)}
     for name in names:
-        weight = getattr(source, name)  # computed, where the module is parametrized
-        if not isinstance(weight, nn.Parameter):
-            vars(lifted).pop(name, None)
-            lifted._parameters.pop(name, None)
-            setattr(lifted, name, nn.Parameter(weight.detach(), False))
+        weight = normed.get(name, getattr(source, name))  # computed, where the module is parametrized
+        stored = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), False)
+        lifted._parameters[name] = stored
+    if isinstance(lifted, nn.RNNBase):
+        lifted._init_flat_weights()
     return lifted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..axes import Axes, axes_of
 from ..example import Given, given, parameters, signature_of, what_to_give, what_to_return
 from ..loaded import Dims, Loaded, context_length, nothing
 from ..ranges import values_of
-from ..signature import UserValue
+from ..signature import UserValue, leaves, rebuilt
 from ..slstm_backends import call_factory, without_cuda
 from ..user_code import described, load_function
 from ..weights import check_finite
@@ -76,7 +76,16 @@ def load_live(
         raise InputError(f"forward of {name} takes no inputs", "export a module that has one")
     if example is None and known(module) is None:
         raise UsageError("a live module needs an example input", f"example={what_to_give(module)}")
-    return _loaded(Given(copy.deepcopy(module), example, dims, ranges), name, {})
+    plain = {id(x): x.detach().clone() for _, _, x in _left_behind(module)}
+    return _loaded(Given(copy.deepcopy(module, plain), example, dims, ranges), name, {})
+
+
+def _left_behind(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Tensors in attributes that cannot be copied, because a norm of weights, or training, computed them."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            found = leaves(value) if isinstance(value, (Tensor, list, tuple)) else ()
+            yield from ((part, name, x) for _, x in found if isinstance(x, Tensor) and not x.is_leaf)
 
 
 def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | None = None) -> Loaded:
@@ -85,6 +94,8 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
     module = made.module
     module.eval()  # not chained: a `train` of the user's own may return nothing
     module = module.cpu()
+    for part, name, _ in list(_left_behind(module)):
+        vars(part)[name] = rebuilt(vars(part)[name], lambda x: x.detach() if isinstance(x, Tensor) else x)
     without_cuda(module)
     without_cache(module)
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import getpass
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -500,9 +502,9 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     [
         (lambda m, x: m.head(x[..., :5]), "forward fails on the example inputs: RuntimeError"),
         (lambda m, x: m.head(x), "forward never reaches the cell"),
-        (lambda m, x: m.cell(x, x, x) if x.sum() > -1e9 else x, "tracing failed"),
+        (lambda m, x: m.cell(x, x, x) if x.sum() > -1e9 else x, "decides on the values of a tensor"),
         (lambda m, x: m.cell(x, x, x) if x.shape[1] > 5 else x, "forward gives no present_0_C"),
-        (lambda m, x: m.cell.step(x[:, :1], x[:, :1], x[:, :1]), "forward fails on the example inputs"),
+        (lambda m, x: m.cell.step(x[:, :1], x[:, :1], x[:, :1]), "does not stream"),
         (
             lambda m, x: m.head(m.cell(x, x, x)).sum().item(),
             "no tensor; it returns the result",
@@ -578,3 +580,18 @@ def test_fixed_batch_is_named(tmp_path: Path) -> None:
     assert "x.shape[0]" in caught.value.hint
     free = load_custom(lambda m, x: m.cell(x, x, x) + torch.zeros(x.shape[0], 1, 1))
     export_and_compare(free, tmp_path / "out")
+
+
+def test_other_length_is_told_the_dims_that_fix_it(tmp_path: Path) -> None:
+    def combine(m: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.pad(m.cell(x, x, x), (0, 0, 3, 4))
+
+    with pytest.raises(BuildError, match="neither fixed") as caught:
+        trace.export(load_custom(combine), tmp_path / "out", ExportOptions(stateless=True))
+    (shown,) = re.findall(r"\{.*\}", caught.value.hint)
+    advised = replace(load_custom(combine), dims=ast.literal_eval(shown), streams=False)
+    trace.export(advised, tmp_path / "out")
+    x = torch.randn(3, 8, WIDTH)
+    with OrtSession(tmp_path / "out", batch=3) as session, torch.no_grad():
+        found = session.prefill({"x": x.numpy()})["y"]
+        np.testing.assert_allclose(found, advised.module(x).numpy(), atol=1e-5)

@@ -18,12 +18,15 @@ SIZES = ((3, 7), (5, 11), (4, 26))
 MOST_STEPS = 64  # positions of an input to a step, tried for a hint
 
 
-def name_dimensions(model: ir.Model, dims: Mapping[str, Dims]) -> None:
+def name_dimensions(
+    model: ir.Model, dims: Mapping[str, Dims], sizes: Mapping[str, Sequence[int]] | None = None
+) -> None:
     """Name the free dimensions of all values, in place.
 
     Args:
         model: traced graph, whose inputs are the model's and then the past states.
         dims: symbolic shape of each of the model's inputs, in their order.
+        sizes: shape of the example of each, for a hint.
 
     Raises:
         BuildError: an output has a length that is neither fixed nor a multiple of the positions; the hint
@@ -55,7 +58,7 @@ def name_dimensions(model: ir.Model, dims: Mapping[str, Dims]) -> None:
         if None in found:
             raise BuildError(
                 f"{value.name} has a length that is neither fixed nor that of the input",
-                _advice(written[value.name][found.index(None)], dims, symbols),
+                _advice(written[value.name][found.index(None)], dims, symbols) + _fixed(dims, sizes or {}),
             )
         value.shape = ir.Shape(found)
 
@@ -130,6 +133,18 @@ def _advice(text: str, dims: Mapping[str, Dims], symbols: Mapping[str, str]) -> 
             )
             return f"it has a position to {steps} of the input: declare the dims {{{', '.join(shown)}}}"
     return usual
+
+
+def _fixed(dims: Mapping[str, Dims], sizes: Mapping[str, Sequence[int]]) -> str:
+    """The dims with which every call has as many positions as the example."""
+    shown = []
+    for name, size in sizes.items():
+        if any(map(steps_of, dims[name])):
+            fixed = [n if steps_of(d) else d for d, n in zip(dims[name], size, strict=True)]
+            shown.append(f'"{name}": {_widened(fixed, 1)}')
+    if not shown:
+        return ""
+    return f"; or declare the dims {{{', '.join(shown)}}}: every call has so many positions, and starts fresh"
 
 
 def _widened(shape: Sequence[int | str], steps: int) -> str:

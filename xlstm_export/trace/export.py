@@ -138,7 +138,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     dims = {name: loaded.input_dims(name) for name in loaded.inputs}
     model = torch_to_ir(wrapper, example, dims, past, output_names, states)
     _rename_weights(model, prefix="module.")
-    name_dimensions(model, dims)
+    name_dimensions(model, dims, {name: x.shape for name, x in loaded.inputs.items()})
     if streamed:
         graph_weights.attach_weights(model, loaded, lifted)
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from xlstm import xLSTMBlockStack, xLSTMBlockStackConfig
 from xlstm.blocks.mlstm.block import mLSTMBlockConfig
 from xlstm.blocks.mlstm.layer import mLSTMLayerConfig
+from xlstm.components.ln import MultiHeadLayerNorm
 
 from xlstm_export.load import checkpoint
 
@@ -94,6 +96,63 @@ class Vision(nn.Module):
         for block in self.blocks:
             x = block(x).flip(1)
         return self.head(x.mean(1))
+
+
+class MatrixLSTMCell(nn.Module):
+    """Written from the equations of arXiv 2405.04517, one position at a time; sizes as in Vision-LSTM."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+        self.igate, self.fgate = nn.Linear(3 * dim, num_heads), nn.Linear(3 * dim, num_heads)
+        self.outnorm = MultiHeadLayerNorm(ndim=dim, weight=True, bias=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, length, _ = q.shape
+        joined = torch.cat([q, k, v], -1)
+        i, f = self.igate(joined), F.logsigmoid(self.fgate(joined))
+        q, k, v = (x.reshape(batch, length, self.num_heads, -1) for x in (q, k, v))
+        k = k / k.shape[-1] ** 0.5
+        C, n = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), torch.zeros_like(k[:, 0])
+        m, outs = torch.full_like(i[:, 0], -1e30), []
+        for t in range(length):
+            new = torch.maximum(f[:, t] + m, i[:, t])
+            keep, take = (x[..., None] for x in ((f[:, t] + m - new).exp(), (i[:, t] - new).exp()))
+            C = keep[..., None] * C + (take * k[:, t])[..., None] * v[:, t, :, None]
+            n, m = keep * n + take * k[:, t], new
+            above = torch.einsum("bhd,bhde->bhe", q[:, t], C)
+            below = torch.einsum("bhd,bhd->bh", q[:, t], n).abs().maximum((-m).exp())
+            outs.append(above / (below[..., None] + 1e-6))
+        h = self.outnorm(torch.stack(outs, 2))
+        return h.transpose(1, 2).reshape(batch, length, -1)
+
+
+class VisionCells(nn.Module):
+    """Blocks around Vision-LSTM's cell, in one direction or in alternating ones."""
+
+    def __init__(self, alternate: bool) -> None:
+        super().__init__()
+        self.alternate = alternate
+        self.project = nn.ModuleList([nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2)])
+        self.cells = nn.ModuleList([MatrixLSTMCell(WIDTH, 2) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for project, cell in zip(self.project, self.cells, strict=True):
+            q, k, v = project(x).chunk(3, -1)
+            x = x + cell(q, k, v)
+            x = x.flip(1) if self.alternate else x
+        return x
+
+
+class Beside(nn.Module):
+    """A standard recurrence after the block stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.after = stack(), nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.body(x))[0]
 
 
 def loaded(module: nn.Module, **options: object) -> checkpoint.Loaded:

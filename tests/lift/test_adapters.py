@@ -59,7 +59,8 @@ def test_the_example_carries_both_kinds_of_state(tmp_path: Path) -> None:
 
 def test_the_code_of_the_document_runs() -> None:
     """Its adapter, registered for a cell that computes the same."""
-    code, factory = re.findall(r"```python\n(.+?)\n```", DOCUMENT.read_text(), re.DOTALL)
+    pages = (DOCUMENT, DOCUMENT.with_name("your-model.md"))
+    code, factory = (re.findall(r"```python\n(.+?)\n```", p.read_text(), re.DOTALL)[0] for p in pages)
     names: dict[str, Any] = {"__name__": "mypackage.adapters"}
     before = dict(registry.ADAPTERS)
     try:

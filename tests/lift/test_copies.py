@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner
+from own_models import MatrixLSTMCell
+from places import ROOT
 from refusals import refused
 from torch import Tensor, nn
-from xlstm.components.ln import MultiHeadLayerNorm
 
 from xlstm_export.cli.main import cli
 from xlstm_export.errors import BuildError, UsageError
+from xlstm_export.lift.adapter import ADAPTERS
 from xlstm_export.lift.model import lift_model, notes_of, spec_of
 from xlstm_export.load import checkpoint
 from xlstm_export.trace import export as trace
@@ -135,39 +136,6 @@ def test_a_changed_copy_is_refused_with_the_difference(places: Path, change: str
 # --- Single classes -----------------------------------------------------------------------------------
 
 
-def own_norm(width: int) -> nn.Module:
-    return MultiHeadLayerNorm(ndim=width, weight=True, bias=False)
-
-
-class MatrixLSTMCell(nn.Module):
-    """Written from the equations of arXiv 2405.04517, one position at a time; sizes as in Vision-LSTM."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.dim, self.num_heads = dim, num_heads
-        self.igate, self.fgate = nn.Linear(3 * dim, num_heads), nn.Linear(3 * dim, num_heads)
-        self.outnorm = own_norm(dim)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, length, _ = q.shape
-        joined = torch.cat([q, k, v], -1)
-        i, f = self.igate(joined), F.logsigmoid(self.fgate(joined))
-        q, k, v = (x.reshape(batch, length, self.num_heads, -1) for x in (q, k, v))
-        k = k / k.shape[-1] ** 0.5
-        C, n = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), torch.zeros_like(k[:, 0])
-        m, outs = torch.full_like(i[:, 0], -1e30), []
-        for t in range(length):
-            new = torch.maximum(f[:, t] + m, i[:, t])
-            keep, take = (x[..., None] for x in ((f[:, t] + m - new).exp(), (i[:, t] - new).exp()))
-            C = keep[..., None] * C + (take * k[:, t])[..., None] * v[:, t, :, None]
-            n, m = keep * n + take * k[:, t], new
-            above = torch.einsum("bhd,bhde->bhe", q[:, t], C)
-            below = torch.einsum("bhd,bhd->bh", q[:, t], n).abs().maximum((-m).exp())
-            outs.append(above / (below[..., None] + 1e-6))
-        h = self.outnorm(torch.stack(outs, 2))
-        return h.transpose(1, 2).reshape(batch, length, -1)
-
-
 class Memory(MatrixLSTMCell):
     """The same function in a class of another name, with a forward of its own."""
 
@@ -276,6 +244,36 @@ def test_the_alias_is_recorded_and_used_again(places: Path) -> None:
     assert f"--alias {alias}" in done.output
     assert json.loads(Path("out/manifest.json").read_text())["origin"]["alias"] == alias
     assert CliRunner().invoke(cli, ["verify", "out"]).exit_code == 0
+
+
+class MatrixMemory(nn.Module):
+    """A copy whose attributes have names of their own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.heads, cell = width, heads, MatrixLSTMCell(width, heads)
+        self.input_gate, self.forget_gate, self.norm = cell.igate, cell.fgate, cell.outnorm
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cell = MatrixLSTMCell(self.width, self.heads)
+        cell.igate, cell.fgate, cell.outnorm = self.input_gate, self.forget_gate, self.norm
+        return cell(q, k, v)
+
+
+MatrixMemory.__module__ = "mypackage.cells"
+
+
+def test_reuse_of_a_known_replacement_as_in_the_document(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.+?)\n```", (ROOT / "docs" / "adapters.md").read_text(), re.DOTALL)[-1]
+    assert code.count("\n") < 20
+    before = dict(ADAPTERS)
+    try:
+        exec(code, {"__name__": "mypackage.adapters"})
+        loaded = live(MatrixMemory)
+        assert verify.verify(trace.export(loaded, tmp_path / "out"), loaded).passed
+    finally:
+        ADAPTERS.clear()
+        ADAPTERS.update(before)
 
 
 def test_official_vision_lstm(tmp_path: Path) -> None:

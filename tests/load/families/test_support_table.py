@@ -34,6 +34,8 @@ FAMILIES: dict[str, Make] = {
         tirex_models.make(p / "model"), stateless=stateless
     ),
     "nn.Module": lambda p, stateless: own_models.loaded(own_models.Classifier()),
+    "nn.LSTM": lambda p, stateless: own_models.loaded(own_models.Beside()),
+    "Vision-LSTM": lambda p, stateless: own_models.loaded(own_models.VisionCells(alternate=stateless)),
     "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
 }
 

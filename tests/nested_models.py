@@ -132,6 +132,12 @@ def _patches_of_channels(module: Around, x: Tensor) -> Tensor:
     return module.core(patches.reshape(rows, positions // 4, 20)).transpose(1, 2)
 
 
+def _rows_of_channels(module: Around, x: Tensor) -> Tensor:
+    """Any number of channels is taken, as any number of positions is: only these carry something on."""
+    rows, channels, positions = x.shape
+    return module.core(x.reshape(rows * channels, positions, 1)).reshape(rows, channels, positions, 3)
+
+
 def _goal(module: Around, batch: Mapping[str, Tensor]) -> Tensor:
     return module.core(batch["x"] + batch["goal"][:, None])
 
@@ -212,6 +218,13 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes, Shapes]] = {
         {"parts_0": ("B", "S", 2), "parts_1": ("B", "S", 3)},
         OUT,
     ),
+    "input_named_y": (
+        lambda: _of_batch(
+            lambda m, b: m.core(b["y"]) if b["future"] is None else None, {"y": _draw(*X), "future": None}
+        ),
+        {"y": IN["x"]},
+        {"output": OUT["y"]},
+    ),
     "dict": (lambda: _of_batch(lambda m, b: m.core(b["x"]), {"x": _draw(*X)}), IN, OUT),
     "dict_alone": (lambda: (OfBatch(lambda m, b: m.core(b["x"])).eval(), {"x": _draw(*X)}), IN, OUT),
     "dict_in_a_dict": (
@@ -267,6 +280,11 @@ CASES: dict[str, tuple[Callable[[], Any], Shapes, Shapes]] = {
         lambda: _simple(_patches_of_channels, 20, (2, 5, 24)),
         {"x": ("B", 5, "4*S")},
         {"y": ("B", 3, "S")},
+    ),
+    "channels_are_rows": (
+        lambda: _simple(_rows_of_channels, 1, (2, 5, 12)),
+        {"x": ("B", 5, "S")},
+        {"y": ("B", 5, "S", 3)},
     ),
     "output_channels_first": (
         lambda: _simple(lambda m, x: m.core(x).transpose(1, 2)),

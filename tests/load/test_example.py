@@ -31,6 +31,13 @@ class Named(nn.Module):
         return self.linear(x) * scale + (0 if z is None else z.sum())
 
 
+class Gaps(nn.Module):
+    """As Hugging Face's models: anything may be left out."""
+
+    def forward(self, ids: Tensor | None = None, mask: Tensor | None = None, embeds: Any = None) -> Tensor:
+        return embeds + (0 if ids is None else ids)
+
+
 class OfDict(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["x"] + batch["z"]
@@ -85,6 +92,8 @@ def test_no_example(result: Any) -> None:
         (Named(), {"x": X, "z": Z}, ["x", "z"], 2, []),
         (Named(), {"scale": 2.0, "z": Z, "x": X}, ["x", "z"], 2, ["scale"]),
         (Named(), (X, None), ["x"], 2, []),
+        (Gaps(), {"embeds": X}, ["embeds"], 0, ["embeds"]),
+        (Gaps(), {"ids": Z, "embeds": X}, ["ids", "embeds"], 1, ["embeds"]),
         (OfDict(), {"batch": {"x": X, "z": Z}}, ["x", "z"], 1, []),
         (OfDict(), {"x": X, "z": Z}, ["x", "z"], 1, []),
         (OfList(), [X, Z], ["xs_0", "xs_1"], 1, []),

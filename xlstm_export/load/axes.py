@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..specs import JsonMapping, steps_of
+from ..specs import Json, JsonMapping, steps_of
 from .example import result_of, shadow
 from .loaded import Dims
 from .signature import Signature, leaves, names_of
@@ -107,10 +107,52 @@ class _Search:
             length = sizes.pop()
             patches = [k for k in range(1, min(length, MOST_PATCHES) + 1) if length % k == 0]
             dims = next((d for k in patches if self._agrees(d := self._with(axis, k), length // k)), None)
-            if dims is not None:
+            if dims is None:
+                continue
+            if axis > 1 or rank == 2 or (other := self._another(dims)) is None:
                 yield dims
-                if axis == 1:
-                    return
+            else:
+                yield other
+            if axis == 1:
+                return
+
+    def _another(self, usual: dict[str, Dims]) -> dict[str, Dims] | None:
+        """Shapes with the positions on a later axis, where these carry something on, the usual ones nothing.
+
+        Where channels are rows of their own, forward takes any number of them, and any number of positions.
+        """
+        if any(d[1] != "S" for n, d in usual.items() if n in self._free) or self._carries_on(usual):
+            return None
+        rank = min(self.inputs[name].ndim for name in self._free)
+        for axis in range(2, rank):
+            lengths = {self.inputs[name].shape[axis] for name in self._free}
+            dims = self._with(axis, 1)
+            if len(lengths) == 1 and self._agrees(dims, lengths.pop()) and self._carries_on(dims):
+                return dims
+        return None
+
+    def _carries_on(self, dims: Mapping[str, Dims]) -> bool:
+        """Whether an output at later positions depends on the first one, or has no positions to tell."""
+        length = TRIED[-1]
+        longer = {name: resized(x, dims[name], length) for name, x in self.inputs.items()}
+        other = dict(longer)
+        for name in self._free:
+            axis = next(i for i, d in enumerate(dims[name]) if i and isinstance(d, str))
+            first = torch.arange(longer[name].shape[axis]) == 0
+            first = first.reshape([-1 if i == axis else 1 for i in range(longer[name].ndim)])
+            x = longer[name]
+            other[name] = torch.where(first, x + 1 if x.is_floating_point() else x.flip(axis), x)
+        found, changed = (result_of(self._copy, *self._signature.bind(x)) for x in (longer, other))
+        pairs = [
+            (a, b)
+            for (_, a), (_, b) in zip(leaves(found), leaves(changed), strict=False)
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+        ]
+        timed = [(a, b, axis) for a, b in pairs for axis in range(1, a.ndim) if a.shape[axis] == length]
+        return not timed or any(
+            not torch.allclose(a.narrow(axis, 1, length - 1), b.narrow(axis, 1, length - 1))
+            for a, b, axis in timed
+        )
 
     def advice(self, positions: Mapping[str, int]) -> str:
         """What to declare where the examples have different lengths: what forward agrees with, if anything.
@@ -216,7 +258,7 @@ def _shown(dims: Dims) -> str:
     return "(" + ", ".join(f'"{dim}"' if isinstance(dim, str) else str(dim) for dim in dims) + ")"
 
 
-def by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str, what: str) -> dict[str, Any]:
+def by_input(declared: JsonMapping, inputs: Mapping[str, Tensor], label: str, what: str) -> Json:
     """What was declared by input name; that of a dict input may stand in a dict of the same keys."""
     found: dict[str, Any] = {}
     strangers = []

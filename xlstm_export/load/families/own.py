@@ -119,7 +119,7 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
     return Loaded(
         skeleton=about.module,
         inputs={name: _example(x, axes.dims[name]) for name, x in inputs.items()},
-        output=about.output,
+        output=next(n for n in (about.output, "output", "forecast", "result") if n not in inputs),
         name=title,
         origin=origin,
         context_length=context_length(module),

@@ -130,6 +130,26 @@ class ThroughNumpy(Around):
         return self.core(torch.from_numpy(x.numpy() * 2))
 
 
+class Autocast(Around):
+    """Computes a product in bfloat16; with `always` False in training only."""
+
+    def __init__(self, always: bool = True) -> None:
+        super().__init__()
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.always or self.training):
+            h = self.inp(x)
+        return self.out(self.body(h.float()))
+
+
+class HalfInput(Around):
+    """Rounds its input to half, and computes in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x.half().float())
+
+
 class Ill(Around):
     """A last step that cancels: rounding is a thousand times what it was."""
 
@@ -153,7 +173,8 @@ def _factory(cls: type[nn.Module], example: Tensor | None = None) -> Factory:
 float_cast, masked, soft_cap = _factory(FloatCast), _factory(Masked), _factory(SoftCap)
 logits_as_float, no_autocast, default_type = map(_factory, (LogitsAsFloat, NoAutocast, DefaultType))
 own_type, plain_tensor, type_as, through_numpy = map(_factory, (OwnType, PlainTensor, TypeAs, ThroughNumpy))
-spectrum, ill = map(_factory, (Spectrum, Ill))
+spectrum, ill, half_input = map(_factory, (Spectrum, Ill, HalfInput))
+autocast = _factory(Autocast)
 time_code = _factory(TimeCode, torch.arange(24).reshape(2, 12))
 one_hot = _factory(OneHot, torch.arange(24).reshape(2, 12) % 5)
 

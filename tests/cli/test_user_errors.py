@@ -82,6 +82,24 @@ def test_a_module_that_cannot_be_imported(
     assert "bug in xlstm-export" not in said
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_code_that_reads_a_command_line(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """A training script parses its arguments when it is imported, and argparse ends the process."""
+    parse = "argparse.ArgumentParser().parse_args(['--not-mine'])\n"
+    text = f"import argparse\ndef build():\n    {parse}" if inside else f"import argparse\n\n{parse}"
+    (tmp_path / "faulty_script.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    try:
+        said = fails("inspect", "--module", "faulty_script:build")
+    finally:
+        sys.modules.pop("faulty_script", None)
+    assert "ended the process with SystemExit: 2" in said
+    assert "faulty_script.py:3" in said
+    assert '`if __name__ == "__main__":`' in said
+
+
 def test_a_train_that_returns_nothing(tmp_path: Path) -> None:
     command = ["export", "--module", "faulty_models:trains_nothing", "-o", str(tmp_path / "out")]
     cli.cli.main(command, standalone_mode=False)

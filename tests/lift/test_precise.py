@@ -19,7 +19,7 @@ from xlstm_export.sessions import TorchSession
 KINDS = {
     **dict.fromkeys(("masked", "logits_as_float", "own_type"), FLOAT64),
     **dict.fromkeys(("float_cast", "time_code", "soft_cap", "spectrum", "no_autocast"), CELLS),
-    **dict.fromkeys(("default_type", "one_hot", "plain_tensor", "type_as", "ill"), CELLS),
+    **dict.fromkeys(("default_type", "one_hot", "plain_tensor", "type_as", "ill", "half_input"), CELLS),
 }
 
 

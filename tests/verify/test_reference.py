@@ -26,7 +26,7 @@ STREAMED = {
     "float_cast": CELLS,
     **dict.fromkeys(("masked", "logits_as_float", "own_type"), FLOAT64),
     **dict.fromkeys(("time_code", "soft_cap", "spectrum", "no_autocast"), CELLS),
-    **dict.fromkeys(("default_type", "one_hot", "plain_tensor", "type_as", "ill"), CELLS),
+    **dict.fromkeys(("default_type", "one_hot", "plain_tensor", "type_as", "ill", "half_input"), CELLS),
 }
 ALL = [pytest.param(name, marks=[] if name == "float_cast" else pytest.mark.slow) for name in STREAMED]
 

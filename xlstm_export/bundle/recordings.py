@@ -76,14 +76,9 @@ def write_goldens(
         with OrtSession(run.path, 1, context.threads, fused=False, rounding=rounding) as export:
             arrays |= _recorded(backend, run_calls(export, inputs, calls))
     context.progress("goldens: PyTorch")
-    with TorchSession(loaded, 1, "float64") as reference, sequences.explained():
-        recording = run_calls(reference, inputs, calls, outputs=io.outputs)
-        how = reference.reference
+    with sequences.explained():
+        recording, how, own = _reference(loaded, inputs, calls, io)
     arrays |= _recorded("reference", recording)
-    own = {"output": 0.0, "state": 0.0}
-    if how != "float64":
-        with TorchSession(loaded, 1, "float32") as plain:
-            own = _own_error(run_calls(plain, inputs, calls, outputs=io.outputs), recording, io)
     description = {
         "schema": SCHEMA,
         "calls": calls,
@@ -134,6 +129,20 @@ def limits_of(options: RunOptions, backend: str, own: Mapping[str, float]) -> di
         "reference_output": max(far.output, OWN_ERRORS * own["output"]),
         "reference_state": max(far.state, OWN_ERRORS * own["state"]),
     }
+
+
+def _reference(
+    loaded: Loaded, inputs: Arrays, calls: list[int], io: IoSpec
+) -> tuple[Recording, str, dict[str, float]]:
+    """What the model gives, how it computed (`lift.precise`), and the error of PyTorch's FP32 from that."""
+    with TorchSession(loaded, 1, "float64") as reference:
+        recording = run_calls(reference, inputs, calls, outputs=io.outputs)
+        how = reference.reference
+    if how == "float64":
+        return recording, how, {"output": 0.0, "state": 0.0}
+    with TorchSession(loaded, 1, "float32") as plain:
+        own = _own_error(run_calls(plain, inputs, calls, outputs=io.outputs), recording, io)
+    return recording, how, own
 
 
 def _own_error(found: Recording, expected: Recording, io: IoSpec) -> dict[str, float]:

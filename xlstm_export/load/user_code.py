@@ -47,6 +47,9 @@ def load_function(spec: str, label: str) -> Callable[..., Any]:
         raise _not_imported(label, module_name, error) from error
     except Exception as error:
         raise _not_imported(label, module_name, error) from error
+    except SystemExit as error:
+        refuse_exit(error, f"{label}: importing {module_name}")
+        raise
     return function
 
 
@@ -55,6 +58,15 @@ def _not_imported(label: str, module_name: str, error: Exception) -> InputError:
         f"{label}: importing {module_name} raised {described(error)}",
         "it is an error of that module; --debug shows the traceback",
     )
+
+
+def refuse_exit(error: SystemExit, what: str) -> None:
+    """Raise InputError where the user's code ended the process, as argparse does."""
+    if comes_from_user(error):
+        raise InputError(
+            f"{what} ended the process with {described(error)}",
+            'a command line is read there that is not its own; leave that to `if __name__ == "__main__":`',
+        ) from error
 
 
 def look_here_first() -> None:

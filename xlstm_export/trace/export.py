@@ -37,6 +37,7 @@ from .advice import wants_advice, with_advice
 from .capture import quiet, torch_to_ir
 from .dimensions import name_dimensions
 from .memory import check_memory
+from .narrow import refuse_narrow
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
@@ -139,6 +140,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     model = torch_to_ir(wrapper, example, dims, past, output_names, states)
     _rename_weights(model, prefix="module.")
     name_dimensions(model, dims, {name: x.shape for name, x in loaded.inputs.items()})
+    refuse_narrow(model)
     if streamed:
         graph_weights.attach_weights(model, loaded, lifted)
     else:
@@ -153,6 +155,8 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     if options.last_logits:
         keep_last_position(model, output_names[0])
     stored_types.narrow_weights(model, dtype)
+    if not streamed:
+        _make_contiguous(model)  # constants that were folded
     _clean(model)
     _separate_outputs(model, output_names)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)

@@ -19,7 +19,7 @@ from ..loaded import Dims, Loaded, context_length, nothing
 from ..ranges import values_of
 from ..signature import UserValue, leaves, rebuilt
 from ..slstm_backends import call_factory, without_cuda
-from ..user_code import described, load_function
+from ..user_code import described, load_function, refuse_exit
 from ..weights import check_finite
 from .known import Known, known, without_cache
 from .own_weights import load_weights
@@ -181,6 +181,9 @@ def _call_factory(spec: str) -> Given:
             f"--module {spec}: the factory raised {described(error)}",
             _hint(error),
         ) from error
+    except SystemExit as error:
+        refuse_exit(error, f"--module {spec}: the factory")
+        raise
     return given(result, f"--module {spec}")
 
 

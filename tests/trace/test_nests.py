@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from nested_models import CASES
+from nested_models import CASES, Simple
 from torch import Tensor
 
+from xlstm_export.errors import CannotStreamError
 from xlstm_export.load import checkpoint
+from xlstm_export.load.families.own import load_live
 from xlstm_export.options import Context
 from xlstm_export.trace import export as trace
+from xlstm_export.trace.streaming import check_streams
 from xlstm_export.verify import fp32 as verify
 
 ROWS, POSITIONS = 3, 40
@@ -78,6 +81,20 @@ def made_up(io: dict[str, Any]) -> dict[str, np.ndarray]:
         x["name"]: np.asarray(rng.standard_normal(size), np.float32)
         for x, size in zip(io["inputs"], sizes, strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape"),
+    [
+        (lambda m, x: m.core(x).flip(1).repeat_interleave(2, 1), (2, 12, 5)),
+        (lambda m, x: m.core(x.mT).flip(1).mT, (2, 5, 12)),
+    ],
+    ids=["two positions of the output to a step", "channels first"],
+)
+def test_what_looks_ahead_is_noticed_on_any_axis(forward: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    loaded = load_live(Simple(forward), torch.randn(shape))
+    with pytest.raises(CannotStreamError, match="output y does not stream"):
+        check_streams(loaded)
 
 
 @pytest.mark.slow

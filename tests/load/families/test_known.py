@@ -62,7 +62,7 @@ def tirex() -> nn.Module:
         (large, "tokens", ("B", "S"), "logits", 50),
         (hugging_face, "tokens", ("B", "S"), "logits", 50),
         (tirex, "context", ("B", "S", 8), "quantiles", None),
-        (Speller, "ids", ("B", "S"), "y", None),
+        (Speller, "ids", ("B", "S"), "y", 40),
     ],
 )
 def test_what_is_known(make: Any, name: str, dims: Any, output: str, vocabulary: int | None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from xlstm_export import runfolder
 from xlstm_export.distance import difference
 from xlstm_export.errors import BuildError
+from xlstm_export.lift.adapter import ADAPTERS, RecurrentCell
 from xlstm_export.lift.model import lift_model
 from xlstm_export.lift.rows import Rows
 from xlstm_export.load.loaded import Loaded
@@ -142,6 +143,44 @@ def test_a_step_loop_is_one_sequence_in_the_graph(tmp_path: Path) -> None:
     out = trace.export(loaded(called.Loop), tmp_path / "out")
     nodes = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
     assert nodes.count("XlstmMlstm") == nodes.count("XlstmSlstm") == 1
+
+
+class OwnCell(nn.Module):
+    """A user's own cell, on rows that are channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+class LiftedOwnCell(RecurrentCell):
+    cell = "last"
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, {"last": (1, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.cat([self.past("last"), x[:, :-1]], 1)
+        self.keep("last", x[:, -1:])
+        return x + before
+
+
+def test_channels_of_a_cell_with_a_user_s_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = OwnCell()
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, s, c = x.shape
+            return self.own(x.permute(2, 0, 1).reshape(c * b, s, 1)).reshape(c, b, s).permute(1, 2, 0)
+
+    path = f"{OwnCell.__module__}.{OwnCell.__qualname__}"
+    monkeypatch.setitem(ADAPTERS, path, lambda cell: LiftedOwnCell())
+    model, x = Loaded(Own().eval(), {"x": example_of(Own, 2, 12)}, "y", "Own", {}), example_of(Own)
+    assert [spec.shape for spec in lift_model(model).states] == [(5, 1, 1)]
+    with TorchSession(model, 3) as session:
+        parts = [session.prefill({"x": part.numpy()})["y"] for part in x.double().split([1, 7, 12], 1)]
+    assert difference(np.concatenate(parts, 1), model.module(x).numpy()).relative_l2 < 1e-6
 
 
 # --- What cannot be streamed, and what is advised instead -----------------------------------------------

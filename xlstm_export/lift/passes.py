@@ -157,9 +157,16 @@ def run_alone(
     Args:
         cell: the module that an adapter returned.
         args, kwargs: arguments of the call.
-        like: an input of the model; the states get its batch and device.
+        like: an input of the model; the states get its batch and device. Where the cell does not run with
+            that batch, because more is folded into its own, they get as many rows as it is called with.
     """
-    return _run(cell, args, CheckingScope({}, batch=like.shape[0], like=like), kwargs)
+    try:
+        return _run(cell, args, CheckingScope({}, batch=like.shape[0], like=like), kwargs)
+    except ExportError:
+        raise
+    except Exception:
+        log.debug("%s does not run with the model's batch", type(cell).__name__, exc_info=True)
+        return _run(cell, args, CheckingScope({}, batch=None, like=like), kwargs)
 
 
 def _run(

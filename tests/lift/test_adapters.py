@@ -83,8 +83,12 @@ def test_the_code_of_the_document_runs() -> None:
     assert list(calls.values()) == [1]
 
     class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.see = nn.Linear(64, 8)
+
         def forward(self, image: Tensor, goal: Tensor) -> Tensor:
-            return image[..., :8] + goal[:, None]
+            return self.see(image) + goal[:, None]
 
     names["Policy"] = Policy
     exec(factory, names)

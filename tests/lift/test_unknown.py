@@ -64,6 +64,39 @@ def test_innermost_cell_and_its_siblings(block: type[nn.Module], paths: str) -> 
     assert "docs/adapters.md" in text
 
 
+class Mixer(nn.Module):
+    """A recurrence whose name says nothing."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.cumsum(1), None
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.mix = Scale(width), nn.Linear(width, width), Mixer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x=self.up(self.norm(x)))[0]
+
+
+class Scale(nn.Module):
+    """Of a class of their own as well, but it remembers nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_a_cell_whose_name_says_nothing_is_found_by_what_it_does() -> None:
+    """Instead of the root, whose name is all that looks recurrent."""
+    text = refusal(xLSTM(2, Residual))
+    assert text.startswith("layers.0.1.mix, layers.1.1.mix: recurrent cell test_unknown.Mixer is not known")
+
+
 def test_a_long_list_is_cut() -> None:
     text = refusal(xLSTM(40, HandMadeLstmCell))
     assert "layers.11.1 and 28 more: recurrent cell" in text

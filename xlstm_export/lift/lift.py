@@ -121,7 +121,7 @@ def lift(
     replacements, replaced, recurrent = _replacements(module, stateless, copies.aliases)
     cells = {path for path, cell in recurrent if cell.cell != "conv"}
     cells |= {path for path, (_, adapter) in replaced.items() if not is_built_in(adapter)}
-    refusal = unknown(module, set(replaced), cells, copies.others)
+    refusal = unknown(module, inputs, (set(replaced), cells), copies.others)
     if refusal is not None and not stateless:
         raise refusal
     # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were

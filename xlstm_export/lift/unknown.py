@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
 from collections.abc import Collection, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import BuildError
+from ..load.signature import Call, UserValue, leaves, rebuilt
 from .adapter import ADAPTERS
+from .adapter_check import OriginalCall, original_calls
+
+log = logging.getLogger(__name__)
 
 # Class names of modules with a state, as libraries write them: LSTM, MyGRUCell, MambaBlock, Mamba2, S4D, …;
 # not names that only contain one, such as xLSTMHead. A cell that this misses fails the streaming check later.
@@ -25,25 +32,26 @@ def looks_recurrent(name: str) -> bool:
     return bool(_LOOKS_RECURRENT.search(name))
 
 
+Paths = Collection[str]
+
+
 def unknown(
-    module: nn.Module, covered: Collection[str], cells: Collection[str], others: Mapping[str, str]
+    module: nn.Module, inputs: Call, known: tuple[Paths, Paths], others: Mapping[str, str]
 ) -> BuildError | None:
     """Refusal of modules that look recurrent, are not known, and do not merely contain known cells.
 
     A subclass of a known cell that was not replaced has its own forward. It is recurrent, and not known. Of
-    modules inside each other, the innermost are named, all of one class together.
+    modules inside each other, the innermost are named, all of one class together. Names do not always tell
+    which that is, so what is inside is tried: recurrences make later positions depend on earlier ones.
 
     Args:
         module: the user's module.
-        covered: paths that are replaced.
-        cells: paths of recurrent cells among them; a norm or a convolution makes no recurrence known.
+        inputs: arguments of its forward.
+        known: paths that are replaced, and paths of recurrent cells; a norm or a convolution that is replaced
+            makes no recurrence known.
         others: class path → why it is not the known class whose name it has.
     """
-    found = {
-        path: child
-        for path, child in module.named_modules()
-        if _suspect(path, child, (covered, cells), others)
-    }
+    found = {path: child for path, child in module.named_modules() if _suspect(path, child, known, others)}
     inner = {
         path: child
         for path, child in found.items()
@@ -51,6 +59,7 @@ def unknown(
     }
     if not inner:
         return None
+    inner = {p: module.get_submodule(p) for path in inner for p in _mixing(module, path, inputs) or [path]}
     cls = type(next(iter(inner.values())))
     paths = [path or "<root>" for path, child in inner.items() if type(child) is cls]
     where = f"{cls.__module__}.{cls.__qualname__}"
@@ -64,12 +73,44 @@ def unknown(
     )
 
 
-def _suspect(
-    path: str,
-    child: nn.Module,
-    known: tuple[Collection[str], Collection[str]],
-    others: Collection[str],
-) -> bool:
+def _mixing(module: nn.Module, path: str, inputs: Call) -> list[str]:
+    """Paths of the innermost modules below `path` that make later positions depend on earlier ones."""
+    start = f"{path}." if path else ""
+    below = [
+        inner
+        for inner, child in module.named_modules()
+        if inner and inner.startswith(start) and not type(child).__module__.startswith("torch.")
+    ]
+    if not below or any(x.is_meta for x in module.parameters()):
+        return []
+    calls = original_calls(module, below, inputs)
+    mixing = {call.path for call in calls if _mixes(module.get_submodule(call.path), call)}
+    return [p for p in below if p in mixing and not any(other.startswith(f"{p}.") for other in mixing)]
+
+
+def _mixes(cell: nn.Module, call: OriginalCall) -> bool:
+    """Whether another first position of the arguments (B, S, ...) changes later positions of the result."""
+
+    def moved(x: UserValue) -> UserValue:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or x.shape[1] < 2:
+            return x
+        return torch.cat([x[:, :1] + 1, x[:, 1:]], dim=1)
+
+    args, kwargs = rebuilt((call.args, call.kwargs), moved)
+    try:
+        with torch.no_grad():
+            again = copy.deepcopy(cell)(*args, **kwargs)
+    except Exception:
+        log.debug("%s does not run alone", call.path, exc_info=True)
+        return False
+    pairs = zip(leaves(call.result), leaves(again), strict=False)
+    return any(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 2 and not torch.equal(x[:, 1:], y[:, 1:])
+        for (_, x), (_, y) in pairs
+    )
+
+
+def _suspect(path: str, child: nn.Module, known: tuple[Paths, Paths], others: Paths) -> bool:
     covered, cells = known
     inside = any(parent in ("", path) or path.startswith(f"{parent}.") for parent in covered)
     contains = any(cell == path or cell.startswith(f"{path}.") or path == "" for cell in cells)

@@ -165,3 +165,23 @@ def test_an_optional_input_is_no_state() -> None:
     model = checkpoint.load_live(module_of(Masked), {"x": torch.randn(2, 6, 5)})
     assert model.notes == ()
     assert "forward" not in vars(model.skeleton)
+
+
+class Timed(nn.Module):
+    """Any number of positions, whose times must increase: repeated, they are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+
+    def forward(self, x: Tensor, t: Tensor, state: Any = None) -> Any:
+        if bool((t[:, 1:] <= t[:, :-1]).any()):
+            raise ValueError("times must increase")
+        return self.lstm(torch.cat([x, t], 2), state)
+
+
+def test_a_sequence_that_cannot_be_repeated_gets_no_axis() -> None:
+    times = torch.arange(12.0).reshape(1, 12, 1).repeat(2, 1, 1)
+    found = checkpoint.load_live(Timed().eval(), {"x": torch.randn(2, 12, 3), "t": times})
+    assert {name: tuple(x.shape) for name, x in found.inputs.items()} == {"x": (2, 12, 3), "t": (2, 12, 1)}
+    assert set(found.dims.values()) <= {("B", "S", 3), ("B", "S", 1)}

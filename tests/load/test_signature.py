@@ -23,6 +23,13 @@ class Record:
     note: str = "kept"
 
 
+class Own:
+    """A class of the user's, as for a batch."""
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.count = x, 3
+
+
 @pytest.mark.parametrize(
     ("places", "names"),
     [
@@ -48,6 +55,7 @@ def test_names(places: list[tuple[str | int, ...]], names: list[str]) -> None:
         OrderedDict(a=A, b=3),
         types.SimpleNamespace(a=A, b="text"),
     ],
+    ids=["list", "named tuple", "dataclass", "mapping", "namespace"],
 )
 def test_nests_are_rebuilt_in_their_kind(nest: Any) -> None:
     signature, tensors = Signature.of({(0, "nest"): nest, ("more",): 7})
@@ -57,6 +65,22 @@ def test_nests_are_rebuilt_in_their_kind(nest: Any) -> None:
     expected = rebuilt(nest, lambda leaf: 10 * leaf if isinstance(leaf, Tensor) else leaf)
     assert str(args[0]) == str(expected)
     assert str(nest) != str(expected), "the example stays as it was"
+
+
+def test_objects_of_the_user_s_own_classes() -> None:
+    signature, tensors = Signature.of({(0, "batch"): Own(A)})
+    assert list(tensors) == ["x"]
+    (batch,), _ = signature.bind({"x": B})
+    assert (type(batch), batch.x, batch.count) == (Own, B, 3)
+    assert list(named_outputs(torch.distributions.Normal(A, B), "y")) == [], "it is no container"
+
+
+def test_names_of_states_are_left_free() -> None:
+    assert list(Signature.of({(0, "past_0_C"): A})[1]) == ["x_past_0_C"]
+
+
+def test_bfloat16_is_given_as_float32() -> None:
+    assert named_outputs(A.bfloat16(), "y")["y"].dtype == torch.float32
 
 
 def test_constants_stay_in_the_call() -> None:

@@ -512,6 +512,7 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
         (lambda m, x: {"a": m.cell(x, x, x).shape, "b": None}, r"a\.0 \(int\)"),
         (lambda m, x: {"past_0_C": m.cell(x, x, x)}, "reserved for states"),
         (lambda m, x: {"x": m.cell(x, x, x)}, "has the name of an input"),
+        (lambda m, x: torch.complex(m.cell(x, x, x), x), "output y is complex"),
         (lambda m, x: m.cell(x, x, x)[:, ::2], "neither fixed nor that of the input"),
     ],
 )

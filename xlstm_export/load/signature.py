@@ -1,6 +1,7 @@
 """How a forward is called and what it returns: nests of values, whose tensors get names, and back.
 
-A nest is a tuple, a list, a mapping, a named tuple, a dataclass or a namespace, to any depth. Its tensors are
+A nest is a tuple, a list, a mapping, a named tuple, a dataclass, a namespace or an object of a class of the
+user's own with tensors as attributes, to any depth. Its tensors are
 the inputs or outputs of the graph. Everything else in it stays where it is: None, numbers and texts are
 constants of the call. A tensor has the name of its place:
 
@@ -16,17 +17,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 # What a user's forward takes or returns: anything. It is examined where its tensors get names.
 UserValue: TypeAlias = Any
 Place = tuple[str | int, ...]
+# Their objects are no plain containers: distributions, caches.
+_NOT_THEIRS = frozenset({*sys.stdlib_module_names, "torch", "transformers", "numpy"})
+_STATE = re.compile(r"(past|present)_\d+_\w+")
 _BETWEEN_BLOCKS = re.compile(r"hidden_\d+")
 Call = tuple[tuple[UserValue, ...], dict[str, UserValue]]
 
@@ -71,7 +77,9 @@ class Signature:
             for inner, leaf in leaves(value)
             if isinstance(leaf, Tensor)
         ]
-        names = iter(names_of([place for place, _ in found]))
+        named = names_of([place for place, _ in found])
+        # States have such names.
+        names = iter([f"x_{name}" if _STATE.fullmatch(name) else name for name in named])
         tensors: dict[str, Tensor] = {}
 
         def take(leaf: UserValue) -> UserValue:
@@ -97,9 +105,17 @@ def entries(value: UserValue) -> list[tuple[str | int, UserValue]] | None:
         return [(str(key), entry) for key, entry in value.items()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, Slot):
         return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-    if isinstance(value, types.SimpleNamespace):
+    if isinstance(value, types.SimpleNamespace) or _holds_tensors(value):
         return list(vars(value).items())
     return None
+
+
+def _holds_tensors(value: UserValue) -> bool:
+    """Whether a value is an object of the user's own class with tensors as attributes."""
+    package = type(value).__module__.partition(".")[0]
+    if isinstance(value, (Tensor, nn.Module, type, Slot)) or package in _NOT_THEIRS:
+        return False
+    return any(isinstance(part, (Tensor, Slot)) for part in getattr(value, "__dict__", {}).values())
 
 
 def leaves(value: UserValue, place: Place = ()) -> Iterator[tuple[Place, UserValue]]:
@@ -180,11 +196,16 @@ def named_outputs(
     ]
     keyless = len(found) == 1 and not any(isinstance(key, str) for key in found[0][0])
     if keyless and not (isinstance(result, (tuple, list)) and len(result) == 1):
-        return {single: found[0][1]}
+        return {single: _readable(found[0][1])}
     names = names_of([(single, *place) for place, _ in found])
     # The values between blocks are named hidden_<k> in every graph.
     names = [f"{single}_{name}" if _BETWEEN_BLOCKS.fullmatch(name) else name for name in names]
-    return dict(zip(names, (leaf for _, leaf in found), strict=True))
+    return dict(zip(names, (_readable(leaf) for _, leaf in found), strict=True))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A tensor of a type that NumPy has: bfloat16 becomes float32, which has all its values."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _handed_back(place: Place, leaf: Tensor, inputs: Mapping[str, Tensor]) -> bool:

@@ -237,8 +237,15 @@ def _outputs(result: UserValue, loaded: Loaded) -> dict[str, Tensor]:
         found = ", ".join(left_out(result)[:5]) or type(result).__name__
         raise BuildError(
             f"forward returns no tensor; it returns {found}",
-            "return a tensor, or a tuple, dict or dataclass that holds tensors",
+            "return a tensor, or a tuple, dict or dataclass that holds tensors; of a distribution its "
+            "parameters, such as (d.mean, d.stddev)",
         )
+    for name, x in outputs.items():
+        if x.is_complex():
+            raise BuildError(
+                f"output {name} is complex, which no operator of the graph computes",
+                "return its real and imaginary part: torch.view_as_real(...)",
+            )
     clash = sorted(name for name in outputs if _RESERVED.fullmatch(name))
     if clash:
         raise BuildError(

@@ -212,7 +212,16 @@ def _wants_cuda(error: Exception) -> bool:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """An example as it is traced: on the CPU, floats in float32."""
+    """An example as it is traced: on the CPU, floats in float32.
+
+    Raises:
+        InputError: it is complex.
+    """
+    if x.is_complex():
+        raise InputError(
+            "an example input is complex, which a graph cannot take",
+            "let forward take torch.view_as_real(...) of it, and begin with torch.view_as_complex(...)",
+        )
     return (x.float() if x.is_floating_point() else x).cpu().detach()
 
 

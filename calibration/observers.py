@@ -171,7 +171,10 @@ def _open(folder: Path, tensors: Sequence[str] | None, data: CalibrationSet, thr
     """The graph, once it is clear that there is something to observe and data for each input."""
     names = tuple(tensors) if tensors is not None else observed_tensors(load_graph(folder / runfolder.MODEL))
     if not names:
-        raise UsageError(f"{folder} has no activation to observe", "name values of its graph")
+        raise UsageError(
+            f"{folder} has no activation to observe: nothing in it can become an integer product",
+            "use it as it is, or `quantize --precision fp16`, which needs no calibration",
+        )
     graph = ObservedGraph(folder, names, threads)
     lacking = [spec.name for spec in graph.io.inputs if spec.name not in data.inputs]
     if lacking:

@@ -170,10 +170,11 @@ def random_set(loaded: Loaded, io: IoSpec, selection: Selection = Selection()) -
     Args:
         loaded: the model, whose example inputs give the range of float inputs.
         io: its inputs.
-        selection: by default 4 sequences of 512 positions.
+        selection: by default 4 sequences of 512 positions; of inputs without positions as many as are needed.
     """
     seed = selection.seed
-    samples = 4 if selection.samples is None else selection.samples
+    usual = 4 if has_positions(io) else MIN_POSITIONS
+    samples = usual if selection.samples is None else selection.samples
     length = 512 if selection.length is None else selection.length
     inputs = random_inputs(loaded, io, samples, length, np.random.default_rng(seed))
     data = CalibrationSet(inputs, "random", seed, random=True, shared=_shared(io))

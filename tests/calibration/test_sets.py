@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import own_models
 import pytest
 from refusals import refused
 from specs import PLAIN, POLICY, SERIES, TOKENS
@@ -14,6 +15,7 @@ from xlstm_export.calibration.sets import Selection
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.runfolder import read_io
+from xlstm_export.specs import IoSpec, TensorSpec
 
 
 @pytest.fixture
@@ -159,6 +161,12 @@ def test_options_that_make_no_sense(text: Path, option: str) -> None:
 
 
 # --- Made up --------------------------------------------------------------------------------------------
+
+
+def test_random_sets_are_large_enough_without_positions() -> None:
+    io = IoSpec((TensorSpec("image", "float32", ("B", 3, 16, 16)),), (), ())
+    data = sets.random_set(own_models.vision(), io)
+    assert data.samples >= 256
 
 
 def test_random_sets_say_so(small_loaded: Loaded, small_export: Path) -> None:

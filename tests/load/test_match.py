@@ -102,6 +102,12 @@ FORMS: dict[str, tuple[Callable[[State], object], tuple[str, ...]]] = {
     ),
     "layers compiled": (compiled_layers, ("without _orig_mod. after backbone.layers.*.",)),
     "part in DDP": (lambda s: inserted("module.", "backbone.", s), ("without module. after backbone.",)),
+    "part in a wrapper": (
+        lambda s: {
+            f"wrapped.{n}" if n.startswith(("backbone", "norm")) else n: t for n, t in s.items()
+        },
+        ("without wrapped.",),
+    ),
     "both": (
         lambda s: prefixed("model.", inserted("_orig_mod.", "backbone.", s)),
         ("without the prefix model.", "without _orig_mod. after backbone."),
@@ -132,6 +138,7 @@ FORMS: dict[str, tuple[Callable[[State], object], tuple[str, ...]]] = {
         (),
     ),
     "counters beside tensors": (lambda s: {**s, "n_averaged": torch.tensor(4), "step": torch.tensor(9)}, ()),
+    "records beside tensors": (lambda s: {**s, "best_loss": torch.tensor(0.3)}, ()),
     "averaged": (averaged, ("without the prefix module.",)),
     "EMA beside": (
         lambda s: {"state_dict": s, "ema_state_dict": {n: t + 1 for n, t in s.items()}},
@@ -219,7 +226,7 @@ def test_the_averaged_model_is_the_model(tmp_path: Path) -> None:
     check(AveragedModel(Net()), tmp_path / "w.pt", prefixed("module.", state), ("with module.", "n_averaged"))
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".bin", ".ckpt", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".bin", ".ckpt", ".pth", ".pth.tar", ".pkl"])
 def test_formats(suffix: str, tmp_path: Path) -> None:
     state = {f"net.{n}": t.clone() for n, t in trained().state_dict().items()}
     path = tmp_path / f"w{suffix}"

@@ -13,6 +13,8 @@ from ..errors import InputError
 from ..specs import Json
 from .weights import INDEX, WEIGHT_SUFFIXES, Weights, open_weights
 
+# What torch.save writes under names that a folder also has for other things: model_best.pth.tar.
+ALSO_GIVEN = (".tar", ".pkl")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
 
 
@@ -99,12 +101,12 @@ def find_weights(path: Path) -> tuple[Candidate, ...]:
         InputError: there is none, or one is damaged.
     """
     if not path.is_dir():
-        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(INDEX):
+        if not path.is_file():
+            raise InputError(f"{path} does not exist", "give the path of a weight file or its folder")
+        if path.suffix not in (*WEIGHT_SUFFIXES, *ALSO_GIVEN) and not path.name.endswith(INDEX):
             raise InputError(
                 f"{path} is no weight file", f"expected a file ending in {', '.join(WEIGHT_SUFFIXES)}"
             )
-        if not path.is_file():
-            raise InputError(f"{path} does not exist", "give the path of a weight file")
         if _is_shard(path) and (whole := _shards(path.parent, path)) is not None:
             return (whole,)
         return (Candidate(open_weights(path), (path,)),)

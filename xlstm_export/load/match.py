@@ -24,6 +24,8 @@ from .weights import Weights, open_weights
 
 # A second copy of a model, kept beside the one that is trained.
 _COPIES = re.compile(r"(^|[._])(ema|swa|averaged?|teacher|target|momentum|shadow)([._]|$)", re.I)
+# Numbers about the training, beside the tensors of a flat file.
+_RECORDS = re.compile(r"^[^.]*(loss|acc|score|metric|epoch|step|lr)[^.]*$", re.I)
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,24 @@ def _align(model: _Node, file: _Node, place: str = "", *, leave: bool = False) -
     if leave and inner is not None and not inner.isdigit():
         without = _align(model, file.parts[inner], place, leave=True)
         best = min(best, _changed(without, f"without {inner}.{where}"), key=_cost)
+    for part, merged in _dissolved(model, file):
+        best = min(best, _changed(_as_they_are(model, merged, place), f"without {part}.{where}"), key=_cost)
     inner = model.only_part()
     if inner is not None and not (place and inner.isdigit()):
         put_in = _align(model.parts[inner], file, f"{place}{_pattern(inner)}.")
         best = min(best, _changed(put_in, f"with {inner}.{where or ' in front'}"), key=_cost)
     return best
+
+
+def _dissolved(model: _Node, file: _Node) -> Iterator[tuple[str, _Node]]:
+    """The file's tree without one part, its content moved up, where the model has that beside the rest."""
+    known, beside = {*model.parts, *model.tensors}, {*file.parts, *file.tensors}
+    for part, node in file.parts.items():
+        inside = {*node.parts, *node.tensors}
+        if part not in known and known & beside and inside <= known - beside:
+            rest = {name: child for name, child in file.parts.items() if name != part}
+            tensors = {**file.tensors, **node.tensors}
+            yield part, _Node(tensors, {**rest, **node.parts}, file.minor | node.minor, file.size)
 
 
 def _cost(alignment: _Alignment) -> tuple[int, int, bool, int]:
@@ -221,8 +236,12 @@ def _pattern(part: str) -> str:
 def _choose(candidate: Candidate, model: _Model) -> _Alignment:
     """The best alignment of one candidate over all prefixes of its names, with its note."""
     weights = candidate.weights
-    # Counters: batches seen, models averaged, steps. No model computes with an extra one.
-    counters = frozenset(n for n, w in weights.items() if not w.shape and not w.dtype.is_floating_point)
+    # Counters and records: batches seen, models averaged, the best loss. No model computes with an extra one.
+    counters = frozenset(
+        name
+        for name, weight in weights.items()
+        if not weight.shape and (not weight.dtype.is_floating_point or _RECORDS.search(name))
+    )
     found = [_judged(a, weights, model) for a in _below_prefixes(_Node.of(weights, counters), model)]
     found.sort(key=_cost)
     best = found[0]

@@ -109,7 +109,9 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
     unknown = sorted(set(map(str, data)) - valid)
     if unknown:
         public = ", ".join(sorted(name for name in valid if not name.startswith("_")))
-        raise InputError(f"{where}: unknown key(s) {', '.join(unknown)}", f"valid keys: {public}")
+        raise InputError(
+            f"{where}: unknown key(s) {', '.join(unknown)}", f"valid keys: {public} (of {cls.__name__})"
+        )
     values = {}
     for name, value in data.items():
         nested = _dataclass_in(hints[name])

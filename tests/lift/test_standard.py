@@ -424,6 +424,7 @@ def test_cells_compute_what_pytorch_s_do(tmp_path: Path) -> None:
 # --- Loops and recurrences of the user's own ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stateless", [False, True])
 @pytest.mark.parametrize("kind", ["CellLoop", "StackedCells", "SlicedLoop"])
 def test_a_loop_that_hands_the_state_on_streams(kind: str, stateless: bool, tmp_path: Path) -> None:

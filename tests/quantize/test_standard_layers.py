@@ -58,6 +58,7 @@ def run(model: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(model, tmp_path_factory.mktemp("standard") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-wo", "int4-wo"])
 def test_a_recurrence_stays_in_fp32(precision: str, model: Loaded, run: Path, tmp_path: Path) -> None:
     data = sets.random_set(model, runfolder.read_io(run), sets.Selection(samples=4, length=128))
@@ -81,6 +82,7 @@ def test_a_recurrence_stays_in_fp32(precision: str, model: Loaded, run: Path, tm
         assert 1e-6 < error < limits[precision]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_are_stored_narrow_where_that_loses_nothing(
     dtype: str, model: Loaded, tmp_path: Path

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import large_models
 import numpy as np
 import pinned_models
 import pytest
@@ -65,6 +68,14 @@ def test_the_users_module_stays_float32() -> None:
     reference.prefill({"x": np.zeros((2, 3, 5), np.float32)})
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+def test_published_models_are_compared_in_float64(tmp_path: Path) -> None:
+    """Also the one that rounds its logits before it caps them."""
+    loaded = checkpoint.load_checkpoint(large_models.make_hf(tmp_path / "hf"))
+    reference = TorchSession(loaded, 2)
+    reference.prefill({name: x.numpy() for name, x in loaded.inputs.items()})
+    assert (reference.reference, reference.reason) == (FLOAT64, "")
 
 
 class PinsAtOnePosition(pinned_models.Around):

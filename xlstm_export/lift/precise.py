@@ -37,6 +37,7 @@ class Precise:
     Args:
         make: returns a copy of the module in float32, which may be changed.
         cells: paths of the cells in it.
+        trusted: it is known to run in float64; else its first call is watched for what computes in float32.
 
     Attributes:
         module: the module in that form.
@@ -44,11 +45,11 @@ class Precise:
         reason: why it is not the first of these; empty if it is.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], cells: Iterable[str]) -> None:
+    def __init__(self, make: Callable[[], nn.Module], cells: Iterable[str], *, trusted: bool = False) -> None:
         self._make, self._cells = make, tuple(cells)
         self.reference, self.reason = FLOAT64, ""
         self.module = self._form(FLOAT64)
-        self._examined = False
+        self._examined = trusted
 
     def run(self, call: Call[T], inputs: Sequence[Tensor]) -> T:
         """The result of a call in the most exact form that it runs in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 import sysconfig
@@ -118,8 +119,9 @@ def place_of(error: BaseException) -> str:
 
 
 def place_here() -> str:
-    """File, line and function of the user's code that is running; "" if none is."""
-    return _place(traceback.walk_stack(sys._getframe(1)), "user")
+    """File, line and function of the module's code that runs in a forward pass; "" if none does."""
+    running = list(itertools.takewhile(_inside, traceback.walk_stack(sys._getframe(1))))
+    return _place(running, "user") or _place(running, "package")
 
 
 def instruction_here() -> tuple[str, int, int] | None:
@@ -130,6 +132,11 @@ def instruction_here() -> tuple[str, int, int] | None:
             if _kind(frame) == kind:
                 return frame.f_code.co_filename, line, frame.f_lasti
     return None
+
+
+def _inside(entry: tuple[FrameType, int]) -> bool:
+    """Whether a frame is deeper than the function that begins a forward pass."""
+    return entry[0].f_globals.get("__name__") != f"{_OURS}.lift.passes"
 
 
 def comes_from_user(error: BaseException) -> bool:

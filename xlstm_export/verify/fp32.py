@@ -88,7 +88,8 @@ class _Fp32(Verification):
         self.last_only = run.last_only
         self.candidate = self.streams.candidate
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
-        self._untouched = Precise(self._copy, self.reference.cells)
+        trusted = loaded.weights is not None
+        self._untouched = Precise(self._copy, self.reference.cells, trusted=trusted)
         self.limits: Mapping[str, float] = LIMITS
 
     def close(self) -> None:

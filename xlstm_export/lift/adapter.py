@@ -148,7 +148,7 @@ class RecurrentCell(nn.Module):
             elif x is not None:
                 raise BuildError(
                     f"{self.path} is called with a state",
-                    "call it without one, or with what its last call returned: the graph carries the state",
+                    "give None at the first call, then what the last one returned: the graph carries it",
                 )
 
     @property

@@ -52,7 +52,7 @@ def test_made_up_inputs_have_the_shape_and_type_of_the_graph_s() -> None:
         image=torch.randn(2, 5, 4),
         goal=torch.randn(2, 3),
         mode=torch.tensor([0, 4]),
-        mask=torch.ones(2, 5) > 0,
+        mask=torch.arange(10).reshape(2, 5) > 3,
     )
     found = random_inputs(model, io(IMAGE, GOAL, MODE, MASK), 3, 7, np.random.default_rng(0))
     assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == {

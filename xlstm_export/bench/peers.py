@@ -89,10 +89,11 @@ def _lifted_step(loaded: Loaded, one: Arrays, batch: int, wrap: Wrap) -> Peer:
     )
     state = {"now": lifted.fresh_state(batch, torch.float32)}
     call = wrap(run_lifted)
+    more = {"kwargs": kwargs} if kwargs else {}
 
     def run() -> None:
         with torch.no_grad():
-            _, present = call(lifted.module, args, state["now"], kwargs=kwargs)
+            _, present = call(lifted.module, args, state["now"], **more)
         state["now"] = {name: present[name.replace("past_", "present_", 1)] for name in state["now"]}
 
     return Peer(run, "the lifted module; the model has no step of its own")

@@ -23,6 +23,8 @@ from ..ops import bodies as functions
 from ..specs import StateSpec
 from .input_checks import InputChecks
 
+log = logging.getLogger(__name__)
+
 OPERATOR = type(torch.ops.aten.add.Tensor)
 # Operators without side effects that translate to the same nodes as their decomposition. These are the ones
 # that known models use. Any other operator makes the whole module be traced a second time, which costs time
@@ -166,6 +168,7 @@ def _fixed_length(
     try:
         traced(fixed)
     except Exception:
+        log.debug("it cannot be traced for the example's number of positions either", exc_info=True)
         return None
     shown = ", ".join(f'"{name}": ("B", {", ".join(map(str, fixed[name][1:]))})' for name in changed)
     return BuildError(

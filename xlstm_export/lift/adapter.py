@@ -135,7 +135,7 @@ class RecurrentCell(nn.Module):
         result = super().__call__(*map(spread, args), **{name: spread(x) for name, x in kwargs.items()})
         return type(result)(map(gather, result)) if type(result) in (tuple, list) else gather(result)
 
-    def begin(self, *state: Any) -> None:
+    def begin(self, *state: UserValue) -> None:
         """Take what a call is given as state: None, or what an earlier call returned in its place.
 
         Raises:
@@ -238,7 +238,7 @@ class Scope:
     # Tensors that cells returned as their states, by identity, and what they stand for.
     handed: dict[int, tuple[Tensor, tuple[Carried, ...]]] = field(default_factory=dict)
 
-    def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
+    def see(self, cell: RecurrentCell, args: tuple[UserValue, ...]) -> None:
         """Note the first argument of a call."""
         first = next((x for x in args if isinstance(x, Tensor) and x.ndim), None)
         self.row_count = 0 if first is None else first.shape[0]
@@ -309,7 +309,7 @@ class CountingScope(Scope):
     seen: dict[CallKey, Tensor] = field(default_factory=dict)
     stepped: bool = False
 
-    def see(self, cell: RecurrentCell, args: tuple[Any, ...]) -> None:
+    def see(self, cell: RecurrentCell, args: tuple[UserValue, ...]) -> None:
         super().see(cell, args)
         first = next((x for x in args if isinstance(x, Tensor) and x.ndim), None)
         if first is not None:

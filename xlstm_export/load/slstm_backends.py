@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .signature import UserValue
 from .weights import Weights
 
 Change = Callable[[Tensor], Tensor]
@@ -88,7 +89,7 @@ def without_cuda(module: nn.Module) -> None:
             setattr(cell, "func", _Computed.of(cell.config, package))  # noqa: B010 - it is typed as a module
 
 
-def call_factory(factory: Callable[[], Any]) -> Any:
+def call_factory(factory: Callable[[], UserValue]) -> UserValue:
     """Call a function that builds a model; its sLSTM cells need no CUDA, and load weights of both layouts.
 
     The package of the cells is as before afterwards; other threads see it unchanged all the time. A factory

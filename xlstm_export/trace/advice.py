@@ -116,6 +116,7 @@ def _run(loaded: Loaded, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
         with torch.no_grad():
             return [x for _, x in leaves(loaded.module(*args, **kwargs)) if isinstance(x, Tensor)]
     except Exception:
+        log.debug("forward does not run on these inputs", exc_info=True)
         return None
 
 

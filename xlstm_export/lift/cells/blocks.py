@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import BuildError
+from ...load.signature import UserValue
 from ...ops import reference as ops
 from ..adapter import RecurrentCell, register
 from ..carried import Carried
@@ -48,7 +49,7 @@ class LiftedMlstmCell(RecurrentCell):
         return config.num_heads, config.embedding_dim
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, mlstm_state: Any = None, **_: Any
+        self, q: Tensor, k: Tensor, v: Tensor, mlstm_state: UserValue = None, **_: UserValue
     ) -> tuple[Tensor, Carried]:
         """As the original's: forward of one position; the state lives in the graph."""
         self.begin(mlstm_state)
@@ -123,7 +124,7 @@ class LiftedCausalConv1d(RecurrentCell):
             taps = conv.weight.detach()[:, 0].t().contiguous()  # (k, D)
             self.taps = nn.ParameterList([nn.Parameter(tap.clone(), False) for tap in taps])
 
-    def step(self, x: Tensor, conv_state: Any = None) -> tuple[Tensor, tuple[Carried]]:
+    def step(self, x: Tensor, conv_state: UserValue = None) -> tuple[Tensor, tuple[Carried]]:
         """As the original's: forward of one position; the state lives in the graph."""
         self.begin(conv_state)
         return self(x), (self.carried,)
@@ -149,7 +150,7 @@ class LiftedCausalConv1d(RecurrentCell):
 class LiftedNoConv(nn.Identity):
     """`xlstm.components.conv.CausalConv1d` with kernel size 0."""
 
-    def step(self, x: Tensor, conv_state: Any = None) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, conv_state: UserValue = None) -> tuple[Tensor, UserValue]:
         """x, and the state as it is."""
         return x, conv_state
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ from .copies import Copies
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows
 from .unknown import unknown
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
 
@@ -212,6 +215,7 @@ def _observed(
             with torch.no_grad(), lookalikes.watch() as seen:
                 first = Pass(*watch_calls(lifted, example.call, example.like, batch=example.like.shape[0]))
         except Exception as error:
+            log.debug("the lifted module does not run on the example as it is", exc_info=True)
             failure = error
     seen.refuse(paths)  # a clearer message than that of a failed kernel
     done = settle(module, lifted, example, first)

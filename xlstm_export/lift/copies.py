@@ -10,6 +10,7 @@ is taken for the known cell. A user can also name a class or package to be taken
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ from .adapter import ADAPTERS, AdapterFunction, RecurrentCell
 from .adapter_check import LIMIT, OriginalCall, is_built_in, original_calls
 from .passes import run_alone
 from .unknown import looks_recurrent
+
+log = logging.getLogger(__name__)
 
 # Relative L2 in float64. An eps that is added at another place stays below it.
 EXACT = 1e-5
@@ -253,6 +256,7 @@ def _moved_gap(cell: nn.Module, adapter: AdapterFunction, call: OriginalCall) ->
             args, kwargs = rebuilt((call.args, call.kwargs), _thrice)
             result = moved(*args, **kwargs)
     except Exception:  # code that pins float32; the comparison in float32 stands
+        log.debug("%s does not run in float64", call.path, exc_info=True)
         return []
     return [_gap(_built(adapter, moved), OriginalCall("", args, kwargs, result), EXACT)]
 

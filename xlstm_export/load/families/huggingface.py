@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,8 @@ def load(path: Path) -> Loaded:
             f"{config_path}: transformers refuses this configuration: {error}",
             "compare it with the config the model was published with",
         ) from error
-    finish = _leave
-    ends = {end for end in (TABLE, HEAD) for name in names if f".{name}".endswith(f".{end}")}
-    if causal and model_config.tie_word_embeddings and len(ends) == 1:
-        # Tied tensors are stored once, under either name. Where both are stored they are not tied, even if
-        # the config ties them.
-        finish = _tie
+    tied = causal and model_config.tie_word_embeddings and _stored_once(names)
+    if tied:
         _tie(module)
     matched = match(found, module)
     label = f"the config {config_path.name}, which describes an {type(module).__name__} of transformers"
@@ -108,7 +105,7 @@ def load(path: Path) -> Loaded:
         config=config,
         vocab_size=model_config.vocab_size,
         weights=matched.weights,
-        finish=finish,
+        finish=_tie if tied else _leave,
         exact=full_precision_norms,
         companions=tuple(folder / name for name in TOKENIZER if (folder / name).is_file()),
     )
@@ -143,6 +140,14 @@ def _check_fields(config: Json, config_class: type, where: Path) -> None:
 
 
 TABLE, HEAD = "backbone.embeddings.weight", "lm_head.weight"
+
+
+def _stored_once(names: Sequence[str]) -> bool:
+    """Whether a file has one of two tensors, so that both are one.
+
+    Where both are stored they are not tied, even if the config ties them.
+    """
+    return len({end for end in (TABLE, HEAD) for name in names if f".{name}".endswith(f".{end}")}) == 1
 
 
 def _tie(module: nn.Module) -> None:

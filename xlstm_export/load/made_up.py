@@ -39,7 +39,7 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
         else:
             noisy = _noisy(example, spec, shape, rng)
             low, high = limits or _bounds(example)
-            inputs[spec.name] = np.clip(noisy, low, high)
+            inputs[spec.name] = np.asarray(np.clip(noisy, low, high))  # clip makes a scalar of no dimension
     return inputs
 
 

@@ -14,7 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -223,9 +222,7 @@ class _Fp32(Verification):
         return module
 
     def _tensors(self, length: int) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.from_numpy(np.asarray(x)) for x in self.source.cut(self.inputs, 0, length).values()
-        )
+        return tuple(torch.from_numpy(x) for x in self.source.cut(self.inputs, 0, length).values())
 
     def _call_untouched(self, module: nn.Module, given: tuple[Tensor, ...]) -> UserValue:
         self._given = dict(zip(self.loaded.inputs, given, strict=True))

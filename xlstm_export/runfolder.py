@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def _refuse_links(folder: Path) -> None:
     """
     for name in (MODEL, MODEL_DATA):
         file = folder / name
-        if file.is_symlink() and file.resolve().parent != folder.resolve():
+        # Not `resolve`, which raises for a link to itself; reading such a file says what is wrong.
+        if file.is_symlink() and os.path.realpath(file.parent) != os.path.dirname(os.path.realpath(file)):
             raise InputError(
                 f"{file} is a symbolic link to another folder, which ONNX Runtime does not follow",
                 f"copy the files themselves: cp -rL {folder} COPY",

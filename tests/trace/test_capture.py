@@ -98,7 +98,7 @@ def pairs(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("module", [InPlace(), Unlisted()], ids=lambda m: type(m).__name__)
 def test_what_one_trace_would_get_wrong_is_traced_twice(module: nn.Module, decomposed: list[int]) -> None:
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
-    model = capture.torch_to_ir(module.eval(), (x,), [("B", 6)], (), ["x"], ["y"], ())
+    model = capture.torch_to_ir(module.eval(), (x,), {"x": ("B", 6)}, (), ["y"], ())
     assert decomposed
     session = rt.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": x.numpy()})
@@ -107,5 +107,5 @@ def test_what_one_trace_would_get_wrong_is_traced_twice(module: nn.Module, decom
 
 def test_the_exporter_is_left_as_it_was() -> None:
     before = ExportedProgram.run_decompositions
-    capture.torch_to_ir(InPlace().eval(), (torch.ones(2, 6),), [("B", 6)], (), ["x"], ["y"], ())
+    capture.torch_to_ir(InPlace().eval(), (torch.ones(2, 6),), {"x": ("B", 6)}, (), ["y"], ())
     assert ExportedProgram.run_decompositions is before

@@ -564,7 +564,10 @@ def test_forward_that_takes_no_piece_does_not_stream(tmp_path: Path) -> None:
     loaded = load_custom(lambda m, x: m.cell(x, x, x).reshape(len(x), -1, 8 * WIDTH).sum(1))
     with pytest.raises(BuildError, match="forward fails on a piece of 4 positions: RuntimeError") as caught:
         trace.export(loaded, tmp_path / "out")
-    assert "--stateless" in caught.value.hint
+    assert "pieces of any length" in caught.value.hint
+    assert "--stateless" not in caught.value.hint  # forward takes no length but multiples of 8
+    with pytest.raises(BuildError):
+        trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True))
 
 
 def test_strided_parameters_are_written_in_order(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -136,16 +137,13 @@ class Commands(click.Group):
             self._sections.setdefault(section, []).append(str(command.name))
             for one in _leaves(command):
                 one.params.extend(OUTPUT)
+                assert one.callback is not None
+                one.callback = _for_results(one.callback)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; an error is logged with its traceback, for --debug and --log-file.
-
-        What a user's module prints while it is imported, built or run goes to stderr: stdout is for results.
-        """
-        output()  # keeps the real stdout
+        """Run the command; an error is logged with its traceback, for --debug and --log-file."""
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:
@@ -159,6 +157,18 @@ class Commands(click.Group):
                 formatter.write_dl(
                     [(name, self.commands[name].get_short_help_str(limit=1000)) for name in names]
                 )
+
+
+def _for_results(command: Callable[..., object]) -> Callable[..., object]:
+    """The command with stdout kept for results: what a user's module prints goes to stderr."""
+
+    @functools.wraps(command)
+    def wrapped(*args: object, **options: object) -> object:
+        output()  # keeps the real stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            return command(*args, **options)
+
+    return wrapped
 
 
 def _leaves(command: click.Command) -> list[click.Command]:

@@ -76,7 +76,7 @@ def checkpoint_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
     """
     if not path.is_dir() or _weight_files(path):
         return path, ()
-    inside = sorted({file.parent for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES})
+    inside = sorted({file.parent for file in path.rglob("*") if _is_weight_file(file)})
     below = sorted({path / folder.relative_to(path).parts[0] for folder in inside})
     if not below:
         return path, ()
@@ -89,6 +89,10 @@ def checkpoint_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
     chosen, notes = checkpoint_folder(newest)
     of = f", the newest of {len(below)}" if len(below) > 1 else ""
     return chosen, (f"{path}: the weights of {newest.name} are used{of}", *notes)
+
+
+def _is_weight_file(path: Path) -> bool:
+    return path.suffix in WEIGHT_SUFFIXES and path.is_file()
 
 
 def find_weights(path: Path) -> tuple[Candidate, ...]:

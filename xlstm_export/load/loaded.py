@@ -267,7 +267,9 @@ def check_fit(
     """
     expected = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     extra = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    common = {name: weight for name, weight in weights.items() if name in expected}
+    # The shallow names first: an embedding or a head says more than a part of the seventh block.
+    shared = sorted((n for n in weights if n in expected), key=lambda n: (n.count("."), n))
+    common = {name: weights[name] for name in shared}
     if not common and expected:
         raise InputError(
             f"{where} does not fit {model}: its dict of tensors ({_some(weights)}) is not a state_dict of "

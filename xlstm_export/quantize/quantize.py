@@ -222,7 +222,7 @@ def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, comman
     kinds = list(applied.choices.values())
     return {
         "command": command,
-        **{key: run.manifest[key] for key in ("model", "origin", "checkpoint_sha256")},
+        **{key: run.manifest.get(key) for key in ("model", "origin", "checkpoint_sha256")},
         "origin_absolute": run.manifest.get("origin_absolute", {}),
         "context_length": run.context_length,
         "options": {

@@ -54,8 +54,10 @@ def cpuinfo(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def busy_cores(seconds: float = 0.5) -> float | None:
+def busy_cores(seconds: float = 0.2) -> float | None:
     """Cores that other processes use while this one sleeps; None if /proc does not report it.
+
+    A short sleep is enough: `bench` measures the load again while it times.
 
     The load average is not used: it covers the last minute, with the load of this process itself.
     """

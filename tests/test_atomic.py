@@ -268,6 +268,7 @@ def test_disk_that_fills_up(
     assert names(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_the_very_size_of_the_weights_is_checked_before_the_first_byte(
     mounted: Callable[[str], Path],
@@ -332,6 +333,7 @@ def interrupted(source: Path, out: Path, number: signal.Signals, stop: str) -> P
     return found[0] if stop == "at once" else found[0].parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["at once", "before the rename"])
 def test_killed_export(
     small_checkpoint: Path, small_loaded: checkpoint.Loaded, tmp_path: Path, stop: str

@@ -186,6 +186,7 @@ def test_channels_of_a_cell_with_a_user_s_adapter(monkeypatch: pytest.MonkeyPatc
 # --- What cannot be streamed, and what is advised instead -----------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -92,6 +92,7 @@ def test_a_recurrence_streams_as_pytorch_computes_it(kind: str, tmp_path: Path) 
     check(export(model, tmp_path / "run"), model.module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH)
 def test_both_directions_are_exported_for_whole_sequences(kind: str, tmp_path: Path) -> None:
     model = loaded(Around(BOTH[kind]()))
@@ -448,6 +449,7 @@ def test_a_loop_over_positions_is_exported_for_a_fixed_number_of_them(tmp_path: 
     exported_for_12_positions(model.module, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["HandMadeCell", "NormalizedLoop"])
 def test_a_loop_without_states_is_told_the_dims_to_declare(kind: str, tmp_path: Path) -> None:
     model = loaded(getattr(own_recurrences, kind)())

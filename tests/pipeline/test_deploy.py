@@ -136,6 +136,7 @@ def states(result: pipeline.Deployment) -> dict[str, str]:
     return {outcome.name: outcome.state for outcome in result.outcomes}
 
 
+@pytest.mark.slow
 def test_resume_repeats_nothing_and_dry_run_writes_nothing(small_loaded: Loaded, tmp_path: Path) -> None:
     out, context = tmp_path / "out", Context(threads=1)
     planned = pipeline.deploy(small_loaded, out, context=context, how=How(dry_run=True))

@@ -61,6 +61,7 @@ def test_another_model_of_the_same_name(
     assert locate(RunFolder.open(project / "runs" / "lm"), "checkpoint") == project / "checkpoint"
 
 
+@pytest.mark.slow
 def test_gone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = (project / "checkpoint").rename(project / "kept")
     with refused(InputError, "no longer at checkpoint", "its path after the run folder"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from xlstm_export.plot.axes import linear_axis, linear_ticks, log_axis
@@ -46,6 +46,7 @@ def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
 
 
 @given(st.lists(finite, min_size=1, max_size=5))
+@example([2.4051448231662538e-306])
 def test_a_linear_axis_holds_its_values_and_a_few_ticks(values: list[float]) -> None:
     axis = linear_axis(values, 10.0, 500.0)
     assert 2 <= len(axis.ticks) <= 12

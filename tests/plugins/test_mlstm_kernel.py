@@ -338,6 +338,7 @@ def test_scratch_memory_is_bounded(library: NativeLibrary) -> None:
     assert size < (128 << 20), size
 
 
+@pytest.mark.slow
 def test_without_errors_of_memory_or_undefined_behaviour() -> None:
     result: subprocess.CompletedProcess[str] = emulated.run_sanitized(Path(__file__))
     assert result.returncode == 0, result.stderr[-4000:]

@@ -69,6 +69,7 @@ def coarse(export: Path, scales: Scales, data: Path, tmp_path_factory: pytest.Te
     return out
 
 
+@pytest.mark.slow
 def test_the_planted_weight_is_found(searched: Sensitivity) -> None:
     harm = {name: c.harm for name, c in searched.alone.items()}
     assert max(harm, key=lambda name: harm[name]) == case.PLANTED

@@ -56,6 +56,7 @@ def test_one_cell_at_a_time_is_in_memory_while_writing(wide: Path, tmp_path: Pat
     assert set(watched.reads) == set(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stored", [torch.float32, torch.bfloat16], ids=["fp32 checkpoint", "bf16 checkpoint"]
 )

@@ -57,6 +57,7 @@ def test_every_block_of_a_right_export_passes(large: tuple[checkpoint.Loaded, Pa
     assert len(written["checks"]) == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", quick(["mixed blocks", "tied", "tirex"], ["mixed blocks", "tirex"]))
 def test_other_families_by_block(tmp_path: Path, family: str) -> None:
     if family == "tirex":

@@ -429,6 +429,7 @@ def forecasters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
     sys.path.insert(0, str(folder))
     yield lambda name: checkpoint.load_module(f"forecasters_to_verify:{name}")
     sys.path.remove(str(folder))
+    sys.modules.pop("forecasters_to_verify", None)  # the fixture may be made again, in another folder
 
 
 @pytest.fixture

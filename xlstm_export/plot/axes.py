@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .element import Svg, tag, text
 
+TINY = 1e-290  # ticks are rounded to 300 digits after the point; what is smaller is drawn as zero
 TICKS = 7  # at most, or one or two more
 PADDING = 0.03  # of the range, beyond the smallest and the largest value
 CHARACTER = 6.8  # width of a character of 12 px, on average, in px
@@ -80,8 +81,8 @@ def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
 def linear_axis(values: Sequence[float], start: float, end: float, pad: bool = True) -> Axis:
     """An axis for any finite values, with ticks at round numbers."""
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        size = 0.1 * abs(high) or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), TINY):
+        size = 0.1 * abs(high) if abs(high) > TINY else 1.0
         low, high = low - size, high + size
     more = PADDING * (high - low) if pad else 0.0
     low, high = low - more, high + more

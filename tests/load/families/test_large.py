@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", quick(VARIANTS, ["fused with bias", "narrow keys", "tight caps", "odd sizes"])
 )

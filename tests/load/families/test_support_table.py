@@ -84,6 +84,7 @@ def exported(
     return loaded, trace.export(loaded, folder / "run", ExportOptions(stateless=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exported", "precision"), diagonal(["fp16", "int8", "int4-wo"]), indirect=["exported"]
 )

@@ -71,6 +71,7 @@ def place(found: Bisection) -> Place:
     return found.place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "block", "op_type", "tensor", "why"),
     [
@@ -133,6 +134,7 @@ def test_a_good_export_has_no_place(small_export: Path, small_loaded: checkpoint
     assert found.to_json()["block"] is None
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_exporter(
     small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -258,6 +260,7 @@ def test_a_wrong_range(calibrated: Path, small_loaded: checkpoint.Loaded, tmp_pa
     assert "its range is" in place(found).why
 
 
+@pytest.mark.slow
 def test_an_overflow_in_fp16(tmp_path: Path) -> None:
     """Weights of the second block's feed-forward that only FP32 can multiply."""
     config = models.lm_config()

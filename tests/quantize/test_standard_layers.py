@@ -76,7 +76,8 @@ def test_a_recurrence_stays_in_fp32(precision: str, model: Loaded, run: Path, tm
         expected, found = wide_session.prefill(x)["y"], session.prefill(x)["y"]
         session.reset()
         steps = np.concatenate([session.step({"x": x["x"][:, [t]]})["y"].copy() for t in range(64)], 1)
-    limits = {"fp16": 5e-3, "bf16": 4e-2, "int8": 0.2, "int8-wo": 0.1, "int4-wo": 0.6}
+    # At most about twice what was measured with these weights: 0.0026, 0.0096, 0.059, 0.054, 0.28.
+    limits = {"fp16": 5e-3, "bf16": 2e-2, "int8": 0.12, "int8-wo": 0.1, "int4-wo": 0.4}
     for result in (found, steps):
         error = np.linalg.norm(result - expected) / np.linalg.norm(expected)
         assert 1e-6 < error < limits[precision]

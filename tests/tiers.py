@@ -33,9 +33,9 @@ class Tiers:
         output = getattr(self.config, "workeroutput", None)
         if output is not None:
             output[WORKER] = sorted(self.left_out)
-        elif self.config.cache is not None and self.seconds:
-            known = {**self.config.cache.get(KEY, {}), **self.seconds}
-            self.config.cache.set(KEY, {name: round(spent, 2) for name, spent in known.items()})
+        elif (cache := getattr(self.config, "cache", None)) is not None and self.seconds:
+            known = {**cache.get(KEY, {}), **self.seconds}
+            cache.set(KEY, {name: round(spent, 2) for name, spent in known.items()})
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -45,7 +45,8 @@ class Tiers:
     def pytest_unconfigure(self) -> None:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if self.left_out and reporter is not None and not hasattr(self.config, "workeroutput"):
-            known = self.config.cache.get(KEY, {}) if self.config.cache is not None else {}
+            cache = getattr(self.config, "cache", None)  # absent under `-p no:cacheprovider`
+            known = cache.get(KEY, {}) if cache is not None else {}
             reporter.write_line(summary(self.left_out, known))
 
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from nvidia_builder import check_builds, needs_builder, single_node
 from op_bodies import BODIES
+from tier_marks import quick
 
 from xlstm_export.load import checkpoint
 from xlstm_export.options import ExportOptions
@@ -30,12 +31,13 @@ def test_model(small_export: Path) -> None:
     check_builds(small_export / "model.onnx")
 
 
+@pytest.mark.slow
 def test_model_with_tied_weights_and_last_logits(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "tied", tie_weights=True))
     check_builds(trace.export(loaded, tmp_path / "out", ExportOptions(last_logits=True)) / "model.onnx")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", quick(["fp32", "bf16", "fp16"], ["bf16"]))
 def test_large_model(tmp_path: Path, dtype: str) -> None:
     """The 7B architecture, weights stored in each type."""
     loaded = checkpoint.load_checkpoint(

@@ -146,7 +146,7 @@ def test_whole_module_in_a_pickle(folder: Path) -> None:
         checkpoint.load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", quick([float("-inf"), float("inf"), float("nan")], [float("-inf")]))
 @pytest.mark.parametrize("dtype", quick([torch.float32, torch.bfloat16], [torch.float32]))
 def test_weights_that_are_not_finite(
     folder: Path, tmp_path: Path, small_state: dict[str, Tensor], value: float, dtype: torch.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,44 +15,63 @@ from xlstm_export.pipeline.recorded import load_recorded, locate
 from xlstm_export.runfolder import RunFolder
 
 
-@pytest.fixture
-def project(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a checkpoint and a run folder, which was made in it with relative paths."""
-    folder = tmp_path / "project"
+@pytest.fixture(scope="module")
+def made(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint and a run folder; it was made in `project` beside it, with relative paths."""
+    folder = tmp_path_factory.mktemp("place") / "project"
     shutil.copytree(small_checkpoint, folder / "checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["export", "checkpoint", "-o", "runs/lm", "-q"])
+    return folder.rename(folder.parent / "made")
+
+
+@pytest.fixture
+def project(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder, at the path where the run folder was made; all but `made` is removed at the end."""
+    folder = made.parent / "project"
+    shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
-    main(["export", "checkpoint", "-o", "runs/lm", "-q"])
-    return folder
+    yield folder
+    for path in made.parent.iterdir():
+        if path != made:
+            shutil.rmtree(path)
+
+
+@pytest.fixture
+def outside(project: Path) -> Path:
+    """The folder in which the project lies."""
+    return project.parent
 
 
 def test_as_given(project: Path) -> None:
     assert locate(RunFolder.open("runs/lm"), "checkpoint") == Path("checkpoint")
 
 
-def test_from_another_folder(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_from_another_folder(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(outside)
     run = RunFolder.open("project/runs/lm")
     assert locate(run, "checkpoint") == project / "checkpoint"
     assert load_recorded(run).name == run.manifest["model"]
 
 
-def test_a_project_that_was_moved(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    moved = project.rename(tmp_path / "elsewhere")
+def test_a_project_that_was_moved(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(outside)
+    moved = project.rename(outside / "elsewhere")
     assert locate(RunFolder.open(moved / "runs" / "lm"), "checkpoint") == moved / "checkpoint"
 
 
-def test_a_run_folder_that_was_moved(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.move(project / "runs" / "lm", tmp_path / "lm")
-    monkeypatch.chdir(tmp_path)
+def test_a_run_folder_that_was_moved(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.move(project / "runs" / "lm", outside / "lm")
+    monkeypatch.chdir(outside)
     assert locate(RunFolder.open("lm"), "checkpoint") == project / "checkpoint"
 
 
 def test_another_model_of_the_same_name(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hashes of the export decide, not the working folder."""
-    other = tmp_path / "other"
+    other = outside / "other"
     shutil.copytree(project / "checkpoint", other / "checkpoint")
     weights = next(
         path for path in (other / "checkpoint").iterdir() if path.suffix in (".pt", ".safetensors")

@@ -10,6 +10,7 @@ import own_models
 import pytest
 import torch
 from nvidia_builder import check_builds, needs_builder
+from tier_marks import quick
 from torch import Tensor, nn
 from xlstm_export.calibration import observers, sets
 
@@ -111,7 +112,7 @@ def test_a_model_with_recurrences_beside_its_stack_is_verified_as_a_whole(model:
 
 
 @needs_builder
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", quick(["fp32", "bf16"], ["fp32"]))
 def test_nvidia_s_builder_takes_all_of_them(dtype: str, model: Loaded, tmp_path: Path) -> None:
     check_builds(export(model, tmp_path / "run", ExportOptions(dtype=dtype)) / "model.onnx")
 

@@ -77,6 +77,7 @@ def test_the_planted_weight_is_found(searched: Sensitivity) -> None:
     assert list(searched.choices.values()).count("int8") > len(searched.units) / 2
 
 
+@pytest.mark.slow
 def test_the_limit_is_kept_where_everything_breaks_it(searched: Sensitivity) -> None:
     assert searched.general.drop > MAX_DROP
     assert searched.default.drop > MAX_DROP

@@ -84,6 +84,7 @@ def test_narrow_weights_pass_the_fp32_gate(
     assert size < 0.8  # 0.5 but for alignment to pages, which weighs in a model this small
 
 
+@pytest.mark.slow
 def test_rounding_is_not_hidden(tmp_path: Path) -> None:
     """The fp16 export of an fp32 checkpoint is another function than the fp32 export, by rounding only."""
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model"))
@@ -98,6 +99,7 @@ def test_rounding_is_not_hidden(tmp_path: Path) -> None:
     assert 1e-5 < gap < 1e-2
 
 
+@pytest.mark.slow
 def test_number_that_fp16_cannot_hold(tmp_path: Path) -> None:
     folder = models.make(tmp_path / "model")
     state = load_file(folder / "model.safetensors")

@@ -47,6 +47,7 @@ def failed(report: checks.Verdict) -> set[str]:
     return {check.name for check in report.checks if not check.passed}
 
 
+@pytest.mark.slow
 def test_sequences_of_the_calibration_set_where_there_is_no_data(
     half: Path, small_loaded: Loaded, text: Path
 ) -> None:

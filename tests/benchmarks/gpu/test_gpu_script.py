@@ -16,6 +16,7 @@ import pytest
 import readme
 from gpu_stand_ins import TorchLibrary, run_times
 from places import ROOT
+from tier_marks import quick
 
 from benchmarks.gpu import build, gpu
 
@@ -80,7 +81,7 @@ def test_lost_stages_do_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.
     assert result["sanitizer"]["memcheck"]["passed"]
 
 
-@pytest.mark.parametrize("lost", ["exit 3", "sleep 60"])
+@pytest.mark.parametrize("lost", quick(["exit 3", "sleep 60"], ["exit 3"]))
 def test_a_check_that_does_not_end_well_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:

@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", quick(OPTIONS, ["bf16 shards", "base", "tied"]))
+@pytest.mark.parametrize("name", quick(OPTIONS, ["bf16 shards"]))
 def test_directories_pass_the_full_verification(tmp_path: Path, name: str) -> None:
     options = OPTIONS[name]
     loaded = checkpoint.load_checkpoint(large_models.make_hf(tmp_path / "model", **options))
@@ -103,6 +103,7 @@ sys.exit(not report.passed)
 """
 
 
+@pytest.mark.slow
 def test_without_the_xlstm_package(sharded: Path, tmp_path: Path) -> None:
     """The copy in `transformers` verifies too, and the exported files are the same to the byte."""
     command = [sys.executable, "-c", WITHOUT_XLSTM, str(sharded), str(tmp_path / "without")]

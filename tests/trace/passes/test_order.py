@@ -65,6 +65,7 @@ def test_nodes_per_block(
     assert not {"Cast", "Identity", "Boundary", "Expand"} & set(info.operators)
 
 
+@pytest.mark.slow
 def test_same_bits(case: tuple[str, checkpoint.Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph as it is written, with every pass that may not round, against the graph with none."""
     _, loaded = case

@@ -17,6 +17,7 @@ import pytest
 import torch
 from bisect_faults import MLSTM, SLSTM, Edit, nodes, swap_gates, tamper
 from onnx import numpy_helper
+from tier_marks import quick
 from xlstm_export.calibration import observers, sets
 
 from xlstm_export import runfolder
@@ -177,7 +178,7 @@ def int8(calibrated: Path) -> Path:
     return quantize.quantize(calibrated, recipe, scales=Scales.read(calibrated))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8-wo", "int8"])
+@pytest.mark.parametrize("precision", quick(["fp16", "bf16", "int8-wo", "int8"], ["int8"]))
 def test_good_candidates(
     precision: str, calibrated: Path, int8: Path, small_loaded: checkpoint.Loaded, tmp_path: Path
 ) -> None:
@@ -194,12 +195,13 @@ def test_good_candidates(
 @pytest.mark.parametrize(
     ("name", "function", "block", "tensor", "why"),
     [
-        (
+        pytest.param(
             "blocks.1.ffn.proj_down.weight.T.scale",
             lambda x: x.__imul__(2),
             1,
             "linear_4.weight",
             "proj_down.weight.T.scale",
+            marks=pytest.mark.slow,
         ),
         (
             "blocks.2.xlstm.proj_up.weight.T.int8",
@@ -208,14 +210,22 @@ def test_good_candidates(
             "linear_5.weight",
             "proj_up.weight.T.int8[1, 1] is -100",
         ),
-        (
+        pytest.param(
             "layer_norm_4.scale",
             lambda x: x.__imul__(np.float32(1.5)),
             1,
             "layer_norm_4.dequantized",
             "layer_norm_4.scale is 0.05",
+            marks=pytest.mark.slow,
         ),
-        ("blocks.0.xlstm.mlstm_cell.gate_bias", set_one(5.0), 0, "linear_1", "gate_bias"),
+        pytest.param(
+            "blocks.0.xlstm.mlstm_cell.gate_bias",
+            set_one(5.0),
+            0,
+            "linear_1",
+            "gate_bias",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["weight scale", "integer", "activation scale", "bias"],
 )

@@ -55,6 +55,23 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """The numbers from `least` to `most`; `least` itself is excluded if `above` is set."""
+
+    least: float
+    most: float | None = None
+    above: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        low = number > self.least if self.above else number >= self.least
+        return low and (self.most is None or number <= self.most)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'at least'} {self.least:g}"
+        return low if self.most is None else f"{low}, at most {self.most:g}"
+
+
+@dataclass(frozen=True)
 class About:
     """Description of an option, besides its name, type and default.
 
@@ -62,7 +79,7 @@ class About:
         help: help text, one line.
         kind: kind of the values, see `Kind`.
         choices: the allowed values; empty if all values of the kind are allowed.
-        least, most: the smallest and the largest allowed number; the smallest is excluded if `above` is set.
+        bounds: the allowed numbers; None: all.
         off: name of the flag that switches it off, for a flag that is on by default or has no default.
         only: "cli" for an option that a stage of a pipeline file does not have.
     """
@@ -70,9 +87,7 @@ class About:
     help: str
     kind: Kind
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    most: float | None = None
-    above: bool = False
+    bounds: Bounds | None = None
     off: str | None = None
     only: Literal["cli"] | None = None
 
@@ -81,16 +96,8 @@ class About:
         if self.choices and value not in self.choices:
             raise UsageError(f"{name} {value!r} is unknown", f"one of {', '.join(self.choices)}")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not self._in_range(number):
-                raise UsageError(f"{name} is {value!r}", self._range())
-
-    def _in_range(self, number: float) -> bool:
-        low = self.least is None or (number > self.least if self.above else number >= self.least)
-        return low and (self.most is None or number <= self.most)
-
-    def _range(self) -> str:
-        low = [] if self.least is None else [f"{'above' if self.above else 'at least'} {self.least:g}"]
-        return ", ".join([*low, *([] if self.most is None else [f"at most {self.most:g}"])])
+            if self.bounds and isinstance(number, int | float) and number not in self.bounds:
+                raise UsageError(f"{name} is {value!r}", str(self.bounds))
 
 
 def option(
@@ -99,14 +106,12 @@ def option(
     kind: Kind,
     *,
     choices: Sequence[str] = (),
-    least: float | None = None,
-    most: float | None = None,
-    above: bool = False,
+    bounds: Bounds | None = None,
     off: str | None = None,
     only: Literal["cli"] | None = None,
 ) -> T:
     """A field of an options class; see `About`."""
-    about = About(help, kind, tuple(choices), least, most, above, off, only)
+    about = About(help, kind, tuple(choices), bounds, off, only)
     return field(default=default, metadata={"about": about})
 
 
@@ -258,18 +263,23 @@ class VerifyOptions(Options):
 class BenchOptions(Options):
     """Options of `bench`."""
 
-    batch: tuple[int, ...] = option((1,), "batch sizes to time, such as 1,4", "ints", least=1)
+    batch: tuple[int, ...] = option((1,), "batch sizes to time, such as 1,4", "ints", bounds=Bounds(1))
     length: tuple[int, ...] = option(
-        (512,), "lengths of the prefills to time, such as 128,512", "ints", least=1
+        (512,), "lengths of the prefills to time, such as 128,512", "ints", bounds=Bounds(1)
     )
-    steps: int = option(200, "decode calls per contestant", "int", least=1)
+    steps: int = option(200, "decode calls per contestant", "int", bounds=Bounds(1))
     hz: float | None = option(
-        None, "also time decoding at this fixed rate, calls per second", "number", least=0, above=True
+        None,
+        "also time decoding at this fixed rate, calls per second",
+        "number",
+        bounds=Bounds(0, above=True),
     )
     compile_at: str = option(
         "none", "batch sizes to time torch.compile at: none, the first, or all", "text", choices=COMPILE_AT
     )
-    compile_limit: float = option(240.0, "seconds that torch.compile may take in total", "number", least=0)
+    compile_limit: float = option(
+        240.0, "seconds that torch.compile may take in total", "number", bounds=Bounds(0)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +305,7 @@ class BuildOptions(Options):
         None, "memory for the builder, MiB; default: half of the free memory", "int"
     )
     optimization_level: int | None = option(
-        None, "optimization level of TensorRT's builder", "int", least=0, most=5
+        None, "optimization level of TensorRT's builder", "int", bounds=Bounds(0, 5)
     )
     function_bodies: bool = option(False, "build without the plugin", "flag")
 
@@ -333,11 +343,11 @@ class How(Options):
 class GenerateOptions(Options):
     """Options of `generate`."""
 
-    tokens: int = option(200, "tokens to generate", "int", least=0)
+    tokens: int = option(200, "tokens to generate", "int", bounds=Bounds(0))
     temperature: float = option(
-        0.8, "temperature of the draw; 0: always the likeliest token", "number", least=0
+        0.8, "temperature of the draw; 0: always the likeliest token", "number", bounds=Bounds(0)
     )
-    top_k: int | None = option(None, "draw among this many likeliest tokens only", "int", least=1)
+    top_k: int | None = option(None, "draw among this many likeliest tokens only", "int", bounds=Bounds(1))
     seed: int = option(0, "seed of the draw; equal seeds give equal texts", "int")
 
 

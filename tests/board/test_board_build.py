@@ -107,10 +107,10 @@ def built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_engine_is_found_where_it_was_built(bundle: Path, built: Path) -> None:
     assert built == bundle / "engines" / "sm87-trt10.3.0" / "model.engine"
-    engine, plugin = build.find_engine(bundle, **board())
-    assert engine == built
-    assert plugin is not None
-    assert plugin.name == "libxlstm_trt.so"
+    found = build.find_engine(bundle, **board())
+    assert found.file == built
+    assert found.plugin is not None
+    assert found.plugin.name == "libxlstm_trt.so"
 
 
 @pytest.mark.parametrize("other", [{"version": "11.4.1"}, {"sm": 110}], ids=["TensorRT", "SM"])
@@ -154,7 +154,7 @@ def test_a_build_that_fails_leaves_the_old_engine_and_its_log(
     monkeypatch.setattr(build, "serialize", fail)
     with refused(BuildError, "ran out of memory", "--workspace 512"):
         build.build_engine(bundle, **board())
-    assert build.find_engine(bundle, **board())[0].read_bytes() == b"engine"
+    assert build.find_engine(bundle, **board()).file.read_bytes() == b"engine"
     log = bundle / "engines" / "sm87-trt10.3.0.build.log"
     assert "OutOfMemory" in log.read_text()
     assert sorted(p.name for p in (bundle / "engines").iterdir()) == ["sm87-trt10.3.0", log.name]
@@ -182,7 +182,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_works(
         build.find_engine(bundle, **board())
     monkeypatch.setattr(build, "serialize", lambda *arguments, **options: b"engine")
     build.build_engine(bundle, **board())
-    assert build.find_engine(bundle, **board())[0].read_bytes() == b"engine"
+    assert build.find_engine(bundle, **board()).file.read_bytes() == b"engine"
     assert [p.name for p in (bundle / "engines").iterdir() if p.name.startswith(".")] == []
 
 

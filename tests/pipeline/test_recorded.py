@@ -17,7 +17,7 @@ from xlstm_export.runfolder import RunFolder
 
 @pytest.fixture(scope="module")
 def made(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint and a run folder; it was made in `project` beside it, with relative paths."""
+    """A folder with a checkpoint and a run folder; made in `project` beside it, with relative paths."""
     folder = tmp_path_factory.mktemp("place") / "project"
     shutil.copytree(small_checkpoint, folder / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,7 @@ from xlstm_export.runfolder import MODEL, read_io
 from xlstm_export.sessions import OrtSession, load_state, save_state
 from xlstm_export.sessions.cpu.fused import states_in_place
 from xlstm_export.sessions.cuda import Cuda
-from xlstm_export.sessions.tensorrt import TensorRtSession
+from xlstm_export.sessions.tensorrt import Device, Engine, TensorRtSession
 
 LONGEST = 16
 SAME = 1e-6
@@ -39,13 +39,11 @@ class Board:
         self, batch: int | None = None, *, graphs: bool = True, in_place: frozenset[str] = frozenset()
     ) -> TensorRtSession:
         return TensorRtSession(
-            self.engine,
+            Engine(self.engine, in_place=in_place),
             self.io,
             batch or self.batch,
             graphs=graphs,
-            in_place=in_place,
-            tensorrt=self.trt,
-            cuda=Cuda(self.cudart),
+            device=Device(self.trt, Cuda(self.cudart)),
         )
 
 
@@ -241,7 +239,10 @@ def test_tokens_beyond_the_vocabulary(small_export: Path, tmp_path: Path) -> Non
     """A device reads past the table without a word, so nothing may get there."""
     board = Board(small_export, tmp_path)
     session = TensorRtSession(
-        board.engine, board.io, vocab_size=256, tensorrt=board.trt, cuda=Cuda(board.cudart)
+        Engine(board.engine),
+        board.io,
+        vocab_size=256,
+        device=Device(board.trt, Cuda(board.cudart)),
     )
     with session:
         session.prefill({"tokens": [[0, 255]]})

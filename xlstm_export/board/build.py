@@ -22,7 +22,7 @@ from ..plugins import build as plugin_builder
 from ..plugins import locate
 from ..runfolder import MANIFEST, MODEL, RunFolder
 from ..sessions.cuda import Cuda
-from ..sessions.tensorrt import TensorRt, import_tensorrt
+from ..sessions.tensorrt import Engine, TensorRt, import_tensorrt
 from ..specs import IoSpec, TensorSpec
 from . import integrity
 from .kernels import BIN
@@ -344,9 +344,7 @@ def _keep(cache: Path, content: bytes) -> None:
 # --- Finding it again -------------------------------------------------------------------------------
 
 
-def find_engine(
-    bundle: Path, *, tensorrt: TensorRt = None, cuda: Cuda | None = None
-) -> tuple[Path, Path | None]:
+def find_engine(bundle: Path, *, tensorrt: TensorRt = None, cuda: Cuda | None = None) -> Engine:
     """The engine for this machine, and the plugin library it was built with.
 
     Raises:
@@ -372,7 +370,7 @@ def find_engine(
         raise InputError(f"{folder.name} was built from another bundle", "python3 deploy.py build")
     if plugin is not None and not Path(plugin).is_file():
         raise SetupError(f"the plugin library {plugin} is gone", "python3 deploy.py build")
-    return folder / ENGINE, None if plugin is None else Path(plugin)
+    return Engine(folder / ENGINE, None if plugin is None else Path(plugin))
 
 
 def version_of(trt: TensorRt) -> tuple[int, ...]:

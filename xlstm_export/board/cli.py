@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -225,12 +226,11 @@ def _session(options: Any) -> Session:
     from .build import find_engine
 
     run = RunFolder.open(options.bundle)
-    engine, plugin = find_engine(options.bundle)
-    alone: frozenset[str] = frozenset()
-    if options.in_place and plugin is not None and run.io.states:
+    engine = find_engine(options.bundle)
+    if options.in_place and engine.plugin is not None and run.io.states:
         alone = read_prepared(options.bundle, name_of(decode=True, fused=True)).in_place
-    tokens = vocabulary(run.manifest)
-    return TensorRtSession(engine, run.io, vocab_size=tokens, plugin=plugin, in_place=alone)
+        engine = replace(engine, in_place=alone)
+    return TensorRtSession(engine, run.io, vocab_size=vocabulary(run.manifest))
 
 
 def _progress(options: Any) -> Callable[[str], None]:

@@ -166,12 +166,14 @@ def _click_type(about: About) -> Any:
     if about.choices:
         return click.Choice(about.choices)
     if about.kind == "int":
-        if about.least is None:
+        if about.bounds is None:
             return click.INT
-        most = None if about.most is None else int(about.most)
-        return click.IntRange(int(about.least), most, min_open=about.above)
+        most = None if about.bounds.most is None else int(about.bounds.most)
+        return click.IntRange(int(about.bounds.least), most, min_open=about.bounds.above)
     if about.kind == "number":
-        return click.FLOAT if about.least is None else click.FloatRange(about.least, min_open=about.above)
+        if about.bounds is None:
+            return click.FLOAT
+        return click.FloatRange(about.bounds.least, about.bounds.most, min_open=about.bounds.above)
     return click.Path(path_type=Path) if about.kind in FILES else click.STRING
 
 

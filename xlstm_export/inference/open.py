@@ -46,6 +46,5 @@ def open_session(
         from ..sessions.tensorrt import TensorRtSession
 
         run = RunFolder.open(folder)
-        engine, plugin = find_engine(folder)
-        return TensorRtSession(engine, run.io, vocab_size=vocabulary(run.manifest), plugin=plugin)
+        return TensorRtSession(find_engine(folder), run.io, vocab_size=vocabulary(run.manifest))
     raise UsageError(f"no backend {backend}", f"there are {', '.join(BACKENDS)}")

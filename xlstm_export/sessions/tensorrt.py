@@ -12,6 +12,7 @@ the session, or failing to open it, unwinds that stack.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,20 +32,50 @@ DECODE, PREFILL = 0, 1  # optimization profiles
 TensorRt: TypeAlias = Any
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An engine's file and what it needs beside it.
+
+    Attributes:
+        file: the engine.
+        plugin: library that holds the recurrence plugins; None where the engine uses function bodies. It
+            stays loaded after a session, as TensorRT knows plugins by name for the whole process.
+        in_place: past names of states that have one buffer, for input and output; see
+            `fused.states_in_place`. It halves their memory.
+    """
+
+    file: Path
+    plugin: Path | None = None
+    in_place: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Device:
+    """TensorRT and the CUDA runtime of this machine, or the tests' stand-ins for them."""
+
+    tensorrt: TensorRt
+    cuda: Cuda
+
+    @classmethod
+    def load(cls) -> Device:
+        """Those that are installed.
+
+        Raises:
+            SetupError: one of them is not.
+        """
+        return cls(import_tensorrt(), Cuda())
+
+
 class TensorRtSession(Session):
     """An engine of `build.py`.
 
     Args:
-        engine: path of the engine.
+        engine: the engine.
         io: inputs, outputs and states of the graph it was built from.
         batch: number of streams.
         vocab_size: size of the vocabulary; None where it is not known.
-        plugin: library that holds the recurrence plugins; None where the engine uses function bodies. It
-            stays loaded after the session, as TensorRT knows plugins by name for the whole process.
         graphs: whether steps are captured as CUDA graphs.
-        in_place: past names of states that have one buffer, for input and output; see
-            `fused.states_in_place`. It halves their memory.
-        tensorrt, cuda: stand-ins for tests.
+        device: what runs the engine; None: what is installed.
 
     Raises:
         SetupError: TensorRT or the CUDA runtime is not installed.
@@ -54,27 +85,24 @@ class TensorRtSession(Session):
 
     def __init__(
         self,
-        engine: Path,
+        engine: Engine,
         io: IoSpec,
         batch: int = 1,
         *,
         vocab_size: int | None = None,
-        plugin: Path | None = None,
         graphs: bool = True,
-        in_place: frozenset[str] = frozenset(),
-        tensorrt: TensorRt = None,
-        cuda: Cuda | None = None,
+        device: Device | None = None,
     ) -> None:
         super().__init__(io, batch, vocab_size)
-        trt = tensorrt if tensorrt is not None else import_tensorrt()
-        self._in_place, self._capture = in_place, graphs
-        self._cuda = cuda or Cuda()
-        if plugin is not None:
-            trt.get_plugin_registry().load_library(str(plugin))
+        device = device or Device.load()
+        trt, self._cuda = device.tensorrt, device.cuda
+        self._in_place, self._capture = engine.in_place, graphs
+        if engine.plugin is not None:
+            trt.get_plugin_registry().load_library(str(engine.plugin))
         self._now = 0
         self._graphs: dict[int, int] = {}  # of a step, by the direction of the swap
         with ExitStack() as owned:
-            self._open(trt, engine, owned)
+            self._open(trt, engine.file, owned)
             self._owned = owned.pop_all()
 
     def _open(self, trt: Any, engine: Path, owned: ExitStack) -> None:

@@ -414,3 +414,15 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
         atomic.write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 1}
     assert names(tmp_path) == ["report.json"]
+
+
+def test_a_file_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path) -> None:
+    atomic.require_writable(tmp_path / "new.npz")
+    (tmp_path / "old.npz").write_text("old")
+    atomic.require_writable(tmp_path / "old.npz")
+    assert (names(tmp_path), (tmp_path / "old.npz").read_text()) == (["old.npz"], "old")
+    for path, words in ((tmp_path, "it is a folder"), (tmp_path / "a" / "b.npz", "there is no folder")):
+        with refused(SetupError, "cannot be written", words):
+            atomic.require_writable(path)
+    (tmp_path / "a").mkdir()  # the advice
+    atomic.require_writable(tmp_path / "a" / "b.npz")

@@ -101,6 +101,22 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Find out before work is done whether a file can be written after it.
+
+    Raises:
+        SetupError: its folder does not exist or cannot be written to, or a folder has its name.
+    """
+    if not path.parent.is_dir():
+        raise SetupError(
+            f"{path} cannot be written: there is no folder {path.parent}", f"mkdir -p {path.parent}"
+        )
+    if path.is_dir():
+        raise SetupError(f"{path} cannot be written: it is a folder", "name a file in it")
+    with readable_os_errors(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -86,5 +86,6 @@ def rolled(array: np.ndarray, spec: TensorSpec, start: int) -> np.ndarray:
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays to an .npz file by their names."""
-    # NumPy before 2.1 has no `allow_pickle` here, and its type checker sees that name in every mapping.
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    with path.open("wb") as file:  # of a path NumPy would make another one, where it does not end in .npz
+        # NumPy before 2.1 has no `allow_pickle` here, and its type checker sees that name in every mapping.
+        np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -299,8 +299,8 @@ class BundleOptions(Options):
 class BuildOptions(Options):
     """Options of `build`, which makes a TensorRT engine of a bundle."""
 
-    max_length: int = option(512, "most positions of a prefill call", "int")
-    max_batch: int = option(1, "most streams of a call", "int")
+    max_length: int = option(512, "most positions of a prefill call", "int", bounds=Bounds(1))
+    max_batch: int = option(1, "most streams of a call", "int", bounds=Bounds(1))
     workspace: int | None = option(
         None, "memory for the builder, MiB; default: half of the free memory", "int"
     )
@@ -343,12 +343,40 @@ class How(Options):
 class GenerateOptions(Options):
     """Options of `generate`."""
 
-    tokens: int = option(200, "tokens to generate", "int", bounds=Bounds(0))
-    temperature: float = option(
-        0.8, "temperature of the draw; 0: always the likeliest token", "number", bounds=Bounds(0)
+    tokens: int = option(200, "most tokens to generate", "int", bounds=Bounds(0))
+    temperature: float | None = option(
+        None,
+        "temperature of the draw; 0: always the likeliest token. Default: 0, or 1 with --top-k or --top-p",
+        "number",
+        bounds=Bounds(0),
     )
     top_k: int | None = option(None, "draw among this many likeliest tokens only", "int", bounds=Bounds(1))
+    top_p: float | None = option(
+        None,
+        "draw among the likeliest tokens that have this probability together",
+        "number",
+        bounds=Bounds(0, 1, above=True),
+    )
     seed: int = option(0, "seed of the draw; equal seeds give equal texts", "int")
+    stop: tuple[str, ...] = option((), "text to stop before; may be repeated", "texts")
+    eos: bool = option(True, "stop at the model's end-of-text token", "flag", off="no-eos")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise UsageError("an empty text to stop before", "give text, or leave out --stop")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise UsageError(
+                "at temperature 0 the likeliest token is taken, so nothing is drawn among top_k or top_p",
+                "leave out the temperature, which is then 1, or leave out top_k and top_p",
+            )
+
+    @property
+    def drawn_at(self) -> float:
+        """The temperature with its default filled in."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.top_k is None and self.top_p is None else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

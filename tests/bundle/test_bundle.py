@@ -18,6 +18,7 @@ from xlstm_export.plugins import locate
 from xlstm_export import atomic, runfolder
 from xlstm_export.board import integrity
 from xlstm_export.bundle import make as bundles
+from xlstm_export.cli.main import main
 from xlstm_export.errors import GateError, InputError, UsageError
 from xlstm_export.load import checkpoint
 from xlstm_export.options import BundleOptions, ExportOptions
@@ -239,6 +240,64 @@ def test_deploy_times_and_writes_text(own: Path, lean: Path) -> None:
         for _ in range(2)
     ]
     assert texts[0] == texts[1] != ""
+
+
+def test_deploy_writes_text_as_generate_does(
+    own: Path, lean: Path, verified: tuple[Path, checkpoint.Loaded], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same options, the same draws."""
+    run = ("run", "--backend", "onnxruntime", "--json", "--text", "Emma ")
+    options = ["--tokens", "20", "--top-k", "40", "--top-p", "0.9", "--seed", "3", "--no-eos", "--stop", "zz"]
+    main(["generate", str(verified[0]), "--prompt", "Emma ", *options, "--json"])
+    expected = json.loads(capsys.readouterr().out)
+    done = deploy(own, lean, *run, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {name: expected[name] for name in found}
+    assert found["tokens"] == 20
+
+
+def test_deploy_runs_several_streams(own: Path, lean: Path, tmp_path: Path) -> None:
+    """As many as the data have rows; a state belongs to one number of them."""
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 8))
+    results = []
+    for name, rows in (("all", tokens), ("one", tokens[1:2])):
+        np.savez(tmp_path / f"{name}.npz", tokens=rows)
+        files = ["--data", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / f"{name}.out")]
+        state = ["--state", str(tmp_path / "state.npz")]
+        done = deploy(own, lean, "run", "--backend", "onnxruntime", *files, *state)
+        if name == "one":
+            assert done.returncode == 4
+            assert "has shape (3," in done.stderr
+            assert "one batch size" in done.stderr
+            done = deploy(own, lean, "run", "--backend", "onnxruntime", *files)
+        assert done.returncode == 0, done.stderr
+        with np.load(tmp_path / f"{name}.out") as file:
+            results.append(file["logits"])
+    np.testing.assert_allclose(results[0][1:2], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_deploy_looks_at_paths_before_it_runs(own: Path, lean: Path, tmp_path: Path) -> None:
+    """Nothing is computed for a result that could not be written; a bad state file is named."""
+    np.savez(tmp_path / "data.npz", tokens=np.array([[1, 2]]))
+    (tmp_path / "bad.npz").write_bytes(b"no state")
+    data, text = ["--data", str(tmp_path / "data.npz")], ["--text", "Emma ", "--tokens", "2"]
+    for arguments, code, words in (
+        ([*data], 2, "--data needs --out"),
+        ([*data, "--out", str(tmp_path / "none" / "out.npz")], 3, f"mkdir -p {tmp_path / 'none'}"),
+        ([*data, "--out", str(tmp_path)], 3, "it is a folder"),
+        ([*text, "--state", str(tmp_path / "none" / "state.npz")], 3, "there is no folder"),
+        ([*text, "--state", str(tmp_path / "bad.npz")], 4, "is not a saved state"),
+        ([*text, "--temperature", "0", "--top-k", "3"], 2, "leave out the temperature"),
+    ):
+        done = deploy(own, lean, "run", "--backend", "onnxruntime", *arguments)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        assert words in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".npz") == [
+        "bad.npz",
+        "data.npz",
+    ]
 
 
 def test_deploy_goes_on_from_a_saved_state(own: Path, lean: Path, tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from large_models import train_tokenizer
 
 from xlstm_export.cli.main import cli
-from xlstm_export.errors import UsageError
-from xlstm_export.inference.generate import codec_for, generate
+from xlstm_export.errors import InputError, UsageError
+from xlstm_export.inference.generate import codec_for
 from xlstm_export.inference.open import open_session
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import GenerateOptions
 from xlstm_export.runfolder import RunFolder
-from xlstm_export.sessions.codec import Bytes, Numbers
-from xlstm_export.sessions.streams import choose
+from xlstm_export.sessions.codec import Bytes, Codec, Numbers, codec_of
+from xlstm_export.sessions.text import Writer, choose, until
 from xlstm_export.specs import IoSpec, TensorSpec
 
 TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
@@ -25,7 +28,8 @@ TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
 def written(folder: Path, loaded: Loaded, backend: str, prompt: str = "Emma ", **options: object) -> str:
     session = open_session(folder, backend, lambda: loaded, 1)
     io = RunFolder.open(folder).io
-    return "".join(generate(session, io, codec_for(folder, io), prompt, GenerateOptions.made_of(options)))
+    writer = Writer(session, io, codec_for(folder, io), GenerateOptions.made_of(options))
+    return "".join(writer.write(prompt))
 
 
 def test_backends_write_the_same(small_export: Path, small_loaded: Loaded) -> None:
@@ -55,9 +59,87 @@ def test_the_likeliest_by_hand(small_export: Path, small_loaded: Loaded) -> None
 def test_only_the_likeliest_are_drawn() -> None:
     rng = np.random.default_rng(0)
     logits = np.array([0.0, 3.0, 2.9, -1.0])
-    assert {choose(logits, 1.0, rng, top_k=2) for _ in range(200)} == {1, 2}
-    assert {choose(logits, 1.0, rng, top_k=1) for _ in range(20)} == {1}
-    assert {choose(logits, 5.0, rng, top_k=9) for _ in range(500)} == {0, 1, 2, 3}
+    drawn = functools.partial(draws, logits, rng)
+    assert drawn(200, top_k=2) == {1, 2}
+    assert drawn(20, top_k=1) == {1}
+    assert drawn(500, temperature=5.0, top_k=9) == {0, 1, 2, 3}
+    # Their probabilities are 0.025, 0.50, 0.46 and 0.009.
+    assert drawn(200, top_p=0.6) == {1, 2}
+    assert drawn(20, top_p=0.1) == {1}
+    assert drawn(2000, top_p=1.0) == {0, 1, 2, 3}
+    assert drawn(200, top_p=0.99, top_k=1) == {1}
+    assert drawn(20) == {1}
+
+
+def draws(logits: np.ndarray, rng: np.random.Generator, count: int, **options: object) -> set[int]:
+    return {choose(logits, GenerateOptions.made_of(options), rng) for _ in range(count)}
+
+
+def test_options_that_would_have_no_effect_are_refused() -> None:
+    with pytest.raises(UsageError, match="temperature 0") as caught:
+        GenerateOptions(temperature=0.0, top_p=0.9)
+    assert "leave out the temperature" in str(caught.value.hint)
+    assert GenerateOptions(top_p=0.9).drawn_at == 1.0  # the advice
+    for wrong in ({"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"stop": ("a", "")}):
+        with pytest.raises(UsageError):
+            GenerateOptions.made_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["ab", "cd"], [], "abcd"),
+        (["ab", "cd"], ["bc"], "a"),
+        (["a", "b", "c", "d"], ["bcx", "cd"], "ab"),
+        (["a", "b", "c"], ["cd"], "abc"),
+        (["", "a\n", "", "\nUser:"], ["\n\n"], "a"),
+        (["one two"], ["two", "one"], ""),
+    ],
+)
+def test_texts_to_stop_before(pieces: list[str], stops: list[str], expected: str) -> None:
+    """Wherever they begin and however they are cut; what only looked like one comes out."""
+    found = list(until(pieces, stops))
+    assert "".join(piece for piece, _ in found) == expected
+    assert found[-1][1] == any(stop in "".join(pieces) for stop in stops)
+
+
+def test_the_text_ends_where_it_should(small_export: Path, small_loaded: Loaded, tmp_path: Path) -> None:
+    """At the token that the model's files name, or before a given text; the state has all that was drawn."""
+    io, prompt = RunFolder.open(small_export).io, "69 109 109 97 32"
+
+    def writer(codec: Codec, **options: object) -> Writer:
+        session = open_session(small_export, "onnxruntime", lambda: small_loaded, 1)
+        return Writer(session, io, codec, GenerateOptions.made_of({"tokens": 12, **options}))
+
+    whole = "".join(writer(Numbers()).write(prompt)).split()
+    end = whole[5]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [int(end), 999]}))
+    codec = codec_of(tmp_path, None)
+    assert codec.ends == {int(end), 999}
+    first = whole.index(end)
+    for eos, drawn, reason in ((True, first + 1, "end"), (False, 12, "tokens")):
+        made = writer(codec, eos=eos)
+        assert "".join(made.write(prompt)).split() == whole[: first if eos else 12]
+        assert (made.drawn, made.ended) == (drawn, reason)
+    made = writer(Numbers(), stop=(f" {end} ",))
+    assert "".join(made.write(prompt)).split() == whole[: whole[1:].index(end) + 1]
+    assert made.ended == "stop"
+    state = made._session.state()
+    other = writer(Numbers(), tokens=0)
+    list(other.write(" ".join([prompt, *whole[: made.drawn]])))
+    for name, value in other._session.state().items():
+        np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_end_of_a_text_may_be_a_word_of_the_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    train_tokenizer(tmp_path / "tokenizer.json", "some words")
+    assert codec_of(tmp_path, 300).ends == frozenset()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<pad>"}}))
+    assert codec_of(tmp_path, 300).ends == {0}
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json cannot be read"):
+        codec_of(tmp_path, 300)
 
 
 def test_codecs(tmp_path: Path) -> None:

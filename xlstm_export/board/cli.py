@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_json
-from ..errors import ExportError, GateError, SetupError, UsageError
-from ..inputs import save_arrays
+from ..errors import ExportError, GateError, SetupError
 from ..options import BuildOptions
 from ..runfolder import RunFolder
-from ..sessions import streams, timing
-from ..sessions.codec import codec_of
-from ..sessions.protocol import Session, load_state, save_state
+from ..sessions import timing
+from ..sessions.protocol import Session
 from . import integrity, replay
+from . import run as runs
+from .arguments import add_options, options_of
 
 BACKENDS = ("tensorrt", "onnxruntime")
 INTERRUPTED = 130
@@ -54,24 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     add = partial(_command, commands)
     add("doctor", _doctor, "show what is installed here, what is missing, and what to do")
     build = add("build", _build, "build the engine, or the fused operators for ONNX Runtime")
-    build.add_argument("--max-length", type=int, default=512, help="positions of a prefill call (TensorRT)")
-    build.add_argument("--workspace", type=int, help="MiB for the builder; default: half of what is free")
-    build.add_argument("--optimization-level", type=int, choices=range(6), help="of TensorRT's builder")
-    build.add_argument("--function-bodies", action="store_true", help="build without the plugin")
+    add_options(build.add_argument_group("TensorRT"), BuildOptions)
     verify = add("verify", _verify, "make the recorded calls; exit code 1 where a result is off")
     verify.add_argument("--horizon", type=int, help="positions of the stream; default: all recorded ones")
     bench = add("bench", _bench, "latency of steps and prefill")
     bench.add_argument("--steps", type=int, default=1000)
     bench.add_argument("--prefill", type=int, default=512, help="positions")
     bench.add_argument("--hz", type=float, help="also call at this rate, and measure how late the calls are")
-    run = add("run", _run, "run data through the model, or write text with a byte-level language model")
-    run.add_argument("--text", help="what a byte-level language model continues")
-    run.add_argument("--tokens", type=int, default=200, help="how many it writes")
-    run.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--data", type=Path, help=".npz of the inputs by name, or .csv of the only one")
-    run.add_argument("--out", type=Path, help=".npz for the outputs of --data")
-    run.add_argument("--state", type=Path, help="continue from this file if it is there; saved at the end")
+    runs.add_arguments(add("run", _run, "run data through the model, or continue text"))
     return parser
 
 
@@ -112,12 +102,7 @@ def _build(options: Any) -> None:
     else:
         from .build import build_engine
 
-        chosen = BuildOptions(
-            max_length=options.max_length,
-            workspace=options.workspace,
-            optimization_level=options.optimization_level,
-            function_bodies=options.function_bodies,
-        )
+        chosen = options_of(BuildOptions, options)
         path = build_engine(options.bundle, chosen, say=lambda line: print(line, file=sys.stderr))
     _say(options, {"built": str(path), "seconds": time.monotonic() - start}, f"built {path}")
 
@@ -171,35 +156,7 @@ def _bench(options: Any) -> None:
 
 
 def _run(options: Any) -> None:
-    if (options.text is None) == (options.data is None):
-        raise UsageError("give either --text or --data", "--text for a language model")
-    with _session(options) as session:
-        if options.state is not None and options.state.exists():
-            load_state(session, options.state)
-        if options.text is not None:
-            _write_text(session, options)
-        else:
-            outputs = session.prefill(streams.read_inputs(options.data, session.io))
-            if options.out is None:
-                raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
-            save_arrays(options.out, outputs)
-            print(f"wrote {options.out}", file=sys.stderr)
-        if options.state is not None:
-            save_state(session, options.state)
-
-
-def _write_text(session: Session, options: Any) -> None:
-    pieces = streams.continue_text(
-        session,
-        codec_of(options.bundle, integrity.read(options.bundle).get("vocab_size")),
-        options.text,
-        count=options.tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    runs.run(options, partial(_session, options))
 
 
 def _backend(options: Any) -> str:
@@ -213,14 +170,14 @@ def _backend(options: Any) -> str:
     return str(options.backend)
 
 
-def _session(options: Any) -> Session:
+def _session(options: Any, batch: int = 1) -> Session:
     if _backend(options) == "onnxruntime":
         from ..sessions.cpu_graph import PreparedGraphs
         from ..sessions.ort import GraphSession
         from . import kernels
 
         graphs = PreparedGraphs(RunFolder.open(options.bundle))
-        return GraphSession(graphs, 1, options.threads, library=kernels.find(options.bundle))
+        return GraphSession(graphs, batch, options.threads, library=kernels.find(options.bundle))
     from ..sessions.cpu_graph import name_of, read_prepared, vocabulary
     from ..sessions.tensorrt import TensorRtSession
     from .build import find_engine
@@ -230,7 +187,7 @@ def _session(options: Any) -> Session:
     if options.in_place and engine.plugin is not None and run.io.states:
         alone = read_prepared(options.bundle, name_of(decode=True, fused=True)).in_place
         engine = replace(engine, in_place=alone)
-    return TensorRtSession(engine, run.io, vocab_size=vocabulary(run.manifest))
+    return TensorRtSession(engine, run.io, batch, vocab_size=vocabulary(run.manifest))
 
 
 def _progress(options: Any) -> Callable[[str], None]:

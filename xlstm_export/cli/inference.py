@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..atomic import require_writable
 from ..options import ForecastOptions, GenerateOptions
 from ..runfolder import RunFolder
 from .common import RECORDED, json_option, run_argument, stage_options, threads_option
@@ -42,29 +43,36 @@ def generate(
 ) -> None:
     """Continue a prompt with the language model in RUN; text is printed as it is generated."""
     from ..inference.generate import codec_for
-    from ..inference.generate import generate as generate_
     from ..inference.open import open_session
-    from ..sessions import load_state, save_state
+    from ..sessions.protocol import resume, save_state
+    from ..sessions.text import Writer
 
     opened = RunFolder.open(run)
     codec = codec_for(run, opened.io)
+    if state is not None:
+        require_writable(state)
     with open_session(run, backend, lambda: RECORDED.load_for(opened), threads) as session:
-        if state is not None and state.exists():
-            load_state(session, state)
+        resume(session, state)
         text = sys.stdin.read() if prompt == "-" else prompt
         start = time.perf_counter()
-        pieces = []
-        for piece in generate_(session, opened.io, codec, text, options):
+        writer, pieces = Writer(session, opened.io, codec, options), []
+        for piece in writer.write(text):
             pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False, file=output().stdout)
                 output().stdout.flush()
-        if state is not None:
+        rate = writer.drawn / max(time.perf_counter() - start, 1e-9)
+        result = {
+            "text": "".join(pieces),
+            "tokens": writer.drawn,
+            "ended": writer.ended,
+            "tokens_per_second": rate,
+        }
+        emit(result, as_json, lambda console: click.echo())
+        if not as_json:
+            click.echo(f"{writer.drawn} tokens, {rate:,.0f} per second", err=True)
+        if state is not None:  # after the text is printed: what fails here loses no result
             save_state(session, state)
-    rate = options.tokens / max(time.perf_counter() - start, 1e-9)
-    emit({"text": "".join(pieces), "tokens_per_second": rate}, as_json, lambda console: click.echo())
-    if not as_json:
-        click.echo(f"{rate:,.0f} tokens per second", err=True)
 
 
 @click.command()

@@ -7,6 +7,8 @@ Used by every stage that reads text, and on the board. To support another kind o
 from __future__ import annotations
 
 import codecs
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,13 @@ TOKENIZER = "tokenizer.json"
 
 
 class Codec(Protocol):
-    """Converts text to tokens, and tokens to text one by one."""
+    """Converts text to tokens, and tokens to text one by one.
+
+    Attributes:
+        ends: tokens that end a text.
+    """
+
+    ends: frozenset[int]
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; with `special`, also those that a tokenizer puts around a prompt."""
@@ -30,6 +38,8 @@ class Codec(Protocol):
 
 class Bytes:
     """UTF-8 with one token per byte; a character is returned when its last byte is complete."""
+
+    ends: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -70,6 +80,7 @@ class Tokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.ends = _ends(path.parent, self._tokenizer.token_to_id)
         self._tokens: list[int] = []
         self._text = ""
 
@@ -86,7 +97,14 @@ class Tokenizer:
 
 
 class Numbers:
-    """Token numbers separated by spaces, for models without a known tokenizer."""
+    """Token numbers separated by spaces, for models without a known tokenizer.
+
+    Args:
+        ends: tokens that end a text.
+    """
+
+    def __init__(self, ends: frozenset[int] = frozenset()) -> None:
+        self.ends = ends
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         try:
@@ -110,7 +128,33 @@ def codec_of(folder: Path, vocab_size: object) -> Codec:
     """
     if (folder / TOKENIZER).is_file():
         return Tokenizer(folder / TOKENIZER)
-    return Bytes() if vocab_size == BYTES else Numbers()
+    return Bytes() if vocab_size == BYTES else Numbers(_ends(folder, lambda word: None))
+
+
+def _ends(folder: Path, number_of: Callable[[str], int | None]) -> frozenset[int]:
+    """The tokens that end a text, as the files beside a tokenizer name them: as numbers, or as a word of it.
+
+    Raises:
+        InputError: one of the files is damaged.
+    """
+    found = _entry(folder / "generation_config.json", "eos_token_id")
+    numbers = found if isinstance(found, list) else [found]
+    if not any(isinstance(number, int) for number in numbers):
+        word = _entry(folder / "tokenizer_config.json", "eos_token")
+        word = word.get("content") if isinstance(word, dict) else word
+        numbers = [number_of(word)] if isinstance(word, str) else []
+    return frozenset(number for number in numbers if isinstance(number, int))
+
+
+def _entry(path: Path, key: str) -> Any:
+    """A value of a JSON file; None where there is no such file or value."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "copy it from the checkpoint again") from error
+    return data.get(key) if isinstance(data, dict) else None
 
 
 def read_text(path: Path, vocab_size: int | None, tokenizer: Path | None) -> list[int]:

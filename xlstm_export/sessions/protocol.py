@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..atomic import readable_os_errors
+from ..atomic import readable_os_errors, require_writable
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, save_arrays
 from ..specs import IoSpec
@@ -175,6 +175,26 @@ def save_state(session: Session, path: Path) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def resume(session: Session, path: Path | None) -> None:
+    """Continue from the file that the state will be saved to at the end, if it is there already.
+
+    Raises:
+        UsageError: the model carries no state.
+        InputError: see `load_state`.
+        SetupError: the file could not be written later.
+    """
+    if path is None:
+        return
+    if not session.io.states:
+        raise UsageError(
+            "this export carries no state, so there is none to save or to continue from",
+            "leave out --state; `export --streaming` makes a graph that carries states",
+        )
+    require_writable(path)
+    if path.exists():
+        load_state(session, path)
 
 
 def load_state(session: Session, path: Path) -> None:

@@ -134,7 +134,8 @@ class TensorRtSession(Session):
         streams = [profile(x.name, PREFILL)[2][0] for x in self.io.inputs if x.batched]
         if streams and min(streams) < self.batch:
             raise InputError(
-                f"the engine takes {min(streams)} streams, not {self.batch}", "build it for a larger batch"
+                f"the engine takes {min(streams)} streams, not {self.batch}",
+                f"python3 deploy.py build --max-batch {self.batch}",
             )
         lengths = (
             int(profile(x.name, PREFILL)[2][x.time_axis]) // x.steps

@@ -1,0 +1,41 @@
+"""Arguments of deploy.py that are options of a stage, made from the class that xlstm-export uses, too."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+from ..options import Options
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+TYPES = {"int": int, "number": float, "file": Path, "path": Path}
+
+
+def add_options(parser: argparse._ActionsContainer, kind: type[Options]) -> None:
+    """The options of a class as arguments.
+
+    Args:
+        parser: of argparse, or one of its groups.
+        kind: class of the options.
+    """
+    for field in fields(kind):
+        about = kind.table()[field.name]
+        flag, text = "--" + field.name.replace("_", "-"), about.help.replace("%", "%%")
+        if about.kind == "flag":
+            if about.off:  # on by default
+                flag, text = f"--{about.off}", f"do not {text}"
+            action = "store_false" if about.off else "store_true"
+            parser.add_argument(flag, dest=field.name, action=action, help=text)
+        elif about.kind == "texts":
+            parser.add_argument(flag, action="append", default=[], help=text)
+        else:
+            type_ = TYPES.get(about.kind, str)
+            shown = "" if field.default is None else f" (default: {field.default})"
+            parser.add_argument(flag, type=type_, default=field.default, help=text + shown)
+
+
+def options_of(kind: type[O], given: argparse.Namespace) -> O:
+    """The options that arguments of `add_options` give."""
+    return kind.made_of({name: getattr(given, name) for name in kind.table()})

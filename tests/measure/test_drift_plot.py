@@ -38,6 +38,12 @@ def test_an_svg_shows_every_candidate_and_mode(drift: Drift, tmp_path: Path) -> 
     assert [file.name for file in path.parent.iterdir()] == ["drift.svg"]
 
 
+def test_limits_are_drawn(drift: Drift, tmp_path: Path) -> None:
+    plot_drift(drift, tmp_path / "drift.svg", (0.02, 0.03))
+    text = (tmp_path / "drift.svg").read_text(encoding="utf-8")
+    assert [text.count(f">limit {limit}<") for limit in ("0.0200", "0.0300")] == [1, 1]
+
+
 def test_the_same_drift_gives_the_same_bytes(drift: Drift, tmp_path: Path) -> None:
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
     plot_drift(drift, first)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xlstm_export.plot.axes import linear_axis, linear_ticks, log_axis
 from xlstm_export.plot.bars import draw_bars
-from xlstm_export.plot.figures import Bar, BarPlot, Line, LinePlot
+from xlstm_export.plot.figures import Bar, BarPlot, Limit, Line, LinePlot
 from xlstm_export.plot.file import svg_file
 from xlstm_export.plot.lines import draw_lines
 
@@ -151,3 +151,13 @@ def test_a_long_name_keeps_both_ends_and_is_whole_under_the_pointer() -> None:
     assert f"<title>{name}</title>blocks.11." in drawn
     assert "…" in drawn
     assert "igate.proj</text>" in drawn
+
+
+def test_limits_are_inside_the_plot_with_their_names() -> None:
+    limits = (Limit("limit of outputs", 50.0), Limit("limit of states", 1e-3), Limit("none", math.nan))
+    drawn = draw_lines(replace(lines(1.0, 2.0), limits=limits))
+    places = [float(y) for y in re.findall(r'class="limit"[^>]* y1="([\d.]+)"', drawn.elements)]
+    assert len(places) == 2
+    assert 0 < places[0] < places[1] < drawn.height
+    assert "limit of outputs 50.0" in drawn.elements
+    assert "limit of states 1.00e-03" in drawn.elements

@@ -16,6 +16,8 @@ import pytest
 
 from xlstm_export import atomic, runfolder
 from xlstm_export.errors import InputError
+from xlstm_export.graph.files import load_graph
+from xlstm_export.graph.sites import activation_names
 from xlstm_export.report.document import text_of
 from xlstm_export.report.measured import drift_lines
 from xlstm_export.report.write import write_report
@@ -137,6 +139,8 @@ def test_everything_is_told(run: Path) -> None:
         "first difference: block 2, MatMul gives linear_3",
         "MASE on 1,000 held-out positions: FP32 0.8, exported 0.81 (+1.250% worse).",
         "Drift, free-running",
+        "How to read it",
+        "decode in 0.200 ms (5.0× PyTorch eager), prefill of 128 in 0.200 ms (5.0× PyTorch eager), batch 1",
         "made up",
         "50% of the bandwidth",
         "torch.compile left out: left out",
@@ -236,12 +240,96 @@ def test_a_run_without_anything(own_export: Path) -> None:
         assert f"xlstm-export {command} {own_export}" in text
 
 
+def test_the_order_is_verdict_what_accuracy_drift_speed_details(run: Path) -> None:
+    write_report(run)
+    titles = re.findall(r"^#+ (.*)", (run / "report.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles[1:5] == ["What was exported", "Accuracy", "Drift", "Speed"]
+    assert {title.partition(":")[0] for title in titles[5:]} == {"Details", "How to reproduce", "Glossary"}
+    data = json.loads((run / "report.json").read_text())
+    assert list(data["summary"]) == ["inputs", "metric", "size", "speed", "timed on"]
+    assert "NOT within" in data["verdict"]
+
+
+def test_limits_are_drawn_and_every_plot_says_how_to_read_it(run: Path) -> None:
+    report = json.loads((run / "verify" / "report.json").read_text())
+    for name, limit in (("logits", 0.1), ("block 0 states", 0.3), ("block 1 states", 0.2)):
+        check = {"name": f"teacher-forced: {name}: level", "passed": True, "value": 0.01, "limit": limit}
+        report["checks"].append(check)
+    atomic.write_json(run / "verify" / "report.json", report)
+    write_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    forced, free, *_ = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert re.findall(r">([a-z ]*limit of [a-z]+ [\d.]+)<", forced) == [
+        "limit of outputs 0.100",
+        "strictest limit of states 0.200",
+    ]
+    assert forced.count('class="limit"') == 2
+    assert 'class="limit"' not in free
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html, re.DOTALL)
+    assert len(captions) == 6
+    assert all("How to read it" in caption for caption in captions)
+
+
+def test_terms_are_explained_on_headings_and_in_the_glossary(run: Path) -> None:
+    write_report(run)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'<th scope="col"[^>]* title="Limit over value[^"]*">headroom ×</th>', html)
+    markdown = (run / "report.md").read_text(encoding="utf-8").partition("## Glossary")[2]
+    assert "| half-life | Positions after which" in markdown
+    assert "| bits per byte |" not in markdown  # not a word of this report
+
+
+def test_times_of_a_busy_machine_are_in_no_headline(run: Path, tmp_path: Path) -> None:
+    """They stay in the tables, where the ratios are marked; a comparison has no ratios of them."""
+    bench = json.loads((run / "bench" / "bench.json").read_text())
+    bench["grid"][0]["busy_cores"] = 1.4
+    atomic.write_json(run / "bench" / "bench.json", bench)
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert "- speed: not known: others used 1.4 cores meanwhile" in text
+    assert "| 5.00? |" in text
+    assert "5.00 |" not in text.partition("## Speed")[2].partition("##")[0]
+    other = shutil.copytree(run, tmp_path / "other")
+    write_report(run, compare=other)
+    medians = (run / "comparison.md").read_text(encoding="utf-8").partition("Medians:")[2]
+    assert "| decode, batch 1 | exported | 0.200 | 0.200 | — |" in medians
+
+
+def test_activations_have_the_names_of_the_user_s_weights(small_export: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_export, tmp_path / "run")
+    graph = load_graph(folder / "model.onnx")
+    activation, weight = list(activation_names(graph).items())[-1]
+    tensor = {"amax": 3.0, "by_position": [1.0, 2.0]}
+    data = {"name": "d.npz", "samples": 2, "positions": 128}
+    scales = {"method": "max", "data": data, "borders": [0, 1], "tensors": {activation: tensor}}
+    atomic.write_json(folder / "scales.json", scales)
+    write_report(folder)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"<td>{weight}</td>" in html
+    assert f"<td>{activation}</td>" not in html
+
+
 def test_a_verdict_of_other_files_does_not_count(run: Path) -> None:
     with (run / "model.onnx").open("ab") as file:
         file.write(b"\0")
     written = write_report(run)
     assert written.passed is None
     assert "changed since" in written.verdict
+
+
+def test_a_comparison_with_a_run_that_is_not_verified_says_so(run: Path, tmp_path: Path) -> None:
+    """Nothing that was measured with other files is compared."""
+    other = shutil.copytree(run, tmp_path / "other")
+    with (other / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    written = write_report(run, compare=other)
+    assert written.passed is None
+    assert written.verdict == "A failed, B is not verified"
+    text = (run / "comparison.md").read_text(encoding="utf-8")
+    assert "its files changed after it was verified" in text
+    assert "only size and speed are compared" in text
+    assert f"xlstm-export verify {other}".replace("_", r"\_") in text
+    assert "| MASE | 0.81 | — |" in text
 
 
 @pytest.mark.parametrize("name", ["verify/report.json", "bench/bench.json", "scales.json"])
@@ -297,7 +385,7 @@ PROBE = """
 const out = [];
 for (const table of document.querySelectorAll("table")) {
   const head = [...table.querySelectorAll("th")].findIndex((h) => h.textContent === "value");
-  if (head < 0) continue;
+  if (table.caption.textContent !== "All checks") continue;
   const button = table.querySelectorAll("th button")[head];
   const first = () => table.tBodies[0].rows[0].cells[0].textContent;
   button.click(); out.push(first());

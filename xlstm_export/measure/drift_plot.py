@@ -8,19 +8,22 @@ from pathlib import Path
 
 from ..atomic import write_text
 from ..errors import UsageError
-from ..plot.figures import Line, LinePlot
+from ..plot.figures import Limit, Line, LinePlot
 from ..plot.file import require_svg, svg_file
 from .drift_result import FREE, TEACHER, Drift
 
 WIDTH = 560  # px of each plot
 
 
-def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
+def plot_drift(
+    drifts: Drift | Mapping[str, Drift], path: Path, limits: tuple[float, float] | None = None
+) -> None:
     """Write a plot of the errors of outputs and worst states. The same drift gives the same bytes.
 
     Args:
         drifts: one drift, or several by name of the candidate.
         path: .svg file to write.
+        limits: largest errors of outputs and of states that pass; drawn where given.
 
     Raises:
         UsageError: the path has another suffix, or there is nothing to draw.
@@ -30,11 +33,12 @@ def plot_drift(drifts: Drift | Mapping[str, Drift], path: Path) -> None:
     require_svg(path)
     if not named:
         raise UsageError(f"{path}: there is no drift to draw")
-    plots = (_plot(named, states=False), _plot(named, states=True))
+    output, state = (None, None) if limits is None else limits
+    plots = (_plot(named, output, states=False), _plot(named, state, states=True))
     write_text(path, svg_file("", plots, WIDTH))
 
 
-def _plot(named: Mapping[str, Drift], *, states: bool) -> LinePlot:
+def _plot(named: Mapping[str, Drift], limit: float | None, *, states: bool) -> LinePlot:
     lines = [
         line
         for colour, (name, drift) in enumerate(named.items())
@@ -47,6 +51,7 @@ def _plot(named: Mapping[str, Drift], *, states: bool) -> LinePlot:
         "position",
         "relative L2 error",
         tuple(lines),
+        limits=() if limit is None else (Limit("limit", limit),),
     )
 
 

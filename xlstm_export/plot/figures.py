@@ -23,6 +23,14 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A dashed line across a plot, with its name on it: values beyond it fail."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class LinePlot:
     """Lines over x.
 
@@ -31,6 +39,8 @@ class LinePlot:
         x_label, y_label: units included.
         log: both axes are logarithmic; otherwise both are linear.
         x_mark: a vertical line here.
+        limits: at most two, one named at each end; those that have no place on the axis are left out.
+        reading: how to read the plot and what is good, for the caption in a report.
     """
 
     title: str
@@ -40,6 +50,8 @@ class LinePlot:
     lines: tuple[Line, ...]
     log: bool = True
     x_mark: float | None = None
+    limits: tuple[Limit, ...] = ()
+    reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class BarPlot:
     """Horizontal bars from zero, in groups, over a linear axis.
 
     Attributes:
-        title, description: as of `LinePlot`.
+        title, description, reading: as of `LinePlot`.
         unit: of the values, beside each of them; `axis` is the label of the axis, by default the unit.
         groups: label → bars.
         mark: what a bar's mark is.
@@ -78,6 +90,7 @@ class BarPlot:
     axis: str = ""
     limit: float | None = None
     limit_name: str = ""
+    reading: str = ""
 
 
 @dataclass(frozen=True)

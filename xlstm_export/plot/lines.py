@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from .axes import Axis, linear_axis, log_axis
 from .drawing import WIDTH, Drawing, colour, label
 from .element import Svg, tag, text
-from .figures import Key, Line, LinePlot, number_text
+from .figures import Key, Limit, Line, LinePlot, number_text
 
 HEIGHT = 340
 RIGHT, TOP, BOTTOM = 20, 12, 46
@@ -27,7 +27,8 @@ def draw_lines(plot: LinePlot, width: float = WIDTH) -> Drawing:
         elements = label(text(nothing), width / 2, 30)
         return Drawing(plot.title, plot.description, width, 50, elements, ())
     make = log_axis if plot.log else linear_axis
-    y = make([value for _, value in points], HEIGHT - BOTTOM, TOP)
+    limits = [x for x in plot.limits if math.isfinite(x.value) and (not plot.log or x.value > 0)]
+    y = make([*(value for _, value in points), *(x.value for x in limits)], HEIGHT - BOTTOM, TOP)
     left = NAMED + 8 + y.label_width()
     marks = [] if plot.x_mark is None else [plot.x_mark]
     x = make([*(value for value, _ in points), *marks], left, width - RIGHT)
@@ -35,6 +36,7 @@ def draw_lines(plot: LinePlot, width: float = WIDTH) -> Drawing:
     if plot.x_mark is not None:
         at = x.at(plot.x_mark)
         parts.append(tag("line", cls="mark", x1=at, x2=at, y1=float(TOP), y2=float(HEIGHT - BOTTOM)))
+    parts += [part for number, limit in enumerate(limits) for part in _limit(limit, x, y, number)]
     keys = []
     for number, (line, drawn) in enumerate(runs):
         if drawn:
@@ -73,6 +75,15 @@ def _labels(plot: LinePlot, x: Axis, y: Axis) -> Iterator[Svg]:
     yield label(text(plot.x_label), (x.start + x.end) / 2, HEIGHT - 8)
     middle = f"translate(16 {(y.start + y.end) / 2:g}) rotate(-90)"
     yield tag("text", text(plot.y_label), transform=middle, text_anchor="middle")
+
+
+def _limit(limit: Limit, x: Axis, y: Axis, number: int) -> Iterator[Svg]:
+    """A dashed line with its name above it: at the right end for the first, at the left for the next."""
+    at = y.at(limit.value)
+    yield tag("line", cls="limit", x1=x.start, x2=x.end, y1=at, y2=at)
+    name = text(f"{limit.name} {number_text(limit.value)}")
+    place, anchor = (x.start + 4, "start") if number % 2 else (x.end - 4, "end")
+    yield label(name, place, at - 5 if at - 5 > TOP + 9 else at + 14, anchor, "value")
 
 
 def _line(line: Line, runs: list[list[Point]], x: Axis, y: Axis, shade: str) -> Iterator[Svg]:

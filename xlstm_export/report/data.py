@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..bench.result import RESULT, SCHEMA
-from ..errors import InputError
-from ..runfolder import RunFolder
+from ..errors import ExportError, InputError
+from ..runfolder import MODEL, RunFolder
 from ..specs import Json
 
+log = logging.getLogger(__name__)
 VERIFIED = "verify/report.json"
 SCALES = "scales.json"
 RECIPE = "recipe.yaml"
+OTHER_FILES = "This was measured with other files than those that are here now; verify again."
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class RunData:
         verification: result of `verify`; `current` is true if it belongs to the present files.
         bench: result of `bench`; None also if an older version wrote it, then `old_bench` is true.
         scales, recipe: results of `calibrate` and `quantize`.
+        base: the FP32 run folder that this one was made from, where it is still there.
+        names: activation → path of the weight that it meets, in the user's module.
     """
 
     folder: RunFolder
@@ -35,17 +41,22 @@ class RunData:
     old_bench: bool
     scales: dict[str, Any] | None
     recipe: str | None
+    base: RunFolder | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
         return self.folder.precision
 
     @property
+    def evidence(self) -> dict[str, Any] | None:
+        """The verification, if it belongs to the present files."""
+        return self.verification if self.current else None
+
+    @property
     def passed(self) -> bool | None:
         """Whether verification passed; None if the present files were not verified."""
-        if self.verification is None or not self.current:
-            return None
-        return bool(self.verification.get("passed"))
+        return None if self.evidence is None else bool(self.evidence.get("passed"))
 
     def to_json(self) -> Json:
         """All data as one JSON object."""
@@ -78,6 +89,7 @@ def read_run(folder: Path) -> RunData:
     scales = _json(folder / SCALES)
     recipe = folder / RECIPE
     current = verification is not None and verification.get("files") == run.hashes()
+    base = _base(run)
     return RunData(
         run,
         verification,
@@ -86,7 +98,36 @@ def read_run(folder: Path) -> RunData:
         old,
         scales,
         recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        base,
+        _names(base or run) if scales is not None else {},
     )
+
+
+def _base(run: RunFolder) -> RunFolder | None:
+    """The FP32 run folder of a quantized one; None if it is gone or was made again."""
+    origin = run.manifest.get("quantized_from")
+    if not isinstance(origin, dict) or not isinstance(origin.get("folder"), str):
+        return None
+    try:
+        found = RunFolder.open(run.path / origin["folder"])
+    except ExportError as error:
+        log.info("the FP32 export is gone: %s", error.message)
+        return None
+    graph = found.files.get(MODEL)
+    same = isinstance(graph, dict) and graph.get("sha256") == origin.get("graph_sha256")
+    return found if same else None
+
+
+def _names(run: RunFolder) -> Mapping[str, str]:
+    """What activations of a graph are to the user; empty if the graph cannot be read."""
+    from ..graph.files import load_graph
+    from ..graph.sites import activation_names
+
+    try:
+        return activation_names(load_graph(run.model))
+    except ExportError as error:
+        log.info("activations keep their names in the graph: %s", error.message)
+        return {}
 
 
 def number(value: object) -> float | None:

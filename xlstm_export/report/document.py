@@ -28,6 +28,14 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """A line of the verdict's box: what it is about, and what was found."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and, in this order: text, plots, tables, and commands in `language`."""
 
@@ -46,13 +54,15 @@ class Document:
     Attributes:
         title: title of the page.
         verdict: one sentence; `passed` decides its colour, None if there is no verdict yet.
-        details: sentences directly below the verdict.
+        details: sentences directly below the verdict, such as the checks that failed.
+        facts: what the verdict rests on and what the export costs, in the same box.
     """
 
     title: str
     verdict: str
     passed: bool | None
     details: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
 
 

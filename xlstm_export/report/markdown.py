@@ -11,12 +11,15 @@ def markdown(document: Document) -> str:
     lines = [f"# {_plain(document.title)}", "", f"{marks[document.passed]}: {_plain(document.verdict)}", ""]
     for detail in document.details:
         lines += [_plain(detail), ""]
+    if document.facts:
+        lines += [*(f"- {_plain(fact.name)}: {_plain(fact.text)}" for fact in document.facts), ""]
     for section in document.sections:
         lines += [f"## {_plain(section.title)}", ""]
         for paragraph in section.text:
             lines += [_plain(paragraph), ""]
         for plot in section.plots:
-            lines += [f"*{_plain(plot.title)}.* {_plain(plot.description)}", ""]
+            words = " ".join(filter(None, (plot.description, plot.reading)))
+            lines += [f"*{_plain(plot.title)}.* {_plain(words)}", ""]
         for table in section.tables:
             lines += [*_table(table), ""]
         if section.commands:

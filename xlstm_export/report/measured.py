@@ -5,19 +5,37 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..bench.result import too_busy
-from ..measure.drift_result import FREE, TEACHER
-from ..plot.figures import Bar, BarPlot, Line, LinePlot
+from ..measure.drift_result import FREE, JUDGED_FROM, TEACHER
+from ..plot.figures import Bar, BarPlot, Limit, Line, LinePlot
 from ..specs import Json
-from .data import RunData, number
+from .data import OTHER_FILES, RunData, number
 from .document import Section, Table, Value, bytes_of, missing, text_of
+from .headline import busy
 
+GATES, CALIBRATION = "Details: cell gates", "Details: calibration"
 CONTESTANTS = {
     "exported": "exported",
     "function_bodies": "exported, function bodies",
     "pytorch_eager": "PyTorch eager",
     "torch_compile": "torch.compile",
 }
+DRIFT_READING = (
+    "How to read it: right is further along the stream, up is worse. Good: lines that stay below the dashed "
+    "limit of their kind and are level at the right end; one that still rises there adds up its error. "
+    f"Limits hold from position {JUDGED_FROM} on: before it, single positions weigh too much."
+)
+MEMORY_READING = (
+    "How to read it: a long bar is a head that remembers long. Good: every bar ends at its FP32 mark, so no "
+    "head forgets sooner or later than before."
+)
+RANGES_READING = (
+    "How to read it: each line is the input of one weight. Good: lines that are level at the right end, so "
+    "that the ranges hold for later positions too. If one still rises, calibrate with longer sequences."
+)
+LATENCY_READING = (
+    "How to read it: shorter is faster. Good: a bar of the export that is shorter than PyTorch's and close "
+    "to its mark, the least time that the memory bandwidth of this machine allows."
+)
 LARGEST = 12  # most bars that are shown
 
 
@@ -38,6 +56,8 @@ def drift(run: RunData) -> Section:
             "positions of one stream",
             "relative L2 error",
             tuple(drift_lines(found, mode)),
+            limits=drift_limits(run.verification or {}, mode),
+            reading=DRIFT_READING,
         )
         for mode in (TEACHER, FREE)
         if any(row["mode"] == mode for row in found["rows"])
@@ -57,7 +77,21 @@ def drift(run: RunData) -> Section:
     free = found.get("free_running")
     text = f"{found['batch']} streams, errors over windows of {found['window']} positions."
     note = () if isinstance(free, dict) or free is None else (f"Free-running: {free}.",)
+    note = note if run.current else (OTHER_FILES, *note)
     return Section("Drift", (text, *note), plots, (Table("Errors along the stream", columns, rows),))
+
+
+def drift_limits(verification: Json, mode: str) -> tuple[Limit, ...]:
+    """The limits of outputs and of states, from the checks; the strictest where they differ by tensor."""
+    found: dict[str, list[float]] = {}
+    for check in verification.get("checks", ()):
+        name, limit = str(check["name"]), number(check["limit"])
+        if limit is not None and name.startswith(f"{mode}: ") and name.endswith(": level"):
+            found.setdefault("states" if name.endswith(" states: level") else "outputs", []).append(limit)
+    return tuple(
+        Limit(f"{'limit' if len(set(limits)) == 1 else 'strictest limit'} of {kind}", min(limits))
+        for kind, limits in found.items()
+    )
 
 
 def drift_lines(found: Json, mode: str) -> list[Line]:
@@ -110,7 +144,7 @@ def gates(run: RunData) -> Section:
     """Stabilizers and memory lengths of the cell gates."""
     found = (run.verification or {}).get("gates")
     if not found or not found["blocks"]:
-        return missing(run.folder.path, "Gates", "verify")
+        return missing(run.folder.path, GATES, "verify")
     rows, groups = [], []
     for block in found["blocks"]:
         for head in block["heads"]:
@@ -144,19 +178,20 @@ def gates(run: RunData) -> Section:
         "positions",
         tuple(longest),
         "FP32" if compared else "",
+        reading=MEMORY_READING if compared else MEMORY_READING.partition(" Good")[0],
     )
     text = (
         f"One stream of {found['positions']:,} positions. exp(−m) bounds the normalizer of an mLSTM: where "
         "it leaves the range of FP16, FP16 arithmetic there would give infinity or zero, which is why it "
         "is fenced to FP32.",
     )
-    return Section("Gates", text, (plot,), (Table("Stabilizers and memory, by head", columns, tuple(rows)),))
+    return Section(GATES, text, (plot,), (Table("Stabilizers and memory, by head", columns, tuple(rows)),))
 
 
 def calibration(run: RunData) -> Section:
     """Ranges by position, those that grow most first."""
     if run.scales is None:
-        return Section("Calibration", ("No ranges were taken: no activation is quantized.",))
+        return Section(CALIBRATION, ("No ranges were taken: no activation is quantized.",))
     data = run.scales["data"]
     borders = run.scales["borders"]
     length = int(data["positions"]) // max(1, int(data["samples"]))
@@ -168,12 +203,17 @@ def calibration(run: RunData) -> Section:
 
     ordered = sorted(run.scales["tensors"].items(), key=lambda item: -growth(item[1]))
     rows = tuple(
-        (name, number(entry["amax"]), growth(entry), *(number(v) for v in entry["by_position"]))
+        (
+            run.names.get(name, name),
+            number(entry["amax"]),
+            growth(entry),
+            *(number(v) for v in entry["by_position"]),
+        )
         for name, entry in ordered
     )
     lines = tuple(
         Line(
-            name,
+            run.names.get(name, name),
             tuple(float(border) for border in (*borders[1:], max(length, borders[-1] + 1))),
             tuple(math.nan if v is None else float(v) for v in entry["by_position"]),
         )
@@ -189,32 +229,36 @@ def calibration(run: RunData) -> Section:
         "positions up to which (log)",
         "largest magnitude",
         lines,
+        reading=RANGES_READING,
     )
-    columns = ("activation", "range", "last ÷ first", *names)
+    columns = ("input of" if run.names else "activation", "range", "last ÷ first", *names)
     table = Table("Largest magnitude by position", columns, rows)
-    return Section("Calibration", text, (plot,), (table,))
+    return Section(CALIBRATION, text, (plot,), (table,))
 
 
 def latency(run: RunData) -> Section:
     """Times of the grid, compared with the memory bandwidth."""
     if run.old_bench:
-        return Section("Latency", ("Measured by an older version; run `xlstm-export bench` again.",))
+        return Section("Speed", ("Measured by an older version; run `xlstm-export bench` again.",))
     if run.bench is None:
-        return missing(run.folder.path, "Latency", "bench")
+        return missing(run.folder.path, "Speed", "bench")
     grid = run.bench["grid"]
     columns = (
         *("call", "what", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms"),
         *("tokens/s", "× exported", "of the roof"),
     )
-    rows = tuple(row for cell in grid for row in _timings(cell))
+    doubtful = busy(run.bench) is not None
+    rows = tuple(row for cell in grid for row in _timings(cell, doubtful))
     plots = tuple(map(_medians, grid[:3]))
-    return Section("Latency", _latency_words(run.bench), plots, (Table("All calls", columns, rows),))
+    return Section("Speed", _latency_words(run.bench), plots, (Table("All calls", columns, rows),))
 
 
 def _latency_words(bench: Json) -> tuple[str, ...]:
     first = bench["grid"][0]
-    busy = too_busy(bench["environment"], [cell.get("busy_cores") for cell in bench["grid"]])
-    text = [] if busy is None else [f"Others used {busy:.1f} cores meanwhile: times and ratios do not count."]
+    cores = busy(bench)
+    text = (
+        [] if cores is None else [f"Others used {cores:.1f} cores meanwhile: times and ratios do not count."]
+    )
     text += [
         f"{bench['threads']} threads. {cell_name(first)}: {first['achieved_gbs']:.3g} GB/s, "
         f"{first['roof_share']:.0%} of the bandwidth measured in the same run. Ratios hold "
@@ -233,19 +277,20 @@ def _latency_words(bench: Json) -> tuple[str, ...]:
     return tuple(text)
 
 
-def _timings(cell: Json) -> list[tuple[Value, ...]]:
-    """Rows of one cell, one per contestant."""
+def _timings(cell: Json, doubtful: bool) -> list[tuple[Value, ...]]:
+    """Rows of one cell, one per contestant; ratios of a busy machine have a question mark."""
     exported = cell["contestants"]["exported"]["p50_ms"]
     return [
         (
             cell_name(cell),
             CONTESTANTS.get(name, name),
             *(number(timing[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "p99.9_ms")),
-            number(timing["tokens_per_second"]),
-            timing["p50_ms"] / exported,
+            round(timing["tokens_per_second"]),
+            f"{ratio:.2f}?" if doubtful else ratio,
             number(cell["roof_share"]) if name == "exported" else None,
         )
         for name, timing in cell["contestants"].items()
+        for ratio in [timing["p50_ms"] / exported]
     ]
 
 
@@ -262,6 +307,7 @@ def _medians(cell: Json) -> BarPlot:
         "ms",
         ((cell_name(cell), bars),) if len(bars) == 1 else tuple((bar.name, (bar,)) for bar in bars),
         "bandwidth floor",
+        reading=LATENCY_READING,
     )
 
 

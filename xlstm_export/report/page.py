@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..plot.drawing import Drawing, colour
 from ..plot.file import draw, style
 from .document import Document, Table, Value, text_of
+from .glossary import about
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -31,11 +32,13 @@ class Cell:
         text: text that is shown.
         kind: CSS class; empty for words.
         sort: number that it sorts by; empty if it sorts as text.
+        about: of a heading, what it means; shown where a pointer rests on it.
     """
 
     text: str
     kind: str = ""
     sort: str = ""
+    about: str = ""
 
 
 def page(document: Document) -> str:
@@ -68,6 +71,7 @@ def _environment() -> Environment:
         "colour": colour,
         "drawing": draw,
         "folded": _folded,
+        "heads": _heads,
         "svg": _svg,
     }
     return environment
@@ -92,12 +96,29 @@ def _folded(table: Table) -> bool:
     return len(table.rows) > LONG
 
 
+def _heads(table: Table) -> list[Cell]:
+    """Headings, above numbers as these are: on the right."""
+    kinds = [
+        {_cell(value).kind for value in column if value is not None}
+        for column in zip(*table.rows, strict=True)
+    ]
+    numeric = [kind == {"number"} for kind in kinds] or [False] * len(table.columns)
+    return [
+        Cell(name, "number" if right else "", about=about(name))
+        for name, right in zip(table.columns, numeric, strict=True)
+    ]
+
+
 def _cells(table: Table) -> list[list[Cell]]:
-    return [[_cell(value) for value in row] for row in table.rows]
+    right = [head.kind for head in _heads(table)]
+    return [[_cell(value, kind) for value, kind in zip(row, right, strict=True)] for row in table.rows]
 
 
-def _cell(value: Value) -> Cell:
+def _cell(value: Value, missing: str = "") -> Cell:
+    """The cell of a value; `missing` is the kind of one without a value."""
     text = text_of(value)
+    if value is None:
+        return Cell(text, missing)
     if isinstance(value, bool):
         return Cell(f"✓ {text}", "pass", "1") if value else Cell(f"✗ {text}", "fail", "0")
     if isinstance(value, (int, float)):

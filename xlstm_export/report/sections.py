@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from ..checks import pytorch
-from ..specs import Json
-from .data import RunData, number
-from .document import Document, Section, Table, bytes_of, missing, text_of
+from ..specs import Json, TensorSpec
+from .data import OTHER_FILES, RunData, number
+from .document import Document, Section, Table, Value, bytes_of, missing, text_of
+from .glossary import glossary
+from .headline import facts
 from .measured import calibration, drift, gates, latency
 
+CLOSEST = 6  # checks that are shown without unfolding
 LARGEST = 12  # most failed checks that are named
 
 
 def document(run: RunData) -> Document:
     """The whole report."""
     verdict, details = _verdict(run)
-    return Document(
-        f"{run.folder.manifest.get('model', 'model')}, {run.precision}",
-        verdict,
-        run.passed,
-        details,
-        [
-            exported(run),
-            *([precision(run)] if run.precision != "fp32" else []),
-            parity(run),
-            drift(run),
-            gates(run),
-            calibration(run),
-            latency(run),
-            environment(run),
-            reproduce(run),
-        ],
-    )
+    sections = [
+        exported(run),
+        parity(run),
+        drift(run),
+        latency(run),
+        *([precision(run)] if run.precision != "fp32" else []),
+        gates(run),
+        calibration(run),
+        tensors(run),
+        environment(run),
+        reproduce(run),
+    ]
+    title = f"{run.folder.manifest.get('model', 'model')}, {run.precision}"
+    return Document(title, verdict, run.passed, details, facts(run), [*sections, glossary(sections)])
 
 
 def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
@@ -55,54 +57,55 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     gate = run.verification.get("gate")
     if gate:
         details.append(f"Limits of the gate file {gate['file']} replace built-in ones.")
-    metric = run.verification.get("metric") or {}
-    if metric:
-        details.append(_metric(metric))
     good = "equal to PyTorch" if run.precision == "fp32" else "within the limits of its precision"
     if failed:
         return f"NOT {good}: {len(failed)} of {len(checks)} checks failed", tuple(details)
     return f"{good}: {len(checks)} checks passed", tuple(details)
 
 
-def _metric(metric: Json) -> str:
-    against = (
-        "PyTorch in float64" if "pytorch_float64" in metric else "PyTorch" if "pytorch" in metric else "FP32"
-    )
-    expected = metric.get("pytorch_float64", metric.get("pytorch", metric.get("fp32")))
-    text = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {_precise(expected)}"
-    text += f", exported {_precise(metric['exported'])}"
-    drop = metric.get("drop")
-    return text + (f" ({drop:+.3%} worse)." if isinstance(drop, float) else ".")
-
-
-def _precise(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, (int, float)) else "no number"
-
-
 def exported(run: RunData) -> Section:
-    """Model, interface, states, files."""
+    """The model in a few sentences; tables of its interface are in `tensors`."""
     options = run.folder.recorded_options
     io = run.folder.io
-    size = sum(s.elements * (2 if s.dtype in ("float16", "bfloat16") else 4) for s in io.states)
     text = [
-        f"{run.folder.manifest.get('model')} from {_origin(run)}; options: "
-        + ", ".join(f"{key} {value}" for key, value in options.items()),
-        f"{len({s.block for s in io.states})} recurrent blocks carry {bytes_of(size)} of state per stream.",
+        f"{run.folder.manifest.get('model')} from {_origin(run)}.",
+        f"It reads {_tensors(io.inputs)} and returns {_tensors(io.outputs)}. " + _states(run),
+        "Options: " + ", ".join(f"{key} {value}" for key, value in options.items()) + ".",
     ]
-    tensors: list[tuple[Any, ...]] = [
+    if sites := run.folder.manifest.get("sites", {}):
+        text.append("Weights: " + ", ".join(f"{count} in {kind}" for kind, count in sites.items()) + ".")
+    return Section("What was exported", tuple(text))
+
+
+def _tensors(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{x.name} ({', '.join(map(str, x.shape))}) {x.dtype}" for x in specs)
+
+
+def _states(run: RunData) -> str:
+    states = run.folder.io.states
+    if not states:
+        return "Every call starts fresh; nothing is carried on."
+    size = sum(s.elements * (2 if s.dtype in ("float16", "bfloat16") else 4) for s in states)
+    blocks = len({s.block for s in states})
+    return f"{blocks} recurrent block{'s' * (blocks > 1)} carry {bytes_of(size)} of state per stream."
+
+
+def tensors(run: RunData) -> Section:
+    """Inputs, outputs, states, and the files with their hashes."""
+    io = run.folder.io
+    found: list[tuple[Any, ...]] = [
         (t.name, kind, t.dtype, str(list(t.shape)))
-        for kind, tensors_of_kind in (("inputs", io.inputs), ("outputs", io.outputs))
+        for kind, tensors_of_kind in (("input", io.inputs), ("output", io.outputs))
         for t in tensors_of_kind
     ]
-    tensors += [(f"{s.past} → {s.present}", "state", s.dtype, str(["B", *s.shape])) for s in io.states]
+    found += [(f"{s.past} → {s.present}", "state", s.dtype, str(["B", *s.shape])) for s in io.states]
     files = [
         (name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in sorted(run.folder.files.items())
     ]
     return Section(
-        "What was exported",
-        tuple(text),
+        "Details: tensors and files",
         tables=(
-            Table("Inputs, outputs and states", ("tensor", "kind", "type", "shape"), tuple(tensors)),
+            Table("Inputs, outputs and states", ("tensor", "kind", "type", "shape"), tuple(found)),
             Table("Files", ("file", "bytes", "SHA-256"), tuple(files)),
         ),
     )
@@ -114,9 +117,8 @@ def _origin(run: RunData) -> str:
 
 
 def precision(run: RunData) -> Section:
-    """Recipe, and the precisions of the weights."""
+    """The recipe, and what it was compared with."""
     verified = (run.verification or {}).get("precision") or {}
-    sites = run.folder.manifest.get("sites", {})
     options = run.folder.recorded_options
     text = [
         f"Base {options.get('base')}, states {options.get('state_dtype')}. "
@@ -125,11 +127,9 @@ def precision(run: RunData) -> Section:
     calibrated = run.folder.manifest.get("calibration") or {}
     if calibrated.get("random"):
         text.append("The ranges come from made-up data: they do not hold for real inputs.")
-    rows = tuple((kind, int(count)) for kind, count in sites.items())
     return Section(
-        "Precision and recipe",
+        "Details: recipe",
         tuple(text),
-        tables=(Table("Weights by precision", ("kind", "weights"), rows),) if rows else (),
         commands=tuple((run.recipe or "").splitlines()),
         language="yaml",
     )
@@ -138,8 +138,8 @@ def precision(run: RunData) -> Section:
 def parity(run: RunData) -> Section:
     """Every check."""
     if run.verification is None:
-        return missing(run.folder.path, "Parity", "verify")
-    rows = []
+        return missing(run.folder.path, "Accuracy", "verify")
+    rows: list[tuple[Value, ...]] = []
     for check in run.verification["checks"]:
         value, limit = number(check["value"]), number(check["limit"])
         headroom = limit / value if value and limit is not None else None
@@ -167,7 +167,8 @@ def parity(run: RunData) -> Section:
         "largest error",
         "at",
     )
-    text = [f"Inputs of the checks: {run.verification.get('inputs')}.", *_reference(run.verification)]
+    text = [] if run.current else [OTHER_FILES]
+    text += [f"Inputs of the checks: {run.verification.get('inputs')}.", *_reference(run.verification)]
     for name, far in (run.verification.get("upstream_as_it_comes") or {}).items():
         distance, there = (
             ("from_float64", "float64") if "from_float64" in far else ("from_reference", "the reference")
@@ -176,7 +177,18 @@ def parity(run: RunData) -> Section:
             f"{name}: PyTorch, unmodified (FP32), is {text_of(number(far[distance]))} from {there} and "
             f"{text_of(number(far['from_export']))} from the export."
         )
-    return Section("Parity", tuple(text), tables=(Table("Checks", columns, tuple(rows)),))
+    tables = (_closest(rows), Table("All checks", columns, tuple(rows)))
+    return Section("Accuracy", tuple(text), tables=tables)
+
+
+def _closest(rows: Sequence[tuple[Value, ...]]) -> Table:
+    """The checks that failed, then those that are closest to their limits; of checks alike the first one."""
+    judged = [row for row in rows if row[4] is not None or not row[1]]
+    judged.sort(key=lambda row: (bool(row[1]), number(row[4]) or 0.0))
+    columns = ("check", "verdict", "value", "limit", "headroom ×")
+    kinds = {re.sub(r"\d+", "#", str(row[0])): row for row in reversed(judged)}
+    first = [row[:5] for row in judged if row in kinds.values()]
+    return Table("Closest to their limits", columns, tuple(first[:CLOSEST]))
 
 
 def _reference(verification: Json) -> list[str]:
@@ -204,7 +216,7 @@ def environment(run: RunData) -> Section:
             for key, v in plain.items()
         )
         tables.append(Table("Machine that was timed", ("", "found"), shown))
-    return Section("Environment", tables=tuple(tables))
+    return Section("Details: environment", tables=tuple(tables))
 
 
 def reproduce(run: RunData) -> Section:

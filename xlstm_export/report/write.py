@@ -63,7 +63,8 @@ def write_report(
     other = read_run(compare) if compare is not None else None
     made, as_html, as_markdown = _made(run, other)
     name = "comparison" if other is not None else NAME
-    data = {"a": run.to_json(), "b": other.to_json()} if other is not None else run.to_json()
+    found = {"a": run.to_json(), "b": other.to_json()} if other is not None else run.to_json()
+    data = {"verdict": made.verdict, "summary": {fact.name: fact.text for fact in made.facts}, **found}
     contents = {
         html or folder / f"{name}.html": as_html,
         md or folder / f"{name}.md": as_markdown,

@@ -135,7 +135,8 @@ class _Precision(Verification):
         if run.io.states and has_positions(run.io):
             drift = self.measure()
             drift.write_csv(run.verdict.with_name("drift.csv"))
-            plot_drift({run.precision: drift}, run.verdict.with_name("drift.svg"))
+            limits = (self.drift_limits.output, self.drift_limits.state)
+            plot_drift({run.precision: drift}, run.verdict.with_name("drift.svg"), limits)
             checks += drift_checks(drift, self.drift_limits)
         else:
             checks += self.check_level()

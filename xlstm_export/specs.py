@@ -112,11 +112,14 @@ class TensorSpec:
 
     Symbolic dimensions are strings: "B" (batch), "S" (positions of the stream), and "4*S" for an axis with
     four positions of its own to each of the stream; "2*B" for two rows to each stream, in outputs only.
+
+    `signed`: integers of which some may be below zero, as offsets and times are, and tokens are not.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    signed: bool = False
 
     @property
     def time_axis(self) -> int | None:
@@ -157,7 +160,8 @@ class IoSpec:
 
     def to_json(self) -> Json:
         def tensor(spec: TensorSpec) -> Json:
-            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+            signed = {"signed": True} if spec.signed else {}
+            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), **signed}
 
         return {
             "schema": 1,
@@ -179,7 +183,8 @@ class IoSpec:
     @staticmethod
     def from_json(data: Json) -> IoSpec:
         def tensor(entry: Json) -> TensorSpec:
-            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+            signed = entry.get("signed", False) is True
+            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]), signed)
 
         def state(entry: Json) -> StateSpec:
             spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])

@@ -287,3 +287,33 @@ def _at_length() -> tuple[nn.Module, dict[str, Tensor]]:
     import faulty_models
 
     return faulty_models.at_length()
+
+
+class Offsets(Around):
+    """Integer times, of which some are before zero, become sines."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.core((t[..., None] * torch.arange(1, 6) / 10).sin())
+
+
+@pytest.mark.parametrize(
+    ("first", "ranges", "expected"),
+    [(-6, None, True), (0, None, False), (0, {"t": (-50, 50)}, True), (0, {"t": (0, 50)}, False)],
+)
+def test_integers_below_zero_are_learned_or_declared(first: int, ranges: Any, expected: bool) -> None:
+    loaded = live(Offsets(), {"t": torch.arange(first, first + 24).reshape(2, 12)}, None, ranges)
+    assert [spec.signed for spec in loaded.input_specs] == [expected]
+    low, _ = limits(drawn(loaded, 30)["t"])
+    assert (low < 0) == expected
+
+
+@pytest.mark.slow
+def test_an_export_of_integers_below_zero_is_verified_and_runs(tmp_path: Path) -> None:
+    """The hint of the refusal is followed: an example with values below zero."""
+    torch.manual_seed(0)
+    module, t = Offsets().eval(), torch.arange(-12, 12).reshape(2, 12)
+    run = xe.export(module, example={"t": t}, out=tmp_path / "out")
+    assert run.verify().passed
+    with run.session(batch=2) as session:
+        found = session.prefill({"t": t.numpy()})["y"]
+    np.testing.assert_allclose(found, module(t).detach().numpy(), rtol=1e-4, atol=1e-5)

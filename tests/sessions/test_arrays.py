@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -206,3 +207,16 @@ def test_names_that_the_package_lacks() -> None:
     assert all(getattr(package, name) is not None for name in package.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         package.Nothing  # noqa: B018
+
+
+def test_an_input_that_is_signed_is_not_tokens() -> None:
+    """Offsets and times below zero; io.json keeps the word, and says nothing of other inputs."""
+    offsets = IoSpec((TensorSpec("t", "int64", ("B", "S"), signed=True),), (), ())
+    given = np.array([[-3, 300]])
+    again = IoSpec.from_json(json.loads(json.dumps(offsets.to_json())))
+    assert again == offsets
+    assert checked_inputs(again, 1, {"t": given})["t"] is given
+    assert "signed" not in json.dumps(TOKENS.to_json())
+    with pytest.raises(InputError, match="is no token of the model") as refusal:
+        checked_inputs(TOKENS, 1, {"tokens": given})
+    assert "an example that has values below zero" in refusal.value.hint

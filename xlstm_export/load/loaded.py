@@ -159,9 +159,17 @@ class Loaded:
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """The inputs as an export of the model describes them."""
         return tuple(
-            TensorSpec(name, str(x.dtype).removeprefix("torch."), self.input_dims(name))
+            TensorSpec(name, str(x.dtype).removeprefix("torch."), self.input_dims(name), self._signed(name))
             for name, x in self.inputs.items()
         )
+
+    def _signed(self, name: str) -> bool:
+        """Whether an integer input may be below zero: its range says so, or its example."""
+        x = self.inputs[name]
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            return False
+        known = self.ranges.get(name)
+        return bool(x.numel() and x.min() < 0) or (known is not None and known.low < 0)
 
     @property
     def tokenizer(self) -> Path | None:

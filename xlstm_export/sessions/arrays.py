@@ -44,7 +44,7 @@ def checked_inputs(
         inputs: by graph input name, each (batch, S, ...).
         length: S; None for any length of 1 or more that is the same for all inputs.
         vocab_size: number of tokens, where the model's only integer input holds tokens. Without it, an
-            integer input (B, S) is treated as tokens if it is the model's only input.
+            integer input (B, S) is treated as tokens if it is the model's only input and is not signed.
 
     Raises:
         InputError: a name, a shape, a type or a value does not fit.
@@ -189,7 +189,7 @@ def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
     integers = [spec for spec in io.inputs if numpy_type(spec.dtype).kind in "iu"]
     if len(integers) != 1:
         return None
-    alone = len(io.inputs) == 1 and integers[0].shape == ("B", "S")
+    alone = len(io.inputs) == 1 and integers[0].shape == ("B", "S") and not integers[0].signed
     return integers[0] if vocab_size is not None or alone else None
 
 
@@ -203,7 +203,11 @@ def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
     bad = array < 0
     if vocab_size is not None:
         bad |= array >= vocab_size
-    known = "tokens begin at 0" if vocab_size is None else f"tokens are 0 … {vocab_size - 1}"
+    known = (
+        "tokens begin at 0; for times or offsets, export with an example that has values below zero"
+        if vocab_size is None
+        else f"tokens are 0 … {vocab_size - 1}"
+    )
     raise InputError(f"input {name} holds {_first(array, bad)}, which is no token of the model", known)
 
 

@@ -167,7 +167,10 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     model.meta["left_out"] = left_out(lifted.outputs)
     outputs = [o for o in model.graph.outputs if o.name in output_names]
     spec = IoSpec(
-        tuple(_tensor_spec(v) for v in model.graph.inputs[: len(loaded.inputs)]),
+        tuple(
+            replace(_tensor_spec(value), signed=known.signed)
+            for value, known in zip(model.graph.inputs, loaded.input_specs, strict=False)
+        ),
         tuple(_tensor_spec(v) for v in outputs),
         states,
     )

@@ -106,6 +106,35 @@ def test_one_quantizer_for_all_readers() -> None:
     assert sorted(kinds(model, batch=None)) == [*["MatMulIntegerToFloat"] * 2, "QuantizeLinear"]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_a_weight_of_several_products_opens_and_is_exact(batch: int | None, transposed: bool) -> None:
+    """A loop over positions applies one weight at each; -128 is in both operands."""
+    w, sw, sx = integers(0, K, K), scales(1, K), 0.03
+    w[:2, :2] = [[-128, 127], [127, -128]]
+    x = activation(2, 1)
+    x[0, 0, :2] = [-100.0, 100.0]
+    axis, product = (0, "Gemm <transB = 1>") if transposed else (1, "MatMul")
+    body = f"""
+        q = QuantizeLinear(x, sx, zx)
+        dx = DequantizeLinear(q, sx, zx)
+        dw = DequantizeLinear <axis = {axis}> (w, sw, zw)
+        h = {product}(dx, dw)
+        r = QuantizeLinear(h, sx, zx)
+        dh = DequantizeLinear(r, sx, zx)
+        y = {product}(dh, dw)
+    """
+    numbers = {"sx": np.array(sx, np.float32), "zx": np.array(0, np.int8), "zw": np.zeros(K, np.int8)}
+    model = lowered.model_of(f"(float[1,{K}] x) => (float[1,{K}] y)", body, w=w, sw=sw, **numbers)
+    (found,) = lowered.run(model, {"x": x.reshape(1, K)}, batch=batch)
+    steps, matrix = x.reshape(1, K), (w.T if transposed else w).astype(np.int64)
+    for _ in range(2):
+        whole = np.clip(np.rint(steps / np.float32(sx)), -128, 127).astype(np.int64)
+        exact = (whole @ matrix) * (sw.astype(np.float64) * np.float64(np.float32(sx)))
+        steps = exact.astype(np.float32)
+    np.testing.assert_allclose(found, exact, rtol=3e-7)
+
+
 def test_asymmetric_activations_are_left_to_the_runtime() -> None:
     model = w8a8(integers(0, K, N), scales(1, N), 0.03)
     model.graph.initializers["zx"].const_value = ir.tensor(np.array(3, np.int8))

@@ -17,7 +17,9 @@ one that rounds the activations to 8 bits too. Neither is the function of the gr
 6. Any other dequantized weight, and all small ones → FP32 in memory, once.
 
 In the cases 1 to 3 and 5, quantized weights are read from where they are stored, except those that a Gemm
-reads transposed. The runtime must not fold constants, or it makes FP32 copies of all of them.
+reads transposed, and those of several products: the runtime replaces INT8 weights by UINT8 ones of the same
+name and a suffix, once for each product, and fails at the second. These are stored as UINT8. The runtime must
+not fold constants, or it makes FP32 copies of all weights.
 """
 
 from __future__ import annotations
@@ -195,14 +197,24 @@ class _Emitter:
         return result if bias is None else self._new("Add", [result, bias])
 
     def _matrix(self, weight: _Weight, transposed: bool) -> ir.Value:
-        """The integers as K × N."""
-        if not transposed:
-            return weight.integers
-        key = ("transposed", weight.integers)
+        """The integers as K × N; as UINT8, moved by 128, where several products read them."""
+        key = ("matrix", weight.integers, transposed)
         if key not in self._shared:
-            array = np.ascontiguousarray(weight.tensor.numpy().T)
-            self._shared[key] = self._initializer(f"{weight.integers.name}.T", array)
+            integers = weight.integers
+            several = sum(len(node.outputs[0].uses()) for node, _ in integers.uses()) > 1
+            if several or transposed:
+                array = weight.tensor.numpy().T if transposed else weight.tensor.numpy()
+                array = (array ^ np.int8(-128)).view(np.uint8) if several else array
+                name = f"{integers.name}{'.T' * transposed}{'.uint8' * several}"
+                integers = self._initializer(name, np.ascontiguousarray(array))
+            self._shared[key] = integers
         return self._shared[key]
+
+    def _times(self, x: ir.Value, matrix: ir.Value, of_x: ir.Value, scale: np.ndarray) -> ir.Value:
+        """The integer kernel: x UINT8 with zero point 128 and scale `of_x`; a scale per column of the matrix."""
+        columns = self._initializer(f"{matrix.name}.columns", scale)
+        zeros = [self._zero()] * (2 if matrix.dtype == UINT8 else 1)
+        return self._new("MatMulIntegerToFloat", [x, matrix, of_x, columns, *zeros], domain=DOMAIN)
 
     def _integer_product(
         self, x: ir.Value, step: np.ndarray, matrix: ir.Value, scale: np.ndarray
@@ -212,18 +224,11 @@ class _Emitter:
         if key not in self._shared:
             # Same steps as INT8 with zero point 0, moved by 128.
             self._shared[key] = self._new("QuantizeLinear", [x, of_x, self._zero()])
-        columns = self._initializer(f"{matrix.name}.columns", scale)
-        return self._new(
-            "MatMulIntegerToFloat", [self._shared[key], matrix, of_x, columns, self._zero()], domain=DOMAIN
-        )
+        return self._times(self._shared[key], matrix, of_x, scale)
 
     def _digit_product(self, x: ir.Value, matrix: ir.Value, scale: np.ndarray, old: ir.Value) -> ir.Value:
         digits, weights = self._digits(x)
-        columns = self._initializer(f"{matrix.name}.columns", scale)
-        one = self._number(np.float32(1.0))
-        parts = self._new(
-            "MatMulIntegerToFloat", [digits, matrix, one, columns, self._zero()], domain=DOMAIN
-        )  # (rows, 3, N)
+        parts = self._times(digits, matrix, self._number(np.float32(1.0)), scale)  # (rows, 3, N)
         result = self._new("MatMul", [weights, parts])  # (rows, 1, N)
         result.shape, result.type = ir.Shape([weights.shape[0], 1, len(scale)]), old.type
         shape = static_shape(x)

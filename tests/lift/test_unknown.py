@@ -97,6 +97,31 @@ def test_a_cell_whose_name_says_nothing_is_found_by_what_it_does() -> None:
     assert text.startswith("layers.0.1.mix, layers.1.1.mix: recurrent cell test_unknown.Mixer is not known")
 
 
+class Convolved(nn.Module):
+    """A causal convolution, as public code writes its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)
+
+
+class sLSTMblock(nn.Module):  # noqa: N801 - as public code names it
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = Convolved(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).cumsum(1)
+
+
+def test_a_convolution_is_no_recurrence() -> None:
+    text = refusal(xLSTM(2, sLSTMblock))
+    assert text.startswith("layers.0.1, layers.1.1: recurrent cell test_unknown.sLSTMblock is not known")
+
+
 def test_a_long_list_is_cut() -> None:
     text = refusal(xLSTM(40, HandMadeLstmCell))
     assert "layers.11.1 and 28 more: recurrent cell" in text

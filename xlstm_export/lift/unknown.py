@@ -84,8 +84,18 @@ def _mixing(module: nn.Module, path: str, inputs: Call) -> list[str]:
     if not below or any(x.is_meta for x in module.parameters()):
         return []
     calls = original_calls(module, below, inputs)
-    mixing = {call.path for call in calls if _mixes(module.get_submodule(call.path), call)}
+    mixing = {
+        call.path
+        for call in calls
+        if not _is_convolution(cell := module.get_submodule(call.path)) and _mixes(cell, call)
+    }
     return [p for p in below if p in mixing and not any(other.startswith(f"{p}.") for other in mixing)]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether all parameters are those of convolutions: such a module looks back, but is no recurrence."""
+    owners = [child for child in module.modules() if list(child.parameters(recurse=False))]
+    return bool(owners) and all(isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for child in owners)
 
 
 def _mixes(cell: nn.Module, call: OriginalCall) -> bool:

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from ..distance import difference
-from ..errors import BuildError, CannotStreamError
+from ..errors import BuildError, CannotStreamError, ExportError
 from ..load.loaded import Dims, Loaded
 from ..load.signature import leaves
 from ..specs import TensorSpec
+from .memory import check_memory
 
 log = logging.getLogger(__name__)
 LIMIT = 1e-4  # relative L2 in FP32, as in streaming.py
 
+ROWS = (
+    "a row of the batch alone fails, or gives other values than among others: rows must not meet in forward"
+)
 Works = Callable[[Loaded], object]
 
 
@@ -35,18 +39,22 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
         trace: traces a model without states; raises an exception where that fails.
     """
     loaded = loaded.in_form(True)
-    dims = _fixed(loaded)
-    fixed = replace(loaded, dims={**loaded.dims, **dims})
-    free = _any_length(loaded) and _works(loaded, trace)
     advised = "--stateless" in (error.hint or "")
     others = "; or ".join(x for x in (error.hint or "").split("; or ") if "--stateless" not in x)
-    if free:
+    try:
+        check_memory(loaded)
+    except BuildError as memory:
+        return BuildError(f"{error.message}; and {memory.message}", memory.hint)
+    dims = _fixed(loaded)
+    fixed = replace(loaded, dims={**loaded.dims, **dims})
+    problem = _problem(loaded, trace) if _any_length(loaded) else "forward does not take other lengths"
+    if not problem:
         hint = (
             error.hint
             if advised
             else f"export with --stateless: then every call starts fresh; or {error.hint}"
         )
-    elif dims and not _one_position(loaded) and _works(fixed, trace):
+    elif dims and not _one_position(loaded) and not (problem := _problem(fixed, trace)):
         declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
         hint = (
             "forward works for the example's number of positions only; declare it: the factory returns "
@@ -56,6 +64,7 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
         hint += f"; or {others}" if advised and others else ""
     else:
         hint = others or "write an adapter for what has the state (docs/adapters.md)"
+        hint += f"; it does not export without states either: {problem}"
     return BuildError(error.message, hint)
 
 
@@ -66,14 +75,14 @@ def _one_position(loaded: Loaded) -> bool:
     return any(a is not None and loaded.inputs[n].shape[a] == 2 * specs[n].steps for n, a in axes.items())
 
 
-def _works(loaded: Loaded, trace: Works) -> bool:
-    """Whether a model can be traced without states, and its rows do not depend on each other."""
+def _problem(loaded: Loaded, trace: Works) -> str:
+    """Why a model cannot be traced without states, or what couples its rows; empty where it works."""
     try:
         trace(loaded)
-        return _rows_are_apart(loaded)
-    except Exception:
+    except Exception as error:
         log.debug("not recommended, because it fails", exc_info=True)
-        return False
+        return error.message if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+    return "" if _rows_are_apart(loaded) else ROWS
 
 
 def _any_length(loaded: Loaded) -> bool:

@@ -211,7 +211,7 @@ class _Emitter:
         return self._shared[key]
 
     def _times(self, x: ir.Value, matrix: ir.Value, of_x: ir.Value, scale: np.ndarray) -> ir.Value:
-        """The integer kernel: x UINT8 with zero point 128 and scale `of_x`; a scale per column of the matrix."""
+        """The integer kernel: x UINT8 with zero point 128 and scale `of_x`; a scale per column."""
         columns = self._initializer(f"{matrix.name}.columns", scale)
         zeros = [self._zero()] * (2 if matrix.dtype == UINT8 else 1)
         return self._new("MatMulIntegerToFloat", [x, matrix, of_x, columns, *zeros], domain=DOMAIN)

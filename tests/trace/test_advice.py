@@ -1,0 +1,80 @@
+"""Advice about models that cannot be streamed: what is not recommended is said, with its reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_export.errors import BuildError
+from xlstm_export.load import checkpoint
+from xlstm_export.load.loaded import Loaded
+from xlstm_export.trace.advice import with_advice
+
+UNKNOWN = BuildError(
+    "cell: recurrent cell mine.Cell is not known",
+    'register an adapter for it: register("mine.Cell"); or export with --stateless: every call starts fresh',
+)
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class RemembersCell(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = self.memory + x.sum((0, 1))
+        return x.cumsum(1) + self.memory
+
+
+class MeetsRowsCell(Cell):
+    """A norm over the batch, which one row alone does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.instance_norm(x.transpose(0, 2)).transpose(0, 2)
+
+
+class Around(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)
+
+
+def advice(cell: nn.Module, failure: BuildError | None = None) -> BuildError:
+    """What is reported where tracing without states raises `failure`, or works."""
+
+    def trace(loaded: Loaded) -> None:
+        if failure is not None:
+            raise failure
+
+    return with_advice(UNKNOWN, checkpoint.load_live(Around(cell).eval(), torch.randn(2, 6, 5)), trace)
+
+
+def test_what_works_is_recommended() -> None:
+    assert "export with --stateless" in advice(Cell()).hint
+
+
+def test_why_it_does_not_work_without_states_is_said() -> None:
+    found = advice(Cell(), BuildError("forward decides on values: model.py:410", "choose with torch.where"))
+    assert found.message == UNKNOWN.message
+    assert found.hint.startswith("register an adapter for it")
+    assert "--stateless" not in found.hint
+    assert "not export without states either: forward decides on values: model.py:410" in found.hint
+
+
+def test_rows_that_meet_are_the_reason() -> None:
+    assert "rows must not meet in forward" in advice(MeetsRowsCell()).hint
+
+
+def test_a_buffer_that_forward_changes_is_named() -> None:
+    found = advice(RemembersCell())
+    assert "recurrent cell mine.Cell is not known; and forward changes cell.memory" in found.message
+    assert "a cell with a state" in found.hint
+    assert "--stateless" not in found.hint

@@ -15,7 +15,9 @@ from refusals import refused
 
 from xlstm_export import atomic, runfolder, sessions
 from xlstm_export.errors import InputError, SetupError
-from xlstm_export.specs import IoSpec, StateSpec, TensorSpec
+from xlstm_export.specs import IoSpec, Meaning, StateSpec, TensorSpec
+
+KNOWN = Meaning((0.1, 0.5, 0.9), "1h", "°C")
 
 
 def test_manifest_of_an_export(small_export: Path, small_checkpoint: Path) -> None:
@@ -94,11 +96,33 @@ def test_folders_that_are_no_run_folders(tmp_path: Path, name: str) -> None:
 def test_io_survives_the_round_trip(tmp_path: Path) -> None:
     spec = IoSpec(
         (TensorSpec("tokens", "int64", ("B", "S")),),
-        (TensorSpec("logits", "float32", ("B", "S", 256)),),
+        (TensorSpec("y", "float32", ("B", "S", 256)), TensorSpec("q", "float32", ("B", 3), meaning=KNOWN)),
         (StateSpec(0, "C", (4, 8, 8)), StateSpec(3, "conv", (3, 16))),
     )
     atomic.write_json(tmp_path / runfolder.IO, spec.to_json())
     assert runfolder.read_io(tmp_path) == spec
+    plain, known = spec.to_json()["outputs"]
+    assert set(plain) == {"name", "dtype", "shape"}
+    assert (known["quantiles"], known["step"], known["unit"]) == ([0.1, 0.5, 0.9], "1h", "°C")
+
+
+def test_the_axis_of_quantiles() -> None:
+    """The one that has as many elements as there are levels; the last, where several have."""
+    shapes = {
+        ("B", "S", 3): 2,
+        ("B", "S", 24, 3): 3,
+        ("B", 3, "S"): 1,
+        ("B", "S", 3, 3): 3,
+        ("B", "S", 4): None,
+    }
+    for shape, axis in shapes.items():
+        assert KNOWN.axis(shape) == axis
+    assert KNOWN.axis(("B", 3, 3, 24)) is None
+    assert Meaning().axis(("B", "S", 3)) is None
+    assert [Meaning(step=step).seconds for step in ("30 s", "15min", "1h", "2d", "1w", "")] == [
+        *(30, 900, 3600, 172800, 604800),
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +136,10 @@ def test_io_survives_the_round_trip(tmp_path: Path) -> None:
         # The pairs are what other runtimes go by: they must be the ones this package goes by.
         lambda io: io["states"][1].update(present=io["states"][0]["present"]),
         lambda io: io["states"][0].update(past="past_9_C"),
+        lambda io: io["outputs"][0].update(quantiles=[0.9, 0.1]),
+        lambda io: io["outputs"][0].update(quantiles=[0, 1]),
+        lambda io: io["outputs"][0].update(step="an hour"),
+        lambda io: io["outputs"][0].update(unit=3),
     ],
 )
 def test_io_that_describes_no_graph(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 # The content of a JSON file, as it is read and written. Its values are checked where they are read: no static
@@ -19,6 +21,9 @@ PLUGIN_NAMESPACE = "xlstm"
 # Longest chunk of the chunkwise mLSTM form, in tokens. 64 balances the quadratic part inside a chunk
 # (∝ L) against reading and writing the matrix memory once per chunk (∝ 1/L) on CPUs and GPUs alike.
 CHUNK = 64
+
+_STEP = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)")
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}  # of a unit of `Meaning.step`
 
 STATE_KINDS = ("C", "n", "m", "y", "c", "conv", "h", "begun")
 
@@ -107,6 +112,61 @@ def steps_of(dim: int | str) -> int:
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What the values of an output are, as far as that is known or was declared.
+
+    Attributes:
+        quantiles: their levels, ascending, where an axis of the output has quantiles; else empty.
+        step: time from one row of a series to the next, such as "1h" or "15min".
+        unit: of the values.
+    """
+
+    quantiles: tuple[float, ...] = ()
+    step: str = ""
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        levels = self.quantiles
+        if any(not 0 < x < 1 for x in levels) or any(a >= b for a, b in pairwise(levels)):
+            raise ValueError(f"quantiles {list(levels)} are not ascending numbers between 0 and 1")
+        if self.step and _STEP.fullmatch(self.step) is None:
+            raise ValueError(f"step {self.step!r} is not written as 1h, 15min, 30s, 1d or 1w")
+
+    @property
+    def seconds(self) -> float | None:
+        """The step in seconds; None where it is not known."""
+        parts = _STEP.fullmatch(self.step)
+        return None if parts is None else float(parts[1]) * SECONDS[parts[2]]
+
+    def axis(self, shape: Sequence[int | str]) -> int | None:
+        """The axis of an output that has the quantiles; None where there is no single one.
+
+        The last axis is meant where several have as many elements.
+        """
+        axes = [axis for axis, dim in enumerate(shape) if dim == len(self.quantiles) and axis > 0]
+        if not self.quantiles or not axes:
+            return None
+        return axes[0] if len(axes) == 1 else (axes[-1] if axes[-1] == len(shape) - 1 else None)
+
+    def to_json(self) -> Json:
+        """The entries of io.json; none for what is not known."""
+        entries = {"quantiles": list(self.quantiles), "step": self.step, "unit": self.unit}
+        return {key: value for key, value in entries.items() if value}
+
+    @staticmethod
+    def from_json(entry: JsonMapping) -> Meaning:
+        """The meaning from an entry of io.json.
+
+        Raises:
+            ValueError, TypeError: a value is not what it should be.
+        """
+        step, unit = entry.get("step", ""), entry.get("unit", "")
+        if not isinstance(step, str) or not isinstance(unit, str):
+            raise TypeError(f"step {step!r} and unit {unit!r} should be text")
+        return Meaning(tuple(float(level) for level in entry.get("quantiles", ())), step, unit)
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A graph input or output.
 
@@ -120,6 +180,7 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
     signed: bool = False
+    meaning: Meaning = Meaning()
 
     @property
     def time_axis(self) -> int | None:
@@ -160,8 +221,8 @@ class IoSpec:
 
     def to_json(self) -> Json:
         def tensor(spec: TensorSpec) -> Json:
-            signed = {"signed": True} if spec.signed else {}
-            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), **signed}
+            more = {**({"signed": True} if spec.signed else {}), **spec.meaning.to_json()}
+            return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), **more}
 
         return {
             "schema": 1,
@@ -183,8 +244,13 @@ class IoSpec:
     @staticmethod
     def from_json(data: Json) -> IoSpec:
         def tensor(entry: Json) -> TensorSpec:
-            signed = entry.get("signed", False) is True
-            return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]), signed)
+            return TensorSpec(
+                entry["name"],
+                entry["dtype"],
+                tuple(entry["shape"]),
+                signed=entry.get("signed", False) is True,
+                meaning=Meaning.from_json(entry),
+            )
 
         def state(entry: Json) -> StateSpec:
             spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])

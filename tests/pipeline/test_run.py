@@ -16,8 +16,10 @@ from places import ROOT
 from refusals import refused
 
 import xlstm_export as xe
-from xlstm_export.errors import UsageError
+from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.options import VerifyOptions
+from xlstm_export.specs import Meaning, TensorSpec
+from xlstm_export.trace import export as trace
 
 
 class Tagger(torch.nn.Module):
@@ -43,7 +45,8 @@ def tagger() -> Tagger:
 @pytest.fixture(scope="module")
 def run(tagger: Tagger, tmp_path_factory: pytest.TempPathFactory) -> xe.Run:
     out = tmp_path_factory.mktemp("api") / "run"
-    return xe.export(tagger, example=torch.randn(2, 9, 5), out=out, threads=1)
+    known = {"y": {"quantiles": [0.1, 0.5, 0.9], "unit": "°C"}}
+    return xe.export(tagger, example=torch.randn(2, 9, 5), outputs=known, out=out, threads=1)
 
 
 def test_nothing_else_is_public() -> None:
@@ -70,6 +73,9 @@ def test_help_shows_the_options() -> None:
 
 def test_a_live_module(tagger: Tagger, run: xe.Run) -> None:
     assert tagger.training  # it is as it was
+    assert run.io.outputs[0].meaning == Meaning((0.1, 0.5, 0.9), unit="°C")
+    written = json.loads((run.path / "io.json").read_text(encoding="utf-8"))["outputs"][0]
+    assert (written["quantiles"], written["unit"], "step" in written) == ([0.1, 0.5, 0.9], "°C", False)
     assert run.verify().passed
     x = torch.randn(2, 12, 5)
     with torch.no_grad():
@@ -112,6 +118,14 @@ def test_a_checkpoint_and_a_folder_made_before(small_checkpoint: Path, tmp_path:
         assert session.prefill({"tokens": [[1, 2, 3]]})["logits"].shape[0] == 1
 
 
+def test_outputs_that_are_not_as_declared() -> None:
+    known = (TensorSpec("y", "float32", ("B", "S", 4)),)
+    with refused(BuildError, "declared of z", "there are y"):
+        trace.with_meanings(known, {"z": Meaning(unit="m")})
+    with refused(BuildError, "3 quantiles are declared of y ['B', 'S', 4]", "one level for each"):
+        trace.with_meanings(known, {"y": Meaning((0.1, 0.5, 0.9))})
+
+
 def test_what_does_not_fit_is_refused(tagger: Tagger, run: xe.Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with refused(UsageError, "needs an example input", "example="):
@@ -120,6 +134,14 @@ def test_what_does_not_fit_is_refused(tagger: Tagger, run: xe.Run, tmp_path: Pat
         xe.export(tagger, example=torch.zeros(1, 4, 5), weights="x.safetensors", out=out)
     with refused(UsageError, "belong to a live module"):
         xe.export("package.module:build", example=torch.zeros(1, 4, 5), out=out)
+    for outputs, words in (
+        ({"y": {"quantile": [0.5]}}, "declare"),
+        ({"y": {"quantiles": [0.9, 0.1]}}, "ascending"),
+        ({"y": {"step": "hourly"}}, "1h, 15min"),
+        ({"y": [0.1]}, "output y"),
+    ):
+        with refused(InputError, words):
+            xe.export(tagger, example=torch.zeros(1, 4, 5), outputs=outputs, out=out)
     with refused(UsageError, "module in memory", "keep the Run"):
         xe.open_run(run.path).verify()
     with refused(UsageError, "no backend fast"):

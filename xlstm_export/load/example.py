@@ -25,18 +25,21 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 @dataclass(frozen=True)
 class Given:
-    """What a factory returned: a module, its example (None if there is none), dims and ranges by input."""
+    """What a factory returned: a module, its example (None if there is none), dims and ranges by input, and
+    what its outputs are, by output."""
 
     module: nn.Module
     example: UserValue = None
     dims: JsonMapping | None = None
     ranges: JsonMapping | None = None
+    outputs: JsonMapping | None = None
 
 
 def given(result: UserValue, label: str) -> Given:
     """Read what a factory returned.
 
-    A module; or a tuple or list of a module, its example, and where given the dims and the ranges of values.
+    A module; or a tuple or list of a module, its example, and where given the dims, the ranges of values, and
+    what the outputs are.
     Several tensors after the module are its positional arguments. A class is called without arguments.
 
     Raises:
@@ -55,16 +58,16 @@ def given(result: UserValue, label: str) -> Given:
     if len(parts) > 2 and all(isinstance(part, (Tensor, np.ndarray)) for part in parts[1:]):
         return Given(module, tuple(parts[1:]))
     example = parts[1] if len(parts) > 1 else None
-    if len(parts) > 4 or (example is not None and not _has_tensors(example) and _some(example)):
+    if len(parts) > 5 or (example is not None and not _has_tensors(example) and _some(example)):
         raise InputError(f"{label}: the factory returned {type(result).__name__}", what_to_return(module))
-    dims, ranges = (*parts[2:], None, None)[:2]
-    for place, declared in (("third", dims), ("fourth", ranges)):
+    dims, ranges, outputs = (*parts[2:], None, None, None)[:3]
+    for place, declared in (("third", dims), ("fourth", ranges), ("fifth", outputs)):
         if declared is not None and not isinstance(declared, Mapping):
             raise InputError(
                 f"{label}: the {place} element the factory returned is {type(declared).__name__}",
                 what_to_return(module),
             )
-    return Given(module, example if _some(example) else None, dims, ranges)
+    return Given(module, example if _some(example) else None, dims, ranges, outputs)
 
 
 def what_to_return(module: nn.Module | None) -> str:
@@ -73,7 +76,8 @@ def what_to_return(module: nn.Module | None) -> str:
     return (
         f"return (module, {what_to_give(module)}), keyed by forward's parameter names, and as a third "
         f'element {{"{first}": ("B", 3, 32, 32)}} for inputs that are not (B, S, ...), as a fourth '
-        f'{{"{first}": (0, 9)}} for the values that made-up inputs may have'
+        f'{{"{first}": (0, 9)}} for the values that made-up inputs may have, as a fifth '
+        '{"y": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit": "°C"}} for what the outputs are'
     )
 
 

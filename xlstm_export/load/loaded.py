@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..atomic import sha256
 from ..errors import InputError
-from ..specs import TensorSpec
+from ..specs import Meaning, TensorSpec
 from .signature import Call, Signature
 from .weights import Weights
 
@@ -74,6 +74,7 @@ class Loaded:
             narrower than that of the weights, which some upstream code does by itself.
         dims: symbolic shape per input ("B", "S" and numbers) where it is not (B, S, ...).
         ranges: the values that an input may have, where that is known; for made-up inputs.
+        meanings: what the values of outputs are, by the output's name, where that is known; for io.json.
         companions: files carried along into the run folder (tokenizer).
         notes: what was decided while loading, such as a prefix of names that was removed; shown by `export`
             and kept in the manifest.
@@ -97,6 +98,7 @@ class Loaded:
     exact: Callable[[nn.Module], None] = nothing
     dims: Mapping[str, Dims] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -89,6 +89,7 @@ class _Export(ExportOptions):
     example: object = None
     dims: Mapping[str, tuple[int | str, ...]] | None = None
     ranges: Mapping[str, tuple[float, float | str]] | None = None
+    outputs: Mapping[str, Mapping[str, object]] | None = None
     weights: Path | str | None = None
     alias: str | None = None
     force: bool = False
@@ -135,6 +136,8 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
             `{"goal": ("B", 8), "x": ("B", 5, "S")}`.
         ranges: for a live module: lowest and highest value that made-up inputs may have, where that is not
             the example's: `{"lengths": (1, "S")}`.
+        outputs: for a live module: what the values of outputs are, for `io.json` and forecasts:
+            `{"y": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit": "°C"}}`.
         weights: for a factory: file or folder with its weights.
         alias: classes that are taken for known ones, such as "mymodel.xlstm=xlstm"; several with commas.
         force: replace an existing run folder.
@@ -281,11 +284,13 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
     if not isinstance(model, str | Path):
         if options.weights is not None:
             raise UsageError("weights= belongs to a factory", "a live module has its weights")
-        live = checkpoint.load_live(model, options.example, options.dims, options.ranges)
+        live = checkpoint.load_live(model, options.example, options.dims, options.ranges, options.outputs)
         live = live.in_form(options.stateless)
         return live if options.alias is None else checkpoint.with_aliases(live, options.alias)
-    if any(given is not None for given in (options.example, options.dims, options.ranges)):
-        raise UsageError("example=, dims= and ranges= belong to a live module", "a factory returns them")
+    if any(given is not None for given in (options.example, options.dims, options.ranges, options.outputs)):
+        raise UsageError(
+            "example=, dims=, ranges= and outputs= belong to a live module", "a factory returns them"
+        )
     weights = None if options.weights is None else str(options.weights)
     if ":" in str(model) and not Path(model).exists():
         return checkpoint.load(None, str(model), weights, stateless=options.stateless, alias=options.alias)

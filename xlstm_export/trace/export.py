@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from ..load.loaded import Loaded
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
 from ..options import Context, ExportOptions
-from ..specs import OP_DOMAIN, IoSpec, Json, StateSpec, TensorSpec
+from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
 from .capture import quiet, torch_to_ir
@@ -171,7 +172,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
             replace(_tensor_spec(value), signed=known.signed)
             for value, known in zip(model.graph.inputs, loaded.input_specs, strict=False)
         ),
-        tuple(_tensor_spec(v) for v in outputs),
+        with_meanings(tuple(_tensor_spec(v) for v in outputs), loaded.meanings),
         states,
     )
     return model, spec
@@ -329,6 +330,27 @@ def _check_names(model: ir.Model, inputs: list[str], outputs: list[str], states:
             f"of the outputs {', '.join(outputs)}, one has the name of an input",
             "return every computed tensor under a name of its own",
         )
+
+
+def with_meanings(outputs: tuple[TensorSpec, ...], meanings: Mapping[str, Meaning]) -> tuple[TensorSpec, ...]:
+    """The outputs with what is known of their values.
+
+    Raises:
+        BuildError: there is no such output, or no axis of it has as many elements as quantiles are declared.
+    """
+    known = {spec.name: spec for spec in outputs}
+    for name, meaning in meanings.items():
+        if name not in known:
+            raise BuildError(
+                f"quantiles, step or unit are declared of {name}, which is no output",
+                f"there are {', '.join(known)}",
+            )
+        if meaning.quantiles and meaning.axis(known[name].shape) is None:
+            raise BuildError(
+                f"{len(meaning.quantiles)} quantiles are declared of {name} {list(known[name].shape)}",
+                "declare one level for each element of the axis that has them",
+            )
+    return tuple(replace(spec, meaning=meanings.get(spec.name, Meaning())) for spec in outputs)
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:

@@ -6,13 +6,14 @@ So it is for a module around them whose first input is tokens: it goes into an e
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...specs import Meaning
 from ..example import POSITIONAL, parameters, result_of, shadow
 from ..loaded import Dims
 from ..signature import Signature, Slot, UserValue
@@ -31,7 +32,7 @@ class Known:
         signature, inputs: how its forward takes which inputs.
         output: name of an output without a key.
         dims: symbolic shape of the inputs.
-        exact, streams: as in `Loaded`.
+        exact, streams, meanings: as in `Loaded`.
         note: what the user should know of it.
     """
 
@@ -42,6 +43,7 @@ class Known:
     dims: dict[str, Dims] | None = None
     exact: Callable[[nn.Module], None] | None = None
     streams: bool = True
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
     note: str = ""
 
 
@@ -88,6 +90,7 @@ def _tirex(module: nn.Module) -> Known:
         exact=tirex.exact,
         streams=False,
         dims={name: ("B", "S", *x.shape[2:]) for name, x in inputs.items()},
+        meanings=tirex.meanings(module),
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ExportError, InputError, UsageError
-from ...specs import JsonMapping, steps_of
+from ...specs import JsonMapping, Meaning, steps_of
 from .. import handed_on
 from ..axes import Axes, axes_of
 from ..example import Given, given, parameters, signature_of, what_to_give, what_to_return
@@ -28,13 +28,14 @@ from .own_weights import load_weights
 def load_module(spec: str, weights: Path | None = None) -> Loaded:
     """Call `pkg.mod:factory` and load weights.
 
-    The factory returns (nn.Module, inputs, dims, ranges), of which the last ones may be left out. `inputs`
-    holds an example per parameter of `forward`, or is the tensor or tuple of its positional arguments; nests
-    in it are flattened (`load/signature.py`). A published model, or one that takes tokens, needs none. `dims`
+    The factory returns (nn.Module, inputs, dims, ranges, outputs), of which the last ones may be left out.
+    `inputs` holds an example per parameter of `forward`, or is the tensor or tuple of its positional
+    arguments; nests in it are flattened (`load/signature.py`). A published model, or one that takes tokens, needs none. `dims`
     gives the symbolic shape of inputs by name (`load/axes.py`): `{"image": ("B", 3, 32, 32)}`, `{"x": ("B",
     5, "S")}`. A model none of whose inputs has an S carries no state. `ranges` gives the lowest and highest
-    value of inputs where that is not the example's (`load/ranges.py`): `{"lengths": (1, "S")}`. Instead of a
-    factory, `spec` may name what it would return.
+    value of inputs where that is not the example's (`load/ranges.py`): `{"lengths": (1, "S")}`.
+    `outputs` says what the values of outputs are: `{"y": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit":
+    "°C"}}`. Instead of a factory, `spec` may name what it would return.
 
     Raises:
         UsageError: `spec` is not of that form or names something that does not exist.
@@ -57,6 +58,7 @@ def load_live(
     example: UserValue = None,
     dims: Mapping[str, Dims] | None = None,
     ranges: JsonMapping | None = None,
+    outputs: JsonMapping | None = None,
 ) -> Loaded:
     """A module that is in memory already; it is copied, and stays as it is.
 
@@ -66,6 +68,7 @@ def load_live(
             or a dict by name; None for a model that needs none.
         dims: symbolic shape of inputs, as in `load_module`.
         ranges: lowest and highest value of inputs, as in `load_module`.
+        outputs: what the values of outputs are, as in `load_module`.
 
     Raises:
         InputError: examples or dims do not fit the forward.
@@ -77,7 +80,28 @@ def load_live(
     if example is None and known(module) is None:
         raise UsageError("a live module needs an example input", f"example={what_to_give(module)}")
     plain = {id(x): x.detach().clone() for _, _, x in _left_behind(module)}
-    return _loaded(Given(copy.deepcopy(module, plain), example, dims, ranges), name, {})
+    return _loaded(Given(copy.deepcopy(module, plain), example, dims, ranges, outputs), name, {})
+
+
+def _meanings(declared: JsonMapping, label: str) -> dict[str, Meaning]:
+    """What the factory says of its outputs.
+
+    Raises:
+        InputError: it is something else than quantiles, step and unit.
+    """
+    found = {}
+    for name, entry in declared.items():
+        try:
+            if not isinstance(entry, Mapping) or not set(entry) <= {f.name for f in fields(Meaning)}:
+                raise TypeError(f"{entry!r:.80} is declared")
+            found[str(name)] = Meaning.from_json(entry)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{label}: output {name}: {error}",
+                'declare {"' + str(name) + '": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit": "°C"}}, '
+                "or some of the three",
+            ) from error
+    return found
 
 
 def _left_behind(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -126,6 +150,7 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
         vocab_size=values.vocabulary,
         dims=axes.dims,
         ranges=values.ranges,
+        meanings={**about.meanings, **_meanings(made.outputs or {}, label)},
         exact=about.exact or nothing,
         streams=about.streams and any(steps_of(dim) for dims in axes.dims.values() for dim in dims),
         signature=about.signature,

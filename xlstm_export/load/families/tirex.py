@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, SetupError
-from ...specs import Json
+from ...specs import Json, Meaning
 from ..find import Candidate, find_config
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..match import match
@@ -90,6 +90,7 @@ def load(path: Path, *, streaming: bool = False) -> Loaded:
         weights={f"model.{name}": weight for name, weight in weights.items()},
         exact=exact,
         dims=dims,
+        meanings=meanings(model),
         streams=streaming,
     )
 
@@ -153,6 +154,12 @@ def location_and_scale(context: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.sqrt((deviation * deviation).sum((1, 2), keepdim=True) / divisor)
     scale = torch.where(scale > 0, scale, loc.abs() + 1e-5)
     return loc, torch.where(count > 0, scale, 1.0)
+
+
+def meanings(model: nn.Module) -> dict[str, Meaning]:
+    """What a `TiRexZero` returns: the levels of its quantiles."""
+    config: Any = model.config
+    return {"quantiles": Meaning(tuple(float(level) for level in config.quantiles))}
 
 
 def _quantiles(model: Any, x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

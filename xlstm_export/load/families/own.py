@@ -30,12 +30,12 @@ def load_module(spec: str, weights: Path | None = None) -> Loaded:
 
     The factory returns (nn.Module, inputs, dims, ranges, outputs), of which the last ones may be left out.
     `inputs` holds an example per parameter of `forward`, or is the tensor or tuple of its positional
-    arguments; nests in it are flattened (`load/signature.py`). A published model, or one that takes tokens, needs none. `dims`
-    gives the symbolic shape of inputs by name (`load/axes.py`): `{"image": ("B", 3, 32, 32)}`, `{"x": ("B",
-    5, "S")}`. A model none of whose inputs has an S carries no state. `ranges` gives the lowest and highest
-    value of inputs where that is not the example's (`load/ranges.py`): `{"lengths": (1, "S")}`.
-    `outputs` says what the values of outputs are: `{"y": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit":
-    "°C"}}`. Instead of a factory, `spec` may name what it would return.
+    arguments; nests in it are flattened (`load/signature.py`). A published model, or one that takes tokens,
+    needs none. `dims` gives the symbolic shape of inputs by name (`load/axes.py`): `{"image": ("B", 3, 32,
+    32)}`, `{"x": ("B", 5, "S")}`. A model none of whose inputs has an S carries no state. `ranges` gives the
+    lowest and highest value of inputs where that is not the example's (`load/ranges.py`): `{"lengths": (1,
+    "S")}`. `outputs` says what the values of outputs are: `{"y": {"quantiles": [0.1, 0.5, 0.9], "step":
+    "1h", "unit": "°C"}}`. Instead of a factory, `spec` may name what it would return.
 
     Raises:
         UsageError: `spec` is not of that form or names something that does not exist.

@@ -125,6 +125,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_all(path: Path) -> str:
+    """Hash of a file, or of all files in a folder with their names."""
+    if path.is_file():
+        return sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(path)}\0{sha256(file)}\0".encode())
+    return digest.hexdigest()
+
+
 def _check_free(out: Path, marker: str, force: bool) -> None:
     """Raise UsageError if something exists at `out` that must not be replaced."""
     if out.exists() and not force:

@@ -4,7 +4,7 @@ The limits are in `verify/limits.py`, each with its reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from .distance import Difference, difference
 from .errors import UsageError
 from .specs import Json, JsonMapping
+
+CHECK = ("name", "passed", "value", "limit")  # keys of a check in JSON; all others are its detail
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Check:
     @staticmethod
     def from_json(data: JsonMapping) -> Check:
         """The inverse of `to_json`; null is read as NaN."""
-        detail = {key: x for key, x in data.items() if key not in ("name", "passed", "value", "limit")}
+        detail = {key: x for key, x in data.items() if key not in CHECK}
         value, limit = (float("nan") if data[key] is None else float(data[key]) for key in ("value", "limit"))
         return Check(str(data["name"]), value, limit, detail)
 
@@ -40,7 +42,7 @@ class Check:
             "passed": self.passed,
             "value": self.value,
             "limit": self.limit,
-            **self.detail,
+            **{key: x for key, x in self.detail.items() if key not in CHECK},
         }
 
 
@@ -64,6 +66,12 @@ class Verdict:
     reference_reason: str = ""
     # Of a half or quantized export: precision, base, reference, sites, drift. Empty for FP32.
     precision: dict[str, Any] = field(default_factory=dict)
+    # In what this verification rests on less than the one whose verdict stands (`verify.evidence.weaker`).
+    weaker: tuple[str, ...] = ()
+
+    def with_weaker(self, why: tuple[str, ...]) -> Verdict:
+        """The same verdict, with what makes it weaker than the one that stands."""
+        return replace(self, weaker=why)
 
     @property
     def passed(self) -> bool:
@@ -84,6 +92,7 @@ class Verdict:
                 "bisect": self.bisect or None,
                 **({"gate": self.gate} if self.gate else {}),
                 **({"precision": self.precision} if self.precision else {}),
+                **({"weaker": list(self.weaker)} if self.weaker else {}),
                 "checks": [check.to_json() for check in self.checks],
             }
         )
@@ -103,6 +112,7 @@ class Verdict:
             reference_reason=data.get("reference_reason", ""),
             gate=data.get("gate", {}),
             precision=data.get("precision", {}),
+            weaker=tuple(data.get("weaker", ())),
         )
 
 

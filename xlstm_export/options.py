@@ -257,6 +257,15 @@ class VerifyOptions(Options):
     bisect: bool = option(True, "on failure, find the first value that is wrong", "flag", off="no-bisect")
     horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
     free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
+    seed: int | None = option(
+        None, "seed of the inputs and of the cuts of the stream; default 0", "int", only="cli"
+    )
+    repeat: bool = option(
+        True, "take what is not given from the recorded verification", "flag", off="anew", only="cli"
+    )
+    replace: bool = option(
+        False, "let this verification replace the verdict of a stronger one", "flag", only="cli"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ and one folder per later stage (`verify/`, `bench/`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -16,14 +17,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .atomic import sha256, write_json
+from .atomic import sha256, sha256_of_all, write_json
 from .errors import InputError
 from .specs import IoSpec, Json, JsonMapping
 
 SCHEMA = 1
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
 VERDICT = "verify/report.json"
-MAPPINGS = ("options", "origin", "quantized_from")  # entries of a manifest that must be JSON objects
+# Entries of a manifest that stages add to it after the export, see `record`.
+CALIBRATED_ON, VERIFICATION, WEAKER = "calibrated_on", "verification", "weaker_verification"
+LATER = (CALIBRATED_ON, VERIFICATION, WEAKER)
+MAPPINGS = ("options", "origin", "quantized_from", *LATER)  # entries that must be JSON objects
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,29 @@ def write_manifest(folder: Path, entries: Json) -> None:
         if path.is_file() and path.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files})
+
+
+def record(folder: Path, entries: Mapping[str, Json | None]) -> None:
+    """Add entries, of `LATER`, to the manifest of a finished run folder; None takes one out."""
+    kept = {key: value for key, value in read_manifest(folder).items() if key not in entries}
+    write_json(folder / MANIFEST, {**kept, **{key: x for key, x in entries.items() if x is not None}})
+
+
+def recorded_file(given: Path | str) -> Json:
+    """A file or folder as it was given, its absolute path, and the hash of its content.
+
+    A generator, `package.module:function`, has neither path nor hash.
+    """
+    path = Path(given)
+    if not path.exists():
+        return {"given": str(given)}
+    return {"given": str(given), "absolute": os.path.abspath(path), "sha256": sha256_of_all(path)}
+
+
+def made_hash(folder: Path) -> str:
+    """Hash of the manifest as it was when the folder was made: without what was recorded later."""
+    made = {key: value for key, value in read_manifest(folder).items() if key not in LATER}
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
 def hashes(folder: Path) -> Json:

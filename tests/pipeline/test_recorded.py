@@ -1,7 +1,8 @@
-"""The model of a run folder is found again: from another folder, after a move; else advice that works."""
+"""What a run folder names is found again: from another folder, after a move; else advice that works."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from refusals import refused
 
 from xlstm_export.cli.main import main
 from xlstm_export.errors import InputError
-from xlstm_export.pipeline.recorded import load_recorded, locate
-from xlstm_export.runfolder import RunFolder
+from xlstm_export.options import VerifyOptions
+from xlstm_export.pipeline.recorded import load_recorded, locate, repeated
+from xlstm_export.runfolder import RunFolder, made_hash, record, recorded_file
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,6 @@ def test_gone(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_gone_weights_of_a_factory(project: Path) -> None:
-    import json
-
     manifest = project / "runs" / "lm" / "manifest.json"
     data = json.loads(manifest.read_text())
     data["origin"] = {"module": "own_models:build", "weights": "gone.safetensors"}
@@ -103,3 +103,66 @@ def test_gone_weights_of_a_factory(project: Path) -> None:
     manifest.write_text(json.dumps(data))
     with refused(InputError, "the weights that", "--weights FILE"):
         load_recorded(RunFolder.open("runs/lm"))
+
+
+def verified(run: Path, **entries: object) -> RunFolder:
+    record(run, {"verification": {**entries}})
+    return RunFolder.open(run)
+
+
+def test_a_verification_is_repeated(own_export: Path, tmp_path: Path) -> None:
+    data, gate = tmp_path / "heldout.txt", tmp_path / "gate.yaml"
+    data.write_text("text")
+    gate.write_text("limits: {}")
+    files = {"data": recorded_file(data), "gate": recorded_file(gate)}
+    run = verified(own_export, **files, metric="perplexity", horizon=None, seed=3)
+    as_recorded = VerifyOptions(data=data, gate=gate, metric="perplexity", seed=3)
+    assert repeated(run, VerifyOptions()) == as_recorded
+    assert repeated(run, VerifyOptions(seed=0)).seed == 0, "what is given counts"
+    calibration = repeated(run, VerifyOptions(calib="calib.txt"))
+    assert (calibration.data, calibration.metric, calibration.gate) == (None, None, gate)
+    for other in (VerifyOptions(repeat=False), VerifyOptions(per_block=True), VerifyOptions(num_blocks=1)):
+        assert repeated(run, other) == other
+
+
+def test_a_quantized_run_is_verified_on_what_its_base_was(own_export: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("text")
+    half = shutil.copytree(own_export, tmp_path / "half")
+    manifest = json.loads((half / "manifest.json").read_text())
+    manifest["quantized_from"] = {"folder": "../own"}
+    (half / "manifest.json").write_text(json.dumps(manifest))
+    assert repeated(RunFolder.open(half), VerifyOptions()) == VerifyOptions()
+    record(own_export, {"calibrated_on": recorded_file(data)})
+    assert repeated(RunFolder.open(half), VerifyOptions()) == VerifyOptions(calib=str(data))
+    verified(own_export, data=recorded_file(data), gate=recorded_file(data), seed=2)
+    assert repeated(RunFolder.open(half), VerifyOptions()) == VerifyOptions(data=data, seed=2)
+
+
+@pytest.mark.parametrize("name", ["data", "calib", "gate"])
+def test_recorded_files_that_changed_or_are_gone(
+    name: str, own_export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("before")
+    run = verified(own_export, **{name: recorded_file(file)})
+    file.write_text("after")
+    assert str(getattr(repeated(run, VerifyOptions()), name)) == str(file)
+    assert "has changed since" in caplog.text
+    file.unlink()
+    with refused(InputError, f"is no longer at {file}", f"give --{name} FILE, or --anew"):
+        repeated(run, VerifyOptions())
+    assert repeated(run, VerifyOptions(repeat=False)) == VerifyOptions(repeat=False), "the advice"
+
+
+@pytest.mark.parametrize("entry", [5, {"given": 7}, {"given": "package.module:generator"}, None])
+def test_records_that_name_no_file(entry: object, own_export: Path) -> None:
+    found = repeated(verified(own_export, calib=entry, horizon="long", seed=None), VerifyOptions())
+    generator = entry["given"] if isinstance(entry, dict) and isinstance(entry["given"], str) else None
+    assert found == VerifyOptions(calib=generator)
+
+
+def test_what_is_recorded_later_does_not_change_what_was_made(own_export: Path) -> None:
+    before = made_hash(own_export)
+    verified(own_export, seed=1)
+    assert made_hash(own_export) == before

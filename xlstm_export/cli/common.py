@@ -14,7 +14,7 @@ import click
 
 from ..errors import GateError
 from ..options import FILES, About, Context, Options
-from ..runfolder import MANIFEST, MODEL, RunFolder
+from ..runfolder import MANIFEST, MODEL, VERDICT, RunFolder
 from .console import emit
 
 if TYPE_CHECKING:
@@ -188,11 +188,11 @@ def counts(context: click.Context, option: click.Parameter, text: str) -> tuple[
     return found
 
 
-def require_passed(passed: bool, run: Path, precision: str = "fp32") -> None:
-    """Raise GateError (exit code 1) unless the verification has passed."""
+def require_passed(passed: bool, run: Path, precision: str = "fp32", report: Path | None = None) -> None:
+    """Raise GateError (exit code 1) unless the verification has passed; `report` has its verdict."""
     if not passed:
         what = "equal to the PyTorch model" if precision == "fp32" else "within the limits of its precision"
-        raise GateError(f"{run} is not {what}", f"details: {run}/verify/report.json")
+        raise GateError(f"{run} is not {what}", f"details: {report or run / VERDICT}")
 
 
 def emit_written(folder: Path, as_json: bool) -> None:

@@ -109,8 +109,9 @@ def _change(drop: float | None) -> str:
 def _checked(verdict: Verdict) -> str:
     against = verdict.precision["reference"] if verdict.precision else "PyTorch in float64"
     scored = f", {verdict.metric['positions']:,} positions scored" if verdict.metric else ""
+    weaker = "; weaker than the recorded verification, whose verdict stays" if verdict.weaker else ""
     made_up = "; calibrated on made-up data" if verdict.precision.get("random_calibration") else ""
-    return f"{len(verdict.checks)} checks against {against}, {verdict.inputs}{scored}{made_up}"
+    return f"{len(verdict.checks)} checks against {against}, {verdict.inputs}{scored}{made_up}{weaker}"
 
 
 def _speed(report: BenchReport) -> str:

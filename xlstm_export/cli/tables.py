@@ -81,8 +81,8 @@ def show_verify(console: Console, verdict: Verdict) -> None:
     console.print(table)
 
 
-def show_verdict(console: Console, verdict: Verdict) -> None:
-    """The checks that failed, the task metric, and the result last."""
+def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = None) -> None:
+    """The checks that failed, the task metric, and the result last; `stands` is a stronger verdict."""
     for check in verdict.checks:
         if not check.passed:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
@@ -106,10 +106,20 @@ def show_verdict(console: Console, verdict: Verdict) -> None:
             f"{far['from_export']:.1e} from the export"
         )
     console.print(f"{MARK[verdict.passed]} {verdict_line(verdict)}", highlight=False)
+    if stands is not None:
+        why = f"weaker than the recorded verification: {'; '.join(verdict.weaker)}"
+        console.print(escape(why), highlight=False)
+        console.print(f"{MARK[stands.passed]} {_stands(stands)}", highlight=False)
 
 
-def verdict_line(verdict: Verdict) -> str:
-    """How many checks there were, on which inputs, and their result."""
+def _stands(stands: Verdict) -> str:
+    return f"the verdict stays that of the recorded one, {verdict_line(stands)}; --replace replaces it"
+
+
+def verdict_line(verdict: Verdict, stands: Verdict | None = None) -> str:
+    """How many checks there were, on which inputs, and their result; the result of a stronger verdict too."""
+    if stands is not None:
+        return f"{verdict_line(verdict)}; {_stands(stands)}"
     failed = sum(not check.passed for check in verdict.checks)
     good, bad = ("within its limits", "NOT within its limits") if verdict.precision else EQUAL
     result = good if verdict.passed else f"{bad}: {failed} check(s) failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,28 +30,39 @@ if TYPE_CHECKING:
 @run_argument
 @source_options
 @stage_options(VerifyOptions)
-@context_options(seed="seed of the inputs and of the cuts of the stream")
+@context_options()
 @json_option
 def verify(run: Path, source: Source, options: VerifyOptions, context: Context, as_json: bool) -> None:
     """Compare a run folder with the model it was exported from; exit code 1 if a check fails.
 
-    CHECKPOINT may be omitted: the manifest of the run folder names it.
+    CHECKPOINT may be omitted: the manifest of the run folder names it. So may the data, the gate file, the
+    horizons and the seed: they are those of the last verification, unless --anew is given. The verdict of a
+    verification that rests on less is kept beside that of the stronger one.
     """
-    from ..pipeline import stages
+    from ..pipeline import recorded, stages
+    from ..verify import evidence
     from . import tables
 
     opened = RunFolder.open(run)
+    given, options = options, recorded.repeated(opened, options)
+    if options != given:
+        known = evidence.arguments({name: getattr(options, name) for name in evidence.EVIDENCE})
+        click.echo(f"as recorded: {shlex.join(known)}", err=True)
     loaded = source.load_for(opened)
     with spinner() as stage:
-        verdict = stages.verify(opened, loaded, options, replace(context, progress=stage))
+        chosen = replace(options, repeat=False)
+        verdict = stages.verify(opened, loaded, chosen, replace(context, progress=stage))
+    stands = evidence.standing(opened) if verdict.weaker else None
     emit(
-        verdict.to_json(),
+        {**verdict.to_json(), **({} if stands is None else {"stands": {"passed": stands.passed}})},
         as_json,
-        lambda console: tables.show_verdict(console, verdict),
+        lambda console: tables.show_verdict(console, verdict, stands),
         details=lambda console: tables.show_verify(console, verdict),
-        line=tables.verdict_line(verdict),
+        line=tables.verdict_line(verdict, stands),
     )
-    require_passed(verdict.passed, run, opened.precision)
+    passed = verdict.passed and (stands is None or stands.passed)
+    failed = verdict if stands is None or not verdict.passed else stands
+    require_passed(passed, run, opened.precision, evidence.place(opened, failed))
 
 
 @click.command()

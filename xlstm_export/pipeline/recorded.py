@@ -1,15 +1,20 @@
-"""The model that a run folder was exported from, found again from its manifest, also after a move."""
+"""What a manifest names, found again, also after a move: the model, and what it was verified on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 
-from ..atomic import sha256
+from ..atomic import sha256, sha256_of_all
 from ..errors import InputError, UsageError
 from ..load.checkpoint import load
 from ..load.loaded import PATHS, Loaded
-from ..runfolder import RunFolder
+from ..options import VerifyOptions
+from ..runfolder import CALIBRATED_ON, VERIFICATION, RunFolder, read_manifest
+from ..specs import JsonMapping
+
+log = logging.getLogger(__name__)
+WHAT = {"data": "held-out data", "calib": "calibration data", "gate": "gate file"}
 
 
 def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
@@ -41,6 +46,70 @@ def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
     )
 
 
+def repeated(run: RunFolder, options: VerifyOptions) -> VerifyOptions:
+    """Options of a verification, with what is not given as the recorded one of the run folder had it.
+
+    Where `data` or `calib` is given, neither is taken from the record. A run folder that was not verified yet
+    is verified on what the one that it was made from was verified on, else on what it was calibrated on.
+    Verifications of parts of a model have no record.
+
+    Raises:
+        InputError: a recorded file is nowhere to be found.
+    """
+    if not options.repeat or options.per_block or options.num_blocks is not None:
+        return options
+    known = run.manifest.get(VERIFICATION) or _of_base(run)
+    own_data = options.data is not None or options.calib is not None
+    found: dict[str, object] = {}
+    for name, kind in (("metric", str), ("horizon", int), ("free_horizon", int), ("seed", int)):
+        value = known.get(name)
+        if isinstance(value, kind) and getattr(options, name) is None and not (name == "metric" and own_data):
+            found[name] = value
+    for name in ("data", "calib", "gate"):
+        if getattr(options, name) is None and not (name != "gate" and own_data):
+            found[name] = _recorded_file(run, name, known.get(name))
+    given = {name: getattr(options, name) for name in options.table()}
+    return VerifyOptions.made_of({**given, **{name: x for name, x in found.items() if x is not None}})
+
+
+def _of_base(run: RunFolder) -> JsonMapping:
+    """What the run folder that `run` was quantized from rests on, without what is for that precision only."""
+    folder = run.manifest.get("quantized_from", {}).get("folder")
+    try:
+        base = read_manifest(run.path / str(folder)) if folder is not None else {}
+    except InputError:
+        return {}
+    known = base.get(VERIFICATION, {})
+    return {
+        **{name: known.get(name) for name in ("data", "calib", "metric", "seed")},
+        **({} if known.get("data") or known.get("calib") else {"calib": base.get(CALIBRATED_ON)}),
+    }
+
+
+def _recorded_file(run: RunFolder, name: str, entry: object) -> str | None:
+    """Where a file of the recorded verification is now; None if there was none.
+
+    Raises:
+        InputError: it is nowhere to be found.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("given"), str):
+        return None
+    given, sha, absolute = entry["given"], entry.get("sha256"), entry.get("absolute")
+    if not isinstance(sha, str):
+        return given  # a generator
+    places = _places(run, given, absolute)
+    here = [path for path in places if path.exists()]
+    same = next((path for path in here if sha256_of_all(path) == sha), None)
+    if same is None and here:
+        log.warning("%s has changed since %s was verified on it", here[0], run.path)
+    if not here:
+        raise InputError(
+            f"the {WHAT[name]} that {run.path} was verified on is no longer at {places[-1]}",
+            f"give --{name} FILE, or --anew to verify without what was recorded",
+        )
+    return str(same or here[0])
+
+
 def locate(run: RunFolder, name: str) -> Path:
     """Where a file or folder of a run's origin is now.
 
@@ -52,7 +121,9 @@ def locate(run: RunFolder, name: str) -> Path:
         InputError: it is in none of these places.
     """
     given = Path(run.origin[name])
-    places = list(_elsewhere(run, name))
+    recorded = run.manifest.get("origin_absolute")
+    absolute = recorded.get(name) if isinstance(recorded, dict) else None
+    _, *places = _places(run, given, absolute)
     others = [path for path in places if path.exists() and not (given.exists() and path.samefile(given))]
     # Hashes are of files of many gigabytes: they decide only where there is a choice.
     if given.exists() and (not others or _is_the_same(run, given)):
@@ -67,13 +138,12 @@ def locate(run: RunFolder, name: str) -> Path:
     )
 
 
-def _elsewhere(run: RunFolder, name: str) -> Iterator[Path]:
-    given = Path(run.origin[name])
-    if not given.is_absolute():
-        yield from (folder / given for folder in (run.path.resolve(), *run.path.resolve().parents))
-    recorded = run.manifest.get("origin_absolute")
-    if isinstance(recorded, dict) and isinstance(recorded.get(name), str):
-        yield Path(recorded[name])
+def _places(run: RunFolder, given: Path | str, absolute: object) -> list[Path]:
+    """Where a recorded file may be: as it was given, from the folders of the run folder, and where it was."""
+    places = [Path(given)]
+    if not places[0].is_absolute():
+        places += [folder / given for folder in (run.path.resolve(), *run.path.resolve().parents)]
+    return [*places, Path(absolute)] if isinstance(absolute, str) else places
 
 
 def _is_the_same(run: RunFolder, path: Path) -> bool:

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import sha256, write_json
+from ..atomic import sha256, sha256_of_all, write_json
 from ..checks import Verdict
-from ..errors import UsageError
+from ..errors import ExportError, UsageError
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
-from ..runfolder import versions
+from ..runfolder import MANIFEST, made_hash, versions
 from .plan import Pipeline, Step
 from .table import STAGES, Done, Job
 
@@ -148,7 +148,7 @@ class _Run:
             step.seed,
             dict(self._pipeline.source),
             versions(),
-            {file: _content(Path(file)) for file in files},
+            {file: sha256_of_all(Path(file)) for file in files},
             code_hashes(factory) if factory else {},
             self._before,
         ]
@@ -160,9 +160,9 @@ class _Run:
             record = json.loads(self._record(step).read_text(encoding="utf-8"))
             folder = Path(record["folder"])
             return record["inputs"] == inputs and all(
-                sha256(folder / file) == digest for file, digest in record["outputs"].items()
+                _written(folder / file) == digest for file, digest in record["outputs"].items()
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ExportError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def _do(self, step: Step, inputs: str) -> Done:
@@ -182,7 +182,7 @@ class _Run:
         if isinstance(done.result, Verdict) and not done.result.passed:
             return done
         wrote = self._pipeline.out if stage.on_base else done.folder
-        outputs = {name: sha256(wrote / name) for name in stage.writes}
+        outputs = {name: _written(wrote / name) for name in stage.writes}
         record = {"inputs": inputs, "folder": str(wrote), "outputs": outputs, "run": str(done.folder)}
         write_json(self._record(step), record)
         return done
@@ -215,12 +215,6 @@ def _plain(options: Options) -> tuple[dict[str, object], list[str]]:
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}, files
 
 
-def _content(path: Path) -> str:
-    """Hash of a file, or of all files in a folder with their names."""
-    if path.is_file():
-        return sha256(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
-            digest.update(f"{file.relative_to(path)}\0{sha256(file)}\0".encode())
-    return digest.hexdigest()
+def _written(path: Path) -> str:
+    """Hash of a file that a step wrote, without what later steps add to it."""
+    return made_hash(path.parent) if path.name == MANIFEST else sha256(path)

@@ -7,6 +7,7 @@ runner and the Python API call these functions.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from ..options import (
     SensitivityOptions,
     VerifyOptions,
 )
-from ..runfolder import RunFolder
+from ..runfolder import CALIBRATED_ON, RunFolder, record, recorded_file
 from ..targets import TARGETS
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def calibrate(
         tokenizer=options.tokenizer,
     )
     scales = observers.calibrate(run, chosen, options, context)
+    record(run.path, {CALIBRATED_ON: recorded_file(options.data) if options.data is not None else None})
     _warn_of_silence(run, scales)
     return scales
 
@@ -158,9 +160,17 @@ def quantize(
 def verify(
     run: Run, loaded: Loaded, options: VerifyOptions = VerifyOptions(), context: Context = Context()
 ) -> Verdict:
-    """Compare a run folder with its model; see `verify.verify.verify_run`."""
-    from ..verify.verify import verify_run
+    """Compare a run folder with its model; see `verify.verify.verify_run`.
 
+    With `options.repeat`, what is not given is that of the recorded verification; see `recorded.repeated`.
+    """
+    from ..verify.verify import verify_run
+    from .recorded import repeated
+
+    run = RunFolder.of(run)
+    options = repeated(run, options)
+    if options.seed is not None:
+        context = replace(context, seed=options.seed)
     return verify_run(run, loaded, options, context)
 
 

@@ -113,10 +113,11 @@ def _quantize(job: Job, options: Options) -> Done:
 
 def _verify(job: Job, options: Options) -> Done:
     """A candidate is compared with the FP32 export, which must have been verified itself."""
-    chosen = cast(VerifyOptions, options)
+    # A pipeline says itself what it verifies on.
+    chosen = replace(cast(VerifyOptions, options), repeat=False)
     if job.folder != job.base and not _is_verified(job.base):
         # Without the gate file and the horizons, which are for the candidate.
-        base = VerifyOptions(data=chosen.data, calib=chosen.calib, metric=chosen.metric)
+        base = VerifyOptions(data=chosen.data, calib=chosen.calib, metric=chosen.metric, repeat=False)
         _require(stages.verify(job.base, job.load(), base, job.context), job.base)
     verdict = stages.verify(job.folder, job.load(), chosen, job.context)
     if job.stops:

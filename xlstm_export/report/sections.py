@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checks import pytorch
+from ..runfolder import VERIFICATION, WEAKER
 from ..specs import Json, TensorSpec
+from ..verify.evidence import arguments
 from .data import OTHER_FILES, RunData, number
 from .document import Document, Section, Table, Value, bytes_of, missing, text_of
 from .glossary import glossary
@@ -54,6 +56,9 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     place = run.verification.get("bisect")
     if place:
         details.append(str(place.get("sentence", "")))
+    beside = run.folder.manifest.get(WEAKER)
+    if beside:
+        details.append(_beside(beside))
     gate = run.verification.get("gate")
     if gate:
         details.append(f"Limits of the gate file {gate['file']} replace built-in ones.")
@@ -61,6 +66,13 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     if failed:
         return f"NOT {good}: {len(failed)} of {len(checks)} checks failed", tuple(details)
     return f"{good}: {len(checks)} checks passed", tuple(details)
+
+
+def _beside(weaker: Json) -> str:
+    """A later verification whose verdict does not count."""
+    why = "; ".join(map(str, weaker.get("weaker", ())))
+    result = "passed" if weaker.get("passed") else "FAILED"
+    return f"A later verification that rests on less {result} and does not replace this verdict: {why}."
 
 
 def exported(run: RunData) -> Section:
@@ -223,13 +235,16 @@ def reproduce(run: RunData) -> Section:
     """The commands that make this run again."""
     folder = shlex.quote(str(run.folder.path))
     commands = [str(run.folder.manifest.get("command") or "")] if run.folder.manifest.get("command") else []
-    commands += [
-        f"xlstm-export verify {folder}",
-        f"xlstm-export bench {folder}",
-        f"xlstm-export report {folder}",
-    ]
-    return Section(
-        "How to reproduce",
-        ("The same checkpoint and options give the same bytes.",),
-        commands=tuple(commands),
-    )
+    text = ["The same checkpoint and options give the same bytes."]
+    if run.folder.origin.keys() & {"checkpoint", "module"}:
+        rests_on = arguments(run.folder.manifest.get(VERIFICATION, {}))
+        commands += [shlex.join(["xlstm-export", "verify", str(run.folder.path), *rests_on])]
+        commands += [f"xlstm-export bench {folder}"]
+        if rests_on:
+            text.append("`verify` without options does the same, wherever these files are now.")
+    else:
+        text.append(
+            "The model was in memory: `verify` and `bench` are methods of the Run that `export` gave."
+        )
+    commands.append(f"xlstm-export report {folder}")
+    return Section("How to reproduce", tuple(text), commands=tuple(commands))

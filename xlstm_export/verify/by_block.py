@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import write_json
 from ..checks import Check, Verdict, output_check
 from ..distance import Difference, compare_states, difference
 from ..errors import UsageError
@@ -29,7 +30,7 @@ from ..runfolder import RunFolder
 from ..specs import CHUNK, StateSpec
 from .gate_file import read_gate
 from .limits import LIMITS
-from .parts import finish
+from .parts import judged
 from .segments import FreshStates, Segments
 from .streamed import Streamed
 
@@ -75,9 +76,9 @@ def verify_per_block(
         )
     checks = _PerBlock(run, loaded.stored_as(run.options.dtype), context).checks()
     inputs = f"made-up inputs, {BATCH} rows of {LENGTH} positions"
-    return finish(
-        Verdict(tuple(checks), {}, run.hashes(), inputs), run.verdict.with_name("per_block.json"), gate
-    )
+    verdict = judged(Verdict(tuple(checks), {}, run.hashes(), inputs), gate)
+    write_json(run.verdict.with_name("per_block.json"), verdict.to_json())
+    return verdict
 
 
 class _PerBlock:

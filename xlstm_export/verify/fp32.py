@@ -30,10 +30,11 @@ from ..runfolder import RunFolder
 from ..sessions import OrtSession, TorchSession
 from ..specs import Json
 from .base import Verification, require_same_model
+from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error
 from .own_error import own_error, own_metric_error
-from .parts import audited, finish, metric_checks
+from .parts import audited, judged, metric_checks
 from .ways import BATCH, RAGGED
 
 
@@ -45,7 +46,7 @@ def verify(
     *,
     calibration: Arrays | None = None,
 ) -> Verdict:
-    """Compare an export with the module it was made from and write `verify/report.json`.
+    """Compare an export with the module it was made from and write the verdict (`evidence.keep`).
 
     Args:
         run: run folder.
@@ -60,12 +61,14 @@ def verify(
         InputError: data or gate file cannot be used.
     """
     run = RunFolder.of(run)
+    rests_on = evidence(options, context)
     gate = None if options.gate is None else read_gate(options.gate)
     # The reference has the weights as they are stored: their rounding is chosen, the arithmetic is verified.
     loaded = loaded.in_form(run.options.stateless).stored_as(run.options.dtype)
     checked = _Fp32(run, loaded, options, context, calibration)
     with closing(checked), checked.source.explained():
-        return finish(checked.verdict(), run.verdict, gate)
+        verdict = judged(checked.verdict(), gate)
+        return keep(run, verdict, rests_on, replace=options.replace)
 
 
 class _Fp32(Verification):

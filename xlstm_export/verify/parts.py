@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import write_json
 from ..checks import Check, Verdict
 from ..errors import UsageError, UserCodeError
 from ..inputs import Arrays, cut, per_position, rows_of
@@ -166,9 +165,6 @@ def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, li
     return gates, [Check("heads whose stabilizer is no number", float(broken), 0.0)] if heads else []
 
 
-def finish(verdict: Verdict, path: Path, gate: Gate | None) -> Verdict:
-    """Apply the limits of the gate file, if there is one, and write the verdict."""
-    if gate is not None:
-        verdict = gate.apply(verdict)
-    write_json(path, verdict.to_json())
-    return verdict
+def judged(verdict: Verdict, gate: Gate | None) -> Verdict:
+    """The verdict with the limits of the gate file, if there is one."""
+    return verdict if gate is None else gate.apply(verdict)

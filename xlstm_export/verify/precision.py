@@ -33,9 +33,10 @@ from ..sessions import OrtSession, Session, TorchSession
 from ..specs import Json
 from .base import Verification
 from .drift_gate import drift_checks
+from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import PRECISION_LIMITS, drift_limits
-from .parts import audited, finish, metric_checks
+from .parts import audited, judged, metric_checks
 from .verdict import require_verified
 from .ways import BATCH
 
@@ -51,7 +52,7 @@ def verify_precision(
     *,
     calibration: Arrays | None = None,
 ) -> Verdict:
-    """Verify a run folder of `quantize`; writes `verify/report.json` and `verify/drift.csv`.
+    """Verify a run folder of `quantize`; writes the verdict and the drift (`evidence.keep`).
 
     Args:
         run: run folder.
@@ -68,11 +69,13 @@ def verify_precision(
         InputError: data or gate file cannot be used.
     """
     run = RunFolder.of(run)
+    rests_on = evidence(options, context)
     gate = None if options.gate is None else read_gate(options.gate)
     loaded = loaded.stored_as(run.options.dtype)
     checked = _Precision(run, loaded, options, context, calibration)
     with closing(checked), checked.source.explained():
-        return finish(checked.verdict(), run.verdict, gate)
+        verdict = judged(checked.verdict(), gate)
+        return keep(run, verdict, rests_on, replace=options.replace, more=checked.write_drift)
 
 
 @dataclass(frozen=True)
@@ -120,24 +123,21 @@ class _Precision(Verification):
         self.limits = PRECISION_LIMITS[run.precision]
         self.drift_limits = drift_limits(run.precision, run.options.state_dtype)
         self.max_drop = float(run.manifest.get("max_drop") or self.limits.metric)
+        self.drift: Drift | None = None
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
         ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
         super().__init__(run, loaded, options, context, calibration, ways)
         self.reference = fp32_reference(run, loaded, context.threads)
 
     def verdict(self) -> Verdict:
-        """Run all checks; the drift is also written as a table and a plot."""
+        """Run all checks; the drift is also kept as `drift`."""
         run = self.run
         self.context.progress("fences and rules of TensorRT")
         checks = self.check_graph()
         checks += self.check_streams()
-        drift: Drift | None = None
         if run.io.states and has_positions(run.io):
-            drift = self.measure()
-            drift.write_csv(run.verdict.with_name("drift.csv"))
-            limits = (self.drift_limits.output, self.drift_limits.state)
-            plot_drift({run.precision: drift}, run.verdict.with_name("drift.svg"), limits)
-            checks += drift_checks(drift, self.drift_limits)
+            self.drift = self.measure()
+            checks += drift_checks(self.drift, self.drift_limits)
         else:
             checks += self.check_level()
         gates, more = self.check_gates()
@@ -147,7 +147,7 @@ class _Precision(Verification):
             self.context.progress("task metric")
             more, measured = self.check_metric(self.data)
             checks += more
-        about = self.describe(drift)
+        about = self.describe(self.drift)
         return Verdict(tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about)
 
     def check_graph(self) -> list[Check]:
@@ -177,6 +177,13 @@ class _Precision(Verification):
             OrtSession(self.run.path, rows, self.threads) as candidate,
         ):
             return measure_drift(reference, candidate, inputs, plan, context)
+
+    def write_drift(self, folder: Path) -> None:
+        """The drift as a table and a plot, beside the verdict."""
+        if self.drift is not None:
+            self.drift.write_csv(folder / "drift.csv")
+            limits = (self.drift_limits.output, self.drift_limits.state)
+            plot_drift({self.run.precision: self.drift}, folder / "drift.svg", limits)
 
     def check_level(self) -> list[Check]:
         """For a model that does not stream: compare one call with FP32."""

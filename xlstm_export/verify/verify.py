@@ -14,6 +14,7 @@ from ..inputs import Arrays
 from ..load.loaded import Loaded
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
+from . import evidence
 from .bisect import search
 from .by_block import verify_per_block
 from .first_blocks import verify_first_blocks
@@ -60,7 +61,7 @@ def verify_run(
     except ExportError as error:  # the verdict is valid without the place
         found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
     verdict = replace(verdict, bisect=found)
-    write_json(run.verdict, verdict.to_json())
+    write_json(evidence.place(run, verdict), verdict.to_json())
     return verdict
 
 

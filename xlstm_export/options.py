@@ -392,7 +392,12 @@ class GenerateOptions(Options):
 class ForecastOptions(Options):
     """Options of `forecast`."""
 
-    columns: str | None = option(None, "columns that the model reads, in its order: a,b,c", "text")
+    horizon: int | None = option(
+        None, "rows ahead; default: as many as one call of the model gives", "int", bounds=Bounds(1)
+    )
+    columns: str | None = option(
+        None, "columns to read, in the model's order: a,b,c. A model of one takes each as a series", "text"
+    )
     every: bool = option(False, "write the forecast after each row, not only after the last", "flag")
     plot: Path | None = option(None, "plot to write, .svg", "path")
-    target: str | None = option(None, "column that is forecast, for the plot; default: the first", "text")
+    target: str | None = option(None, "column that is drawn; default: the first, or every series", "text")

@@ -278,6 +278,34 @@ def test_deploy_runs_several_streams(own: Path, lean: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_deploy_forecasts_as_the_command_does(
+    tmp_path: Path, lean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantiles by name, times, the horizon: the same rows and the same words on a board."""
+    tirex_models = pytest.importorskip("tirex_models", reason="pip install tirex-ts")
+    loaded = checkpoint.load_checkpoint(tirex_models.make(tmp_path / "model"))
+    run = trace.export(loaded, tmp_path / "run")
+    atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    made = bundles.bundle(run, loaded, tmp_path / "made", BundleOptions(horizon=HORIZON))
+    lines = [f"2024-03-0{1 + n // 24}T{n % 24:02}:00,{'' if n == 7 else n % 5},{n}" for n in range(40)]
+    (tmp_path / "d.csv").write_text("\n".join(["time,a,b", *lines]) + "\n")
+    options = ["--horizon", "20", "--columns", "a", "--json"]
+    main(["forecast", str(run), "--input", str(tmp_path / "d.csv"), "-o", str(tmp_path / "f.csv"), *options])
+    here = capsys.readouterr()
+    files = ["--csv", str(tmp_path / "d.csv"), "--out", str(tmp_path / "board.csv")]
+    done = deploy(made, lean, "run", "--backend", "onnxruntime", *files, *options)
+    assert done.returncode == 0, done.stderr
+    found, expected = json.loads(done.stdout)["series"], json.loads(here.out)["series"]
+    np.testing.assert_allclose(found[0].pop("values"), expected[0].pop("values"), rtol=1e-3, atol=1e-3)
+    assert found == expected
+    assert expected[0]["times"][0] == "2024-03-02T16:00"
+    head = (tmp_path / "board.csv").read_text().splitlines()[0]
+    assert head == (tmp_path / "f.csv").read_text().splitlines()[0]
+    assert expected[0]["how"] in done.stderr
+    assert expected[0]["how"] in here.err
+
+
+@pytest.mark.slow
 def test_deploy_looks_at_paths_before_it_runs(own: Path, lean: Path, tmp_path: Path) -> None:
     """Nothing is computed for a result that could not be written; a bad state file is named."""
     np.savez(tmp_path / "data.npz", tokens=np.array([[1, 2]]))

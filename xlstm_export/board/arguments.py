@@ -13,14 +13,15 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 TYPES = {"int": int, "number": float, "file": Path, "path": Path}
 
 
-def add_options(parser: argparse._ActionsContainer, kind: type[Options]) -> None:
+def add_options(parser: argparse._ActionsContainer, kind: type[Options], leave: tuple[str, ...] = ()) -> None:
     """The options of a class as arguments.
 
     Args:
         parser: of argparse, or one of its groups.
         kind: class of the options.
+        leave: names of options that are left out.
     """
-    for field in fields(kind):
+    for field in (x for x in fields(kind) if x.name not in leave):
         about = kind.table()[field.name]
         flag, text = "--" + field.name.replace("_", "-"), about.help.replace("%", "%%")
         if about.kind == "flag":
@@ -38,4 +39,4 @@ def add_options(parser: argparse._ActionsContainer, kind: type[Options]) -> None
 
 def options_of(kind: type[O], given: argparse.Namespace) -> O:
     """The options that arguments of `add_options` give."""
-    return kind.made_of({name: getattr(given, name) for name in kind.table()})
+    return kind.made_of({name: getattr(given, name) for name in kind.table() if hasattr(given, name)})

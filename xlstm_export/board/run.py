@@ -1,4 +1,4 @@
-"""`deploy.py run`: text from a language model, or arrays through any model."""
+"""`deploy.py run`: text from a language model, forecasts of series, or arrays through any model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from ..atomic import require_writable
 from ..errors import InputError, UsageError
 from ..inputs import batch_of, save_arrays
-from ..options import GenerateOptions
+from ..options import ForecastOptions, GenerateOptions
 from ..runfolder import RunFolder
+from ..sessions import forecast as forecasts
 from ..sessions import streams
 from ..sessions.codec import codec_of
 from ..sessions.protocol import Session, resume, save_state
@@ -21,6 +22,7 @@ from ..sessions.text import Writer, require_language_model
 from . import integrity
 from .arguments import add_options, options_of
 
+DRAWN = ("plot", "target")  # options of a plot, which a board does not make
 OpenSession = Callable[[int], Session]  # of so many streams
 
 
@@ -32,6 +34,7 @@ class Files:
         bundle: its folder.
         text: what a language model continues.
         data: inputs of the model.
+        table: CSV file of series to forecast.
         out: for the outputs.
         state: continued from if it is there, written at the end.
         as_json: the result as JSON on stdout.
@@ -40,18 +43,21 @@ class Files:
     bundle: Path
     text: str | None
     data: Path | None
+    table: Path | None
     out: Path | None
     state: Path | None
     as_json: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `run`; those of text are the options of `xlstm-export generate`."""
+    """The arguments of `run`; the options are those of `xlstm-export generate` and `forecast`."""
     parser.add_argument("--text", help="what a language model continues; - reads it from standard input")
     parser.add_argument("--data", type=Path, help=".npz of the inputs by name, or .csv of the only one")
-    parser.add_argument("--out", type=Path, help=".npz for the outputs of --data")
+    parser.add_argument("--csv", type=Path, help="CSV file of series to forecast, with a header")
+    parser.add_argument("--out", type=Path, help=".npz for the outputs of --data, or CSV for the forecast")
     parser.add_argument("--state", type=Path, help="continue from this file if it is there; saved at the end")
     add_options(parser.add_argument_group("text"), GenerateOptions)
+    add_options(parser.add_argument_group("forecast"), ForecastOptions, leave=DRAWN)
 
 
 def run(given: argparse.Namespace, open_session: OpenSession) -> None:
@@ -60,18 +66,25 @@ def run(given: argparse.Namespace, open_session: OpenSession) -> None:
     Raises:
         UsageError, InputError, SetupError: see the parts.
     """
-    files = Files(given.bundle, given.text, given.data, given.out, given.state, given.json)
-    if (files.text is None) == (files.data is None):
-        raise UsageError("give either --text or --data", "--text for a language model")
-    if files.data is not None and not files.data.exists():
-        raise InputError(f"{files.data} does not exist", "give an .npz or .csv of the inputs")
-    if files.data is not None and files.out is None:
-        raise UsageError("--data needs --out FILE.npz for the outputs", "name a file")
+    files = Files(given.bundle, given.text, given.data, given.csv, given.out, given.state, given.json)
+    if sum(source is not None for source in (files.text, files.data, files.table)) != 1:
+        raise UsageError(
+            "give one of --text, --data and --csv", "--text for a language model, --csv for a forecaster"
+        )
+    for option, path, kind in (("data", files.data, "npz"), ("csv", files.table, "csv")):
+        if path is not None and not path.exists():
+            raise InputError(f"{path} does not exist", "give a file with the model's inputs")
+        if path is not None and files.out is None:
+            raise UsageError(f"--{option} needs --out FILE.{kind} for the outputs", "name a file")
+    if files.table is not None and files.state is not None:
+        raise UsageError("--csv begins afresh with each series", "leave out --state")
     for path in (files.out, files.state):
         if path is not None:
             require_writable(path)
     if files.text is not None:
         _write_text(files, options_of(GenerateOptions, given), open_session)
+    elif files.table is not None:
+        _write_forecasts(files, options_of(ForecastOptions, given), open_session)
     else:
         _write_outputs(files, open_session)
 
@@ -108,3 +121,19 @@ def _write_outputs(files: Files, open_session: OpenSession) -> None:
         print(f"wrote {files.out}", file=sys.stderr)
         if files.state is not None:
             save_state(session, files.state)
+
+
+def _write_forecasts(files: Files, options: ForecastOptions, open_session: OpenSession) -> None:
+    assert files.table is not None
+    assert files.out is not None
+    opened = RunFolder.open(files.bundle)
+    form = forecasts.layout(opened.io, opened.context_length)
+    columns = options.columns.split(",") if options.columns else None
+    series = forecasts.read_series(files.table, form, columns)
+    with open_session(1) as session:
+        made = [forecasts.forecast(session, opened.io, one, form, options.horizon) for one in series]
+    print(*forecasts.remarks(made), sep="\n", file=sys.stderr)
+    if files.as_json:
+        print(json.dumps({"series": [one.to_json() for one in made]}, indent=1))
+    forecasts.write_csv(made, files.out, every=options.every)
+    print(f"wrote {files.out}", file=sys.stderr)

@@ -112,6 +112,7 @@ def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str)
         "target": options.target,
         "licence_of_weights": options.license or "not stated",
         "vocab_size": loaded.vocab_size,
+        "context_length": run.context_length,
         "recurrences": _recurrences(run.model),
         "not_for_the_runner": [text for x in (*run.io.inputs, *run.io.outputs) if (text := _too_special(x))],
         "origin": dict(run.origin),

@@ -86,24 +86,24 @@ def generate(
 def forecast(
     run: Path, source: Path, out: Path, options: ForecastOptions, backend: str, threads: int, as_json: bool
 ) -> None:
-    """Forecast the rows that follow a CSV file, with the model in RUN."""
-    from ..inference import forecast as forecasts
+    """Forecast the rows that follow each series of a CSV file, with the model in RUN."""
+    from ..inference.forecast import plot
     from ..inference.open import open_session
     from ..plot.file import require_svg
+    from ..sessions import forecast as forecasts
 
     if options.plot is not None:
         require_svg(options.plot)
     opened = RunFolder.open(run)
     form = forecasts.layout(opened.io, opened.context_length)
-    names = options.columns.split(",") if options.columns else None
-    series = forecasts.read_series(source, form.columns, names, gaps=form.patch > 0)
+    series = forecasts.read_series(source, form, options.columns.split(",") if options.columns else None)
     with open_session(run, backend, lambda: RECORDED.load_for(opened), threads) as session:
-        made = forecasts.forecast(session, opened.io, series, form)
+        made = [forecasts.forecast(session, opened.io, one, form, options.horizon) for one in series]
+    for line in forecasts.remarks(made):
+        click.echo(line, err=True)
+    emit({"series": [one.to_json() for one in made]}, as_json, lambda console: None)
     forecasts.write_csv(made, out, every=options.every)
-    written = [out]
+    click.echo(f"wrote {out}", err=True)
     if options.plot is not None:
-        forecasts.plot(made, options.plot, options.target)
-        written.append(options.plot)
-    emit({"files": [str(path) for path in written]}, as_json, lambda console: None)
-    for path in written:
-        click.echo(f"wrote {path}", err=True)
+        plot(made, options.plot, options.target)
+        click.echo(f"wrote {options.plot}", err=True)

@@ -23,6 +23,24 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The area between two lines over the same x; bands that lie on each other are darker.
+
+    Attributes:
+        name: what lies between the lines, shown under a pointer.
+        legend: its name in the legend; an empty one is left out of it.
+        colour: of the palette.
+    """
+
+    name: str
+    xs: tuple[float, ...]
+    lows: tuple[float, ...]
+    highs: tuple[float, ...]
+    legend: str = ""
+    colour: int = 0
+
+
+@dataclass(frozen=True)
 class Limit:
     """A dashed line across a plot, with its name on it: values beyond it fail."""
 
@@ -39,6 +57,8 @@ class LinePlot:
         x_label, y_label: units included.
         log: both axes are logarithmic; otherwise both are linear.
         x_mark: a vertical line here.
+        x_ticks: places and texts of the ticks of a linear x axis; by default round numbers.
+        bands: areas behind the lines.
         limits: at most two, one named at each end; those that have no place on the axis are left out.
         reading: how to read the plot and what is good, for the caption in a report.
     """
@@ -50,6 +70,8 @@ class LinePlot:
     lines: tuple[Line, ...]
     log: bool = True
     x_mark: float | None = None
+    x_ticks: tuple[tuple[float, str], ...] = ()
+    bands: tuple[Band, ...] = ()
     limits: tuple[Limit, ...] = ()
     reading: str = ""
 
@@ -95,7 +117,7 @@ class BarPlot:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend; `kind` is the swatch: "line", "dashed", "mark" or "limit"."""
+    """An entry of a legend; `kind` is the swatch: "line", "dashed", "band", "mark" or "limit"."""
 
     name: str
     kind: str

@@ -35,25 +35,32 @@ def style() -> str:
     return STYLE.read_text(encoding="utf-8")
 
 
-def svg_file(title: str, plots: Sequence[LinePlot | BarPlot], width: float = WIDTH) -> str:
+def svg_file(
+    title: str, plots: Sequence[LinePlot | BarPlot], width: float = WIDTH, *, across: int | None = None
+) -> str:
     """The text of an SVG file. The same plots give the same text.
 
     Args:
         title: above all of them; may be empty.
-        plots: side by side, each under its own title, with one legend: the same name has the same colour.
+        plots: each under its own title, with one legend: the same name has the same colour.
         width: of each, in px.
+        across: plots that stand side by side before the next row begins; by default all.
     """
     drawings = [draw(plot, width) for plot in plots]
     top = ROW if title else 0
     body = [tag("rect", cls="panel", width="100%", height="100%")]
     if title:
         body.append(tag("text", text(title), cls="title", x=12.0, y=18.0))
+    across = min(across or len(drawings), len(drawings))
+    tall = TITLE + max(drawing.height for drawing in drawings)
     for number, drawing in enumerate(drawings):
         heading = tag("text", text(drawing.title), cls="title", x=12.0, y=18.0)
         moved = tag("g", drawing.elements, transform=f"translate(0 {TITLE})")
-        body.append(tag("g", heading, moved, transform=f"translate({number * width:g} {top})"))
-    total = width * len(drawings)
-    end = top + TITLE + max(drawing.height for drawing in drawings)
+        row, column = divmod(number, across)
+        place = f"translate({column * width:g} {top + row * tall:g})"
+        body.append(tag("g", heading, moved, transform=place))
+    total = width * across
+    end = top + tall * -(-len(drawings) // across)
     keys = dict.fromkeys(key for drawing in drawings for key in drawing.legend)
     places = list(_places(tuple(keys), total))
     body += [_entry(key, x, end + row * ROW) for key, x, row in places]
@@ -90,6 +97,8 @@ def _entry(key: Key, x: float, y: float) -> Svg:
     if key.kind in ("mark", "limit"):
         dashed = " dashed" if key.kind == "limit" else ""
         swatch = tag("line", cls=f"mark{dashed}", x1=x + 9, x2=x + 9, y1=middle - 8, y2=middle + 8)
+    elif key.kind == "band":
+        swatch = tag("rect", cls=f"band {colour(key.colour)}", x=x, y=middle - 6, width=18.0, height=12.0)
     else:
         dashed = " dashed" if key.kind == "dashed" else ""
         swatch = tag("line", cls=f"line {colour(key.colour)}{dashed}", x1=x, x2=x + 18, y1=middle, y2=middle)

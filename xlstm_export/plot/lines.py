@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from .axes import Axis, linear_axis, log_axis
 from .drawing import WIDTH, Drawing, colour, label
 from .element import Svg, tag, text
-from .figures import Key, Limit, Line, LinePlot, number_text
+from .figures import Band, Key, Limit, Line, LinePlot, number_text
 
 HEIGHT = 340
 RIGHT, TOP, BOTTOM = 20, 12, 46
@@ -21,7 +21,8 @@ Point = tuple[float, float]
 def draw_lines(plot: LinePlot, width: float = WIDTH) -> Drawing:
     """Draw the lines, with a dot and a tooltip at each point of the short ones."""
     runs = [(line, list(_runs(line, plot.log))) for line in plot.lines]
-    points = [point for _, parts in runs for part in parts for point in part]
+    areas = [(band, list(_areas(band, plot.log))) for band in plot.bands]
+    points = [point for _, parts in [*runs, *areas] for part in parts for point in part]
     if not points:
         nothing = "nothing above zero to plot" if plot.log else "no finite number to plot"
         elements = label(text(nothing), width / 2, 30)
@@ -32,7 +33,8 @@ def draw_lines(plot: LinePlot, width: float = WIDTH) -> Drawing:
     left = NAMED + 8 + y.label_width()
     marks = [] if plot.x_mark is None else [plot.x_mark]
     x = make([*(value for value, _ in points), *marks], left, width - RIGHT)
-    parts = [*_grid(x, y), *_labels(plot, x, y)]
+    parts = [*_grid(plot, x, y), *_labels(plot, x, y)]
+    parts += [part for band, drawn in areas for part in _band(band, drawn, x, y)]
     if plot.x_mark is not None:
         at = x.at(plot.x_mark)
         parts.append(tag("line", cls="mark", x1=at, x2=at, y1=float(TOP), y2=float(HEIGHT - BOTTOM)))
@@ -43,6 +45,7 @@ def draw_lines(plot: LinePlot, width: float = WIDTH) -> Drawing:
             shade = number if line.colour is None else line.colour
             parts += _line(line, drawn, x, y, colour(shade))
             keys.append(Key(line.name, "dashed" if line.dashed else "line", shade))
+    keys += [Key(band.legend, "band", band.colour) for band, drawn in areas if drawn]
     legend = tuple(key for key in keys if key.name)
     return Drawing(plot.title, plot.description, width, HEIGHT, Svg("".join(parts)), legend)
 
@@ -60,11 +63,29 @@ def _runs(line: Line, log: bool) -> Iterator[list[Point]]:
         yield run
 
 
-def _grid(x: Axis, y: Axis) -> Iterator[Svg]:
-    for tick in x.ticks:
-        at = x.at(tick)
+def _areas(band: Band, log: bool) -> Iterator[list[Point]]:
+    """Stretches of a band as closed outlines: along its lower line, and back along the upper one."""
+    lows, highs = (
+        dict(point for run in _runs(Line("", band.xs, ys), log) for point in run)
+        for ys in (band.lows, band.highs)
+    )
+    whole = tuple(low if x in highs else math.nan for x, low in zip(band.xs, band.lows, strict=True))
+    for run in _runs(Line("", band.xs, whole), log):
+        yield [*((x, lows[x]) for x, _ in run), *((x, highs[x]) for x, _ in reversed(run))]
+
+
+def _band(band: Band, areas: list[list[Point]], x: Axis, y: Axis) -> Iterator[Svg]:
+    for area in areas:
+        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in area)
+        yield tag("polygon", tag("title", text(band.name)), cls=f"band {colour(band.colour)}", points=path)
+
+
+def _grid(plot: LinePlot, x: Axis, y: Axis) -> Iterator[Svg]:
+    named = [(place, text(name)) for place, name in plot.x_ticks]
+    for place, name in named or [(tick, x.label(tick)) for tick in x.ticks]:
+        at = x.at(place)
         yield tag("line", cls="grid", x1=at, x2=at, y1=y.end, y2=y.start)
-        yield label(x.label(tick), at, y.start + 16)
+        yield label(name, at, y.start + 16)
     for tick in y.ticks:
         at = y.at(tick)
         yield tag("line", cls="grid", x1=x.start, x2=x.end, y1=at, y2=at)

@@ -24,7 +24,7 @@ from xlstm_export.load.loaded import Loaded
 from xlstm_export.load.made_up import random_inputs
 from xlstm_export.measure import data
 from xlstm_export.sessions.arrays import checked_inputs
-from xlstm_export.sessions.streams import read_inputs
+from xlstm_export.sessions.files import InputFiles
 from xlstm_export.specs import IoSpec, TensorSpec
 
 USUAL, FIRST, PATCHED = ("B", "S", 5), ("B", 5, "S"), ("B", "4*S", 5)
@@ -143,7 +143,7 @@ def test_a_series_of_rows_becomes_the_input(shape: Any, tmp_path: Path) -> None:
     rows = numbers(1, 3)[0]  # 12 rows
     path = tmp_path / "rows.csv"
     np.savetxt(path, np.concatenate([rows, rows[:2]]), delimiter=",")
-    found = read_inputs(path, io_of(shape))["x"]
+    found = InputFiles(io_of(shape)).read(path).parts[0]["x"]
     expected = np.concatenate([rows, rows[:2]])[None] if shape != PATCHED else rows[None]
     assert np.array_equal(found, expected.transpose(0, 2, 1) if shape == FIRST else expected)
 

@@ -173,7 +173,11 @@ class TensorSpec:
     Symbolic dimensions are strings: "B" (batch), "S" (positions of the stream), and "4*S" for an axis with
     four positions of its own to each of the stream; "2*B" for two rows to each stream, in outputs only.
 
-    `signed`: integers of which some may be below zero, as offsets and times are, and tokens are not.
+    Attributes:
+        signed: integers of which some may be below zero, as offsets and times are, and tokens are not.
+        meaning: of an output's values.
+        gaps: of an input: NaN is a missing value.
+        infinite: of an input: it may hold infinite values, as masks do that are added.
     """
 
     name: str
@@ -181,6 +185,8 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     signed: bool = False
     meaning: Meaning = Meaning()
+    gaps: bool = False
+    infinite: bool = False
 
     @property
     def time_axis(self) -> int | None:
@@ -221,7 +227,8 @@ class IoSpec:
 
     def to_json(self) -> Json:
         def tensor(spec: TensorSpec) -> Json:
-            more = {**({"signed": True} if spec.signed else {}), **spec.meaning.to_json()}
+            flags = {name: True for name in ("signed", "gaps", "infinite") if getattr(spec, name)}
+            more = {**flags, **spec.meaning.to_json()}
             return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), **more}
 
         return {
@@ -244,13 +251,9 @@ class IoSpec:
     @staticmethod
     def from_json(data: Json) -> IoSpec:
         def tensor(entry: Json) -> TensorSpec:
-            return TensorSpec(
-                entry["name"],
-                entry["dtype"],
-                tuple(entry["shape"]),
-                signed=entry.get("signed", False) is True,
-                meaning=Meaning.from_json(entry),
-            )
+            flags = {name: entry.get(name) is True for name in ("signed", "gaps", "infinite")}
+            shape = tuple(entry["shape"])
+            return TensorSpec(entry["name"], entry["dtype"], shape, meaning=Meaning.from_json(entry), **flags)
 
         def state(entry: Json) -> StateSpec:
             spec = StateSpec(entry["block"], entry["kind"], tuple(entry["shape"][1:]), entry["dtype"])

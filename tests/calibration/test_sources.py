@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ def test_npy_with_and_without_the_leading_axis(tmp_path: Path) -> None:
         (np.zeros((2, 0, 3)), ["x has shape (2, 0, 3)"]),
         (np.full((2, 5, 3), "a"), ["x holds <U1", "float32"]),
         (np.zeros((2, 5, 3), complex), ["x holds complex128"]),
-        (np.where(np.arange(30).reshape(2, 5, 3) == 19, np.nan, 0), ["x holds nan at [1, 1, 1]"]),
-        (np.where(np.arange(30).reshape(2, 5, 3) == 2, -np.inf, 0), ["x holds -inf at [0, 0, 2]"]),
-        (np.where(np.arange(30).reshape(2, 5, 3) == 2, 1e39, 0), ["x holds inf at [0, 0, 2]"]),
+        (np.where(np.arange(30).reshape(2, 5, 3) == 19, np.nan, 0), ["x holds nan at index [1, 1, 1]"]),
+        (np.where(np.arange(30).reshape(2, 5, 3) == 2, -np.inf, 0), ["x holds -inf at index [0, 0, 2]"]),
+        (np.where(np.arange(30).reshape(2, 5, 3) == 2, 1e39, 0), ["x holds inf at index [0, 0, 2]"]),
     ],
 )
 def test_arrays_that_do_not_fit(tmp_path: Path, array: np.ndarray, words: list[str]) -> None:
@@ -102,7 +103,7 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, token: int) -> None:
     tokens = np.arange(40).reshape(2, 20)
     tokens[1, 3] = token
     np.save(tmp_path / "t.npy", tokens)
-    with refused(InputError, f"tokens holds {token} at [1, 3]", "50 tokens"):
+    with refused(InputError, f"tokens holds {token} at row 1, position 3", "tokens are 0 … 49"):
         read(tmp_path / "t.npy", TOKENS, vocab_size=50)
     assert token not in (0, 49)
 
@@ -166,7 +167,7 @@ def test_text_through_a_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
         found = read(tmp_path / "a.txt", TOKENS, vocab_size=4, tokenizer=path)["tokens"]
         assert found.tolist() == [[1, 2, 1, 0]]
         assert found.dtype == np.int64
-    with refused(InputError, "tokens holds 2 at [0, 1]", "tokenizer of another model"):
+    with refused(InputError, "tokens holds 2 at row 0, position 1", "tokenizer of another model"):
         read(tmp_path / "a.txt", TOKENS, vocab_size=2, tokenizer=tokenizer)
 
 
@@ -217,8 +218,7 @@ def test_csv_with_a_column_of_times(tmp_path: Path) -> None:
     [
         ("", ["no rows"]),
         (HEADER, ["no rows"]),
-        ("1,2,3\n4,5,6\n", ["no header"]),
-        ("a,b\n1,2\n", ["2 columns of numbers (a, b)", "x has 3 channels"]),
+        ("a,b\n1,2\n", ["2 columns of numbers (a, b)", "the model reads 3"]),
         (HEADER + "0,1,2,3\n", ["4 columns of numbers (time, a, b, c)"]),
         (HEADER + "t,1,2,3\nt,1,,3\n", ["line 3, column b: an empty cell"]),
         (HEADER + "t,1,2,3\nt,1,2,nan\n", ["line 3, column c: nan is no finite number"]),
@@ -231,6 +231,22 @@ def test_csv_with_a_column_of_times(tmp_path: Path) -> None:
 def test_csv_that_does_not_fit(tmp_path: Path, text: str, words: list[str]) -> None:
     with refused(InputError, "a.csv", *words):
         read(csv(tmp_path, text), SERIES)
+
+
+def test_csv_without_a_header(tmp_path: Path) -> None:
+    assert read(csv(tmp_path, "1,2,3\n4,5,6\n"), SERIES)["x"].tolist() == [[[1, 2, 3], [4, 5, 6]]]
+
+
+def test_csv_with_gaps_for_a_model_that_takes_them(tmp_path: Path) -> None:
+    io = IoSpec((replace(SERIES.inputs[0], gaps=True),), (), ())
+    found = read(csv(tmp_path, "a;b;c\n1,5;2;3\nNA;;6\n"), io)["x"]
+    np.testing.assert_array_equal(found, np.array([[[1.5, 2, 3], [np.nan, np.nan, 6]]], np.float32))
+
+
+def test_csv_with_several_series(tmp_path: Path) -> None:
+    rows = [f"{place},2024-01-0{day},{day},2,3" for place in "ab" for day in (1, 2)]
+    path = csv(tmp_path, "\n".join(["place,day,a,b,c", *rows[:3]]))
+    assert [part["x"].shape for part in Reader(SERIES).read(path, 32).parts] == [(1, 2, 3), (1, 1, 3)]
 
 
 @pytest.mark.parametrize("io", [TOKENS, PLAIN])

@@ -182,6 +182,27 @@ def test_gaps_of_the_example_stay_gaps() -> None:
     assert np.nanmax(x) <= 1
 
 
+class Fills(Around):
+    """Takes gaps if it is told to; an example without one does not show it."""
+
+    def __init__(self, fills: bool) -> None:
+        super().__init__()
+        self.fills = fills
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = torch.where(torch.isnan(x), 0.0, x) if self.fills else x
+        return self.core(x + torch.softmax(bias, -1))
+
+
+@pytest.mark.parametrize("fills", [True, False])
+def test_whether_a_model_takes_gaps_is_found_by_running_it(fills: bool) -> None:
+    bias = torch.zeros(2, 12, 5)
+    bias[..., 0] = -torch.inf
+    x, added = live(Fills(fills), {"x": X, "bias": bias}).input_specs
+    assert (x.gaps, x.infinite) == (fills, False)
+    assert (added.gaps, added.infinite) == (False, True)
+
+
 class Masks(Around):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.core(x * mask[..., None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -74,13 +75,37 @@ def test_lists_are_arrays() -> None:
         np.testing.assert_array_equal(value, inputs()[name])
 
 
-def test_values_that_are_no_numbers_are_kept() -> None:
+def test_values_that_are_no_numbers_are_kept_where_the_model_takes_them() -> None:
     """A missing value is NaN for some models, and infinity is infinity in any type."""
+    x, *rest = IO.inputs
     given = inputs()
     given["x"] = given["x"].astype(np.float64)
     given["x"][0, 0] = [np.nan, np.inf, -np.inf]
-    found = checked_inputs(IO, 2, given)["x"]
-    np.testing.assert_array_equal(found, given["x"].astype(np.float32))
+    for gaps, infinite, words in (
+        (True, True, ""),
+        (False, True, r"x holds nan at index \[0, 0, 0\]"),
+        (True, False, r"x holds inf at index \[0, 0, 1\]"),
+    ):
+        io = replace(IO, inputs=(replace(x, gaps=gaps, infinite=infinite), *rest))
+        if words:
+            with pytest.raises(InputError, match=words):
+                checked_inputs(io, 2, given)
+            continue
+        found = checked_inputs(io, 2, given)["x"]
+        np.testing.assert_array_equal(found, given["x"].astype(np.float32))
+        assert IoSpec.from_json(io.to_json()) == io
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["x", "goal", "pairs"])
+def test_what_would_stay_in_the_state_is_refused(name: str, value: float) -> None:
+    given = inputs()
+    given[name].flat[-1] = value
+    with pytest.raises(InputError, match=f"input {name} holds {value} at") as caught:
+        checked_inputs(IO, 2, given)
+    given[name].flat[-1] = given[name].flat[-2]  # the advice, and for infinity what should have been there
+    checked_inputs(IO, 2, given)
+    assert ("value before" in caught.value.hint) == np.isnan(value)
 
 
 @pytest.mark.parametrize(

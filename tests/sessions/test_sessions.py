@@ -475,6 +475,29 @@ def test_damaged_state_files(make: Any, tmp_path: Path) -> None:
     assert all(np.array_equal(value, before[name]) for name, value in session.state().items())
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_state_that_is_not_finite_is_neither_saved_nor_loaded(
+    make: Any, tmp_path: Path, value: float
+) -> None:
+    """What was saved before stays, and a session goes on from what it had."""
+    session, path = make("ort"), tmp_path / "state.npz"
+    session.prefill(tokens(5))
+    save_state(session, path)
+    saved, good = path.read_bytes(), session.state()
+    name = next(iter(good))
+    poisoned = {**good, name: good[name].copy()}
+    poisoned[name].flat[3] = value
+    session.set_state(poisoned)
+    with pytest.raises(InputError, match=f"state.npz: state {name} holds {value} at"):
+        save_state(session, path)
+    assert path.read_bytes() == saved
+    load_state(session, path)  # the advice: an earlier file
+    np.savez(tmp_path / "bad.npz", **poisoned)
+    with pytest.raises(InputError, match=f"bad.npz: state {name} holds {value} at"):
+        load_state(session, tmp_path / "bad.npz")
+    assert all(np.array_equal(session.state()[key], good[key]) for key in good)
+
+
 def test_objects_in_state_files_are_not_unpickled(make: Any, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:

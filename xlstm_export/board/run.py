@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..atomic import require_writable
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..inputs import batch_of, save_arrays
 from ..options import ForecastOptions, GenerateOptions
 from ..runfolder import RunFolder
 from ..sessions import forecast as forecasts
-from ..sessions import streams
 from ..sessions.codec import codec_of
+from ..sessions.cpu_graph import vocabulary
+from ..sessions.files import InputFiles, check_file
 from ..sessions.protocol import Session, resume, save_state
 from ..sessions.text import Writer, require_language_model
 from . import integrity
@@ -52,7 +53,7 @@ class Files:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `run`; the options are those of `xlstm-export generate` and `forecast`."""
     parser.add_argument("--text", help="what a language model continues; - reads it from standard input")
-    parser.add_argument("--data", type=Path, help=".npz of the inputs by name, or .csv of the only one")
+    parser.add_argument("--data", type=Path, help="inputs: .npz, .npy, .csv of numbers, or text")
     parser.add_argument("--csv", type=Path, help="CSV file of series to forecast, with a header")
     parser.add_argument("--out", type=Path, help=".npz for the outputs of --data, or CSV for the forecast")
     parser.add_argument("--state", type=Path, help="continue from this file if it is there; saved at the end")
@@ -72,8 +73,8 @@ def run(given: argparse.Namespace, open_session: OpenSession) -> None:
             "give one of --text, --data and --csv", "--text for a language model, --csv for a forecaster"
         )
     for option, path, kind in (("data", files.data, "npz"), ("csv", files.table, "csv")):
-        if path is not None and not path.exists():
-            raise InputError(f"{path} does not exist", "give a file with the model's inputs")
+        if path is not None:
+            check_file(path)
         if path is not None and files.out is None:
             raise UsageError(f"--{option} needs --out FILE.{kind} for the outputs", "name a file")
     if files.table is not None and files.state is not None:
@@ -110,9 +111,11 @@ def _write_text(files: Files, options: GenerateOptions, open_session: OpenSessio
 def _write_outputs(files: Files, open_session: OpenSession) -> None:
     assert files.data is not None
     assert files.out is not None
-    io = RunFolder.open(files.bundle).io
-    inputs = streams.read_inputs(files.data, io)
-    with open_session(batch_of(inputs, io.inputs)) as session:
+    opened = RunFolder.open(files.bundle)
+    found = InputFiles(opened.io, vocabulary(opened.manifest), opened.tokenizer).read(files.data)
+    inputs = found.single(files.data)
+    print(*found.notes, sep="\n", end="\n" * bool(found.notes), file=sys.stderr)
+    with open_session(batch_of(inputs, opened.io.inputs)) as session:
         resume(session, files.state)
         outputs = session.prefill(inputs)
         save_arrays(files.out, outputs)

@@ -82,6 +82,7 @@ class Loaded:
         streams: whether an export carries states by default. Where it does not, every call starts fresh, and
             recurrences may stay as they are.
         signature: how forward takes the inputs; None where they are its positional arguments in that order.
+        gaps: inputs that may hold NaN, besides those whose example does.
     """
 
     skeleton: nn.Module
@@ -104,6 +105,7 @@ class Loaded:
     aliases: Mapping[str, str] = field(default_factory=dict)
     streams: bool = True
     signature: Signature | None = None
+    gaps: frozenset[str] = frozenset()
 
     @cached_property
     def module(self) -> nn.Module:
@@ -161,7 +163,14 @@ class Loaded:
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """The inputs as an export of the model describes them."""
         return tuple(
-            TensorSpec(name, str(x.dtype).removeprefix("torch."), self.input_dims(name), self._signed(name))
+            TensorSpec(
+                name,
+                str(x.dtype).removeprefix("torch."),
+                self.input_dims(name),
+                self._signed(name),
+                gaps=name in self.gaps or bool(x.isnan().any()),
+                infinite=bool(x.isinf().any()),
+            )
             for name, x in self.inputs.items()
         )
 

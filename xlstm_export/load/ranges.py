@@ -23,7 +23,7 @@ from ..specs import JsonMapping
 from .axes import by_input, positions_of, resized
 from .example import result_of, shadow
 from .loaded import Dims, Range
-from .signature import Signature
+from .signature import Signature, leaves
 
 PICTURE = '{"lengths": (1, "S"), "x": (0.0, 1.0)}: lowest and highest value, both included'
 _TO_LENGTH = {"S": 0, "S-1": -1}
@@ -31,10 +31,17 @@ _TO_LENGTH = {"S": 0, "S-1": -1}
 
 @dataclass(frozen=True)
 class Values:
-    """Ranges by input, where they are known; and the size of the vocabulary of the input that has tokens."""
+    """What is known of the values that inputs may have.
+
+    Attributes:
+        ranges: by input.
+        vocabulary: size of that of the input that has tokens.
+        gaps: inputs that may hold NaN: all outputs are numbers nevertheless.
+    """
 
     ranges: dict[str, Range] = field(default_factory=dict)
     vocabulary: int | None = None
+    gaps: frozenset[str] = frozenset()
 
 
 def values_of(
@@ -61,7 +68,7 @@ def values_of(
     ranges = _declared(by_input(declared, inputs, label, "a range"), inputs, dims, label)
     integers = [name for name, x in inputs.items() if _is_integer(x)]
     if not integers:
-        return Values(ranges)
+        return Values(ranges, gaps=_gaps(module, signature, inputs))
     copy, seen = shadow(module), _Lookups()
     with seen:
         runs = bool(result_of(copy, *signature.bind(inputs)))
@@ -73,7 +80,23 @@ def values_of(
     if not runs:
         rows = _guessed(module, {name: inputs[name] for name in integers})
     vocabularies = set().union(*rows.values())
-    return Values({**found, **ranges}, vocabularies.pop() if len(rows) == len(vocabularies) == 1 else None)
+    vocabulary = vocabularies.pop() if len(rows) == len(vocabularies) == 1 else None
+    return Values({**found, **ranges}, vocabulary, _gaps(copy, signature, inputs) if runs else frozenset())
+
+
+def _gaps(module: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Inputs of real numbers in which forward takes NaN: with some in them, all that it returns is finite."""
+    found = set()
+    for name, x in inputs.items():
+        if not x.is_floating_point() or x.dim() < 2 or not x.isfinite().all():
+            continue
+        given = x.clone()
+        given.view(-1)[[given.numel() // 4, given.numel() // 2, -1]] = torch.nan
+        for result in result_of(shadow(module), *signature.bind({**inputs, name: given})):
+            tensors = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor)]
+            if tensors and all(bool(y.isfinite().all()) for y in tensors):
+                found.add(name)
+    return frozenset(found)
 
 
 def _declared(

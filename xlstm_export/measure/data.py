@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from ..errors import InputError, UsageError
 from ..inputs import Arrays, cut, length_of, per_position, rolled
 from ..inputs import piece as piece_of
 from ..sessions import Session
-from ..sessions.codec import read_text
-from ..specs import IoSpec, TensorSpec
-from .metrics import METRICS, Metric, Target
+from ..sessions.codec import BYTES
+from ..sessions.files import ARRAYS, TABLES, InputFiles
+from ..specs import IoSpec, Json, JsonMapping, TensorSpec
+from .metrics import IGNORED, METRICS, Metric, Target
 
 PIECE = 2048  # positions per call while a metric streams through the data
+LIMIT = 16_384  # positions of each sequence that a metric is computed on, unless more are asked for
+UNKNOWN = -100  # the class by which PyTorch marks targets that do not count
 PICTURE = "text file for a language model; .npz with the model's inputs (N, S, ...) and `target`"
 
 
@@ -84,6 +87,7 @@ class EvalData(Sequences):
         classes: whether that output holds logits.
         higher_is_better: whether a larger metric is better.
         whole: there is one output for the whole sequence, which must not be cut into pieces.
+        available: positions per row that the file has; more than `length` where they were limited.
     """
 
     metric: str
@@ -92,6 +96,7 @@ class EvalData(Sequences):
     classes: bool = False
     higher_is_better: bool = False
     whole: bool = False
+    available: int = 0
 
     def loss(self, outputs: Arrays) -> float:
         """The metric as a loss (lower is better): the inverse of a metric for which higher is better."""
@@ -111,20 +116,21 @@ def load(
     *,
     vocab_size: int | None = None,
     tokenizer: Path | None = None,
-    limit: int = 16384,
+    limit: int | None = LIMIT,
     metric: str | None = None,
 ) -> EvalData:
     """Read evaluation data for a model.
 
     Args:
-        path: a text file (language models) or an .npz file with the inputs by name and `target`:
-            classes (N, S) as integers, -1 where unknown, or real values (N, S, ...), NaN where unknown;
-            without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`, the
-            levels of the output's last axis.
+        path: a text file (language models), or an .npz file with the inputs by name and `target`:
+            classes (N, S) as integers, -1 or -100 where unknown, or real values (N, S, ...), NaN where
+            unknown; without the axis S where the output has none. Optional: `mase_scale`, and `quantiles`,
+            the levels of the output's last axis. Of tokens without `target`, each is the target of those
+            before it; so they may also be an .npy file.
         io: the model's inputs and outputs.
         vocab_size: vocabulary of a language model.
         tokenizer: tokenizer.json that came with it; without one, text is read as bytes.
-        limit: at most this many positions per row are used.
+        limit: at most this many positions per row are used; None for all.
         metric: one of `METRICS`; the default depends on the targets.
 
     Raises:
@@ -134,25 +140,25 @@ def load(
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"no metric {metric}", f"there are {', '.join(METRICS)}")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", f"give a {PICTURE}")
-    if path.suffix == ".npz":
-        return _load_npz(path, io, limit, metric, vocab_size)
-    _require_tokens(path, io.inputs)
-    if metric == "bits-per-byte" and tokenizer is not None:
+    text = path.suffix.lower() not in (*ARRAYS, *TABLES)
+    if text and metric == "bits-per-byte" and tokenizer is not None:
         raise UsageError(f"--metric {metric}: the model's tokens are not bytes", "perplexity is per token")
-    tokens = np.array(read_text(path, vocab_size, tokenizer)[: limit + 1], np.int64)
-    if len(tokens) < 2:
-        raise InputError(f"{path} is empty", "a metric needs at least two tokens of text")
-    if vocab_size is not None and tokens.max() >= vocab_size:
-        raise InputError(
-            f"{path} has token {tokens.max()}, the vocabulary has {vocab_size}",
-            "the tokenizer belongs to another model",
-        )
-    target = Target(tokens[None, 1:])
-    inputs = {io.inputs[0].name: tokens[None, :-1]}
-    name = metric or ("bits-per-byte" if tokenizer is None else "perplexity")
-    return _scored(inputs, io, target, _chosen(name, target), str(path))
+    inputs, others = _read(path, InputFiles(io, vocab_size, tokenizer))
+    length = length_of(inputs, io.inputs)
+    if "target" not in others:
+        (spec,) = io.inputs
+        tokens = inputs[spec.name][:, : None if limit is None else limit + 1]
+        target = Target(tokens[:, 1:])
+        name = metric or ("bits-per-byte" if vocab_size == BYTES and tokenizer is None else "perplexity")
+        given = {spec.name: np.ascontiguousarray(tokens[:, :-1])}
+        return _scored(given, io, target, _chosen(name, target), str(path), available=length - 1)
+    output = _output(io)
+    target = _target(path, others, output, limit)
+    name = metric or _default_metric(target, output, vocab_size, "mase_scale" in others)
+    inputs = {
+        x.name: np.ascontiguousarray(piece_of(inputs[x.name], x, 0, limit or length)) for x in io.inputs
+    }
+    return _scored(inputs, io, target, _chosen(name, target), str(path), available=length)
 
 
 def check_source(
@@ -168,65 +174,31 @@ def check_source(
     Raises:
         InputError, UsageError, SetupError: see `load`. What depends on the outputs is not checked.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", f"give a {PICTURE}")
-    if path.suffix != ".npz":
-        _require_tokens(path, inputs)
-        read_text(path, vocab_size, tokenizer)
-        return
-    arrays = _arrays(path)
-    for name in (*(spec.name for spec in inputs), "target"):
-        if name not in arrays:
-            raise InputError(f"{path} lacks {name}", f"it holds {', '.join(sorted(arrays))}")
+    _read(path, InputFiles(IoSpec(tuple(inputs), (), ()), vocab_size, tokenizer))
 
 
-def _require_tokens(path: Path, inputs: Sequence[TensorSpec]) -> None:
-    if [spec.dtype for spec in inputs] != ["int64"] or len(inputs[0].shape) != 2:
-        raise UsageError(f"{path} is read as text, but the model takes no tokens", f"give a {PICTURE}")
+def _read(path: Path, files: InputFiles) -> tuple[Arrays, Json]:
+    """Inputs, and what a file holds besides them: its targets, unless the inputs are tokens.
+
+    Raises:
+        InputError: the file cannot be read or does not fit the model, or it holds no targets.
+    """
+    found = files.read(path)
+    if "target" in found.others:
+        return found.single(path), found.others
+    if not files.takes_text():
+        held = f"it holds {', '.join(found.others)} besides the inputs; " if found.others else ""
+        raise InputError(
+            f"{path} lacks `target`, so there is nothing to score",
+            f"{held}give an .npz file with the inputs and target; or give inputs alone as --calib",
+        )
+    (tokens,) = found.parts[0].values()
+    if tokens.shape[1] < 2:
+        raise InputError(f"{path} is empty but for a token", "a metric needs at least two tokens of text")
+    return found.parts[0], {}
 
 
-def _arrays(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive can raise almost any exception
-        raise InputError(f"{path} is not a readable .npz file: {error}", f"give a {PICTURE}") from error
-
-
-def _load_npz(path: Path, io: IoSpec, limit: int, metric: str | None, vocab_size: int | None) -> EvalData:
-    arrays = _arrays(path)
-    inputs = {spec.name: _input(path, spec, io, arrays, limit) for spec in io.inputs}
-    output = _output(io)
-    target = _target(path, arrays, output, limit)
-    name = metric or _default_metric(target, output, vocab_size, "mase_scale" in arrays)
-    return _scored(inputs, io, target, _chosen(name, target), str(path))
-
-
-def _input(
-    path: Path, spec: TensorSpec, io: IoSpec, arrays: Mapping[str, np.ndarray], limit: int
-) -> np.ndarray:
-    if spec.name not in arrays:
-        raise InputError(f"{path} lacks input {spec.name}", f"it holds {', '.join(sorted(arrays))}")
-    array = arrays[spec.name]
-    axis = spec.time_axis or 0
-    length = array.shape[axis] // spec.steps if array.ndim > axis else 0
-    if array.ndim != len(spec.shape) or array.shape != spec.sized(array.shape[0], length) or 0 in array.shape:
-        expected = ", ".join(map(str, ("N", *spec.shape[1:])))
-        raise InputError(f"{path}: {spec.name} has shape {array.shape}, expected ({expected})")
-    first = arrays[io.inputs[0].name]
-    if (array.shape[0], length) != (first.shape[0], length_of(arrays, io.inputs[:1])):
-        other = f"{io.inputs[0].name} has shape {first.shape}"
-        raise InputError(f"{path}: {spec.name} has shape {array.shape}, but {other}")
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{path}: {spec.name} holds {array.dtype}, not numbers")
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: {spec.name} holds NaN or Inf", "fill the gaps before evaluating")
-    return np.ascontiguousarray(piece_of(array, spec, 0, limit).astype(spec.dtype))
-
-
-def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, limit: int) -> Target:
-    if "target" not in arrays:
-        raise InputError(f"{path} lacks `target`", f"it holds {', '.join(sorted(arrays))}")
+def _target(path: Path, arrays: JsonMapping, output: TensorSpec, limit: int | None) -> Target:
     values, scale = arrays["target"], arrays.get("mase_scale", np.float64(1.0))
     positions = per_position(output)
     if values.ndim < 1 + positions or values.dtype.kind not in "biuf":
@@ -236,7 +208,8 @@ def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, li
         raise InputError(f"{path}: mase_scale is {scale}, expected one positive number")
     if positions and values.ndim == len(output.shape):
         values = _positions_second(values, output)
-    values = values[:, : limit * output.steps] if positions else values
+    if positions and limit is not None:
+        values = values[:, : limit * output.steps]
     # Integer targets of the output's shape are measured values; if the output has one more axis, classes.
     classes = values.dtype.kind in "iu" and values.ndim == len(output.shape) - 1
     quantiles = arrays.get("quantiles")
@@ -245,6 +218,7 @@ def _target(path: Path, arrays: Mapping[str, np.ndarray], output: TensorSpec, li
             f"{path}: quantiles is {quantiles.dtype} of shape {quantiles.shape}",
             f"levels between 0 and 1, one for each of the last axis of {output.name} {list(output.shape)}",
         )
+    values = np.where(values == UNKNOWN, IGNORED, values) if classes else values
     target = Target(values.astype(np.int64 if classes else np.float64), float(scale), quantiles)
     if not target.known.any():
         raise InputError(f"{path}: target holds no known value", "NaN marks positions that do not count")
@@ -288,7 +262,9 @@ def _positions_second(values: np.ndarray, spec: TensorSpec) -> np.ndarray:
     return np.moveaxis(values, spec.time_axis or 1, 1) if values.ndim > 1 else values
 
 
-def _scored(inputs: Arrays, io: IoSpec, target: Target, metric: Metric, source: str) -> EvalData:
+def _scored(
+    inputs: Arrays, io: IoSpec, target: Target, metric: Metric, source: str, *, available: int
+) -> EvalData:
     """The data with a score that never broadcasts: an output of another shape than the target is refused."""
     output = _output(io)
     more = metric.classes or metric.name == "quantile loss"  # the output has one more axis
@@ -310,6 +286,7 @@ def _scored(inputs: Arrays, io: IoSpec, target: Target, metric: Metric, source: 
         metric.classes,
         metric.higher_is_better,
         whole=not per_position(output) and output.shape[1:2] != (1,),
+        available=available,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -36,7 +37,8 @@ def checked_inputs(
 
     Lists become arrays. An integer input accepts integers of any type; a float input accepts integers and
     floats of any type. Floats are never rounded to integers; booleans and numbers are not converted to each
-    other.
+    other. NaN and infinite values would stay in the state for ever, so they are refused where the model
+    does not take them.
 
     Args:
         io: what the model takes.
@@ -50,7 +52,7 @@ def checked_inputs(
         InputError: a name, a shape, a type or a value does not fit.
     """
     _compare_names("input", inputs, [spec.name for spec in io.inputs])
-    tokens = _token_input(io, vocab_size)
+    tokens = token_input(io, vocab_size)
     arrays: Arrays = {}
     for spec in io.inputs:
         array = _array(f"input {spec.name}", inputs[spec.name])
@@ -59,7 +61,9 @@ def checked_inputs(
         _check_shape(spec, array, batch, length)
         arrays[spec.name] = _converted(spec, array)
         if spec is tokens:
-            _check_tokens(spec.name, arrays[spec.name], vocab_size)
+            check_tokens(f"input {spec.name}", arrays[spec.name], vocab_size)
+        else:
+            check_finite(f"input {spec.name}", spec, arrays[spec.name])
     return arrays
 
 
@@ -83,6 +87,43 @@ def checked_state(io: IoSpec, batch: int, state: Mapping[str, ArrayLike]) -> Arr
             )
         arrays[spec.past] = array.astype(dtype, copy=False)
     return arrays
+
+
+def check_state(where: Path, state: Mapping[str, np.ndarray]) -> None:
+    """Refuse the state of a file that is not finite: no later input would make it finite again.
+
+    Raises:
+        InputError: it holds NaN or an infinite value.
+    """
+    for name, array in state.items():
+        if array.dtype.kind in "fV" and (bad := ~np.isfinite(array)).any():
+            raise InputError(
+                f"{where}: state {name} holds {_first(array, bad)}",
+                "what the stream was is lost: begin it again, from the state of an earlier file or from none",
+            )
+
+
+def check_finite(what: str, spec: TensorSpec, array: np.ndarray) -> None:
+    """Refuse NaN and infinite values that the model does not take.
+
+    Args:
+        what: the input, for the message.
+        spec: of the input.
+        array: its values.
+
+    Raises:
+        InputError: with the first value and its place.
+    """
+    if array.dtype.kind not in "fV" or np.isfinite(array).all():
+        return
+    bad = np.isnan(array) & (not spec.gaps) | np.isinf(array) & (not spec.infinite)
+    if bad.any():
+        raise InputError(
+            f"{what} holds {_first(array, bad)}",
+            "the model takes no gaps: fill them, for example with the value before"
+            if np.isnan(array[bad].flat[0])
+            else "the model takes no infinite values: check what made them",
+        )
 
 
 def row_numbers(rows: Rows | Iterable[int], batch: int) -> np.ndarray:
@@ -184,7 +225,7 @@ def _refuse(spec: TensorSpec, array: np.ndarray, bad: np.ndarray) -> None:
         )
 
 
-def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
+def token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
     """The input whose values are tokens; None where that is not clear."""
     integers = [spec for spec in io.inputs if numpy_type(spec.dtype).kind in "iu"]
     if len(integers) != 1:
@@ -193,7 +234,17 @@ def _token_input(io: IoSpec, vocab_size: int | None) -> TensorSpec | None:
     return integers[0] if vocab_size is not None or alone else None
 
 
-def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
+def check_tokens(what: str, array: np.ndarray, vocab_size: int | None) -> None:
+    """Refuse integers that are no tokens of the model.
+
+    Args:
+        what: the input, for the message.
+        array: integers.
+        vocab_size: number of tokens; None where it is not known.
+
+    Raises:
+        InputError: with the first value and its place.
+    """
     if array.size == 1:  # a step of one stream, where every microsecond counts
         lowest = highest = array.item()
     else:
@@ -203,12 +254,18 @@ def _check_tokens(name: str, array: np.ndarray, vocab_size: int | None) -> None:
     bad = array < 0
     if vocab_size is not None:
         bad |= array >= vocab_size
+    beyond = vocab_size is not None and highest >= vocab_size
     known = (
         "tokens begin at 0; for times or offsets, export with an example that has values below zero"
         if vocab_size is None
         else f"tokens are 0 … {vocab_size - 1}"
     )
-    raise InputError(f"input {name} holds {_first(array, bad)}, which is no token of the model", known)
+    why = (
+        "they were made with the tokenizer of another model"
+        if beyond
+        else "negative numbers mark targets that do not count, or padding: leave such positions out"
+    )
+    raise InputError(f"{what} holds {_first(array, bad)}, which is no token of the model", f"{known}; {why}")
 
 
 def _first(array: np.ndarray, bad: np.ndarray) -> str:

@@ -36,12 +36,14 @@ class Layout:
             one column, accepts gaps, and gives quantiles of the next patch.
         context: rows that a model with patches was trained with; 0 if that is not known.
         scaled: location and scale of the series are inputs of their own.
+        gaps: a model without patches takes missing values, too.
     """
 
     columns: int
     patch: int = 0
     context: int = 0
     scaled: bool = False
+    gaps: bool = False
 
 
 def layout(io: IoSpec, context_length: int | None = None) -> Layout:
@@ -66,7 +68,7 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
         )
     if patches:
         return Layout(1, size, size * (context_length or 0), scaled)
-    return Layout(size)
+    return Layout(size, gaps=spec.gaps)
 
 
 def read_series(path: Path, form: Layout, columns: Sequence[str] | None = None) -> list[Table]:
@@ -82,7 +84,7 @@ def read_series(path: Path, form: Layout, columns: Sequence[str] | None = None) 
     Raises:
         InputError: see `table.read_tables` and `Table.chosen`.
     """
-    gaps = form.patch > 0
+    gaps = form.gaps or form.patch > 0
     found: list[Table] = []
     for table in read_tables(path):
         if form.columns > 1:

@@ -23,7 +23,7 @@ from ..atomic import readable_os_errors, require_writable
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, save_arrays
 from ..specs import IoSpec
-from .arrays import Rows, checked_inputs, checked_state, row_numbers
+from .arrays import Rows, check_state, checked_inputs, checked_state, row_numbers
 
 SomeSession = TypeVar("SomeSession", bound="Session")
 
@@ -163,12 +163,18 @@ class Session(ABC):
 
 
 def save_state(session: Session, path: Path) -> None:
-    """Write the session's state to an .npz file, atomically; no pickles. BF16 is written as FP32."""
+    """Write the session's state to an .npz file, atomically; no pickles. BF16 is written as FP32.
+
+    Raises:
+        InputError: the state is not finite; nothing is written.
+        SetupError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
     state = {
         name: value.astype(np.float32) if value.dtype.kind == "V" else value  # NumPy would lose the type
         for name, value in session.state().items()
     }
+    check_state(path, state)
     with readable_os_errors(path):
         try:
             save_arrays(temporary, state)
@@ -201,11 +207,13 @@ def load_state(session: Session, path: Path) -> None:
     """Continue a session from a file of `save_state`.
 
     Raises:
-        InputError: the file is missing or damaged, or belongs to another model or batch.
+        InputError: the file is missing or damaged, its state is not finite, or it belongs to another model or
+            batch.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
     except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
         raise InputError(f"{path} is not a saved state: {error}", "save it again with save_state") from error
+    check_state(path, state)
     session.set_state(state)

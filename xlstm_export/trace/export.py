@@ -169,7 +169,7 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     outputs = [o for o in model.graph.outputs if o.name in output_names]
     spec = IoSpec(
         tuple(
-            replace(_tensor_spec(value), signed=known.signed)
+            replace(_tensor_spec(value), signed=known.signed, gaps=known.gaps, infinite=known.infinite)
             for value, known in zip(model.graph.inputs, loaded.input_specs, strict=False)
         ),
         with_meanings(tuple(_tensor_spec(v) for v in outputs), loaded.meanings),

@@ -151,6 +151,7 @@ def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | Non
         dims=axes.dims,
         ranges=values.ranges,
         meanings={**about.meanings, **_meanings(made.outputs or {}, label)},
+        gaps=values.gaps,
         exact=about.exact or nothing,
         streams=about.streams and any(steps_of(dim) for dims in axes.dims.values() for dim in dims),
         signature=about.signature,

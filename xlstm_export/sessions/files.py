@@ -1,0 +1,256 @@
+"""Files of data → inputs of a model: the one place that reads text, tables and arrays.
+
+Every stage reads data here, and so does a board; what a file holds is checked against the model at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, UsageError
+from ..inputs import Arrays, length_of, per_position
+from ..specs import IoSpec, Json, JsonMapping, TensorSpec
+from .arrays import check_finite, check_tokens, token_input
+from .codec import read_text
+from .table import read_tables
+
+PICTURE = (
+    "give an .npz file with the model's inputs (N, S, ...), an .npy file, a text file for a language model, "
+    "or a .csv time series"
+)
+ARRAYS, TABLES = (".npz", ".npy"), (".csv", ".tsv", ".tab")
+# What is often given, and how it becomes one of the above. A model of bytes would read them as text.
+OTHERS = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors"), "arrays"),
+    **dict.fromkeys(
+        (".parquet", ".feather", ".arrow", ".xlsx", ".xls", ".ods", ".h5", ".hdf5", ".mat"), "table"
+    ),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".tar"), "packed"),
+}
+ADVICE = {
+    "arrays": 'save the inputs as arrays: numpy.savez("data.npz", NAME=x.numpy())',
+    "table": "save it as CSV, for example with pandas: frame.to_csv(path, index=False)",
+    "packed": "unpack it first",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Data of a file.
+
+    Attributes:
+        parts: inputs by name, each (N, S, ...); several only where a table has series below each other.
+        others: what an .npz file holds besides the inputs, such as targets.
+        notes: what a user should know about how the file was read.
+    """
+
+    parts: tuple[Arrays, ...]
+    others: Json
+    notes: tuple[str, ...] = ()
+
+    def single(self, path: Path) -> Arrays:
+        """The only part.
+
+        Raises:
+            InputError: the file has several series below each other.
+        """
+        if len(self.parts) > 1:
+            raise InputError(
+                f"{path} holds {len(self.parts)} series below each other", "give a file for each of them"
+            )
+        return self.parts[0]
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """Reads files for one model.
+
+    Attributes:
+        io: the model's inputs.
+        vocab_size: of a language model; tokens are checked against it.
+        tokenizer: tokenizer.json that came with the model, or the folder that holds it.
+    """
+
+    io: IoSpec
+    vocab_size: int | None = None
+    tokenizer: Path | None = None
+
+    def read(self, path: Path) -> Found:
+        """The inputs that a file holds, all of them.
+
+        Raises:
+            InputError: it does not exist, is damaged, or does not fit the model.
+            UsageError: this kind of file makes no sense for the model, or a tokenizer is lacking.
+            SetupError: text needs the package `tokenizers`, which cannot be imported.
+        """
+        check_file(path)
+        kind = path.suffix.lower()
+        if kind in ARRAYS:
+            arrays = self.arrays(path)
+            names = [spec.name for spec in self.io.inputs]
+            others = {name: x for name, x in arrays.items() if name not in names}
+            return Found((self.fit(arrays, str(path)),), others)
+        spec = self._only_input(path, "a table" if kind in TABLES else "text")
+        if kind in TABLES:
+            parts, notes = self._table(path, spec)
+            return Found(tuple(self.fit({spec.name: x}, str(path)) for x in parts), {}, notes)
+        if not self.takes_text():
+            raise UsageError(f"{path} is read as text, but the model takes no tokens", PICTURE)
+        tokens = np.asarray(read_text(path, self.vocab_size, self.tokenizer), spec.dtype)
+        if not tokens.size:
+            raise InputError(f"{path} is empty", "give a file with text")
+        return Found((self.fit({spec.name: tokens}, str(path)),), {})
+
+    def takes_text(self) -> bool:
+        """Whether the model reads tokens and nothing else."""
+        spec = self.io.inputs[0]
+        tokens = np.dtype(spec.dtype).kind in "iu" and len(spec.shape) == 2
+        return len(self.io.inputs) == 1 and tokens
+
+    def arrays(self, path: Path) -> Json:
+        """All arrays of an .npz file by name; that of an .npy file by the name of the only input."""
+        kind = path.suffix.lower()
+        alone = self._only_input(path, "one array").name if kind == ".npy" else ""
+        try:
+            found = np.load(path, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                read = {alone: found} if alone else {}
+            else:
+                with found:
+                    read = {name: found[name] for name in found.files}
+        except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
+            pickled = "allow_pickle" in str(error)
+            why = "it holds Python objects, not numbers" if pickled else str(error) or type(error).__name__
+            raise InputError(
+                f"{path} is not a readable {kind} file: {why}",
+                "lists of unequal length become objects: make arrays of numbers, and save them again"
+                if pickled
+                else PICTURE,
+            ) from error
+        if not read:
+            held = "one array without a name" if isinstance(found, np.ndarray) else "nothing"
+            raise InputError(f"{path} is not a readable {kind} file: it holds {held}", PICTURE)
+        return read
+
+    def fit(self, arrays: JsonMapping, where: str) -> Arrays:
+        """The model's inputs out of `arrays`, in the model's types; others are left out.
+
+        A single sequence may lack the leading axis.
+
+        Raises:
+            InputError: a name, shape, type or value does not fit.
+        """
+        fitted: Arrays = {}
+        for spec in self.io.inputs:
+            if spec.name not in arrays:
+                held, wanted = (
+                    ", ".join(sorted(map(str, arrays))),
+                    ", ".join(f"{x.name}=…" for x in self.io.inputs),
+                )
+                raise InputError(
+                    f"{where} lacks input {spec.name}",
+                    f'it holds {held}; name them as the model does: numpy.savez("data.npz", {wanted})',
+                )
+            fitted[spec.name] = _fit(np.asarray(arrays[spec.name]), spec, where)
+        first = self.io.inputs[0]
+        for spec in self.io.inputs:
+            pair = [s for s in (first, spec) if s.batched]
+            timed = [s for s in (first, spec) if s.time_axis is not None]
+            rows = {fitted[s.name].shape[0] for s in pair}
+            if len(rows) > 1 or len({length_of(fitted, [s]) for s in timed}) > 1:
+                raise InputError(
+                    f"{where}: {spec.name} has shape {fitted[spec.name].shape}, but {first.name} has "
+                    f"shape {fitted[first.name].shape}",
+                    "all inputs have the same number of sequences and of positions",
+                )
+        tokens = token_input(self.io, self.vocab_size)
+        if tokens is not None:
+            check_tokens(f"{where}: {tokens.name}", fitted[tokens.name], self.vocab_size)
+        return fitted
+
+    def _only_input(self, path: Path, kind: str) -> TensorSpec:
+        if len(self.io.inputs) != 1:
+            names = ", ".join(spec.name for spec in self.io.inputs)
+            raise UsageError(
+                f"{path} is {kind}, for a model with one input; this one has {len(self.io.inputs)}: {names}",
+                "give an .npz file with an array for each",
+            )
+        return self.io.inputs[0]
+
+    def _table(self, path: Path, spec: TensorSpec) -> tuple[list[np.ndarray], tuple[str, ...]]:
+        """Series (S, ...) of a table: a row per position, a column per channel."""
+        if (
+            not np.issubdtype(spec.dtype, np.floating)
+            or len(spec.shape) not in (2, 3)
+            or not per_position(spec)
+        ):
+            raise UsageError(
+                f"{path} is read as a time series, but the model's input is {spec.name} {spec.dtype} "
+                f"{list(spec.shape)}",
+                PICTURE,
+            )
+        axis = 3 - (spec.time_axis or 1)  # of the channels
+        count = int(spec.shape[axis]) if len(spec.shape) == 3 else 1
+        parts, notes = [], dict[str, None]()
+        for table in read_tables(path):
+            chosen = table.chosen(count, gaps=spec.gaps)
+            notes |= dict.fromkeys(
+                (*(f"column {x} of {path.name} is text and was left out" for x in chosen.left),)
+            )
+            notes |= dict.fromkeys(chosen.notes)
+            values = chosen.values[: len(chosen.values) // spec.steps * spec.steps]
+            parts.append(values[:, 0] if len(spec.shape) == 2 else values if axis == 2 else values.T)
+        return parts, tuple(notes)
+
+
+def check_file(path: Path) -> None:
+    """Find what is wrong with a file of data before anything else is done.
+
+    Raises:
+        InputError: it does not exist, is a folder, or of a kind that is not read.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", PICTURE)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", PICTURE)
+    kind = OTHERS.get(path.suffix.lower())
+    if kind is not None:
+        raise InputError(f"{path} is a file of another kind than those that are read", ADVICE[kind])
+
+
+def _fit(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
+    """One input: leading axis, shape, type, values."""
+    given = array.shape
+    if spec.batched and array.ndim == len(spec.shape) - 1:
+        array = array[None]
+    expected = ", ".join(map(str, ("N", *spec.shape[1:]) if spec.batched else spec.shape))
+    fits = array.ndim == len(spec.shape) and 0 not in array.shape
+    if fits:
+        fits = array.shape == spec.sized(
+            array.shape[0] if array.ndim else 1, length_of({spec.name: array}, [spec])
+        )
+    if not fits:
+        raise InputError(
+            f"{where}: {spec.name} has shape {given}, expected ({expected})",
+            "it is empty" if 0 in given else "N sequences of S positions, the other axes as in the model",
+        )
+    wanted = np.dtype(spec.dtype)
+    kinds = {"f": "biuf", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
+    if array.dtype.kind not in kinds:
+        raise InputError(
+            f"{where}: {spec.name} holds {array.dtype}, the model takes {spec.dtype}",
+            f"if the values have that meaning: {spec.name}.astype(numpy.{spec.dtype})"
+            if array.dtype.kind in "biuf"
+            else "give numbers",
+        )
+    with np.errstate(over="ignore"):  # reported below, with the place
+        converted = np.ascontiguousarray(array.astype(wanted))
+    if wanted.kind in "iu" and not np.array_equal(converted, array):
+        raise InputError(
+            f"{where}: {spec.name} holds integers that {spec.dtype} cannot hold", "check the values"
+        )
+    check_finite(f"{where}: {spec.name}", spec, converted)
+    return converted

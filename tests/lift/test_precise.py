@@ -133,3 +133,20 @@ def test_cells_that_pin_float32_as_well(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(reference.prefill(x)["y"], plain.prefill(x)["y"])
     assert reference.reference == FLOAT32
     assert {value.dtype for value in reference.state().values()} == {np.dtype(np.float64)}
+
+
+def test_a_branch_that_computes_in_float32_is_seen_at_its_first_call() -> None:
+    """Sequences run in float64, single positions (a step) silently round, and a sequence came first."""
+
+    class Branches(pinned_models.Around):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.core(x)
+            return (3 * torch.tanh(y.float() / 3)).to(y.dtype) if x.shape[1] == 1 else 3 * torch.tanh(y / 3)
+
+    reference = TorchSession(checkpoint.load_live(Branches().eval(), {"x": torch.randn(2, 9, 5)}), 2)
+    x = np.random.default_rng(0).standard_normal((2, 9, 5)).astype(np.float32)
+    reference.prefill({"x": x})
+    assert reference.reference == FLOAT64
+    reference.prefill({"x": x[:, :1]})
+    assert reference.reference == CELLS
+    assert "tests/lift/test_precise.py:" in reference.reason

@@ -338,3 +338,26 @@ def test_an_export_of_integers_below_zero_is_verified_and_runs(tmp_path: Path) -
     with run.session(batch=2) as session:
         found = session.prefill({"t": t.numpy()})["y"]
     np.testing.assert_allclose(found, module(t).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_times_rise_as_those_of_the_example_do(axis: int) -> None:
+    """At every length, longer ones too, and along the axis that has the positions."""
+
+    class Times(Around):
+        def forward(self, t: Tensor) -> Tensor:
+            if bool((t.diff(dim=axis) <= 0).any()):
+                raise ValueError("times must increase")
+            return self.core(t.movedim(axis, 1))
+
+    t = (0.3 + torch.rand(2, 12, 5, generator=torch.Generator().manual_seed(0))).cumsum(1).movedim(1, axis)
+    shape: Any = ("B", "S", 5) if axis == 1 else ("B", 5, "S")
+    loaded = live(Times(), {"t": t}, {"t": shape})
+    for length in LENGTHS:
+        made = drawn(loaded, length)["t"]
+        assert made.shape[axis] == length
+        assert made.dtype == np.float32
+        assert (np.diff(made, axis=axis) > 0).all()
+    assert len({row.tobytes() for row in made}) == len(made)
+    declared = live(Around(), {"x": t.movedim(axis, 1)}, None, {"x": (0.0, 30.0)})
+    assert limits(drawn(declared, 199)["x"])[1] <= 30

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pinned_models
 import pytest
 import torch
 from bisect_faults import tamper_with
 from onnx import numpy_helper
+from torch import Tensor
+from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
+from xlstm.blocks.mlstm.cell import mLSTMCell
 
 from xlstm_export.cli import main as cli
 from xlstm_export.lift.precise import CELLS, FLOAT64
@@ -20,6 +25,7 @@ from xlstm_export.options import Context, ExportOptions, VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.fp32 import verify
 from xlstm_export.verify.limits import LIMITS, SMALLEST
+from xlstm_export.verify.own_error import MOST_MOVED
 from xlstm_export.verify.verify import verify_run
 
 STREAMED = {
@@ -97,6 +103,57 @@ def test_a_small_fault_is_found_without_float64(change: float, tmp_path: Path) -
     verdict = verify(folder, loaded, context=Context(threads=1))
     names = [check.name for check in verdict.checks if not check.passed]
     assert {"step: y", "prefill 1: y", "prefill 199: y", "long stream 519: y"} <= set(names)
+
+
+class Rotated(pinned_models.Around):
+    """Codes of large positions: what they round is the same in every float32 forward of PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = 4000.0 + x[..., :1].float()
+        return self.core(torch.sin(at * torch.linspace(0.1, 2.0, 5)))
+
+
+@pytest.mark.slow
+def test_rounding_that_the_reference_shares_counts(tmp_path: Path) -> None:
+    """Limits are wider than for plain inputs, and a fault of four digits is found all the same."""
+    loaded = checkpoint.load_live(Rotated().eval(), {"x": torch.randn(2, 12, 5)})
+    folder = trace.export(loaded, tmp_path / "out")
+    verdict = verify(folder, loaded, context=Context(threads=1))
+    assert [check for check in verdict.checks if not check.passed] == []
+    assert verdict.reference == CELLS
+    assert max(check.limit for check in verdict.checks) <= 2 * MOST_MOVED
+
+    def scale(model: onnx.ModelProto) -> None:
+        (tensor,) = (t for t in model.graph.initializer if t.name == "out.bias")
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.001), tensor.name)
+        )
+
+    tamper_with(folder, scale)
+    assert not verify(folder, loaded, context=Context(threads=1)).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [{"x": ("B", "S", 5)}, {"x": ("B", "24*S", 5)}])
+def test_a_forward_that_takes_whole_chunks_only_is_verified(dims: Any, tmp_path: Path) -> None:
+    """Else it takes any length, and is compared with upstream at the example's."""
+    module = pinned_models.FloatCast().eval()
+    cells = [cell for cell in module.modules() if isinstance(cell, mLSTMCell)]
+    assert cells
+    for cell in cells:
+        cell.backend_fn = in_whole_chunks
+    loaded = checkpoint.load_live(module, {"x": torch.randn(2, 24, 5)}, dims)
+    folder = trace.export(loaded, tmp_path / "out")
+    verdict = verify(folder, loaded, context=Context(threads=1))
+    assert [check for check in verdict.checks if not check.passed] == []
+    assert verdict.as_it_comes["y"]["from_export"] < 5e-6
+    assert {f"prefill {n}: y" for n in (1, 63, 199)} <= {check.name for check in verdict.checks}
+
+
+def in_whole_chunks(queries: Tensor, **kwargs: Any) -> Tensor:
+    if queries.shape[2] % 24:
+        raise ValueError("the number of positions must be a multiple of the chunk")
+    return parallel_stabilized_simple(queries=queries, **kwargs)
 
 
 def test_held_out_data_without_float64(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Precise:
     Args:
         make: returns a copy of the module in float32, which may be changed.
         cells: paths of the cells in it.
-        trusted: it is known to run in float64; else its first call is watched for what computes in float32.
+        trusted: it is known to run in float64; else the first call of each shape is watched for what computes
+            in float32.
 
     Attributes:
         module: the module in that form.
@@ -49,7 +50,8 @@ class Precise:
         self._make, self._cells = make, tuple(cells)
         self.reference, self.reason = FLOAT64, ""
         self.module = self._form(FLOAT64)
-        self._examined = trusted
+        self._trusted = trusted
+        self._examined: set[tuple[torch.Size, ...]] = set()
 
     def run(self, call: Call[T], inputs: Sequence[Tensor]) -> T:
         """The result of a call in the most exact form that it runs in.
@@ -85,11 +87,13 @@ class Precise:
         if reference != FLOAT64:
             return call(module, tuple(inputs), state), ""
         given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        if self._examined:  # once is enough: watching every operator takes time
+        # Once for each shape is enough, because watching takes time: forward may branch on sizes.
+        shapes = tuple(x.shape for x in inputs)
+        if self._trusted or shapes in self._examined:
             return call(module, given, state), ""
         with _Watch() as watch:
             result = call(module, given, state)
-        self._examined = True
+        self._examined.add(shapes)
         return result, watch.found
 
     def _form(self, reference: str) -> nn.Module:

@@ -20,7 +20,8 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
 
     The range of an input is that in `Loaded.ranges`, where it is there; that of the vocabulary, for tokens of
     a published model; else that of the example. Floats may exceed their example, unless it is never negative
-    or stays between -1 and 1; a boolean that is the same in the whole example stays the same.
+    or stays between -1 and 1; those that rise from position to position in all of it, as times do, rise. A
+    boolean that is the same in the whole example stays the same.
     """
     inputs: Arrays = {}
     integers = [spec.name for spec in io.inputs if np.issubdtype(spec.dtype, np.integer)]
@@ -36,6 +37,8 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
                 limits = (0, loaded.vocab_size - 1)
             low, high = limits or (example.min(), example.max())
             inputs[spec.name] = rng.integers(int(low), int(high) + 1, shape).astype(spec.dtype)
+        elif limits is None and _rises(example, spec):
+            inputs[spec.name] = _rising(example, spec, shape, rng)
         else:
             noisy = _noisy(example, spec, shape, rng)
             low, high = limits or _bounds(example)
@@ -87,6 +90,33 @@ def _bounds(example: np.ndarray) -> tuple[float, float]:
     if low < high and (low >= 0 or (low >= -1 and high <= 1)):
         return low, high
     return -math.inf, math.inf
+
+
+def _rises(example: np.ndarray, spec: TensorSpec) -> bool:
+    """Whether each position of an example, of three at least, is larger than the one before it."""
+    axis = spec.time_axis
+    if axis is None or example.shape[axis] < 3:
+        return False
+    return bool((np.diff(example, axis=axis) > 0).all())
+
+
+def _rising(
+    example: np.ndarray, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator
+) -> np.ndarray:
+    """First positions of the example, and steps from position to position that are drawn from its own."""
+    axis = spec.time_axis
+    assert axis is not None
+    batched = example if spec.batched else example[None]
+    at = axis if spec.batched else axis + 1
+    count, length = shape[0] if spec.batched else 1, shape[axis]
+    rows = rng.integers(0, len(batched), count)
+    known = np.moveaxis(batched, at, 1)[rows]  # (count, positions, ...)
+    steps = np.diff(known, axis=1)
+    chosen = rng.integers(0, steps.shape[1], (count, length - 1))
+    drawn = steps[np.arange(count)[:, None], chosen]
+    found = np.cumsum(np.concatenate([known[:, :1], drawn], axis=1, dtype=np.float64), axis=1)
+    made: np.ndarray = np.moveaxis(found.astype(spec.dtype), 1, at)
+    return np.asarray(made if spec.batched else made[0], order="C")
 
 
 def _noisy(

@@ -9,8 +9,10 @@ float64 (reference: it also has states, and runs beyond the context length), and
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from ..checks import Check, Verdict, output_check
 from ..distance import difference
-from ..inputs import Arrays
+from ..errors import UserCodeError
+from ..inputs import Arrays, length_of
 from ..lift.passes import call_untouched
 from ..lift.precise import FLOAT64, REFERENCES, Precise
 from ..load.loaded import Loaded
@@ -36,6 +39,8 @@ from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error
 from .own_error import own_error, own_metric_error
 from .parts import audited, judged, metric_checks
 from .ways import BATCH, RAGGED
+
+log = logging.getLogger(__name__)
 
 
 def verify(
@@ -91,6 +96,7 @@ class _Fp32(Verification):
         self.last_only = run.last_only
         self.candidate = self.streams.candidate
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
+        self._longer: dict[int, Arrays] = {}  # inputs of other lengths than those of the checks
         trusted = loaded.weights is not None
         self._untouched = Precise(self._copy, self.reference.cells, trusted=trusted)
         self.limits: Mapping[str, float] = LIMITS
@@ -133,20 +139,18 @@ class _Fp32(Verification):
 
     def check_lift(self) -> list[Check]:
         """The lifted module gives the outputs of the user's module, both in float64."""
-        length = min(max(self.lengths), self.limit_context)
-        ours = self.expected(length)[0]
-        theirs = self._upstream(length)
+        ours = self.expected(self._length)[0]
+        theirs = self._upstream(self._length)
         limit = self.limits["lift"]
         return [output_check(f"lift: {name}", ours[name], theirs[name], limit) for name in theirs]
 
     def as_it_comes(self) -> dict[str, dict[str, float]]:
         """Distance of upstream in FP32, unmodified, from the reference and from the export."""
-        length = min(max(self.lengths), self.limit_context)
-        theirs = self._named(self._call_untouched(self.loaded.module, self._tensors(length)))
-        reference = self._best(length)
+        theirs = self._named(self._call_untouched(self.loaded.module, self._tensors(self._length)))
+        reference = self._best(self._length)
         distance = "from_float64" if self.reference.reference == FLOAT64 else "from_reference"
         self.candidate.reset()
-        ours = self.candidate.prefill(self.source.cut(self.inputs, 0, length))
+        ours = self.candidate.prefill(self._given(self._length))
         return {
             name: {
                 distance: difference(x, reference[name]).relative_l2,
@@ -160,7 +164,7 @@ class _Fp32(Verification):
         checks = []
         for length in self.lengths:
             reference, state = self.expected(length)
-            expected = self._best(length) if length <= self.limit_context else reference
+            expected = reference if length > self.limit_context else self._best(length)
             self.candidate.reset()
             outputs = self.candidate.prefill(self.source.cut(self.inputs, 0, length))
             name = f"prefill {length}" if self.lengths is RAGGED else "one call"
@@ -193,20 +197,45 @@ class _Fp32(Verification):
         """Outputs and state of the reference after `length` positions."""
         if length not in self._expected:
             self.reference.reset()
-            outputs = self.reference.prefill(self.source.cut(self.inputs, 0, length))
+            outputs = self.reference.prefill(self._given(length))
             self._expected[length] = (outputs, self.reference.state())
         return self._expected[length]
 
+    @cached_property
+    def _length(self) -> int:
+        """Positions of upstream's calls: the longest of the checks, or the example's if it takes no others.
+
+        A forward in chunks takes whole ones only; with its cells lifted it takes any length.
+        """
+        usual = min(max(self.lengths), self.limit_context)
+        self.expected(usual)
+        try:
+            self._upstream(usual)
+        except UserCodeError:
+            log.debug("upstream does not take %d positions", usual, exc_info=True)
+            example = length_of({n: x.numpy() for n, x in self.loaded.inputs.items()}, self.io.inputs)
+            if example == usual:
+                raise
+            self._longer[example] = self.source.batch(example)
+            return example
+        return usual
+
+    def _given(self, length: int) -> Arrays:
+        """Inputs of so many positions."""
+        return self._longer[length] if length in self._longer else self.source.cut(self.inputs, 0, length)
+
     def _limits(self) -> Mapping[str, float]:
         """The built-in limits, or others where the reference rounds as well."""
-        expected, state = self.expected(max(self.lengths))  # the first call shows what the reference is
+        self.expected(max(self.lengths))  # the first call shows what the reference is
         if self.reference.reference == FLOAT64:
             return LIMITS
         self.context.progress("PyTorch's own error")
-        return limits_by_own_error(own_error(self.loaded, self.streams, expected, state))
+        return limits_by_own_error(own_error(self.loaded, self.streams, self.expected))
 
     def _best(self, length: int) -> Arrays:
         """Outputs of upstream, or those of the reference where it is more exact."""
+        if self._longer and length not in self._longer:  # upstream does not take it
+            return self.expected(length)[0]
         outputs = self._upstream(length)
         exact = REFERENCES.index(self._untouched.reference) <= REFERENCES.index(self.reference.reference)
         return outputs if exact else self.expected(length)[0]
@@ -225,13 +254,15 @@ class _Fp32(Verification):
         return module
 
     def _tensors(self, length: int) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(x) for x in self.source.cut(self.inputs, 0, length).values())
+        return tuple(torch.from_numpy(x) for x in self._given(length).values())
 
     def _call_untouched(self, module: nn.Module, given: tuple[Tensor, ...]) -> UserValue:
-        self._given = dict(zip(self.loaded.inputs, given, strict=True))
+        self._named_by = dict(zip(self.loaded.inputs, given, strict=True))
         args, kwargs = self.loaded.call(given)
         return call_untouched(module, args, kwargs)
 
     def _named(self, result: UserValue) -> Arrays:
         result = without(result, self.reference.carried)
-        return {name: t.numpy() for name, t in named_outputs(result, self.loaded.output, self._given).items()}
+        return {
+            name: t.numpy() for name, t in named_outputs(result, self.loaded.output, self._named_by).items()
+        }

@@ -38,17 +38,27 @@ def fix_one_position(model: ir.Model, batch: int, *, fused: bool = False) -> Non
         batch: number of streams.
         fused: leave the recurrence operators to kernels, see `fused.py`; else their step bodies are inlined.
     """
-    _use_step_bodies(model)
+    patched = False
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
+        patched |= any(steps_of(str(d)) > 1 for d in value.shape)
         sizes = {str(d): multiple_of(str(d), "B") * batch + steps_of(str(d)) for d in value.shape}
         value.shape = ir.Shape([d if isinstance(d, int) else sizes[str(d)] or d for d in value.shape])
+    if not patched or _see_one_position(model):
+        _use_step_bodies(model)
     if not fused:
         common.InlinePass()(model)
     common.ShapeInferencePass()(model)  # through the bodies, where they are not inlined
     if fused:
         drop_bodies(model)
     merge_static_views(model)
+
+
+def _see_one_position(model: ir.Model) -> bool:
+    """Whether every recurrence has a single position: with several to a step, the cells may see them all."""
+    common.ShapeInferencePass()(model)
+    first = (node.inputs[0] for node in model.graph if node.domain == OP_DOMAIN)
+    return all(x is not None and x.shape is not None and x.shape[1] == 1 for x in first)
 
 
 def _use_step_bodies(model: ir.Model) -> None:

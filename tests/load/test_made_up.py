@@ -359,5 +359,5 @@ def test_times_rise_as_those_of_the_example_do(axis: int) -> None:
         assert made.dtype == np.float32
         assert (np.diff(made, axis=axis) > 0).all()
     assert len({row.tobytes() for row in made}) == len(made)
-    declared = live(Around(), {"x": t.movedim(axis, 1)}, None, {"x": (0.0, 30.0)})
-    assert limits(drawn(declared, 199)["x"])[1] <= 30
+    declared = live(Times(), {"t": t}, {"t": shape}, {"t": (0.0, 30.0)})
+    assert limits(drawn(declared, 199)["t"])[1] <= 30

@@ -116,6 +116,17 @@ class Verdict:
         )
 
 
+def scored(metric: JsonMapping) -> str:
+    """How many held-out positions a metric is computed on, and of how many, for a sentence.
+
+    Args:
+        metric: `Verdict.metric`, not empty.
+    """
+    used = int(metric["positions"])
+    held = int(metric.get("available") or used)
+    return f"{used:,}" if held <= used else f"{used:,} of {held:,}"
+
+
 def pytorch(reference: str) -> str:
     """The PyTorch model that an export is compared with, for a sentence.
 

@@ -249,6 +249,12 @@ class VerifyOptions(Options):
     metric: str | None = option(
         None, "task metric: bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss", "text"
     )
+    positions: int | None = option(
+        None,
+        "positions of each held-out sequence that are scored; default 16384, 0: all",
+        "int",
+        bounds=Bounds(0),
+    )
     gate: Path | None = option(None, "YAML file with your own limits", "file")
     num_blocks: int | None = option(
         None, "verify only this many blocks, the first ones, with all checks", "int"
@@ -329,6 +335,12 @@ class DeployOptions(Options):
     calib: str | None = option(None, "calibration data, as for `calibrate --data`", "text")
     random_data: bool = option(False, "calibrate on made-up data; every report states it", "flag")
     data: Path | None = option(None, "held-out data for the task metric", "path")
+    positions: int | None = option(
+        None,
+        "positions of each held-out sequence that are scored; default 16384, 0: all",
+        "int",
+        bounds=Bounds(0),
+    )
     target: str | None = option(None, "board to make a bundle for", "text")
     license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
     horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")

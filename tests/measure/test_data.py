@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 
+from xlstm_export.checks import scored
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.measure import data
+from xlstm_export.options import VerifyOptions
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession, TorchSession
 from xlstm_export.specs import IoSpec, TensorSpec
+from xlstm_export.verify.parts import load_data, metric_checks
 
 BYTES = IoSpec(
     (TensorSpec("tokens", "int64", ("B", "S")),), (TensorSpec("logits", "float32", ("B", "S", 256)),), ()
@@ -83,6 +88,57 @@ def test_text_limit(tmp_path: Path, limit: int, positions: int) -> None:
     logits = np.zeros((1, positions, 256))
     logits[0, np.arange(positions), np.arange(positions) + 1] = 1e4  # always right
     assert loaded.score({"logits": logits}) == 0.0
+
+
+def test_how_much_of_the_data_is_scored(tmp_path: Path, small_export: Path, small_loaded: Any) -> None:
+    """A long text is cut unless all of it is asked for; the metric says of how many positions it is."""
+    (tmp_path / "text").write_bytes(bytes(100) * 200)
+    for given, length in ((None, 16_384), (100, 100), (0, 19_999)):
+        options = VerifyOptions(data=tmp_path / "text", positions=given)
+        held = load_data(options, RunFolder.open(small_export), small_loaded)
+        assert held is not None
+        assert (held.length, held.available) == (length, 19_999)
+    logits = np.zeros((1, 100, 256))
+    short = data.load(tmp_path / "text", BYTES, vocab_size=256, limit=100)
+    limits = {"metric": 1.0, "kl": 1.0, "top1": 1.0}
+    _, metric = metric_checks(short, {"logits": logits}, {"logits": logits}, "fp32", limits)
+    assert scored(metric) == "100 of 19,999"
+    assert scored({"positions": 4320, "available": 4320}) == scored({"positions": 4320}) == "4,320"
+
+
+def test_tokens_are_their_own_targets(tmp_path: Path) -> None:
+    """As text is; with `target` it is that, and -100 marks what does not count, as in PyTorch."""
+    tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
+    np.save(tmp_path / "tokens.npy", tokens)
+    np.savez(tmp_path / "tokens.npz", tokens=tokens)
+    for name in ("tokens.npy", "tokens.npz"):
+        held = data.load(tmp_path / name, BYTES, vocab_size=256)
+        assert held.inputs["tokens"].tolist() == tokens[:, :-1].tolist()
+        right = np.full((2, 9, 256), -1e4)
+        np.put_along_axis(right, tokens[:, 1:, None].astype(int), 0.0, axis=2)
+        assert held.score({"logits": right}) == 0.0
+    target = np.where(tokens % 2, tokens, -100)
+    np.savez(tmp_path / "tokens.npz", tokens=tokens, target=target)
+    held = data.load(tmp_path / "tokens.npz", BYTES, vocab_size=256, metric="accuracy")
+    wrong = np.zeros((2, 10, 256))
+    np.put_along_axis(wrong, np.where(tokens % 2, tokens, 255)[..., None], 1.0, axis=2)
+    assert held.score({"logits": wrong}) == 1.0
+
+
+@pytest.mark.parametrize(("value", "why"), [(-1, "targets"), (-100, "targets"), (256, "tokenizer")])
+def test_tokens_of_held_out_data_are_checked(tmp_path: Path, value: int, why: str) -> None:
+    tokens = np.zeros((1, 20), int)
+    tokens[0, 7] = value
+    np.savez(tmp_path / "tokens.npz", tokens=tokens)
+    with refused(InputError, f"tokens holds {value} at row 0, position 7", "tokens are 0 … 255", why):
+        data.load(tmp_path / "tokens.npz", BYTES, vocab_size=256)
+
+
+def test_a_table_has_no_targets(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
+    io = IoSpec(SERIES.inputs[:1], SERIES.outputs, ())
+    with refused(InputError, "rows.csv lacks `target`", "--calib"):
+        data.load(tmp_path / "rows.csv", io)
 
 
 @pytest.mark.parametrize("content", [b"", b"x"])

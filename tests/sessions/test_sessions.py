@@ -8,7 +8,7 @@ import random
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import models
 import numpy as np
@@ -432,8 +432,8 @@ def test_saving_fails_whole(make: Any, tmp_path: Path, monkeypatch: pytest.Monke
     save_state(session, tmp_path / "state.npz")
     good = (tmp_path / "state.npz").read_bytes()
 
-    def failing(path: Path, **arrays: np.ndarray) -> None:
-        path.write_bytes(b"half")
+    def failing(file: IO[bytes], **arrays: np.ndarray) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     session.prefill(tokens(3))

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench.result import DECODE, EXPORTED
+from ..checks import scored
 from ..runfolder import RunFolder
 from ..verify.precision import drift_at
 from .tables_bench import NAMES, format_bytes
@@ -108,10 +109,10 @@ def _change(drop: float | None) -> str:
 
 def _checked(verdict: Verdict) -> str:
     against = verdict.precision["reference"] if verdict.precision else "PyTorch in float64"
-    scored = f", {verdict.metric['positions']:,} positions scored" if verdict.metric else ""
+    amount = f", {scored(verdict.metric)} positions scored" if verdict.metric else ""
     weaker = "; weaker than the recorded verification, whose verdict stays" if verdict.weaker else ""
     made_up = "; calibrated on made-up data" if verdict.precision.get("random_calibration") else ""
-    return f"{len(verdict.checks)} checks against {against}, {verdict.inputs}{scored}{made_up}{weaker}"
+    return f"{len(verdict.checks)} checks against {against}, {verdict.inputs}{amount}{made_up}{weaker}"
 
 
 def _speed(report: BenchReport) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bench import roofline
-from ..checks import pytorch
+from ..checks import pytorch, scored
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
@@ -93,7 +93,7 @@ def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = No
         against = "PyTorch (float64)" if "pytorch_float64" in m else "PyTorch" if "pytorch" in m else "FP32"
         expected = m.get("pytorch_float64", m.get("pytorch", m.get("fp32")))
         console.print(
-            f"{m['name']} on {m['positions']:,} held-out positions: "
+            f"{m['name']} on {scored(m)} held-out positions: "
             f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         )
     if verdict.reference:

@@ -176,7 +176,7 @@ def deploy_pipeline(
         raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
     _check_data(loaded, options)
     steps = [Step("export", "export", ExportOptions(), variant=FP32)]
-    steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib))
+    steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib, positions=options.positions))
     if chosen.precision != FP32:
         steps += _quantized(chosen, options)
     if options.target is not None:
@@ -235,6 +235,7 @@ def _quantized(chosen: Recipe, options: DeployOptions) -> list[Step]:
     verified = VerifyOptions(
         data=options.data,
         calib=options.calib,
+        positions=options.positions,
         horizon=options.horizon,
         free_horizon=options.free_horizon,
     )

@@ -117,7 +117,13 @@ def _verify(job: Job, options: Options) -> Done:
     chosen = replace(cast(VerifyOptions, options), repeat=False)
     if job.folder != job.base and not _is_verified(job.base):
         # Without the gate file and the horizons, which are for the candidate.
-        base = VerifyOptions(data=chosen.data, calib=chosen.calib, metric=chosen.metric, repeat=False)
+        base = VerifyOptions(
+            data=chosen.data,
+            calib=chosen.calib,
+            metric=chosen.metric,
+            positions=chosen.positions,
+            repeat=False,
+        )
         _require(stages.verify(job.base, job.load(), base, job.context), job.base)
     verdict = stages.verify(job.folder, job.load(), chosen, job.context)
     if job.stops:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..bench.result import EXPORTED, too_busy
+from ..checks import scored
 from ..runfolder import MODEL, MODEL_DATA, RunFolder
 from ..specs import Json
 from .data import RunData
@@ -42,7 +43,7 @@ def _metric(run: RunData) -> str:
         "PyTorch in float64" if "pytorch_float64" in metric else "PyTorch" if "pytorch" in metric else "FP32"
     )
     expected = metric.get("pytorch_float64", metric.get("pytorch", metric.get("fp32")))
-    text = f"{metric['name']} on {metric['positions']:,} held-out positions: {against} {precise(expected)}"
+    text = f"{metric['name']} on {scored(metric)} held-out positions: {against} {precise(expected)}"
     text += f", exported {precise(metric['exported'])}"
     drop = metric.get("drop")
     return text + (f" ({drop:+.3%} worse)." if isinstance(drop, float) else ".")

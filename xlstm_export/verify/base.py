@@ -50,7 +50,7 @@ class Verification:
         require_same_model(run, loaded)
         self.run, self.io, self.loaded, self.options, self.context = run, run.io, loaded, options, context
         self.threads = context.threads
-        self.data = load_data(options.data, run, loaded, options.metric)
+        self.data = load_data(options, run, loaded)
         rng = np.random.default_rng(context.seed)
         self.source = Source(loaded, run.io, rng, self.data, calibration)
         self.streams = StreamChecks(run, self.source, self.expected, limits, rng, context.threads)

@@ -20,7 +20,7 @@ from .parts import CALIBRATION, HELD_OUT, MADE_UP
 
 BESIDE = "weaker"  # folder beside the verdict
 SOURCES = (MADE_UP, CALIBRATION, HELD_OUT)  # what checks run on, in ascending order of strength
-EVIDENCE = ("data", "calib", "metric", "gate", "horizon", "free_horizon", "seed")
+EVIDENCE = ("data", "calib", "metric", "positions", "gate", "horizon", "free_horizon", "seed")
 NAMED = 3  # most checks that a sentence names
 
 
@@ -30,6 +30,7 @@ def evidence(options: VerifyOptions, context: Context) -> Json:
     return {
         **{name: None if given is None else recorded_file(given) for name, given in files.items()},
         "metric": options.metric,
+        "positions": options.positions,
         "horizon": options.horizon,
         "free_horizon": options.free_horizon,
         "seed": context.seed,

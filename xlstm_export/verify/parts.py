@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..measure import data as evaluation
 from ..measure.cell_gates import Gates, audit
 from ..measure.data import EvalData, Sequences
 from ..measure.metrics import agreement
-from ..options import Context
+from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..specs import IoSpec, Json
 from .gate_file import Gate
@@ -28,14 +27,14 @@ GATE_POSITIONS = 2048  # positions of one stream at which the gates are examined
 HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
-def load_data(path: Path | None, run: RunFolder, loaded: Loaded, metric: str | None) -> EvalData | None:
+def load_data(options: VerifyOptions, run: RunFolder, loaded: Loaded) -> EvalData | None:
     """Load the held-out data; None without a path.
 
     Raises:
         UsageError: the export cannot stream, or a metric is named without data.
         InputError: the data do not fit the model.
     """
-    io = run.io
+    io, path, metric = run.io, options.data, options.metric
     if path is None:
         if metric is not None:
             raise UsageError(f"--metric {metric} needs --data", evaluation.PICTURE)
@@ -46,7 +45,10 @@ def load_data(path: Path | None, run: RunFolder, loaded: Loaded, metric: str | N
         )
     if not all(map(per_position, io.inputs)):
         raise UsageError("--data needs a model all of whose inputs are (B, S, ...)")
-    return evaluation.load(path, io, vocab_size=loaded.vocab_size, tokenizer=run.tokenizer, metric=metric)
+    limit = evaluation.LIMIT if options.positions is None else options.positions or None
+    return evaluation.load(
+        path, io, vocab_size=loaded.vocab_size, tokenizer=run.tokenizer, limit=limit, metric=metric
+    )
 
 
 def metric_checks(
@@ -71,6 +73,7 @@ def metric_checks(
         "exported": score,
         "drop": -change if data.higher_is_better else change,
         "positions": data.rows * data.length,
+        "available": data.rows * data.available,
     }
     # A difference of infinities, or a metric that is NaN on both sides, gives NaN, which fails.
     checks = [Check(f"{data.metric} on held-out data", abs(change), limits["metric"], dict(metric))]

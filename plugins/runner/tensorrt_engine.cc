@@ -263,7 +263,8 @@ private:
             const int64_t dim = dims.d[axis];
             if (dim < 0 && axis > 1) {
                 throw Error(XLSTM_BAD_INPUT, "the engine's " + name + " has shape " + text_of(dims) +
-                                                 ", expected (batch, …) or (batch, length, …)");
+                                                 ", expected (batch, …) or (batch, length, …): positions "
+                                                 "on a later axis are not for the runner");
             }
             all.push_back(dim >= 0 ? dim : axis == 0 ? kBatch : kSequence);
         }
@@ -307,15 +308,21 @@ private:
     // The step gets the profile of the shortest lengths, which is tuned for it; the rest that of the longest.
     void make_lanes(int64_t piece) {
         Range step{-1, 1, 0}, most{-1, 1, 0};
+        int64_t fewest = 0;  // positions, of all profiles for this batch
         for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
             const Range range = range_of(profile);
             const auto takes = [&](int64_t length) { return range.min <= length && length <= range.max; };
             if (takes(1) && (step.profile < 0 || range.max < step.max)) step = range;
             if (takes(2) && (most.profile < 0 || range.max > most.max)) most = range;
+            if (range.min <= range.max && (fewest == 0 || range.min < fewest)) fewest = range.min;
         }
         if (step.profile < 0) {
+            const std::string several =
+                fewest < 2 ? ""
+                           : ": it takes " + std::to_string(fewest) +
+                                 " positions at least, and several to a step are not for the runner";
             throw Error(XLSTM_BAD_INPUT, "the engine has no optimization profile for one position at batch " +
-                                             std::to_string(batch_));
+                                             std::to_string(batch_) + several);
         }
         longest_ = std::max<int64_t>(most.max, 1);
         if (piece > 0) longest_ = std::min(longest_, piece);

@@ -90,7 +90,7 @@ def _gaps(module: nn.Module, signature: Signature, inputs: Mapping[str, Tensor])
     for name, x in inputs.items():
         if not x.is_floating_point() or x.dim() < 2 or not x.isfinite().all():
             continue
-        given = x.clone()
+        given = x.clone(memory_format=torch.contiguous_format)
         given.view(-1)[[given.numel() // 4, given.numel() // 2, -1]] = torch.nan
         for result in result_of(shadow(module), *signature.bind({**inputs, name: given})):
             tensors = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor)]

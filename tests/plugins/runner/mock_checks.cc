@@ -67,8 +67,10 @@ void profiles() {
         run_both(runner, oracle, 2, 2 * one.longest, 5);
         REQUIRE(calls("enqueue") + calls("launch") - calls("capture") == before + 2);
     }
-    REQUIRE(open_fails({"profiles=2-16x1-4"}) == XLSTM_BAD_INPUT && error_has("for one position at batch 1"));
+    REQUIRE(open_fails({"profiles=4-4x1-4,4-16x1-4"}) == XLSTM_BAD_INPUT);
+    REQUIRE(error_has("for one position at batch 1: it takes 4 positions at least, and several to a step"));
     REQUIRE(open_fails({"profiles=1-16x2-4"}) == XLSTM_BAD_INPUT && error_has("at batch 1"));
+    REQUIRE(!error_has("at least"));
 }
 
 void engines_that_do_not_fit() {
@@ -80,7 +82,10 @@ void engines_that_do_not_fit() {
         {"less", "past_0_conv goes in and no present_0_conv comes out", XLSTM_BAD_INPUT},
         {"type", "tokens is of a type that no input or output has", XLSTM_BAD_INPUT},
         {"state", "past_0_C, float32 (B, 2) comes out as present_0_C, float16 (B, 2)", XLSTM_BAD_INPUT},
-        {"axes", "tokens has shape (-1, -1, -1), expected (batch, …) or (batch, length, …)", XLSTM_BAD_INPUT},
+        {"axes",
+         "tokens has shape (-1, -1, -1), expected (batch, …) or (batch, length, …): positions on a later "
+         "axis are not for the runner",
+         XLSTM_BAD_INPUT},
         {"location", "not plain memory", XLSTM_BAD_INPUT},
         {"format", "not plain memory", XLSTM_BAD_INPUT},
         {"shape", "logits has shape (1, 1, 4) for one position and (1, 8, 11) for 8", XLSTM_BAD_INPUT},

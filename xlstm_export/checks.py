@@ -68,6 +68,9 @@ class Verdict:
     precision: dict[str, Any] = field(default_factory=dict)
     # In what this verification rests on less than the one whose verdict stands (`verify.evidence.weaker`).
     weaker: tuple[str, ...] = ()
+    # Proof that the files are what the checkpoint gives, of `verify.identity.Identity.to_json`. Empty where
+    # only a part of the model was verified.
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def with_weaker(self, why: tuple[str, ...]) -> Verdict:
         """The same verdict, with what makes it weaker than the one that stands."""
@@ -93,6 +96,7 @@ class Verdict:
                 **({"gate": self.gate} if self.gate else {}),
                 **({"precision": self.precision} if self.precision else {}),
                 **({"weaker": list(self.weaker)} if self.weaker else {}),
+                **({"identity": self.identity} if self.identity else {}),
                 "checks": [check.to_json() for check in self.checks],
             }
         )
@@ -113,6 +117,7 @@ class Verdict:
             gate=data.get("gate", {}),
             precision=data.get("precision", {}),
             weaker=tuple(data.get("weaker", ())),
+            identity=data.get("identity", {}),
         )
 
 

@@ -96,6 +96,8 @@ def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = No
             f"{m['name']} on {scored(m)} held-out positions: "
             f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         )
+    if verdict.identity:
+        console.print(escape(verdict.identity["sentence"]), highlight=False)
     if verdict.reference:
         why = f", because {verdict.reference_reason}" if verdict.reference_reason else ""
         console.print(escape(f"the reference is {pytorch(verdict.reference)}{why}"), highlight=False)

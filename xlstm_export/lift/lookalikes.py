@@ -61,8 +61,10 @@ def watch() -> Iterator[Seen]:
     seen = Seen()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event != "call" or seen.function:  # first: this runs several times per operator
+            return
         name = frame.f_globals.get("__name__") or ""
-        if event != "call" or seen.function or name.partition(".")[0] not in _PACKAGES:
+        if name.partition(".")[0] not in _PACKAGES:
             return
         library = next((x for x in LIBRARIES if name == x or name.startswith(f"{x}.")), None)
         if library is None or frame.f_code.co_name == "<module>":  # an import inside forward

@@ -19,7 +19,7 @@ from ..checks import Verdict
 from ..errors import ExportError, UsageError
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
-from ..runfolder import MANIFEST, made_hash, versions
+from ..runfolder import MANIFEST, MODEL, made_hash, versions
 from .plan import Pipeline, Step
 from .table import STAGES, Done, Job
 
@@ -81,6 +81,7 @@ class _Run:
         self._before = ""  # hash of all steps so far
         self._again = how.force
         self._ended: set[str] = set()  # variants that failed verification
+        self._made: dict[Path, dict[str, str]] = {}  # hashes of the files of run folders made here
         self._searched = any(step.stage == "sensitivity" for step in pipeline.steps)
 
     def all(self) -> list[Outcome]:
@@ -177,12 +178,22 @@ class _Run:
             count=lambda done, total: self._progress(f"{step.name}: {done:,} of {total:,}"),
         )
         self._record(step).unlink(missing_ok=True)
-        job = Job(lambda: self._loaded, self._pipeline.out, self._folder, context, step.stops, self._searched)
+        job = Job(
+            load=lambda: self._loaded,
+            base=self._pipeline.out,
+            folder=self._folder,
+            context=context,
+            stops=step.stops,
+            searched=self._searched,
+            made=self._made,
+        )
         done = stage.run(job, step.options)
         if isinstance(done.result, Verdict) and not done.result.passed:
             return done
         wrote = self._pipeline.out if stage.on_base else done.folder
         outputs = {name: _written(wrote / name) for name in stage.writes}
+        if MODEL in outputs:
+            self._made[wrote] = outputs
         record = {"inputs": inputs, "folder": str(wrote), "outputs": outputs, "run": str(done.folder)}
         write_json(self._record(step), record)
         return done

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -45,6 +45,7 @@ class Job:
         context: shared settings.
         stops: whether a failed verification raises.
         searched: `sensitivity` has found a recipe; `quantize` uses it unless its options name one.
+        made: hashes of the files of each run folder that earlier steps of this process made, by folder.
     """
 
     load: Callable[[], Loaded]
@@ -53,6 +54,7 @@ class Job:
     context: Context
     stops: bool = True
     searched: bool = False
+    made: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,10 @@ def _verify(job: Job, options: Options) -> Done:
             positions=chosen.positions,
             repeat=False,
         )
-        _require(stages.verify(job.base, job.load(), base, job.context), job.base)
-    verdict = stages.verify(job.folder, job.load(), chosen, job.context)
+        made = job.made.get(job.base)
+        _require(stages.verify(job.base, job.load(), base, job.context, made=made), job.base)
+    made = job.made.get(job.folder)
+    verdict = stages.verify(job.folder, job.load(), chosen, job.context, made=made)
     if job.stops:
         _require(verdict, job.folder)
     return Done(job.folder, verdict)

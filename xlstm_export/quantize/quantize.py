@@ -107,7 +107,7 @@ def quantize(
     ) as staging:
         files.save(model, staging, progress)
         require_legal(staging / runfolder.MODEL)
-        atomic.write_json(staging / runfolder.IO, _with_state_dtype(run.io, recipe).to_json())
+        atomic.write_json(staging / runfolder.IO, with_state_dtype(run.io, recipe).to_json())
         recipe.write(staging / RECIPE)
         if scales is not None:
             scales.write(staging)
@@ -206,7 +206,8 @@ def _finish(model: ir.Model, *, cast: bool) -> None:
     files.name_nodes(model)
 
 
-def _with_state_dtype(io: IoSpec, recipe: Recipe) -> IoSpec:
+def with_state_dtype(io: IoSpec, recipe: Recipe) -> IoSpec:
+    """The description of a graph whose matrix memories are stored as the recipe says."""
     dtype = NUMPY[recipe.state_dtype]
     states = tuple(replace(s, dtype=dtype) if s.kind == "C" else s for s in io.states)
     return replace(io, states=states)

@@ -53,6 +53,9 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     ]
     if len(failed) > LARGEST:
         details.append(f"and {len(failed) - LARGEST} more")
+    identity = run.verification.get("identity")
+    if identity:
+        details.append(f"{_capital(str(identity['sentence']))}.")
     place = run.verification.get("bisect")
     if place:
         details.append(str(place.get("sentence", "")))
@@ -180,6 +183,7 @@ def parity(run: RunData) -> Section:
         "at",
     )
     text = [] if run.current else [OTHER_FILES]
+    text += _proofs(run.verification)
     text += [f"Inputs of the checks: {run.verification.get('inputs')}.", *_reference(run.verification)]
     for name, far in (run.verification.get("upstream_as_it_comes") or {}).items():
         distance, there = (
@@ -201,6 +205,25 @@ def _closest(rows: Sequence[tuple[Value, ...]]) -> Table:
     kinds = {re.sub(r"\d+", "#", str(row[0])): row for row in reversed(judged)}
     first = [row[:5] for row in judged if row in kinds.values()]
     return Table("Closest to their limits", columns, tuple(first[:CLOSEST]))
+
+
+def _proofs(verification: Json) -> list[str]:
+    """Which proof covers what."""
+    identity = verification.get("identity")
+    if not identity:
+        return []
+    text = [
+        f"{_capital(str(identity['sentence']))}. Identity covers what is in the files, whether or not an "
+        "input of the checks reaches it. Behaviour, that is all other checks, covers how the graph computes, "
+        "and how it was exported."
+    ]
+    if identity["differences"]:
+        text.append(f"What differs: {'; '.join(identity['differences'])}.")
+    return text
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _reference(verification: Json) -> list[str]:

@@ -30,7 +30,7 @@ from ..runfolder import RunFolder
 from ..specs import CHUNK, StateSpec
 from .gate_file import read_gate
 from .limits import LIMITS
-from .parts import judged
+from .parts import Proof, judged
 from .segments import FreshStates, Segments
 from .streamed import Streamed
 
@@ -49,6 +49,8 @@ def verify_per_block(
     loaded: Loaded,
     options: VerifyOptions = VerifyOptions(),
     context: Context = Context(),
+    *,
+    proof: Proof | None = None,
 ) -> Verdict:
     """Compare every block of an export with the model's, with one block's weights in memory at a time.
 
@@ -61,6 +63,7 @@ def verify_per_block(
         loaded: the checkpoint it was exported from; its weights are read part by part.
         options: `gate` replaces built-in limits; no other option is used here.
         context: shared settings; the seed is for the inputs.
+        proof: adds the proof of identity to a verdict; without it, behaviour alone is verified.
 
     Returns:
         The verdict, also written to `verify/per_block.json`.
@@ -76,7 +79,7 @@ def verify_per_block(
         )
     checks = _PerBlock(run, loaded.stored_as(run.options.dtype), context).checks()
     inputs = f"made-up inputs, {BATCH} rows of {LENGTH} positions"
-    verdict = judged(Verdict(tuple(checks), {}, run.hashes(), inputs), gate)
+    verdict = judged(Verdict(tuple(checks), {}, run.hashes(), inputs), gate, proof)
     write_json(run.verdict.with_name("per_block.json"), verdict.to_json())
     return verdict
 

@@ -37,7 +37,7 @@ from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error
 from .own_error import own_error, own_metric_error
-from .parts import audited, judged, metric_checks
+from .parts import Proof, audited, judged, metric_checks
 from .ways import BATCH, RAGGED
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def verify(
     context: Context = Context(),
     *,
     calibration: Arrays | None = None,
+    proof: Proof | None = None,
 ) -> Verdict:
     """Compare an export with the module it was made from and write the verdict (`evidence.keep`).
 
@@ -60,6 +61,7 @@ def verify(
             the targets; `gate` replaces built-in limits. The other options are used by `verify_run`.
         context: shared settings; the seed is for the inputs and for the cuts of the stream.
         calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
+        proof: adds the proof of identity to a verdict; without it, behaviour alone is verified.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -72,7 +74,7 @@ def verify(
     loaded = loaded.in_form(run.options.stateless).stored_as(run.options.dtype)
     checked = _Fp32(run, loaded, options, context, calibration)
     with closing(checked), checked.source.explained():
-        verdict = judged(checked.verdict(), gate)
+        verdict = judged(checked.verdict(), gate, proof)
         return keep(run, verdict, rests_on, replace=options.replace)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .gate_file import Gate
 from .ways import BATCH, RAGGED
 
 GATE_POSITIONS = 2048  # positions of one stream at which the gates are examined
+Proof = Callable[[Verdict], Verdict]  # adds the proof of identity to a verdict
 HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
@@ -168,6 +169,7 @@ def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, li
     return gates, [Check("heads whose stabilizer is no number", float(broken), 0.0)] if heads else []
 
 
-def judged(verdict: Verdict, gate: Gate | None) -> Verdict:
-    """The verdict with the limits of the gate file, if there is one."""
-    return verdict if gate is None else gate.apply(verdict)
+def judged(verdict: Verdict, gate: Gate | None, proof: Proof | None = None) -> Verdict:
+    """The verdict with the limits of the gate file, if there is one, and then the proof of identity."""
+    verdict = verdict if gate is None else gate.apply(verdict)
+    return verdict if proof is None else proof(verdict)

@@ -36,7 +36,7 @@ from .drift_gate import drift_checks
 from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import PRECISION_LIMITS, drift_limits
-from .parts import audited, judged, metric_checks
+from .parts import Proof, audited, judged, metric_checks
 from .verdict import require_verified
 from .ways import BATCH
 
@@ -51,6 +51,7 @@ def verify_precision(
     context: Context = Context(),
     *,
     calibration: Arrays | None = None,
+    proof: Proof | None = None,
 ) -> Verdict:
     """Verify a run folder of `quantize`; writes the verdict and the drift (`evidence.keep`).
 
@@ -63,6 +64,7 @@ def verify_precision(
             default the same. The other options are used by `verify_run`.
         context: shared settings; the seed is for the inputs and for the cuts of the stream.
         calibration: inputs (N, S, ...) of a calibration set, used if there are no held-out data.
+        proof: adds the proof of identity to a verdict; without it, behaviour alone is verified.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -74,7 +76,7 @@ def verify_precision(
     loaded = loaded.stored_as(run.options.dtype)
     checked = _Precision(run, loaded, options, context, calibration)
     with closing(checked), checked.source.explained():
-        verdict = judged(checked.verdict(), gate)
+        verdict = judged(checked.verdict(), gate, proof)
         return keep(run, verdict, rests_on, replace=options.replace, more=checked.write_drift)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from ..inputs import Arrays
 from ..load.loaded import Loaded
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
+from ..specs import Json
 from . import evidence
 from .bisect import search
 from .by_block import verify_per_block
 from .first_blocks import verify_first_blocks
 from .fp32 import verify
+from .identity import prove
+from .parts import Proof
 from .precision import verify_precision
 
 
@@ -29,6 +33,7 @@ def verify_run(
     context: Context = Context(),
     *,
     calibration: Arrays | None = None,
+    made: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Verify a run folder: as a whole, its first blocks, or block by block, as the options say.
 
@@ -42,6 +47,7 @@ def verify_run(
         context: shared settings; the seed is for the inputs and for the cuts of the stream.
         calibration: inputs (N, S, ...) of a calibration set, to take sequences from if there are no held-out
             data; by default those of `options.calib`.
+        made: hashes of the files, where this process has just made them; see `identity.prove`.
 
     Raises:
         UsageError: the options exclude each other.
@@ -52,28 +58,47 @@ def verify_run(
     loaded = loaded.in_form(run.options.stateless)
     if calibration is None and options.calib is not None and options.data is None:
         calibration = sets.for_run(loaded, run, options.calib).inputs
-    verdict = _verified(run, loaded, options, context, calibration)
+    behaves: list[bool] = []
+
+    def proof(verdict: Verdict) -> Verdict:
+        behaves.append(verdict.passed)
+        return prove(run, loaded, context, made).judged(verdict)
+
+    verdict = _verified(run, loaded, options, context, calibration, proof)
     in_parts = options.per_block or options.num_blocks is not None
-    if verdict.passed or not options.bisect or in_parts:
-        return verdict
-    try:
-        found = search.bisect(run, loaded, replace(context, seed=0)).to_json()
-    except ExportError as error:  # the verdict is valid without the place
-        found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
-    verdict = replace(verdict, bisect=found)
+    if in_parts or all(behaves) or not options.bisect:
+        return verdict  # what identity finds is named already
+    verdict = replace(verdict, bisect=_place(run, loaded, context, verdict))
     write_json(evidence.place(run, verdict), verdict.to_json())
     return verdict
 
 
+def _place(run: RunFolder, loaded: Loaded, context: Context, verdict: Verdict) -> Json:
+    """The first value that differs, for a model that does not behave as it should."""
+    try:
+        found = search.bisect(run, loaded, replace(context, seed=0)).to_json()
+    except ExportError as error:  # the verdict is valid without the place
+        found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
+    differences = verdict.identity.get("differences")
+    if found["block"] is None and differences:
+        found["sentence"] = f"{found['sentence']}; {differences[0]}"
+    return found
+
+
 def _verified(
-    run: RunFolder, loaded: Loaded, options: VerifyOptions, context: Context, calibration: Arrays | None
+    run: RunFolder,
+    loaded: Loaded,
+    options: VerifyOptions,
+    context: Context,
+    calibration: Arrays | None,
+    proof: Proof,
 ) -> Verdict:
     """Run the verification that fits, and return its verdict."""
     in_parts = options.per_block or options.num_blocks is not None
     if run.options.precision is not None:
         if in_parts:
             raise UsageError(f"{run.path} is {run.precision}: it is verified as a whole, against FP32")
-        return verify_precision(run, loaded, options, context, calibration=calibration)
+        return verify_precision(run, loaded, options, context, calibration=calibration, proof=proof)
     if options.horizon is not None or options.free_horizon is not None:
         raise UsageError(
             "--horizon is for half and quantized run folders", "FP32 must be equal at any length"
@@ -81,11 +106,11 @@ def _verified(
     if options.per_block:
         if options.num_blocks is not None or options.data is not None or calibration is not None:
             raise UsageError("--per-block cannot be combined with --num-blocks, --data or --calib")
-        return verify_per_block(run, loaded, options, context)
+        return verify_per_block(run, loaded, options, context, proof=proof)
     if options.num_blocks is not None:
         return verify_first_blocks(run, loaded, options, context, calibration=calibration)
     _require_memory(loaded)
-    return verify(run, loaded, options, context, calibration=calibration)
+    return verify(run, loaded, options, context, calibration=calibration, proof=proof)
 
 
 def _require_memory(loaded: Loaded) -> None:

@@ -1,0 +1,257 @@
+"""Faults made by seed, in the graph or the weights of an export: nobody listed the single ones.
+
+A kind is a function of a model in memory (weights included) and a generator; it changes the model in place,
+and says what it did, or returns None where the model has nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+from bisect_faults import MLSTM, SLSTM, nodes
+from onnx import TensorProto, helper, numpy_helper
+
+Mutation = Callable[[onnx.ModelProto, np.random.Generator], str | None]
+BORDERS = (1, 2, 63, 64, 65, 127, 128, 129)
+OTHER_OPERATORS = {"Add": "Sub", "Mul": "Add", "Sigmoid": "Tanh", "Gelu": "Relu", "Tanh": "Sigmoid"}
+
+
+def some(rng: np.random.Generator, values: list) -> object | None:  # type: ignore[type-arg]
+    return values[int(rng.integers(len(values)))] if values else None
+
+
+def floats(model: onnx.ModelProto, least: int = 1) -> list[TensorProto]:
+    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    tensors = [t for t in model.graph.initializer if t.data_type in kinds]
+    return [t for t in tensors if np.prod(t.dims) >= least and t.dims]
+
+
+def put(tensor: TensorProto, values: np.ndarray) -> None:
+    dtype = numpy_helper.to_array(tensor).dtype
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values.astype(dtype)), tensor.name))
+
+
+def edit(model: onnx.ModelProto, rng: np.random.Generator, change: Callable, least: int = 2) -> str | None:  # type: ignore[type-arg]
+    tensor = some(rng, floats(model, least))
+    if not isinstance(tensor, TensorProto):
+        return None
+    before = numpy_helper.to_array(tensor)
+    values = before.copy()
+    found = change(values)
+    put(tensor, values if found is None else found)
+    return None if np.array_equal(numpy_helper.to_array(tensor), before) else tensor.name
+
+
+def element(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    def change(x: np.ndarray) -> None:
+        at = tuple(int(rng.integers(n)) for n in x.shape)
+        x[at] += float(rng.choice([-1, 1])) * max(0.5, 3 * float(x.std()))
+
+    return edit(model, rng, change)
+
+
+def sign(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    return edit(model, rng, np.negative, 16)
+
+
+def scaled(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    factor = float(rng.choice([0.5, 0.99, 1.01, 1.5]))
+    return edit(model, rng, lambda x: x * factor, 16)
+
+
+def row(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """One row or entry of the first axis, such as the embedding of one token."""
+
+    def change(x: np.ndarray) -> None:
+        x[int(rng.integers(x.shape[0]))] *= 1.5
+
+    return edit(model, rng, change, 16)
+
+
+def axis(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    return edit(model, rng, lambda x: np.flip(x, int(rng.integers(x.ndim))), 16)
+
+
+def exchanged(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """Two weights of one shape have each other's values."""
+    first = some(rng, floats(model, 16))
+    if not isinstance(first, TensorProto):
+        return None
+    others = [t for t in floats(model, 16) if t.dims == first.dims and t.raw_data != first.raw_data]
+    second = some(rng, others)
+    if not isinstance(second, TensorProto):
+        return None
+    a, b = (numpy_helper.to_array(t).copy() for t in (first, second))
+    put(first, b)
+    put(second, a)
+    return None if np.array_equal(a, b) else f"{first.name}, {second.name}"
+
+
+def _dequantized(model: onnx.ModelProto, index: int) -> list[TensorProto]:
+    names = {n.input[index] for n in nodes(model, "DequantizeLinear") if len(n.input) > index}
+    return [t for t in model.graph.initializer if t.name in names]
+
+
+def quantization_scale(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    tensor = some(rng, _dequantized(model, 1))
+    if not isinstance(tensor, TensorProto):
+        return None
+    put(tensor, numpy_helper.to_array(tensor) * 1.5)
+    return tensor.name
+
+
+def zero_point(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    tensor = some(rng, [t for t in _dequantized(model, 2) if t.data_type == TensorProto.INT8])
+    if not isinstance(tensor, TensorProto):
+        return None
+    put(tensor, numpy_helper.to_array(tensor) + 3)
+    return tensor.name
+
+
+def gate_order(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    node = some(rng, nodes(model, MLSTM))
+    if not isinstance(node, onnx.NodeProto):
+        return None
+    node.input[3], node.input[4] = node.input[4], node.input[3]
+    return node.name
+
+
+def attribute(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    found = [(n, a) for n in model.graph.node for a in n.attribute if a.type == onnx.AttributeProto.FLOAT]
+    chosen = some(rng, found)
+    if not isinstance(chosen, tuple):
+        return None
+    chosen[1].f = chosen[1].f * float(rng.choice([0.5, 2.0, 100.0])) + 1e-6
+    return f"{chosen[0].name}.{chosen[1].name}"
+
+
+def _cells(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [*nodes(model, MLSTM), *nodes(model, SLSTM)]
+
+
+def _states(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    names = [x.name for x in model.graph.output if x.name.startswith("present_")]
+    return [(name.replace("present_", "past_", 1), name) for name in names]
+
+
+def _hand_over(model: onnx.ModelProto, name: str) -> str:
+    """Give the output `name` to a node that is added behind; returns what the graph computes for it."""
+    computed = f"{name}.computed"
+    for node in model.graph.node:
+        node.output[:] = [computed if x == name else x for x in node.output]
+        node.input[:] = [computed if x == name else x for x in node.input]
+    return computed
+
+
+def not_carried(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """A state is wired through: its new value is the old one."""
+    chosen = some(rng, _states(model))
+    if not isinstance(chosen, tuple):
+        return None
+    past, present = chosen
+    _hand_over(model, present)
+    model.graph.node.append(helper.make_node("Identity", [past], [present], "fault"))
+    return present
+
+
+def other_state(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """A cell reads the state of another one, or its own in another order."""
+    shapes = {x.name: str(x.type.tensor_type.shape) for x in model.graph.input}
+    node = some(rng, _cells(model))
+    if not isinstance(node, onnx.NodeProto):
+        return None
+    index = some(rng, [i for i, x in enumerate(node.input) if x.startswith("past_")])
+    if not isinstance(index, int):
+        return None
+    now = node.input[index]
+    others = [x for x in shapes if x.startswith("past_") and x != now and shapes[x] == shapes[now]]
+    other = some(rng, others)
+    if not isinstance(other, str):
+        return None
+    node.input[index] = other
+    return f"{node.name} reads {other}"
+
+
+def clamped(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """A stabilizer that stays between two bounds."""
+    name = some(rng, [present for _, present in _states(model) if present.endswith("_m")])
+    if not isinstance(name, str):
+        return None
+    computed = _hand_over(model, name)
+    bounds = [helper.make_tensor(f"fault.{x}", TensorProto.FLOAT, [], [x]) for x in (-0.5, 0.5)]
+    model.graph.initializer.extend(bounds)
+    clip = helper.make_node("Clip", [computed, *(x.name for x in bounds)], [name], "fault")
+    model.graph.node.append(clip)
+    return name
+
+
+def operator(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    node = some(rng, [n for n in model.graph.node if n.op_type in OTHER_OPERATORS and not n.domain])
+    if not isinstance(node, onnx.NodeProto):
+        return None
+    node.op_type = OTHER_OPERATORS[node.op_type]
+    del node.attribute[:]
+    return node.name
+
+
+def negated(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    node = some(rng, _cells(model))
+    if not isinstance(node, onnx.NodeProto):
+        return None
+    at = list(model.graph.node).index(node)
+    index = int(rng.integers(3 if node.op_type == MLSTM else 1))
+    model.graph.node.insert(at, helper.make_node("Neg", [node.input[index]], ["fault"], "fault"))
+    model.graph.node[at + 1].input[index] = "fault"
+    return node.name
+
+
+def _at_size(model: onnx.ModelProto, of: int, size: int) -> str:
+    """Make the first output 10% larger where this axis of the first input has this size."""
+    name, given = model.graph.output[0].name, model.graph.input[0].name
+    computed = _hand_over(model, name)
+    constants = [
+        helper.make_tensor("fault.axis", TensorProto.INT64, [], [of]),
+        helper.make_tensor("fault.size", TensorProto.INT64, [], [size]),
+        helper.make_tensor("fault.much", TensorProto.FLOAT, [], [1.1]),
+        helper.make_tensor("fault.one", TensorProto.FLOAT, [], [1.0]),
+    ]
+    model.graph.initializer.extend(constants)
+    for op, inputs, output in (
+        ("Shape", [given], "fault.shape"),
+        ("Gather", ["fault.shape", "fault.axis"], "fault.found"),
+        ("Equal", ["fault.found", "fault.size"], "fault.hit"),
+        ("Where", ["fault.hit", "fault.much", "fault.one"], "fault.factor"),
+        ("Mul", [computed, "fault.factor"], name),
+    ):
+        model.graph.node.append(helper.make_node(op, inputs, [output], output))
+    return f"{name} where axis {of} has {size}"
+
+
+def per_length(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    return _at_size(model, 1, int(rng.choice(BORDERS)))
+
+
+def per_batch(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    return _at_size(model, 0, int(rng.integers(1, 9)))
+
+
+KINDS: dict[str, Mutation] = {
+    f.__name__: f
+    for f in (
+        *(element, sign, scaled, row, axis, exchanged, quantization_scale, zero_point),
+        *(gate_order, attribute, not_carried, other_state, clamped, operator, negated),
+        *(per_length, per_batch),
+    )
+}
+
+
+def mutated(source: onnx.ModelProto, seed: int) -> Iterator[tuple[str, str, onnx.ModelProto]]:
+    """One fault of each kind that the model has something for: kind, what was changed, the model."""
+    for index, (kind, mutation) in enumerate(KINDS.items()):
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+        where = mutation(model, np.random.default_rng([seed, index]))
+        if where is not None:
+            yield kind, where, model

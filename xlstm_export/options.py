@@ -392,13 +392,6 @@ class GenerateOptions(Options):
                 "leave out the temperature, which is then 1, or leave out top_k and top_p",
             )
 
-    @property
-    def drawn_at(self) -> float:
-        """The temperature with its default filled in."""
-        if self.temperature is not None:
-            return self.temperature
-        return 0.0 if self.top_k is None and self.top_p is None else 1.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastOptions(Options):

@@ -19,7 +19,7 @@ from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import GenerateOptions
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions.codec import Bytes, Codec, Numbers, codec_of
-from xlstm_export.sessions.text import Writer, choose, until
+from xlstm_export.sessions.text import Writer, choose, temperature_of, until
 from xlstm_export.specs import IoSpec, TensorSpec
 
 TOKENS = TensorSpec("tokens", "int64", ("B", "S"))
@@ -79,7 +79,7 @@ def test_options_that_would_have_no_effect_are_refused() -> None:
     with pytest.raises(UsageError, match="temperature 0") as caught:
         GenerateOptions(temperature=0.0, top_p=0.9)
     assert "leave out the temperature" in str(caught.value.hint)
-    assert GenerateOptions(top_p=0.9).drawn_at == 1.0  # the advice
+    assert temperature_of(GenerateOptions(top_p=0.9)) == 1.0  # the advice
     for wrong in ({"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"stop": ("a", "")}):
         with pytest.raises(UsageError):
             GenerateOptions.made_of(wrong)

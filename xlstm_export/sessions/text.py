@@ -99,6 +99,13 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[tuple[str, bo
     yield held, False
 
 
+def temperature_of(options: GenerateOptions) -> float:
+    """The temperature with its default filled in: 0, or 1 where tokens are drawn among the likeliest."""
+    if options.temperature is not None:
+        return options.temperature
+    return 0.0 if options.top_k is None and options.top_p is None else 1.0
+
+
 def choose(logits: np.ndarray, options: GenerateOptions, rng: np.random.Generator) -> int:
     """A token drawn from softmax(logits / temperature), or the likeliest one where that is 0.
 
@@ -107,7 +114,7 @@ def choose(logits: np.ndarray, options: GenerateOptions, rng: np.random.Generato
         options: `temperature`; `top_k` and `top_p` leave out unlikely tokens before the draw.
         rng: generator of the draw.
     """
-    temperature = options.drawn_at
+    temperature = temperature_of(options)
     if temperature <= 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature

@@ -23,6 +23,9 @@ def test_the_code_runs(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/policy/int8/model.onnx").is_file()
+    # The last part compares what two clients received at the same time with one call.
+    assert "asyncio.gather" in code
+    assert "assert_allclose(received" in code
 
 
 def test_the_page_names_everything_public() -> None:

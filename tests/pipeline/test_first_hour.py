@@ -77,7 +77,7 @@ def test_from_a_lightning_checkpoint_to_a_verdict(
     result = json.loads(told.out)["variants"][0]["verification"]
     assert result["passed"]
     assert result["metric"]["name"] == "MAE"
-    assert result["metric"]["value"] == pytest.approx(0.1, rel=1e-4)
+    assert result["metric"]["exported"] == pytest.approx(0.1, rel=1e-4)
     assert (tmp_path / "out" / "report.html").is_file()
     with OrtSession(tmp_path / "out", 3) as session:
         np.testing.assert_allclose(session.prefill({"x": x.numpy()})["y"], expected, atol=1e-4)

@@ -36,6 +36,7 @@ from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
 from .capture import quiet, torch_to_ir
+from .chance import check_chance
 from .dimensions import name_dimensions
 from .memory import check_memory
 from .narrow import refuse_narrow
@@ -83,6 +84,7 @@ def export(
         try:
             if loaded.weights is None:
                 progress("memory")
+                check_chance(loaded)
                 check_memory(loaded)
             if not options.stateless and loaded.weights is None:
                 progress("streaming")

@@ -19,7 +19,7 @@ from places import ROOT
 
 from xlstm_export import atomic, runfolder
 from xlstm_export.cli.main import cli
-from xlstm_export.errors import UsageError
+from xlstm_export.errors import ExportError, UsageError
 from xlstm_export.pipeline.runner import How, run_pipeline
 from xlstm_export.pipeline.schema import read_pipeline
 from xlstm_export.quantize.recipe import read_recipe
@@ -185,3 +185,21 @@ def test_killed_and_resumed(
     )
     assert done.returncode == 0, done.stderr
     assert artifacts(out) == artifacts(whole)
+
+
+@pytest.mark.parametrize(("stage", "name"), [("calibrate", "a.npz"), ("verify", "b.csv")])
+def test_data_are_read_before_anything_is_traced(
+    pipeline: Path, tmp_path: Path, stage: str, name: str
+) -> None:
+    """A file that does not fit the model is named, although a late stage reads it."""
+    data = yaml.safe_load(pipeline.read_text())
+    np.savez(tmp_path / "a.npz", tokens=np.full((2, 500), -100))
+    (tmp_path / "b.csv").write_text("time,x\n2024-01-01,1\n")
+    stages = {**data["stages"], "calibrate": {"data": str(tmp_path / "a.npz")}}
+    changed = {"stages": stages} if stage == "calibrate" else {"data": str(tmp_path / name)}
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({**data, "out": str(tmp_path / "out"), **changed}))
+    assert run_pipeline(read_pipeline(file), How(dry_run=True))
+    with pytest.raises(ExportError, match=name):
+        run_pipeline(read_pipeline(file))
+    assert not (tmp_path / "out").exists()

@@ -26,8 +26,9 @@ from ..options import (
 )
 from ..quantize.recipe import Recipe, preset, read_recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
-from ..specs import IoSpec, Json
+from ..specs import Json
 from ..targets import TARGETS
+from .data_check import check_data
 from .plan import Pipeline, Step
 from .runner import Outcome, run_pipeline
 from .table import BUNDLE
@@ -174,7 +175,6 @@ def deploy_pipeline(
     chosen = _recipe(options)
     if options.target is not None and options.target not in TARGETS:
         raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
-    _check_data(loaded, options)
     steps = [Step("export", "export", ExportOptions(), variant=FP32)]
     steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib, positions=options.positions))
     if chosen.precision != FP32:
@@ -184,6 +184,7 @@ def deploy_pipeline(
             target=options.target, data=options.data, calib=options.calib, license=options.license
         )
         steps.append(Step("bundle", "bundle", bundled, variant=chosen.precision))
+    check_data(loaded, steps)
     return Pipeline(
         source=loaded.origin,
         out=out,
@@ -192,23 +193,6 @@ def deploy_pipeline(
         threads=context.threads,
         loaded=loaded,
     )
-
-
-def _check_data(loaded: Loaded, options: DeployOptions) -> None:
-    """Read all data before anything is traced: what is wrong with them is known in seconds, not in minutes.
-
-    Raises:
-        InputError, UsageError, SetupError: data cannot be read, or do not fit the model.
-    """
-    from ..calibration import sets
-    from ..measure.data import check_source
-
-    inputs, size, tokenizer = loaded.input_specs, loaded.vocab_size, loaded.tokenizer
-    if options.data is not None:
-        check_source(options.data, inputs, vocab_size=size, tokenizer=tokenizer)
-    if options.calib is not None:
-        chosen = sets.Selection(avoid=options.data)
-        sets.load(options.calib, IoSpec(inputs, (), ()), chosen, vocab_size=size, tokenizer=tokenizer)
 
 
 def _recipe(options: DeployOptions) -> Recipe:

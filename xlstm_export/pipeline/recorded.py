@@ -61,7 +61,8 @@ def repeated(run: RunFolder, options: VerifyOptions) -> VerifyOptions:
     known = run.manifest.get(VERIFICATION) or _of_base(run)
     own_data = options.data is not None or options.calib is not None
     found: dict[str, object] = {}
-    for name, kind in (("metric", str), ("horizon", int), ("free_horizon", int), ("seed", int)):
+    numbers = ("positions", "horizon", "free_horizon", "seed")
+    for name, kind in (("metric", str), *((name, int) for name in numbers)):
         value = known.get(name)
         if isinstance(value, kind) and getattr(options, name) is None and not (name == "metric" and own_data):
             found[name] = value
@@ -81,7 +82,7 @@ def _of_base(run: RunFolder) -> JsonMapping:
         return {}
     known = base.get(VERIFICATION, {})
     return {
-        **{name: known.get(name) for name in ("data", "calib", "metric", "seed")},
+        **{name: known.get(name) for name in ("data", "calib", "metric", "positions", "seed")},
         **({} if known.get("data") or known.get("calib") else {"calib": base.get(CALIBRATED_ON)}),
     }
 

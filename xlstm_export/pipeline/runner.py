@@ -20,6 +20,7 @@ from ..errors import ExportError, UsageError
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
 from ..runfolder import MANIFEST, MODEL, made_hash, versions
+from .data_check import check_data
 from .plan import Pipeline, Step
 from .table import STAGES, Done, Job
 
@@ -82,6 +83,7 @@ class _Run:
         self._again = how.force
         self._ended: set[str] = set()  # variants that failed verification
         self._made: dict[Path, dict[str, str]] = {}  # hashes of the files of run folders made here
+        self._checked = False  # that the data fit the model, which is loaded for it; `deploy` has done it
         self._searched = any(step.stage == "sensitivity" for step in pipeline.steps)
 
     def all(self) -> list[Outcome]:
@@ -168,6 +170,9 @@ class _Run:
 
     def _do(self, step: Step, inputs: str) -> Done:
         """Run a step and write its record; a failed verification leaves no record."""
+        if self._pipeline.loaded is None and not self._checked:
+            check_data(self._loaded, self._pipeline.steps)
+            self._checked = True
         self._progress(step.name)
         stage = STAGES[step.stage]
         context = Context(

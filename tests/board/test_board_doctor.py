@@ -108,3 +108,15 @@ def test_memory_for_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (root / "proc/meminfo").write_text("MemAvailable:  4000000 kB\n")
     memory = doctor._bundle(bundle, root, True)[-1]
     assert (memory.name, memory.status) == ("memory", "ok")
+
+
+def test_an_old_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
+    found = look(board(tmp_path, "36", "4.3"), None)["onnxruntime"]
+    assert (found.status, found.detail) == ("missing", "1.20.1, too old: 1.21 is needed")
+    assert found.action == "pip install 'onnxruntime>=1.21'"
+    monkeypatch.setattr(onnxruntime, "__version__", "1.21.0")
+    assert look(board(tmp_path, "36", "4.3"), None)["onnxruntime"].status == "ok"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import ExportError
+from ..errors import ExportError, SetupError
 from ..runfolder import MODEL_DATA
+from ..sessions.cpu_graph import INSTALL, import_onnxruntime
 from ..sessions.cuda import Cuda
 from ..sessions.tensorrt import TensorRt, import_tensorrt
 from . import build, integrity, kernels
@@ -91,8 +92,11 @@ def _board(root: Path) -> Finding:
 
 def _onnxruntime() -> Finding:
     if find_spec("onnxruntime") is None:
-        return Finding("onnxruntime", "missing", "not installed", "pip install onnxruntime")
-    return Finding("onnxruntime", "ok", "installed")
+        return Finding("onnxruntime", "missing", "not installed", INSTALL)
+    try:
+        return Finding("onnxruntime", "ok", str(import_onnxruntime().__version__))
+    except SetupError as error:
+        return Finding("onnxruntime", "missing", error.message.removeprefix("onnxruntime is "), error.hint)
 
 
 def _tensorrt(load: Callable[[], TensorRt]) -> list[Finding]:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from ..errors import SetupError
 from ..plugins import inventory, locate, toolchain
+from ..sessions.cpu_graph import INSTALL, too_old
 
 # distribution → (module, what it is for, how to get it, needed for the main job)
 PACKAGES = {
@@ -48,7 +49,9 @@ def examine() -> list[Finding]:
     findings = [_python()]
     for distribution, (module, purpose, action, needed) in PACKAGES.items():
         version = _version(distribution, module)
-        if version:
+        if distribution == "onnxruntime" and version and (problem := too_old(version)):
+            findings.append(Finding(distribution, "missing", f"{problem} — {purpose}", INSTALL))
+        elif version:
             findings.append(Finding(distribution, "ok", f"{version} — {purpose}"))
         else:
             status = "missing" if needed else "optional"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, SetupError, UsageError
 from ..inputs import Arrays
 from ..runfolder import RunFolder
 from ..specs import Json, JsonMapping
@@ -27,6 +27,8 @@ FOLDER = "cpu"
 INDEX = f"{FOLDER}/graphs.json"
 SCHEMA = 1
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+OLDEST = (1, 21)  # of ONNX Runtime
+INSTALL = f"pip install 'onnxruntime>={OLDEST[0]}.{OLDEST[1]}'"
 PREPACKING = "session.disable_prepacking"
 # Environment variable: the default number of threads. On a machine with other load, threads wait long for
 # each other: two per process on two loaded cores take ten times as long as one.
@@ -60,8 +62,7 @@ class CpuGraph:
             options: onnxruntime.SessionOptions, which are added to.
             folder: folder of the weight files.
         """
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         for key, value in self.config.items():
             options.add_session_config_entry(key, value)
         if isinstance(self.source, bytes):
@@ -126,6 +127,30 @@ def vocabulary(manifest: JsonMapping) -> int | None:
     return size
 
 
+def import_onnxruntime() -> OrtObject:
+    """The package onnxruntime.
+
+    Raises:
+        SetupError: it is not installed, or older than `OLDEST`.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SetupError(f"onnxruntime cannot be imported: {error}", INSTALL) from error
+    if problem := too_old(str(onnxruntime.__version__)):
+        raise SetupError(f"onnxruntime is {problem}", INSTALL)
+    return onnxruntime
+
+
+def too_old(version: str) -> str:
+    """What is wrong with a version of ONNX Runtime, "" if nothing is.
+
+    ONNX Runtime 1.20 ignores `WEIGHTS_FOLDER`: it reads weights from the working folder, whosever they are.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return f"{version}, too old: {'.'.join(map(str, OLDEST))} is needed" if numbers < OLDEST else ""
+
+
 def session_options(threads: int) -> OrtObject:
     """onnxruntime.SessionOptions of all our sessions.
 
@@ -136,8 +161,7 @@ def session_options(threads: int) -> OrtObject:
     Raises:
         UsageError: the variable is not a number.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     value = os.environ.get(THREADS, "0")
     if not value.isdecimal():
         raise UsageError(f"{THREADS} is {value!r}", "set it to a number of threads, 0 for all cores")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, InputError, SetupError
+from ..errors import BuildError, InputError
 from ..inputs import Arrays, cut, length_of, per_position
 from ..inputs import piece as piece_of
 from ..runfolder import IO, MODEL
 from ..specs import TensorSpec
 from .arrays import numpy_type
-from .cpu_graph import GraphSource, session_options, vocabulary
+from .cpu_graph import GraphSource, import_onnxruntime, session_options, vocabulary
 from .protocol import Session
 
 # Positions per run of a long prefill. Larger pieces push activations out of the caches and make memory grow
@@ -38,17 +38,14 @@ class GraphSession(Session):
         library: kernels of the recurrences; None to run their function bodies.
 
     Raises:
-        SetupError: onnxruntime is not installed.
+        SetupError: onnxruntime is not installed, or too old.
         InputError: the manifest is damaged.
     """
 
     def __init__(
         self, source: GraphSource, batch: int = 1, threads: int = 0, *, library: Path | None = None
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise SetupError(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime") from error
+        onnxruntime = import_onnxruntime()
         super().__init__(source.run.io, batch, vocabulary(source.run.manifest))
         self._ort = onnxruntime
         self._source, self._threads, self._library = source, threads, library

@@ -9,9 +9,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from xlstm_export.sessions.cpu import integer_kernels, lower
+
+RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 K, N = 640, 416  # more than FEW weights
 
@@ -173,8 +176,21 @@ def test_activations_are_not_quantized(batch: int | None) -> None:
     if digits:
         allowed += 2.0**-23 * np.abs(x).max(-1, keepdims=True) * np.linalg.norm(w * sw, axis=0)
     assert np.all(np.abs(found - expected) < allowed)
-    (alone,) = lowered.native(model, {"x": x})
-    assert np.max(np.abs(alone - expected) / allowed) > 10
+    if RUNTIME >= (1, 25):  # older ones have no such fusion
+        (alone,) = lowered.native(model, {"x": x})
+        assert np.max(np.abs(alone - expected) / allowed) > 10
+
+
+def test_every_product_has_a_zero_point_of_its_own() -> None:
+    """ONNX Runtime 1.25 and 1.27 end the process, or refuse the graph, where it is missing or shared."""
+    model = weight_only(integers(0, K, N), scales(1, N), 1)
+    lower.lower(model, batch=1)
+    products = [node for node in model.graph if node.op_type == "MatMulIntegerToFloat"]
+    assert products
+    zeros = [node.inputs[5] for node in products]
+    assert all(zero is not None and zero.const_value is not None for zero in zeros)
+    signed = [zero for zero in zeros if zero is not None and zero.dtype == ir.DataType.INT8]
+    assert len({zero.name for zero in signed}) == len(signed) > 0
 
 
 def test_every_digit_matters() -> None:
@@ -225,6 +241,8 @@ def test_no_fp32_copies_of_large_weights(batch: int | None, tmp_path: Path) -> N
 @pytest.mark.parametrize("batch", [None, 1, 3])
 @pytest.mark.parametrize(("block", "bits"), [(32, 4), (64, 4), (128, 4), (128, 8)])
 def test_weights_in_blocks(block: int, bits: int, batch: int | None) -> None:
+    if bits == 8 and RUNTIME < (1, 23):
+        pytest.skip("this ONNX Runtime has blocks of INT4 only, as no recipe makes others")
     w = integers(0, K, N, largest=7 if bits == 4 else 127)
     w[0, 0] = -8
     sw = scales(1, K // block, N)

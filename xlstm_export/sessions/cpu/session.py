@@ -27,7 +27,7 @@ class OrtSession(GraphSession):
 
     Raises:
         InputError: it is no run folder, or a file of it is damaged.
-        SetupError: onnxruntime is not installed.
+        SetupError: onnxruntime is not installed, or too old.
     """
 
     def __init__(

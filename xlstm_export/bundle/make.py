@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..inputs import Arrays
 from ..lift.model import spec_of
 from ..load.loaded import Loaded
+from ..load.tokenizer import FILES
 from ..options import BundleOptions, Context
 from ..plugins import locate
 from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
@@ -32,8 +33,8 @@ from .recordings import write_goldens
 STRIPPED = "model.stripped.onnx"
 # Files of a run folder that are copied unchanged if they exist.
 CARRIED = (
-    *("scales.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "scaler.json"),
+    *("scales.json", "recipe.yaml", "scaler.json"),
+    *FILES,
 )
 # The part of this package that runs on the board. It imports nothing else of the package; a test checks it.
 MODULES = ("*.py", "sessions/*.py", "board/*.py")

@@ -14,6 +14,7 @@ from .families import blocks, huggingface, large, tirex
 from .families.own import load_live, load_module
 from .find import checkpoint_folder, find_config, read_config
 from .loaded import Loaded
+from .tokenizer import with_tokenizer
 
 __all__ = ["Loaded", "load", "load_checkpoint", "load_live", "load_module"]
 
@@ -51,7 +52,10 @@ def load(
             raise UsageError("--alias belongs to --module", "the classes of a checkpoint's model are known")
         return load_checkpoint(Path(checkpoint), stateless=stateless).in_form(stateless)
     assert module is not None
-    loaded = load_module(module, Path(weights) if weights else None).in_form(stateless)
+    loaded = load_module(module, Path(weights) if weights else None)
+    if weights:
+        loaded = with_tokenizer(loaded, Path(weights))
+    loaded = loaded.in_form(stateless)
     return loaded if alias is None else with_aliases(loaded, alias)
 
 
@@ -82,7 +86,7 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
         raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
     path, notes = checkpoint_folder(path)
     loaded = _load_family(path, stateless)
-    return replace(loaded, notes=(*notes, *loaded.notes))
+    return with_tokenizer(replace(loaded, notes=(*notes, *loaded.notes)), path)
 
 
 def _load_family(path: Path, stateless: bool | None) -> Loaded:

@@ -24,10 +24,6 @@ from ..match import match
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
 
 CONFIG = "config.json"
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "generation_config.json"),
-)
 # Fields of early configs that `transformers` does not read; each describes what the architecture does anyway,
 # or how it was trained.
 HARMLESS = frozenset(
@@ -67,7 +63,7 @@ def load(path: Path) -> Loaded:
             f"transformers with xLSTM cannot be imported: {error}", "pip install -U transformers"
         ) from error
     config_path = path / CONFIG if path.is_dir() else need_config(path)
-    folder, config = config_path.parent, read_config(config_path)
+    config = read_config(config_path)
     if config.get("model_type") != "xlstm":
         raise InputError(
             f"{config_path}: model_type is {config.get('model_type')!r}, not 'xlstm'",
@@ -107,7 +103,6 @@ def load(path: Path) -> Loaded:
         weights=matched.weights,
         finish=_tie if tied else _leave,
         exact=full_precision_norms,
-        companions=tuple(folder / name for name in TOKENIZER if (folder / name).is_file()),
     )
 
 

@@ -182,28 +182,47 @@ class InputFiles:
 
     def _table(self, path: Path, spec: TensorSpec) -> tuple[list[np.ndarray], tuple[str, ...]]:
         """Series (S, ...) of a table: a row per position, a column per channel."""
-        if (
-            not np.issubdtype(spec.dtype, np.floating)
-            or len(spec.shape) not in (2, 3)
-            or not per_position(spec)
-        ):
+        shape = spec.shape
+        if not np.issubdtype(spec.dtype, np.floating) or len(shape) not in (2, 3) or not per_position(spec):
             raise UsageError(
                 f"{path} is read as a time series, but the model's input is {spec.name} {spec.dtype} "
-                f"{list(spec.shape)}",
+                f"{list(shape)}",
                 PICTURE,
             )
         axis = 3 - (spec.time_axis or 1)  # of the channels
-        count = int(spec.shape[axis]) if len(spec.shape) == 3 else 1
+        width = int(shape[axis]) if len(shape) == 3 else 1
         parts, notes = [], dict[str, None]()
         for table in read_tables(path):
-            chosen = table.chosen(count, gaps=spec.gaps)
-            notes |= dict.fromkeys(
-                (*(f"column {x} of {path.name} is text and was left out" for x in chosen.left),)
-            )
-            notes |= dict.fromkeys(chosen.notes)
+            patches = self._reads_patches(len(table.columns))
+            chosen = table.chosen(None if patches else width, gaps=spec.gaps)
+            left = (f"column {name} of {path.name} is text and was left out" for name in chosen.left)
+            notes |= dict.fromkeys((*left, *chosen.notes))
+            if patches:
+                parts += [in_patches(column, width) for column in chosen.values.T]
+                continue
             values = chosen.values[: len(chosen.values) // spec.steps * spec.steps]
-            parts.append(values[:, 0] if len(spec.shape) == 2 else values if axis == 2 else values.T)
+            parts.append(values[:, 0] if len(shape) == 2 else values if axis == 2 else values.T)
         return parts, tuple(notes)
+
+    def _reads_patches(self, columns: int) -> bool:
+        """Whether a position of the model is a patch of one series, so that each column is a series.
+
+        Outputs tell (B, S, Q, P) of patches from channels. Before there is an export they are not known: then
+        a model that takes gaps, and has another number of channels than the table, may be one.
+        """
+        spec = self.io.inputs[0]
+        if len(spec.shape) != 3 or not spec.gaps or spec.time_axis != 1:
+            return False
+        if not self.io.outputs:
+            return columns != spec.shape[2]
+        output = self.io.outputs[0].shape
+        return len(output) == 4 and output[1] == "S" and output[3] == spec.shape[2]
+
+
+def in_patches(values: np.ndarray, patch: int) -> np.ndarray:
+    """A series (rows,) as patches (S, patch), padded in front with missing values."""
+    rows = -(-len(values) // patch) * patch
+    return np.concatenate([np.full(rows - len(values), np.nan), values]).reshape(-1, patch)
 
 
 def check_file(path: Path) -> None:

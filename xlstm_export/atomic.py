@@ -38,7 +38,7 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
     """
     out = Path(os.path.abspath(out))
     with readable_os_errors(out):
-        _check_free(out, marker, force)
+        require_free(out, marker, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         require_space(out.parent, bytes_needed)
@@ -46,7 +46,7 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
         try:
             yield temporary
-            _check_free(out, marker, force)  # another process may have taken the name meanwhile
+            require_free(out, marker, force)  # another process may have taken the name meanwhile
             _replace(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,7 +136,7 @@ def sha256_of_all(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_free(out: Path, marker: str, force: bool) -> None:
+def require_free(out: Path, marker: str, force: bool) -> None:
     """Raise UsageError if something exists at `out` that must not be replaced."""
     if out.exists() and not force:
         raise UsageError(

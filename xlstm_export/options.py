@@ -6,6 +6,7 @@ To add an option, add one field here and read it where the stage needs it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,9 @@ from .errors import UsageError
 
 Progress = Callable[[str], None]  # called with the name of each step
 Count = Callable[[int, int], None]  # called with the amount done and the total
-Kind = Literal["flag", "int", "number", "text", "file", "path", "texts", "ints"]
+# "file", "path" (a file or folder) and "data" (that, or package.module:generator) must exist before a command
+# runs; "output" is what it writes.
+Kind = Literal["flag", "int", "number", "text", "file", "path", "data", "output", "texts", "ints"]
 T = TypeVar("T")
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -23,8 +26,12 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-wo", "int4-wo")
 BASES = ("fp32", "bf16", "fp16")
 STORED = ("fp32", "bf16", "fp16")
 SEARCHED = ("int8", "int8-wo", "int4-wo")
+GENERATOR = re.compile(r"[\w.]+:\w+")  # package.module:generator
+METRICS = ("bits-per-byte", "perplexity", "accuracy", "auroc", "mae", "mase", "quantile-loss")
+METHODS = ("max", "percentile", "entropy", "mse")
 COMPILE_AT = ("none", "first", "all")
-FILES: tuple[Kind, ...] = ("file", "path")
+FILES: tuple[Kind, ...] = ("file", "path", "output")
+READ: tuple[Kind, ...] = ("file", "path", "data")
 
 
 def _silent(stage: str) -> None:
@@ -179,7 +186,7 @@ class CalibrateOptions(Options):
     data: str | None = option(
         None,
         "calibration data: .npz, folder of .npz, .npy, text, .csv, or package.module:generator",
-        "path",
+        "data",
     )
     random_data: bool = option(False, "use made-up data; every report states it", "flag")
     avoid: Path | None = option(
@@ -188,7 +195,7 @@ class CalibrateOptions(Options):
     tokenizer: Path | None = option(None, "tokenizer.json for text", "file")
     samples: int | None = option(None, "sequences to use; default: at most 32", "int")
     length: int | None = option(None, "positions per sequence", "int")
-    method: str = option("max", "how ranges are chosen: max, percentile, entropy or mse", "text")
+    method: str = option("max", "how ranges are chosen", "text", choices=METHODS)
     percentile: float = option(99.99, "percentile of the method percentile", "number")
     resume: bool = option(
         True, "continue where an interrupted run stopped", "flag", off="restart", only="cli"
@@ -244,11 +251,9 @@ class VerifyOptions(Options):
 
     data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
     calib: str | None = option(
-        None, "calibration data to take sequences from if there is no --data", "text", only="cli"
+        None, "calibration data to take sequences from if there is no --data", "data", only="cli"
     )
-    metric: str | None = option(
-        None, "task metric: bits-per-byte, perplexity, accuracy, auroc, mae, mase or quantile-loss", "text"
-    )
+    metric: str | None = option(None, "task metric; default: by the data", "text", choices=METRICS)
     positions: int | None = option(
         None,
         "positions of each held-out sequence that are scored; default 16384, 0: all",
@@ -304,7 +309,7 @@ class BundleOptions(Options):
     target: str | None = option(None, "board that the bundle is for", "text")
     data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
     calib: str | None = option(
-        None, "calibration data for the recorded streams if there is no --data", "text", only="cli"
+        None, "calibration data for the recorded streams if there is no --data", "data", only="cli"
     )
     horizon: int = option(2048, "positions of the recorded stream", "int")
     license: str | None = option(None, "license of the weights, as an SPDX identifier", "text")
@@ -332,7 +337,7 @@ class DeployOptions(Options):
     precision: str = option("fp32", "precision; int8 and int4 also make fp16", "text", choices=PRECISIONS)
     base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
     recipe: Path | None = option(None, "recipe.yaml of `sensitivity`", "file")
-    calib: str | None = option(None, "calibration data, as for `calibrate --data`", "text")
+    calib: str | None = option(None, "calibration data, as for `calibrate --data`", "data")
     random_data: bool = option(False, "calibrate on made-up data; every report states it", "flag")
     data: Path | None = option(None, "held-out data for the task metric", "path")
     positions: int | None = option(
@@ -404,5 +409,5 @@ class ForecastOptions(Options):
         None, "columns to read, in the model's order: a,b,c. A model of one takes each as a series", "text"
     )
     every: bool = option(False, "write the forecast after each row, not only after the last", "flag")
-    plot: Path | None = option(None, "plot to write, .svg", "path")
+    plot: Path | None = option(None, "plot to write, .svg", "output")
     target: str | None = option(None, "column that is drawn; default: the first, or every series", "text")

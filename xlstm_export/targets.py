@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .errors import UsageError
+
 
 @dataclass(frozen=True)
 class Target:
@@ -38,3 +40,9 @@ TARGETS: dict[str, Target] = {
         Target("h200", "H200 SXM (workstation reference)", 90, 4800, 989, 1979, 141, "—"),
     )
 }
+
+
+def require_target(name: str | None) -> None:
+    """Raise UsageError for a board that is not in `TARGETS`."""
+    if name is not None and name not in TARGETS:
+        raise UsageError(f"no target {name}", f"there are {', '.join(TARGETS)}")

@@ -17,6 +17,7 @@ from xlstm_export.plugins import locate
 
 from xlstm_export import atomic, runfolder
 from xlstm_export.board import integrity
+from xlstm_export.bundle import archive
 from xlstm_export.bundle import make as bundles
 from xlstm_export.cli.main import main
 from xlstm_export.errors import GateError, InputError, UsageError
@@ -92,7 +93,7 @@ def test_the_same_inputs_give_the_same_bytes(
     )
     assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.tar.gz", "two.tar.gz"]
-    assert bundles.verify_bundle(first)["kind"] == "bundle"
+    assert archive.verify_bundle(first)["kind"] == "bundle"
 
 
 def test_what_did_not_verify_is_not_bundled(verified: tuple[Path, checkpoint.Loaded], tmp_path: Path) -> None:
@@ -122,9 +123,9 @@ def test_one_bit_of_any_file_is_noticed_by_name(own: Path) -> None:
         place = len(content) // 2
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with refused(InputError, f"{name} has changed"):
-            bundles.verify_bundle(own)
+            archive.verify_bundle(own)
         path.write_bytes(content)
-    bundles.verify_bundle(own)
+    archive.verify_bundle(own)
 
 
 def test_missing_shortened_and_added_files_are_named(own: Path) -> None:
@@ -135,14 +136,14 @@ def test_missing_shortened_and_added_files_are_named(own: Path) -> None:
     with refused(
         InputError, "io.json is missing", "model.onnx has", "plugins/mlstm/extra.cu does not belong"
     ):
-        bundles.verify_bundle(own)
+        archive.verify_bundle(own)
 
 
 def test_results_of_the_board_do_not_count(own: Path) -> None:
     for name in ("results/bench.json", "engines/sm87-trt10.3.0/model.engine", "state.npz"):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_bytes(b"x")
-    bundles.verify_bundle(own)
+    archive.verify_bundle(own)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", "a//b", "./a", "a\\b"])
@@ -151,7 +152,7 @@ def test_a_manifest_cannot_point_outside(own: Path, name: str) -> None:
     manifest["files"][name] = {"sha256": "0" * 64, "bytes": 0}
     (own / "manifest.json").write_text(json.dumps(manifest))
     with refused(InputError, "outside of the bundle"):
-        bundles.verify_bundle(own)
+        archive.verify_bundle(own)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_manifest_cannot_point_outside(own: Path, name: str) -> None:
 def test_a_damaged_manifest(own: Path, content: str) -> None:
     (own / "manifest.json").write_text(content)
     with pytest.raises(InputError):
-        bundles.verify_bundle(own)
+        archive.verify_bundle(own)
 
 
 # --- It runs alone ----------------------------------------------------------------------------------

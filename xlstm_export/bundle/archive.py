@@ -13,14 +13,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..atomic import readable_os_errors, require_space
-from ..board.integrity import is_inside
+from ..board import integrity
 from ..errors import InputError
 from ..runfolder import MANIFEST
+from ..specs import Json
 
 MOST_FILES = 10_000
 # Largest allowed ratio of unpacked to packed size: weights can hardly be compressed.
 MOST_EXPANSION = 200
 BLOCK = 1 << 20
+
+
+def verify_bundle(path: Path) -> Json:
+    """The manifest of an intact bundle, in a folder or an archive.
+
+    Raises:
+        InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe.
+    """
+    if path.is_dir():
+        return integrity.check(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist", "give the folder of a bundle, or its .tar.gz")
+    with unpacked(path) as folder:
+        return integrity.check(folder)
 
 
 def pack(folder: Path, out: Path) -> None:
@@ -97,7 +112,7 @@ def _extract(archive: tarfile.TarFile, out: Path, limit: int) -> None:
         total += entry.size
         if not entry.isreg():
             raise InputError(f"the archive holds {entry.name!r}, which is not a plain file", "do not use it")
-        if not is_inside(entry.name) or entry.name in seen:
+        if not integrity.is_inside(entry.name) or entry.name in seen:
             raise InputError(f"the archive holds the path {entry.name!r}", "do not use it")
         if total > limit or count > MOST_FILES:
             raise InputError("the archive is far larger when unpacked than its size allows", "do not use it")

@@ -201,15 +201,3 @@ def _write_manifest(made: Path, about: Json) -> None:
         made / MANIFEST,
         {"schema": integrity.SCHEMA, "kind": "bundle", **about, "versions": made_by, "files": files},
     )
-
-
-def verify_bundle(path: Path) -> Json:
-    """The manifest of an intact bundle, in a folder or an archive.
-
-    Raises:
-        InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe.
-    """
-    if path.is_dir():
-        return integrity.check(path)
-    with archive.unpacked(path) as folder:
-        return integrity.check(folder)

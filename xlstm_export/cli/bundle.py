@@ -8,6 +8,7 @@ import click
 
 from ..options import BundleOptions, Context
 from ..runfolder import RunFolder
+from ..targets import require_target
 from .common import Source, command_line, json_option, run_argument, source_options, stage_options
 from .console import emit, spinner
 
@@ -48,6 +49,7 @@ def make(
     """Make a bundle of RUN for a board: graph, plugins, recorded streams, deploy.py."""
     from ..pipeline import stages
 
+    require_target(options.target)
     opened = RunFolder.open(run)
     loaded = source.load_for(opened)
     with spinner() as progress:
@@ -61,8 +63,8 @@ def make(
 @json_option
 def verify(path: Path, as_json: bool) -> None:
     """Compare every file of a bundle, folder or archive, with its manifest."""
-    from ..bundle import make as bundles
+    from ..bundle.archive import verify_bundle
 
-    manifest = bundles.verify_bundle(path)
+    manifest = verify_bundle(path)
     text = f"[green]intact[/] {manifest['model']}, {manifest['precision']}, {len(manifest['files'])} files"
     emit(manifest, as_json, lambda console: console.print(text))

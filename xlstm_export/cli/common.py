@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import GateError
-from ..options import FILES, About, Context, Options
+from ..errors import GateError, InputError
+from ..options import FILES, GENERATOR, READ, About, Context, Options
 from ..runfolder import MANIFEST, MODEL, VERDICT, RunFolder
 from .console import emit
 
@@ -40,8 +40,26 @@ class Source:
     weights: str | None
     alias: str | None = None
 
+    def require(self) -> None:
+        """Find out at once whether there can be such a model; see `load.source`."""
+        from ..load.source import require_source
+
+        require_source(self.checkpoint, self.module, self.weights, self.alias)
+
+    def require_for(self, run: RunFolder) -> None:
+        """`require` for the model of a run folder, which may be the recorded one."""
+        if self.checkpoint is not None or self.module is not None:
+            self.require()
+        elif self.weights is not None and not Path(self.weights).exists():
+            raise InputError(f"{self.weights} does not exist", "give the path of a weight file or its folder")
+        else:
+            from ..pipeline.recorded import require_recorded
+
+            require_recorded(run)
+
     def load(self, stateless: bool | None = None) -> Loaded:
         """The model."""
+        self.require()
         from ..lift.model import notes_of
         from ..load.checkpoint import load
 
@@ -55,6 +73,7 @@ class Source:
 
         Where no model is named, it is the one that the run folder records.
         """
+        self.require_for(run)
         if self.checkpoint is not None or self.module is not None:
             loaded = self.load(run.options.stateless)
         else:
@@ -118,7 +137,9 @@ def stage_options(
         def wrapped(*args: Any, **given: Any) -> Any:
             values = {name: given.pop(name) for name in known}
             values |= {name: given.pop(name) for name in leave if name in given}
-            return command(*args, **{into: kind.made_of(values)}, **given)
+            options = kind.made_of(values)
+            _require_files(options)
+            return command(*args, **{into: options}, **given)
 
         added: Callable[..., Any] = wrapped
         for name, about in reversed(known.items()):
@@ -126,6 +147,23 @@ def stage_options(
         return added
 
     return decorate
+
+
+def _require_files(options: Options) -> None:
+    """Raise InputError for a file that an option names and that is not there."""
+    for name, about in options.table().items():
+        value = getattr(options, name)
+        if about.kind not in READ or value is None or _exists(Path(value)):
+            continue
+        if about.kind != "data" or not GENERATOR.fullmatch(str(value)):
+            raise InputError(f"{value} does not exist", f"--{name.replace('_', '-')}: {about.help}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # not a possible name
+        return False
 
 
 def context_options(*, seed: str = "") -> Callable[[Command], Command]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from ..errors import ExportError, SetupError
+from ..errors import ExportError, InputError, SetupError
 from ..options import Context, DeployOptions, ExportOptions, How
+from ..runfolder import MANIFEST
 from ..specs import Json
-from ..targets import TARGETS
+from ..targets import TARGETS, require_target
 from ..version import __version__
 from . import bench as cli_bench
 from . import bundle as cli_bundle
@@ -58,19 +59,26 @@ def cli() -> None:
 def inspect(source: Source, as_json: bool) -> None:
     """Show blocks, states and the roofline of CHECKPOINT, the tensors of a run folder, or a model.onnx."""
     from .. import runfolder
-    from ..graph import info as graph_info
-    from . import tables
 
     path = source.checkpoint
     if path is not None and path.endswith(".onnx"):
+        if not Path(path).exists():
+            raise InputError(f"{path} does not exist", "give the model.onnx of an export")
+        from ..graph import info as graph_info
+        from . import tables
+
         info = graph_info.graph_info(Path(path))
         emit(info.to_json(), as_json, lambda console: tables.show_graph(console, info))
         return
     if path is not None and (Path(path) / runfolder.IO).is_file():
+        from . import tables
+
         io = runfolder.RunFolder.open(path).io
         emit(io.to_json(), as_json, lambda console: tables.show_io(console, io))
         return
+    source.require()
     from ..lift.model import spec_of
+    from . import tables
 
     spec = spec_of(source.load())
     emit(_spec_json(spec), as_json, lambda console: tables.show_model(console, spec))
@@ -84,7 +92,11 @@ def inspect(source: Source, as_json: bool) -> None:
 @json_option
 def export(source: Source, out: Path, force: bool, options: ExportOptions, as_json: bool) -> None:
     """Export CHECKPOINT (or --module) to ONNX in a new run folder."""
+    from ..atomic import require_free
     from ..pipeline import stages
+
+    source.require()
+    require_free(out, MANIFEST, force)
 
     with spinner() as stage:
         stage("loading")
@@ -110,6 +122,11 @@ def deploy(
     how: How,
 ) -> None:
     """Export, calibrate, quantize, verify, bench and bundle CHECKPOINT (or --module) in one run."""
+    from ..pipeline.plan import require_out
+
+    source.require()
+    require_out(out, how)
+    require_target(options.target)
     from ..pipeline.deploy import deploy as deploy_
     from . import summary, tables
 

@@ -31,13 +31,13 @@ from .console import emit, progress_bar, spinner
 @json_option
 def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Context, as_json: bool) -> None:
     """Run an FP32 export over data and write the ranges of its activations (scales.json)."""
+    opened = RunFolder.open(run)
+    loaded = source.load_for(opened)
     from ..graph.files import load_graph
     from ..graph.sites import activation_names
     from ..pipeline import stages
     from . import tables_precision as tables
 
-    opened = RunFolder.open(run)
-    loaded = source.load_for(opened)
     with progress_bar("calibrating") as count:
         scales = stages.calibrate(opened, loaded, options, replace(context, count=count))
     names = activation_names(load_graph(opened.model))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..options import How
-from .common import json_option, stage_options
+from .common import Source, json_option, stage_options
 from .console import emit, spinner
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ def run(pipeline: Path, changes: tuple[str, ...], how: How, as_json: bool) -> No
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
     weights), out, data, threads, stages. After `sensitivity`, `quantize` uses the recipe that it found.
     """
+    from ..pipeline.plan import require_out
+    from ..pipeline.schema import read_pipeline
+
+    read = read_pipeline(pipeline, changes)
+    Source(*(read.source.get(name) for name in ("checkpoint", "module", "weights", "alias"))).require()
+    require_out(read.out, how)
     from ..pipeline.deploy import deployment
     from ..pipeline.runner import run_pipeline
-    from ..pipeline.schema import read_pipeline
     from .summary import show_summary, verdict_line
     from .tables import show_deploy, show_outcomes
 
-    read = read_pipeline(pipeline, changes)
     with spinner() as stage:
         outcomes = run_pipeline(read, how, stage)
     result = deployment(outcomes, how)

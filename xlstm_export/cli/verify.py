@@ -86,6 +86,8 @@ def bisect(
 
     Exit code 1 if there is such a value.
     """
+    opened = RunFolder.open(run)
+    source.require_for(opened)
     from ..verify.bisect.replay import run_onnxruntime
     from ..verify.bisect.search import bisect as bisect_
     from . import tables
@@ -95,7 +97,6 @@ def bisect(
         from ..verify.bisect.on_tensorrt import tensorrt_runner
 
         runner = tensorrt_runner(plugin)
-    opened = RunFolder.open(run)
     loaded = source.load_for(opened)
     with spinner() as stage:
         found = bisect_(opened, loaded, replace(context, progress=stage), runner=runner)

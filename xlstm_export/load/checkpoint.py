@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from .families import blocks, huggingface, large, tirex
 from .families.own import load_live, load_module
-from .find import checkpoint_folder, find_config, read_config
 from .loaded import Loaded
+from .place import checkpoint_folder, find_config, read_config
+from .source import require_checkpoint, require_source
 from .tokenizer import with_tokenizer
 
 __all__ = ["Loaded", "load", "load_checkpoint", "load_live", "load_module"]
@@ -40,16 +41,8 @@ def load(
     Raises:
         UsageError: both or neither of `checkpoint` and `module` are given, or `alias` has another form.
     """
-    if (checkpoint is None) == (module is None):
-        raise UsageError(
-            "give either a checkpoint path or --module",
-            "e.g. `xlstm-export export examples/austen_lm -o out`",
-        )
+    require_source(checkpoint, module, weights, alias)
     if checkpoint is not None:
-        if weights is not None:
-            raise UsageError("--weights belongs to --module", "a checkpoint path already names its weights")
-        if alias is not None:
-            raise UsageError("--alias belongs to --module", "the classes of a checkpoint's model are known")
         return load_checkpoint(Path(checkpoint), stateless=stateless).in_form(stateless)
     assert module is not None
     loaded = load_module(module, Path(weights) if weights else None)
@@ -82,8 +75,7 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
         SetupError: the package that defines the family is not installed.
         BuildError: the model has a variant that cannot be exported.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist", "give a checkpoint directory or a .pt / .safetensors file")
+    require_checkpoint(path)
     path, notes = checkpoint_folder(path)
     loaded = _load_family(path, stateless)
     return with_tokenizer(replace(loaded, notes=(*notes, *loaded.notes)), path)

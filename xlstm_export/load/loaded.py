@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..atomic import sha256
 from ..errors import InputError
 from ..specs import Meaning, TensorSpec
+from .place import PATHS
 from .signature import Call, Signature
 from .weights import Weights
 
-PATHS = ("checkpoint", "weights")  # entries of `Loaded.origin` that are paths
 Dims = tuple[int | str, ...]
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .place import INDEX
 from .torch_files import Content, StandIn, load_beside_objects, resave
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
-INDEX = ".index.json"
 DEPTH = 8  # how deep a training checkpoint may nest its mappings
 
 SAFETENSORS_DTYPES = {

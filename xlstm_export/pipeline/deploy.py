@@ -27,7 +27,7 @@ from ..options import (
 from ..quantize.recipe import Recipe, preset, read_recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
 from ..specs import Json
-from ..targets import TARGETS
+from ..targets import require_target
 from .data_check import check_data
 from .plan import Pipeline, Step
 from .runner import Outcome, run_pipeline
@@ -173,8 +173,7 @@ def deploy_pipeline(
         UsageError: the options contradict each other, or calibration data are missing.
     """
     chosen = _recipe(options)
-    if options.target is not None and options.target not in TARGETS:
-        raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
+    require_target(options.target)
     steps = [Step("export", "export", ExportOptions(), variant=FP32)]
     steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib, positions=options.positions))
     if chosen.precision != FP32:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..options import Options
+from ..errors import UsageError
+from ..options import How, Options
 
 if TYPE_CHECKING:
     from ..load.loaded import Loaded
@@ -61,3 +62,12 @@ class Pipeline:
     def stages(self) -> dict[str, Options]:
         """Options by name of the step."""
         return {step.name: step.options for step in self.steps}
+
+
+def require_out(out: Path, how: How) -> None:
+    """Raise UsageError if the run folder exists and nothing says what is to become of it."""
+    if out.exists() and not (how.resume or how.force or how.dry_run or how.first):
+        raise UsageError(
+            f"{out} already exists",
+            "choose another output folder, --resume to continue there, or --force to replace it",
+        )

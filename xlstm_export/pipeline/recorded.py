@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..atomic import sha256, sha256_of_all
 from ..errors import InputError, UsageError
-from ..load.checkpoint import load
-from ..load.loaded import PATHS, Loaded
+from ..load.place import PATHS
 from ..options import VerifyOptions
 from ..runfolder import CALIBRATED_ON, VERIFICATION, RunFolder, read_manifest
 from ..specs import JsonMapping
 
 log = logging.getLogger(__name__)
 WHAT = {"data": "held-out data", "calib": "calibration data", "gate": "gate file"}
+
+if TYPE_CHECKING:
+    from ..load.loaded import Loaded
 
 
 def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
@@ -28,15 +31,13 @@ def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
         UsageError: the manifest names no model.
         InputError: a file of it is nowhere to be found. Further errors: see `checkpoint.load`.
     """
-    if not run.origin.keys() & {"checkpoint", "module"}:
-        raise UsageError(
-            f"{run.path} was exported from a module in memory, which its manifest cannot name",
-            "keep the Run that export returned, or export through a factory, package.module:function",
-        )
+    require_recorded(run)
     found = {name: path for name, path in run.origin.items() if name not in PATHS}
     for name in PATHS:
         if name in run.origin and not (weights and name == "weights"):
             found[name] = str(locate(run, name))
+    from ..load.checkpoint import load
+
     return load(
         found.get("checkpoint"),
         found.get("module"),
@@ -44,6 +45,15 @@ def load_recorded(run: RunFolder, weights: str | None = None) -> Loaded:
         stateless=run.options.stateless,
         alias=found.get("alias"),
     )
+
+
+def require_recorded(run: RunFolder) -> None:
+    """Raise UsageError if the manifest names no model."""
+    if not run.origin.keys() & {"checkpoint", "module"}:
+        raise UsageError(
+            f"{run.path} was exported from a module in memory, which its manifest cannot name",
+            "keep the Run that export returned, or export through a factory, package.module:function",
+        )
 
 
 def repeated(run: RunFolder, options: VerifyOptions) -> VerifyOptions:

@@ -21,7 +21,7 @@ from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
 from ..runfolder import MANIFEST, MODEL, made_hash, versions
 from .data_check import check_data
-from .plan import Pipeline, Step
+from .plan import Pipeline, Step, require_out
 from .table import STAGES, Done, Job
 
 if TYPE_CHECKING:
@@ -67,11 +67,7 @@ def run_pipeline(
     for name in (how.first, how.last):
         if name is not None and name not in names:
             raise UsageError(f"the pipeline has no stage {name}", f"it has {', '.join(names)}")
-    if pipeline.out.exists() and not (how.resume or how.force or how.dry_run or how.first):
-        raise UsageError(
-            f"{pipeline.out} already exists",
-            "choose another output folder, --resume to continue there, or --force to replace it",
-        )
+    require_out(pipeline.out, how)
     return _Run(pipeline, how, progress).all()
 
 
@@ -226,7 +222,7 @@ def _plain(options: Options) -> tuple[dict[str, object], list[str]]:
     files = [
         str(value)
         for name, value in values.items()
-        if value is not None and (known[name].kind in (*FILES, "text")) and Path(str(value)).exists()
+        if value is not None and (known[name].kind in (*FILES, "text", "data")) and Path(str(value)).exists()
     ]
     return {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}, files
 

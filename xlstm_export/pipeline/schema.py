@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError, UsageError
-from ..options import About, Options
+from ..options import GENERATOR, About, Options
 from ..specs import Json, JsonMapping
 from ..targets import TARGETS
 from .plan import Pipeline, Step
@@ -29,6 +29,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("text", lambda x: isinstance(x, str) and bool(x)),
     "file": ("the name of a file that exists", lambda x: isinstance(x, str) and Path(x).is_file()),
     "path": ("the name of a file or folder that exists", lambda x: isinstance(x, str) and Path(x).exists()),
+    "data": (
+        "the name of a file or folder that exists, or package.module:generator",
+        lambda x: isinstance(x, str) and (Path(x).exists() or GENERATOR.fullmatch(x) is not None),
+    ),
     "texts": ("a list of text", lambda x: isinstance(x, list) and all(isinstance(e, str) for e in x)),
     "ints": (
         "a list of whole numbers",
@@ -59,6 +63,8 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     """
     import yaml
 
+    if not path.exists():
+        raise InputError(f"{path} does not exist", "see `xlstm-export run --help`")
     try:
         data: Any = yaml.safe_load(path.read_bytes())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:

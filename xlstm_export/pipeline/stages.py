@@ -24,7 +24,7 @@ from ..options import (
     VerifyOptions,
 )
 from ..runfolder import CALIBRATED_ON, RunFolder, record, recorded_file
-from ..targets import TARGETS
+from ..targets import require_target
 
 if TYPE_CHECKING:
     from ..bench.result import BenchReport
@@ -215,8 +215,7 @@ def bundle(
     from ..bundle.make import bundle as bundle_
     from ..calibration import sets
 
-    if options.target is not None and options.target not in TARGETS:
-        raise UsageError(f"no target {options.target}", f"there are {', '.join(TARGETS)}")
+    require_target(options.target)
     run = RunFolder.of(run)
     calibration = None
     if options.calib is not None and options.data is None:

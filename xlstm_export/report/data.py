@@ -49,7 +49,7 @@ class RunData:
         return self.folder.precision
 
     @property
-    def evidence(self) -> dict[str, Any] | None:
+    def evidence(self) -> Json | None:
         """The verification, if it belongs to the present files."""
         return self.verification if self.current else None
 

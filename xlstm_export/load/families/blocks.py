@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ...errors import BuildError, InputError, SetupError
 from ...specs import Json
-from ..find import find_weights, need_config, read_config
+from ..find import find_weights
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit, context_length
 from ..match import match
+from ..place import need_config, read_config
 from ..slstm_backends import in_layout_of
 
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from ...errors import InputError, SetupError
 from ...specs import Json
-from ..find import find_config, find_weights, need_config, read_config, stored_names
+from ..find import find_weights, stored_names
 from ..loaded import Loaded, check_fit
 from ..match import match
+from ..place import find_config, need_config, read_config
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
 
 CONFIG = "config.json"

@@ -10,9 +10,10 @@ import torch
 
 from ...errors import InputError, SetupError
 from ...specs import Json
-from ..find import find_weights, need_config, read_config, stored_names
+from ..find import find_weights, stored_names
 from ..loaded import CONFIG_ERRORS, Loaded, check_fit
 from ..match import match
+from ..place import need_config, read_config
 
 # Settings that select upstream's implementation, not its function: portable kernels, states and sums in FP32.
 NATIVE = {

@@ -19,6 +19,7 @@ from ..loaded import Dims, Loaded, context_length, nothing
 from ..ranges import values_of
 from ..signature import UserValue, leaves, rebuilt
 from ..slstm_backends import call_factory, without_cuda
+from ..source import factory_parts
 from ..user_code import described, load_function, refuse_exit
 from ..weights import check_finite
 from .known import Known, known, without_cache
@@ -193,9 +194,7 @@ def _understood(module: nn.Module, made: Given, label: str) -> Known:
 
 
 def _call_factory(spec: str) -> Given:
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"--module {spec}: no factory named", "write it as package.module:factory")
+    factory_parts(spec)
     factory = load_function(spec, f"--module {spec}")
     try:
         ready = isinstance(factory, (nn.Module, tuple, list))  # what a factory would return

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import InputError
-from ..find import checkpoint_folder, find_weights
+from ..find import find_weights
 from ..loaded import check_fit
 from ..match import match
+from ..place import checkpoint_folder
 from ..slstm_backends import in_layout_of
 from ..weights import Weights
 

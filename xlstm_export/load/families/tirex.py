@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ...errors import InputError, SetupError
 from ...specs import Json, Meaning
-from ..find import Candidate, find_config
+from ..find import Candidate
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..match import match
+from ..place import find_config
 from ..torch_files import load_torch_file
 from ..weights import Weights, from_tensors
 

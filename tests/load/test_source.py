@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("policies.run:build", "No module named 'policies.run'"),
         ("policies.walk.more:build", "No module named 'policies.walk.more'"),
         ("policies.walk:biuld", "module 'policies.walk' has no attribute 'biuld'"),
+        ("policies.walk:biuld", "did you mean policies.walk:build?"),
         ("policies.walk", "package.module:factory"),
     ],
 )
@@ -45,7 +46,15 @@ def test_factories_that_are_not_there(spec: str, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["policies.walk:build", "policies.any:f", "policies.lazy:f", "grown.later:f", "os.path:join"]
+    "spec",
+    [
+        "policies.walk:build",
+        "policies.any:f",
+        "policies.walk:other",
+        "policies.lazy:f",
+        "grown.later:f",
+        "os.path:join",
+    ],
 )
 @pytest.mark.usefixtures("here")
 def test_what_only_importing_can_tell_is_left_to_it(spec: str) -> None:

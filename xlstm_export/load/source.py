@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
@@ -81,7 +82,7 @@ def factory_parts(spec: str) -> tuple[str, str]:
 
 
 def _require_factory(spec: str) -> None:
-    """Raise UsageError for a module that is nowhere, or a function that its source does not mention."""
+    """Raise UsageError for a module that is nowhere, or a function whose name is misspelt."""
     name, attribute = factory_parts(spec)
     label, parts = f"--module {spec}", name.split(".")
     places: list[str] | None = None
@@ -98,9 +99,13 @@ def _require_factory(spec: str) -> None:
             )
         places, source = list(found.submodule_search_locations or ()), _source_of(found)
     if not DYNAMIC.search(source) and not re.search(rf"\b{re.escape(attribute)}\b", source):
-        raise UsageError(
-            f"{label}: module {name!r} has no attribute {attribute!r}", "name a function of that module"
+        near = difflib.get_close_matches(
+            attribute, re.findall(r"^(?:def|class) (\w+)", source, re.MULTILINE), n=1
         )
+        if near:  # a slip of the pen; anything else is found out by importing the module
+            raise UsageError(
+                f"{label}: module {name!r} has no attribute {attribute!r}", f"did you mean {name}:{near[0]}?"
+            )
 
 
 def _spec(name: str, places: list[str] | None) -> ModuleSpec | None:

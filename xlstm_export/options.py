@@ -24,7 +24,6 @@ O = TypeVar("O", bound="Options")  # noqa: E741
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-wo", "int4-wo")
 BASES = ("fp32", "bf16", "fp16")
-STORED = ("fp32", "bf16", "fp16")
 SEARCHED = ("int8", "int8-wo", "int4-wo")
 GENERATOR = re.compile(r"[\w.]+:\w+")  # package.module:generator
 METRICS = ("bits-per-byte", "perplexity", "accuracy", "auroc", "mae", "mase", "quantile-loss")
@@ -34,11 +33,7 @@ FILES: tuple[Kind, ...] = ("file", "path", "output")
 READ: tuple[Kind, ...] = ("file", "path", "data")
 
 
-def _silent(stage: str) -> None:
-    """No progress is shown."""
-
-
-def _uncounted(done: int, total: int) -> None:
+def _unseen(*progress: object) -> None:
     """No progress is shown."""
 
 
@@ -57,8 +52,8 @@ class Context:
     threads: int = 0
     seed: int = 0
     command: str = ""
-    progress: Progress = _silent
-    count: Count = _uncounted
+    progress: Progress = _unseen
+    count: Count = _unseen
 
 
 @dataclass(frozen=True)
@@ -184,9 +179,7 @@ class CalibrateOptions(Options):
     """Options of `calibrate`."""
 
     data: str | None = option(
-        None,
-        "calibration data: .npz, folder of .npz, .npy, text, .csv, or package.module:generator",
-        "data",
+        None, "calibration data: .npz, folder of .npz, .npy, text, .csv, or package.module:generator", "data"
     )
     random_data: bool = option(False, "use made-up data; every report states it", "flag")
     avoid: Path | None = option(
@@ -232,9 +225,7 @@ class QuantizeOptions(Options):
     precision: str | None = option(None, "precision with its default recipe", "text", choices=PRECISIONS)
     recipe: Path | None = option(None, "recipe.yaml, instead of --precision", "file")
     base: str | None = option(None, "type of what is not quantized; default fp16", "text", choices=BASES)
-    exclude: tuple[str, ...] = option(
-        (), "weights to keep in the base type, as a regular expression", "texts"
-    )
+    exclude: tuple[str, ...] = option((), "weights to keep in the base type, a regular expression", "texts")
     include: tuple[str, ...] = option(
         (), "weights to quantize although the recipe keeps them, as a regular expression", "texts"
     )
@@ -250,9 +241,7 @@ class VerifyOptions(Options):
     """Options of `verify`."""
 
     data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
-    calib: str | None = option(
-        None, "calibration data to take sequences from if there is no --data", "data", only="cli"
-    )
+    calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     metric: str | None = option(None, "task metric; default: by the data", "text", choices=METRICS)
     positions: int | None = option(
         None,
@@ -261,16 +250,12 @@ class VerifyOptions(Options):
         bounds=Bounds(0),
     )
     gate: Path | None = option(None, "YAML file with your own limits", "file")
-    num_blocks: int | None = option(
-        None, "verify only this many blocks, the first ones, with all checks", "int"
-    )
+    num_blocks: int | None = option(None, "verify only the first so many blocks, with all checks", "int")
     per_block: bool = option(False, "verify block by block, for models larger than the memory", "flag")
     bisect: bool = option(True, "on failure, find the first value that is wrong", "flag", off="no-bisect")
     horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
     free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
-    seed: int | None = option(
-        None, "seed of the inputs and of the cuts of the stream; default 0", "int", only="cli"
-    )
+    seed: int | None = option(None, "seed of inputs and cuts; default 0", "int", only="cli")
     repeat: bool = option(
         True, "take what is not given from the recorded verification", "flag", off="anew", only="cli"
     )
@@ -308,9 +293,7 @@ class BundleOptions(Options):
 
     target: str | None = option(None, "board that the bundle is for", "text")
     data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
-    calib: str | None = option(
-        None, "calibration data for the recorded streams if there is no --data", "data", only="cli"
-    )
+    calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     horizon: int = option(2048, "positions of the recorded stream", "int")
     license: str | None = option(None, "license of the weights, as an SPDX identifier", "text")
 

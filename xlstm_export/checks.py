@@ -15,6 +15,8 @@ from .specs import Json, JsonMapping
 
 CHECK = ("name", "passed", "value", "limit")  # keys of a check in JSON; all others are its detail
 
+HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"  # what checks run on
+
 
 @dataclass(frozen=True)
 class Check:

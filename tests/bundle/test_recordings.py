@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from xlstm_export.bundle.recordings import write_goldens
+from xlstm_export.checks import CALIBRATION, HELD_OUT, MADE_UP
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import BundleOptions, Context
-from xlstm_export.verify.parts import CALIBRATION, HELD_OUT, MADE_UP
 
 HORIZON = 140
 

@@ -22,7 +22,6 @@ from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import limits, verdict
-from xlstm_export.verify import parts as verify_parts
 from xlstm_export.verify.precision import drift_at, fp32_reference, verify_precision
 from xlstm_export.verify.verify import verify_run
 
@@ -53,14 +52,14 @@ def test_sequences_of_the_calibration_set_where_there_is_no_data(
 ) -> None:
     """No metric comes of them: they are what the ranges were made from."""
     report = verify_run(half, small_loaded, replace(SHORT, calib=str(text)), ONE_THREAD)
-    assert (report.inputs, report.metric) == (verify_parts.CALIBRATION, {})
+    assert (report.inputs, report.metric) == (checks.CALIBRATION, {})
     tokens = np.frombuffer(text.read_bytes(), np.uint8)[None].astype(np.int64)
     again = verify_run(half, small_loaded, SHORT, ONE_THREAD, calibration={"tokens": tokens})
     assert again.checks == report.checks
     with_data = verify_run(half, small_loaded, replace(SHORT, calib=str(text), data=text), ONE_THREAD)
-    assert with_data.inputs == verify_parts.HELD_OUT
+    assert with_data.inputs == checks.HELD_OUT
     made_up = verify_run(half, small_loaded, SHORT, ONE_THREAD)
-    assert made_up.inputs == verify_parts.MADE_UP
+    assert made_up.inputs == checks.MADE_UP
     assert made_up.checks != report.checks
 
 

@@ -40,11 +40,13 @@ def verify(run: Path, source: Source, options: VerifyOptions, context: Context, 
     verification that rests on less is kept beside that of the stronger one.
     """
     from ..pipeline import recorded, stages
-    from ..verify import evidence
-    from . import tables
 
     opened = RunFolder.open(run)
     given, options = options, recorded.repeated(opened, options)
+    source.require_for(opened)
+    from ..verify import evidence
+    from . import tables
+
     if options != given:
         known = evidence.arguments({name: getattr(options, name) for name in evidence.EVIDENCE})
         click.echo(f"as recorded: {shlex.join(known)}", err=True)

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..atomic import write_json
-from ..checks import Check, Verdict
+from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Verdict
 from ..options import Context, VerifyOptions
 from ..runfolder import VERIFICATION, WEAKER, RunFolder, record, recorded_file
 from ..specs import Json, JsonMapping
-from .parts import CALIBRATION, HELD_OUT, MADE_UP
 
 BESIDE = "weaker"  # folder beside the verdict
 SOURCES = (MADE_UP, CALIBRATION, HELD_OUT)  # what checks run on, in ascending order of strength

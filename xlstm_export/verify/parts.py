@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import Check, Verdict
+from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Verdict
 from ..errors import UsageError, UserCodeError
 from ..inputs import Arrays, cut, per_position, rows_of
 from ..load.loaded import Loaded
@@ -25,7 +25,6 @@ from .ways import BATCH, RAGGED
 
 GATE_POSITIONS = 2048  # positions of one stream at which the gates are examined
 Proof = Callable[[Verdict], Verdict]  # adds the proof of identity to a verdict
-HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"
 
 
 def load_data(options: VerifyOptions, run: RunFolder, loaded: Loaded) -> EvalData | None:

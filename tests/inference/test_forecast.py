@@ -243,6 +243,41 @@ def test_a_model_is_given_its_own_forecast(states: bool, tmp_path: Path) -> None
     assert once.every[0].tolist() == [[0.5, 1.0, 2.0]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "wide"),
+    [
+        (("B", "S", 2, 3), ("B", "S")),
+        (("B", 3, 2, "S"), ("B", 1, "S")),  # channels first: quantiles, rows ahead, positions
+        (("B", 1, 2, 3), ("B", "S", 1)),  # --last-logits
+        (("B", 2, 3), ("B", "S", 1)),  # no positions
+        (("B", "S", 3, 2), ("B", "2*S", 1)),  # two rows to a position
+    ],
+    ids=lambda shape: "".join(map(str, shape)),
+)
+def test_where_quantiles_stand(
+    shape: tuple[int | str, ...], wide: tuple[int | str, ...], tmp_path: Path
+) -> None:
+    """Whatever the order of axes, a forecast has a row per row ahead and a column per level."""
+    (tmp_path / "d.csv").write_text("a\n1\n2\n3\n")
+    io = IoSpec(
+        (TensorSpec("x", "float64", wide),), (TensorSpec("y", "float64", shape, meaning=Meaning(LEVELS)),), ()
+    )
+    form = forecasts.layout(io)
+    (series,) = forecasts.read_series(tmp_path / "d.csv", form)
+    expected = np.array([[1, 2, 3], [10, 20, 30]], float)  # (ahead, quantiles)
+
+    class Fixed(Formula):
+        def _prefill(self, inputs: Arrays) -> Arrays:
+            length = inputs["x"].shape[self.io.inputs[0].time_axis or 1] // self.io.inputs[0].steps
+            sizes = self.io.outputs[0].sized(1, length)
+            known = expected.T if shape[1:3] in ((3, 2), ("S", 3)) else expected
+            known = known[..., None] if shape[-1] == "S" else known
+            return {"y": np.broadcast_to(known, sizes).copy()}
+
+    made = forecasts.forecast(Fixed(io, np.sum), io, series, form, 4)
+    assert made.values.tolist() == [*expected.tolist(), *expected.tolist()]
+
+
 def test_a_model_of_the_next_row(tmp_path: Path) -> None:
     """As many values as columns are the next row, not as many rows ahead; another step is remarked."""
     path = tmp_path / "d.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from large_models import train_tokenizer
 
 from xlstm_export.cli.main import cli
-from xlstm_export.errors import InputError, UsageError
+from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.inference.generate import codec_for
 from xlstm_export.inference.open import open_session
 from xlstm_export.load.checkpoint import Loaded
@@ -184,6 +185,30 @@ def test_the_command(small_export: Path, tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     second = CliRunner().invoke(cli, [*run, "--prompt", "ma ", "--tokens", "20", "--state", str(state)])
     assert second.stdout == whole.stdout
+
+
+def test_the_text_is_printed_before_the_state_is_written(
+    small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are looked at first; what fails later loses no result."""
+    run = ["generate", str(small_export), "--prompt", "Emma ", "--tokens", "4", "--json", "--state"]
+    (tmp_path / "bad.npz").write_bytes(b"no state")
+    for path, words in ((tmp_path / "no" / "s.npz", "no folder"), (tmp_path, "is a folder")):
+        done = CliRunner().invoke(cli, [*run, str(path)])
+        assert (done.stdout, type(done.exception)) == ("", SetupError)
+        assert words in str(done.exception)
+    done = CliRunner().invoke(cli, [*run, str(tmp_path / "bad.npz")])
+    assert (done.stdout, type(done.exception)) == ("", InputError)
+    assert (tmp_path / "bad.npz").read_bytes() == b"no state"
+
+    def full(source: str | Path, target: str | Path) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("os.replace", full)
+    done = CliRunner().invoke(cli, [*run, str(tmp_path / "s.npz")])
+    assert isinstance(done.exception, SetupError)
+    assert json.loads(done.stdout)["tokens"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "no text to continue")])

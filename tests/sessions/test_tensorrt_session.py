@@ -122,8 +122,9 @@ def test_a_state_is_saved_and_loaded(small_export: Path, tmp_path: Path) -> None
 
 def test_what_does_not_fit_is_refused(small_export: Path, tmp_path: Path) -> None:
     board = Board(small_export, tmp_path)
-    with pytest.raises(InputError, match="takes 1 streams, not 2"):
+    with pytest.raises(InputError, match="takes 1 streams, not 2") as caught:
         board.session(batch=2)
+    assert caught.value.hint == "python3 deploy.py build --max-batch 2"
     board.engine.write_bytes(b"\0 not an engine")
     with pytest.raises(BuildError, match="does not accept"):
         board.session()

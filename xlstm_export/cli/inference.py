@@ -94,6 +94,9 @@ def forecast(
 
     if options.plot is not None:
         require_svg(options.plot)
+    for path in (out, options.plot):
+        if path is not None and path.parent.exists():  # else it is made
+            require_writable(path)
     opened = RunFolder.open(run)
     form = forecasts.layout(opened.io, opened.context_length)
     series = forecasts.read_series(source, form, options.columns.split(",") if options.columns else None)

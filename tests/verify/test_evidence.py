@@ -12,6 +12,7 @@ import pytest
 
 from xlstm_export.checks import Check, Verdict
 from xlstm_export.cli.main import main
+from xlstm_export.errors import SetupError
 from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.verify import evidence
@@ -168,3 +169,19 @@ def test_from_the_command_line(
     assert "give --data FILE, or --anew" in capsys.readouterr().err
     assert "as recorded" in said("verify", moved / "run", "--data", kept), "the advice"
     assert "--replace replaces it" not in said("verify", moved / "run", "--anew", "--replace")
+
+
+def test_a_verdict_that_cannot_be_written_is_reported(
+    own_export: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What took minutes to find out is not lost to a read-only disk."""
+
+    def full(path: Path, data: object) -> None:
+        raise SetupError(f"{path} cannot be written: Read-only file system", "choose another output folder")
+
+    monkeypatch.setattr(evidence, "write_json", full)
+    run = RunFolder.open(own_export)
+    rests_on = evidence.evidence(VerifyOptions(), Context())
+    assert evidence.keep(run, STRONG, rests_on).passed
+    assert "the verdict is not kept" in caplog.text
+    evidence.rewrite(run, STRONG)

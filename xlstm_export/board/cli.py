@@ -114,12 +114,12 @@ def _verify(options: Any) -> None:
     )
     passed = all(check.passed for check in checks)
     result = {"backend": _backend(options), "passed": passed, "checks": [c.to_json() for c in checks]}
-    write_json(options.bundle / "results" / f"verify-{_backend(options)}.json", result)
     lines = [
         f"{'pass' if check.passed else 'FAIL'}  {check.name:32} {check.value:9.2e}  limit {check.limit:.1e}"
         for check in checks
     ]
     _say(options, result, "\n".join([*lines, "equal to what was verified" if passed else "NOT equal"]))
+    _keep(options, f"verify-{_backend(options)}.json", result)
     if not passed:
         failed = next(check.name for check in checks if not check.passed)
         raise GateError(f"{failed} is off", "deploy.py doctor; then try --backend onnxruntime for comparison")
@@ -137,7 +137,6 @@ def _bench(options: Any) -> None:
             hz=options.hz,
             progress=_progress(options),
         )
-    write_json(options.bundle / "results" / f"bench-{_backend(options)}.json", result)
     step, prefill = result["step"], result["prefill"]
     text = [
         f"step     p50 {step['p50_ms']:.3f} ms  p99 {step['p99_ms']:.3f}  p99.9 {step['p99.9_ms']:.3f}",
@@ -153,6 +152,15 @@ def _bench(options: Any) -> None:
     if "watts" in result:
         text.append(f"power    {result['watts']['mean']:.1f} W mean, {result['watts']['max']:.1f} W max")
     _say(options, result, "\n".join(text))
+    _keep(options, f"bench-{_backend(options)}.json", result)
+
+
+def _keep(options: Any, name: str, result: Any) -> None:
+    """Write a result, which has been printed, into the bundle; one on a read-only disk goes without."""
+    try:
+        write_json(options.bundle / "results" / name, result)
+    except SetupError as error:
+        print(f"not kept: {error.message}; --json > FILE keeps it elsewhere", file=sys.stderr)
 
 
 def _run(options: Any) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..atomic import sha256, sha256_of_all, write_json
 from ..checks import Verdict
-from ..errors import ExportError, UsageError
+from ..errors import ExportError, SetupError, UsageError
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
 from ..runfolder import MANIFEST, MODEL, made_hash, versions
@@ -192,6 +192,8 @@ class _Run:
         if isinstance(done.result, Verdict) and not done.result.passed:
             return done
         wrote = self._pipeline.out if stage.on_base else done.folder
+        if lost := [str(wrote / name) for name in stage.writes if not (wrote / name).exists()]:
+            raise SetupError(f"{lost[0]} could not be written", "free space, or choose another output folder")
         outputs = {name: _written(wrote / name) for name in stage.writes}
         if MODEL in outputs:
             self._made[wrote] = outputs

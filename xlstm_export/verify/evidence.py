@@ -6,17 +6,21 @@ A verification that rests on less than the recorded one does not replace its ver
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..atomic import write_json
 from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Verdict
+from ..errors import SetupError
 from ..options import Context, VerifyOptions
 from ..runfolder import VERIFICATION, WEAKER, RunFolder, record, recorded_file
 from ..specs import Json, JsonMapping
 
+log = logging.getLogger(__name__)
 BESIDE = "weaker"  # folder beside the verdict
 SOURCES = (MADE_UP, CALIBRATION, HELD_OUT)  # what checks run on, in ascending order of strength
 EVIDENCE = ("data", "calib", "metric", "positions", "gate", "horizon", "free_horizon", "seed")
@@ -105,6 +109,14 @@ def keep(
     """
     stands = None if replace else standing(run)
     verdict = verdict.with_weaker(() if stands is None else weaker(verdict, stands))
+    try:
+        _write(run, verdict, rests_on, more)
+    except SetupError as error:  # of a read-only disk, say: what took minutes to find out is still reported
+        log.warning("the verdict is not kept: %s", error.message)
+    return verdict
+
+
+def _write(run: RunFolder, verdict: Verdict, rests_on: Json, more: Callable[[Path], None] | None) -> None:
     path = place(run, verdict)
     if more is not None:
         more(path.parent)
@@ -112,10 +124,16 @@ def keep(
     if verdict.weaker:
         beside = {**rests_on, "passed": verdict.passed, "weaker": list(verdict.weaker)}
         record(run.path, {WEAKER: beside})
-        return verdict
+        return
     record(run.path, {VERIFICATION: {**rests_on, "passed": verdict.passed}, WEAKER: None})
     shutil.rmtree(run.verdict.parent / BESIDE, ignore_errors=True)
-    return verdict
+
+
+def rewrite(run: RunFolder, verdict: Verdict) -> None:
+    """Write a verdict that `keep` returned once more, with what was found out meanwhile."""
+    if place(run, verdict).parent.is_dir():
+        with contextlib.suppress(SetupError):  # `keep` has warned
+            write_json(place(run, verdict), verdict.to_json())
 
 
 def place(run: RunFolder, verdict: Verdict) -> Path:

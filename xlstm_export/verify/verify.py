@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..atomic import write_json
 from ..calibration import sets
 from ..checks import Verdict
 from ..errors import ExportError, SetupError, UsageError
@@ -69,7 +68,7 @@ def verify_run(
     if in_parts or all(behaves) or not options.bisect:
         return verdict  # what identity finds is named already
     verdict = replace(verdict, bisect=_place(run, loaded, context, verdict))
-    write_json(evidence.place(run, verdict), verdict.to_json())
+    evidence.rewrite(run, verdict)
     return verdict
 
 

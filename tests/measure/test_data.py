@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from refusals import refused
+from xlstm_export.calibration import sets
 
 from xlstm_export.checks import scored
 from xlstm_export.errors import InputError, UsageError
@@ -135,10 +136,11 @@ def test_tokens_of_held_out_data_are_checked(tmp_path: Path, value: int, why: st
 
 
 def test_a_table_has_no_targets(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b,c\n1,2,3\n4,5,6\n")
+    (tmp_path / "rows.csv").write_text("a,b,c\n" + "1,2,3\n4,5,6\n" * 150)
     io = IoSpec(SERIES.inputs[:1], SERIES.outputs, ())
     with refused(InputError, "rows.csv lacks `target`", "--calib"):
         data.load(tmp_path / "rows.csv", io)
+    assert sets.load(tmp_path / "rows.csv", io).inputs["x"].shape == (1, 300, 3)  # what --calib does
 
 
 @pytest.mark.parametrize("content", [b"", b"x"])

@@ -132,6 +132,24 @@ def test_the_text_ends_where_it_should(small_export: Path, small_loaded: Loaded,
         np.testing.assert_allclose(state[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kind", ["SentencePieceBPETokenizer", "ByteLevelBPETokenizer", "BertWordPieceTokenizer"]
+)
+def test_pieces_are_the_end_of_the_whole_text(kind: str, tmp_path: Path) -> None:
+    """Spaces included: what is told after a prompt is what decoding both together adds to it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    trained = getattr(tokenizers, kind)()
+    words = "the café of the théâtre opens and the board writes on – 日本 "
+    trained.train_from_iterator([words] * 10, vocab_size=400, show_progress=False)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    codec = codec_of(tmp_path, None)
+    tokens = codec.encode(words * 30, special=False)
+    for cut in (1, 5, 40):
+        codec.begin(tokens[:cut])
+        found = "".join(map(codec.feed, tokens[cut:]))
+        assert trained.decode(tokens[:cut]) + found == trained.decode(tokens)
+
+
 def test_the_end_of_a_text_may_be_a_word_of_the_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     train_tokenizer(tmp_path / "tokenizer.json", "some words")

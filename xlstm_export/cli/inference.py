@@ -104,7 +104,8 @@ def forecast(
         made = [forecasts.forecast(session, opened.io, one, form, options.horizon) for one in series]
     for line in forecasts.remarks(made):
         click.echo(line, err=True)
-    emit({"series": [one.to_json() for one in made]}, as_json, lambda console: None)
+    files = [str(path) for path in (out, options.plot) if path is not None]
+    emit({"files": files, "series": [one.to_json() for one in made]}, as_json, lambda console: None)
     forecasts.write_csv(made, out, every=options.every)
     click.echo(f"wrote {out}", err=True)
     if options.plot is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from ..errors import InputError, SetupError, UsageError
 
 BYTES = 256  # vocabulary of a model of bytes
 TOKENIZER = "tokenizer.json"
+BEFORE, DECODED = 16, 128  # tokens before a text that are decoded with it; tokens that are decoded at once
 
 
 class Codec(Protocol):
@@ -29,6 +30,10 @@ class Codec(Protocol):
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text; with `special`, also those that a tokenizer puts around a prompt."""
+        ...
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Begin a text that goes on after these tokens; its first space depends on them."""
         ...
 
     def feed(self, token: int) -> str:
@@ -46,6 +51,9 @@ class Bytes:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode("utf-8", "surrogateescape"))
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._decoder.reset()
 
     def feed(self, token: int) -> str:
         return self._decoder.decode(bytes([token]))
@@ -81,19 +89,24 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.ends = _ends(path.parent, self._tokenizer.token_to_id)
-        self._tokens: list[int] = []
-        self._text = ""
+        self.begin(())
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._tokens = list(tokens[-BEFORE:])
+        self._text = str(self._tokenizer.decode(self._tokens))
+
     def feed(self, token: int) -> str:
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
+        text = str(self._tokenizer.decode(self._tokens))
         if text.endswith("\ufffd"):  # a character whose rest comes with the next token
             return ""
         new, self._text = text[len(self._text) :], text
-        return str(new)
+        if len(self._tokens) > DECODED:
+            self.begin(self._tokens)  # the time of a step must not depend on how long the text is
+        return new
 
 
 class Numbers:
@@ -105,6 +118,9 @@ class Numbers:
 
     def __init__(self, ends: frozenset[int] = frozenset()) -> None:
         self.ends = ends
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Numbers need no tokens before them."""
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         try:

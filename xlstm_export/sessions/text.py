@@ -57,6 +57,7 @@ class Writer:
         if not given:
             raise UsageError("there is no text to continue", "give at least one token")
         name, output = self._io.inputs[0].name, self._io.outputs[0].name
+        self._codec.begin(given)
         rng = np.random.default_rng(self._options.seed)
         ends = self._codec.ends if self._options.eos else frozenset()
         logits = self._session.prefill({name: np.array([given], np.int64)})[output]

@@ -321,6 +321,16 @@ def test_tokens_beyond_the_vocabulary(make: Any, token: int) -> None:
         make("ort").prefill(inputs)
 
 
+def test_a_run_folder_knows_its_vocabulary(small_export: Path) -> None:
+    """Beyond it nothing is looked up: the runtime would report a failed operator, or take another row."""
+    with OrtSession(small_export) as session:
+        session.prefill({"tokens": [[0, 255]]})
+        for wrong in (256, -1, -100):
+            with pytest.raises(InputError, match=f"holds {wrong} at row 0, position 1") as caught:
+                session.prefill({"tokens": [[7, wrong]]})
+            assert "tokens are 0 … 255" in caught.value.hint
+
+
 def test_the_vocabulary_of_a_manifest(small_export: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(small_export, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -51,7 +51,7 @@ def make(
 
     require_target(options.target)
     opened = RunFolder.open(run)
-    loaded = source.load_for(opened)
+    loaded = source.load_for(opened, options)
     with spinner() as progress:
         context = Context(command=command_line(), progress=progress)
         made = stages.bundle(opened, loaded, out, options, context, force=force)

@@ -68,12 +68,17 @@ class Source:
             click.echo(note, err=True)
         return loaded
 
-    def load_for(self, run: RunFolder) -> Loaded:
+    def load_for(self, run: RunFolder, options: Options | None = None, seed: int = 0) -> Loaded:
         """The model of a run folder, streaming or stateless as the run is.
 
-        Where no model is named, it is the one that the run folder records.
+        Where no model is named, it is the one that the run folder records. The data that `options` name are
+        read before it is loaded.
         """
         self.require_for(run)
+        if options is not None:
+            from ..pipeline.data_check import check_run
+
+            check_run(run, options, seed)
         if self.checkpoint is not None or self.module is not None:
             loaded = self.load(run.options.stateless)
         else:

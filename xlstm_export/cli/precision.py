@@ -32,7 +32,7 @@ from .console import emit, progress_bar, spinner
 def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Context, as_json: bool) -> None:
     """Run an FP32 export over data and write the ranges of its activations (scales.json)."""
     opened = RunFolder.open(run)
-    loaded = source.load_for(opened)
+    loaded = source.load_for(opened, options, context.seed)
     from ..graph.files import load_graph
     from ..graph.sites import activation_names
     from ..pipeline import stages
@@ -61,7 +61,7 @@ def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool,
 
     choose_recipe(options)  # wrong options are reported before a missing run folder
     opened = RunFolder.open(run)
-    loaded = RECORDED.load_for(opened) if options.data is not None else None
+    loaded = RECORDED.load_for(opened, options) if options.data is not None else None
     with spinner() as stage:
         context = Context(command=command_line(), progress=stage)
         folder = stages.quantize(opened, loaded, options, context, out=out, force=force)
@@ -80,7 +80,7 @@ def sensitivity(run: Path, source: Source, options: SensitivityOptions, seed: in
     from . import tables_precision as tables
 
     opened = RunFolder.open(run)
-    loaded = source.load_for(opened)
+    loaded = source.load_for(opened, options)
     with progress_bar("candidates") as count:
         result = stages.sensitivity(opened, loaded, options, Context(seed=seed, count=count))
     emit(result.to_json(), as_json, lambda console: tables.show_sensitivity(console, result))

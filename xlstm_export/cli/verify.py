@@ -50,7 +50,7 @@ def verify(run: Path, source: Source, options: VerifyOptions, context: Context, 
     if options != given:
         known = evidence.arguments({name: getattr(options, name) for name in evidence.EVIDENCE})
         click.echo(f"as recorded: {shlex.join(known)}", err=True)
-    loaded = source.load_for(opened)
+    loaded = source.load_for(opened, options)
     with spinner() as stage:
         chosen = replace(options, repeat=False)
         verdict = stages.verify(opened, loaded, chosen, replace(context, progress=stage))

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..options import BundleOptions, CalibrateOptions, QuantizeOptions, SensitivityOptions, VerifyOptions
+from ..options import (
+    BundleOptions,
+    CalibrateOptions,
+    Options,
+    QuantizeOptions,
+    SensitivityOptions,
+    VerifyOptions,
+)
+from ..runfolder import RunFolder
+from ..sessions.cpu_graph import vocabulary
+from ..sessions.files import InputFiles
 from ..specs import IoSpec
 from .plan import Step
 
@@ -15,21 +25,41 @@ if TYPE_CHECKING:
     from ..load.loaded import Loaded
 
 
+Sequences: TypeAlias = "tuple[str, Selection, Path | None]"
+
+
 def check_data(loaded: Loaded, steps: Sequence[Step]) -> None:
-    """Read what the steps will read, each file once.
+    """Read what the steps of a pipeline will read, each file once.
 
     Raises:
         InputError, UsageError, SetupError: data cannot be read, or do not fit the model.
     """
+    files = InputFiles(IoSpec(loaded.input_specs, (), ()), loaded.vocab_size, loaded.tokenizer)
+    _check(files, _targets(steps), _sequences(steps))
+
+
+def check_run(run: RunFolder, options: Options, seed: int = 0) -> None:
+    """Read what a command on a run folder will read, before its model is loaded.
+
+    Raises:
+        InputError, UsageError, SetupError: as above.
+    """
+    files = InputFiles(run.io, vocabulary(run.manifest), run.tokenizer)
+    steps = (Step("", "", options, seed),)
+    # A generator is the user's code: it runs once, with the model.
+    sequences = [found for found in _sequences(steps) if Path(found[0]).exists()]
+    _check(files, _targets(steps), sequences)
+
+
+def _check(files: InputFiles, targets: Sequence[Path], sequences: Sequence[Sequences]) -> None:
     from ..calibration import sets
     from ..measure.data import check_source
 
-    inputs, size, own = loaded.input_specs, loaded.vocab_size, loaded.tokenizer
-    for path in dict.fromkeys(_targets(steps)):
-        check_source(path, inputs, vocab_size=size, tokenizer=own)
-    for source, selection, tokenizer in dict.fromkeys(_sequences(steps)):
-        io = IoSpec(inputs, (), ())
-        sets.load(source, io, selection, vocab_size=size, tokenizer=tokenizer or own)
+    size, own = files.vocab_size, files.tokenizer
+    for path in dict.fromkeys(targets):
+        check_source(path, files.io.inputs, vocab_size=size, tokenizer=own)
+    for source, selection, tokenizer in dict.fromkeys(sequences):
+        sets.load(source, files.io, selection, vocab_size=size, tokenizer=tokenizer or own)
 
 
 def _targets(steps: Sequence[Step]) -> list[Path]:
@@ -39,7 +69,7 @@ def _targets(steps: Sequence[Step]) -> list[Path]:
     return [x.data for x in chosen if isinstance(x, kinds) and x.data is not None]
 
 
-def _sequences(steps: Sequence[Step]) -> list[tuple[str, Selection, Path | None]]:
+def _sequences(steps: Sequence[Step]) -> list[Sequences]:
     """Sources of sequences, how they are cut, and the tokenizer that a step names."""
     from ..calibration.sets import Selection
 

@@ -226,6 +226,7 @@ def _entries(run: RunFolder, out: Path, recipe: Recipe, applied: Applied, comman
         **{key: run.manifest.get(key) for key in ("model", "origin", "checkpoint_sha256")},
         "origin_absolute": run.manifest.get("origin_absolute", {}),
         "context_length": run.context_length,
+        **{name: run.manifest[name] for name in ("vocab_size",) if name in run.manifest},
         "options": {
             **run.recorded_options,
             "precision": recipe.precision,

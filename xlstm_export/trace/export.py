@@ -117,6 +117,7 @@ def _about(loaded: Loaded) -> Json:
         "notes": list(notes_of(loaded)),
         "checkpoint_sha256": loaded.sha256,
         "context_length": loaded.context_length,
+        **({} if loaded.vocab_size is None else {"vocab_size": loaded.vocab_size}),
     }
 
 

@@ -228,7 +228,9 @@ def test_figures_follow_from_timings() -> None:
 def test_a_busy_machine_is_told(busy: float | None, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
     report = BenchReport({"busy_cores": busy}, {}, 1, (cell(),))
     bench_report.show_bench(Console(width=80), report)
-    assert ("other processes used this machine" in capsys.readouterr().out) is warns
+    said = capsys.readouterr().out
+    assert ("other processes used this machine" in said) is warns
+    assert ("1.00?" in said) is warns  # ratios are marked
 
 
 @pytest.mark.parametrize("place", ["before", "meanwhile"])

@@ -203,7 +203,12 @@ def test_times_of_a_busy_machine_decide_nothing(
     made = bench_compare.compare(*paths)
     assert made.to_json()["busy_cores"] == [1.3 if name == side else None for name in "AB"]
     bench_report.show_comparison(Console(width=100), made)
-    assert f"others used 1.3 cores while {side} was timed: ratios do not count" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"others used 1.3 cores while {side} was timed: ratios do not count" in said
+    assert "1.20" not in said
+    assert {row["p50_ratio"] for row in made.to_json()["rows"]} == {None}
+    bench_report.show_comparison(Console(width=100), bench_compare.compare(*paths, allow_busy=True))
+    assert "1.00" in capsys.readouterr().out
     args = ["bench", "--compare", *map(str, paths), "--fail-over", "1.1"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(args)

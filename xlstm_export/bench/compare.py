@@ -31,14 +31,15 @@ class Row:
         """Whether this is the export, and its median grew by more than the factor `limit`."""
         return self.contestant == EXPORTED and self.p50_b / self.p50_a > limit
 
-    def to_json(self) -> Json:
+    def to_json(self, trustworthy: bool) -> Json:
+        """With ratios, or null where they do not count."""
         mode, batch, length = self.cell
         return {
             **{"mode": mode, "batch": batch, "length": length, "contestant": self.contestant},
             "p50_ms": [self.p50_a, self.p50_b],
-            "p50_ratio": self.p50_b / self.p50_a,
+            "p50_ratio": self.p50_b / self.p50_a if trustworthy else None,
             "p99_ms": [self.p99_a, self.p99_b],
-            "p99_ratio": self.p99_b / self.p99_a,
+            "p99_ratio": self.p99_b / self.p99_a if trustworthy else None,
         }
 
 
@@ -51,6 +52,7 @@ class Comparison:
         differences: entry of environment, model or settings → values in A and B.
         busy: for A and B, cores that others used while it was timed, if that was too much; else None.
         fail_over: how many times slower the export may be.
+        allow_busy: ratios count although others used a machine meanwhile.
     """
 
     before: Path
@@ -61,6 +63,12 @@ class Comparison:
     differences: dict[str, tuple[Any, Any]]
     busy: tuple[float | None, float | None] = (None, None)
     fail_over: float | None = None
+    allow_busy: bool = False
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether ratios count: both machines were left alone, or it was said that they need not be."""
+        return self.allow_busy or not any(self.busy)
 
     @property
     def slower(self) -> tuple[Row, ...]:
@@ -76,7 +84,8 @@ class Comparison:
         return {
             "before": str(self.before),
             "after": str(self.after),
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [row.to_json(self.trustworthy) for row in self.rows],
+            "trustworthy": self.trustworthy,
             "only_before": [list(key) for key in self.only_before],
             "only_after": [list(key) for key in self.only_after],
             "differences": {key: list(values) for key, values in self.differences.items()},
@@ -128,6 +137,7 @@ def compare(
         differences=_differences(_settings(a), _settings(b)),
         busy=busy,
         fail_over=fail_over,
+        allow_busy=allow_busy,
     )
 
 

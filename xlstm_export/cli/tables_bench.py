@@ -27,12 +27,13 @@ def show_bench(console: Console, report: BenchReport) -> None:
     table = Table("ms per call", box=None, padding=(0, 1, 0, 0))
     for name in (*columns, "tok/s", "×"):
         table.add_column(name, justify="right")
+    doubtful = "" if report.trustworthy else "?"
     for cell in report.grid:
         table.add_row(f"[bold]{_title(cell.mode, cell.batch, cell.length)}[/]")
         for name, timing in cell.timings.items():
             figures = timing.to_json()
             times = [_ms(figures[f"{column}_ms"]) for column in columns]
-            rate, ratio = f"{cell.tokens_per_second(name):,.0f}", f"{cell.speedup(name):.2f}"
+            rate, ratio = f"{cell.tokens_per_second(name):,.0f}", f"{cell.speedup(name):.2f}{doubtful}"
             table.add_row(f"  {NAMES[name]}", *times, rate, ratio)
     console.print(table)
     for cell in report.grid:
@@ -46,8 +47,8 @@ def show_bench(console: Console, report: BenchReport) -> None:
     console.print(_machine(report))
     if report.busy is not None:
         console.print(
-            f"[bold red]other processes used this machine[/] ({report.busy:.1f} cores): times and "
-            "ratios do not count; measure again when it is idle"
+            f"[bold red]other processes used this machine[/] ({report.busy:.1f} cores): times, and ratios "
+            "with a ?, do not count; measure again when it is idle"
         )
 
 
@@ -63,7 +64,8 @@ def show_comparison(console: Console, made: Comparison) -> None:
             cell = row.cell
             table.add_row(f"[bold]{_title(*cell)}[/]")
         p50, p99 = (
-            [_ms(a), _ms(b), f"{b / a:.2f}"] for a, b in ((row.p50_a, row.p50_b), (row.p99_a, row.p99_b))
+            [_ms(a), _ms(b), f"{b / a:.2f}" if made.trustworthy else "—"]
+            for a, b in ((row.p50_a, row.p50_b), (row.p99_a, row.p99_b))
         )
         slower = made.fail_over is not None and row.slower_than(made.fail_over)
         p50[2] = f"[bold red]{p50[2]}[/]" if slower else p50[2]
@@ -78,6 +80,7 @@ def show_comparison(console: Console, made: Comparison) -> None:
         if cores is not None:
             console.print(
                 f"[bold red]others used {cores:.1f} cores while {side} was timed[/]: ratios do not count"
+                + ("" if made.trustworthy else "; --allow-busy shows them")
             )
     if not made.differences:
         console.print("the same machine, versions and settings")

@@ -272,7 +272,9 @@ class BenchOptions(Options):
     length: tuple[int, ...] = option(
         (512,), "lengths of the prefills to time, such as 128,512", "ints", bounds=Bounds(1)
     )
-    steps: int = option(200, "decode calls per contestant", "int", bounds=Bounds(1))
+    steps: int = option(
+        200, "decode calls per contestant; of 200, fewer if they are slow", "int", bounds=Bounds(1)
+    )
     hz: float | None = option(
         None,
         "also time decoding at this fixed rate, calls per second",

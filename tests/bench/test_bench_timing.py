@@ -41,3 +41,19 @@ def test_a_fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["done_after_due"]["max_ms"] == pytest.approx(25)
     assert told["jitter_ms"] == pytest.approx(np.std(10 + np.diff(late)))
     assert (told["missed"], told["calls"], told["hz"]) == (2, 6, 100)
+
+
+def test_slow_calls_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second per call, two contestants, twenty seconds: two calls of each in each of five rounds."""
+    now = [0.0]
+
+    def call() -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench_timing.time, "sleep", lambda seconds: None)
+    found = bench_timing.in_turns({"a": call, "b": call}, calls=40, budget=20.0)
+    assert [len(timing.seconds) for timing in found.values()] == [10, 10]
+    assert now[0] == 2 * bench_timing.WARM_UP + 20
+    found = bench_timing.in_turns({"a": call}, calls=40, budget=1.0)
+    assert len(found["a"].seconds) == bench_timing.ROUNDS

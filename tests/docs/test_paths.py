@@ -20,7 +20,7 @@ DOCUMENTS = sorted(
 PATH = re.compile(rf"(?<![\w./\-])(?:{'|'.join(FOLDERS)})(?:/[\w.\-]+)+/?")
 MODULE = re.compile(r"`(?:[\w\-]+/)*([\w\-]+\.(?:py|cu|cuh|cc|cpp|h|hpp))`")
 # Files that are no part of this project: a board's, or a reader's own.
-ELSEWHERE = {"deploy.py"}
+ELSEWHERE = {"deploy.py", "policy.py", "control.py", "classifier.py"}
 
 
 def text_of(document: Path) -> str:

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 READING = "reading"  # the bandwidth probe, which is not a contestant
 PREFILL_SECONDS = 0.2  # time of one contestant's calls in a round; at least one call
 PREFILL_CALLS = 10  # most calls per round
+BUDGET = (
+    15.0  # seconds of decode calls by default: a small model is timed within a minute, also on a busy machine
+)
 
 
 def bench(
@@ -219,7 +222,8 @@ class _Run:
         contestants[READING] = bandwidth_probe(self.moved)
         calls = calls or _calls_per_round(contestants)
         load = Load()
-        timings = in_turns(contestants, calls)
+        budget = BUDGET if self.options.steps == BenchOptions().steps else math.inf
+        timings = in_turns(contestants, calls, budget)
         busy = load.others()
         reading = timings.pop(READING).percentile(50)
         gbs = probe_bytes(self.moved) / reading / 1e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,18 +33,33 @@ class Timing:
         return summary(np.array(self.seconds))
 
 
-def in_turns(contestants: Mapping[str, Call], calls: int) -> dict[str, Timing]:
-    """Time `calls` calls of each contestant per round, for `ROUNDS` rounds after a round to warm up."""
+def in_turns(contestants: Mapping[str, Call], calls: int, budget: float = math.inf) -> dict[str, Timing]:
+    """Time `calls` calls of each contestant per round, for `ROUNDS` rounds after a round to warm up.
+
+    Args:
+        contestants: by name.
+        calls: per contestant and round.
+        budget: seconds; where calls are slow, there are as many as fit, one per round at least.
+    """
+    warm = {name: _round(run, min(calls, WARM_UP)) for name, run in contestants.items()}
+    fit = budget / ROUNDS / max(sum(times[-1] for times in warm.values()), 1e-9)
+    calls = max(1, int(min(calls, fit)))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         for name, run in contestants.items():
-            time.sleep(PAUSE)
-            for _ in range(calls if turn else min(calls, WARM_UP)):
-                start = time.perf_counter()
-                run()
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
+            seconds[name] += _round(run, calls)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def _round(run: Call, calls: int) -> list[float]:
+    """Seconds of each call."""
+    time.sleep(PAUSE)
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def bandwidth_probe(size: float) -> Call:

@@ -78,3 +78,22 @@ def test_a_buffer_that_forward_changes_is_named() -> None:
     assert "recurrent cell mine.Cell is not known; and forward changes cell.memory" in found.message
     assert "a cell with a state" in found.hint
     assert "--stateless" not in found.hint
+
+
+class FoldedCell(Cell):
+    """Several outputs: rows of channels beside each other and apart, and a last state as nn.LSTM's."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.cumsum(1)
+        channels = y.transpose(1, 2)
+        return (
+            y,
+            channels.flatten(0, 1),
+            channels.transpose(0, 1).flatten(0, 1),
+            y[None, :, -1],
+            y.new_ones(3),
+        )
+
+
+def test_outputs_with_more_rows_than_the_batch_are_compared_by_streams() -> None:
+    assert "export with --stateless" in advice(FoldedCell()).hint

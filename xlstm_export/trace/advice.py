@@ -107,15 +107,31 @@ def _any_length(loaded: Loaded) -> bool:
 def _rows_are_apart(loaded: Loaded) -> bool:
     """Whether the first and the last row give alone what they give beside the others."""
     whole = _run(loaded, loaded.inputs)
-    for row in (slice(0, 1), slice(-1, None)):
+    batch = loaded.inputs[loaded.batched].shape[0]
+    for number, row in ((0, slice(0, 1)), (batch - 1, slice(-1, None))):
         one = {n: x[row] if loaded.input_dims(n)[:1] == ("B",) else x for n, x in loaded.inputs.items()}
         alone = _run(loaded, one)
         if whole is None or alone is None:
             return False
-        pairs = [(x[row], y) for x, y in zip(whole, alone, strict=True) if x.ndim]
-        if any(x.shape != y.shape or difference(x.numpy(), y.numpy()).relative_l2 > LIMIT for x, y in pairs):
+        if not all(_is_part(x, y, number, batch) for x, y in zip(whole, alone, strict=True) if x.ndim):
             return False
     return True
+
+
+def _is_part(whole: Tensor, alone: Tensor, row: int, batch: int) -> bool:
+    """Whether an output for one row of the batch is the part of it in that for all rows.
+
+    Its batch may be a later axis, and may have several rows to a stream, beside each other or apart.
+    """
+    if whole.shape == alone.shape:
+        return bool(torch.allclose(whole, alone, rtol=LIMIT, atol=LIMIT * float(whole.abs().max())))
+    axes = [a for a in range(min(whole.ndim, alone.ndim)) if whole.shape[a] != alone.shape[a]]
+    if whole.ndim != alone.ndim or len(axes) != 1 or whole.shape[axes[0]] != batch * alone.shape[axes[0]]:
+        return False
+    rows, each = whole.movedim(axes[0], 0), alone.shape[axes[0]]
+    parts = (rows[row * each : (row + 1) * each], rows[row::batch])
+    mine = alone.movedim(axes[0], 0).numpy()
+    return any(difference(part.numpy(), mine).relative_l2 <= LIMIT for part in parts)
 
 
 def _run(loaded: Loaded, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:

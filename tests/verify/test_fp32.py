@@ -15,6 +15,7 @@ import models
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pinned_models
 import pytest
 import torch
 from bisect_faults import Edit, tamper_with
@@ -612,3 +613,26 @@ def test_checkpoint_of_another_training_run(folder: Path, tmp_path: Path) -> Non
 def test_folder_that_is_no_run_folder(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run folder"):
         verify(tmp_path, small_loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_outputs_in_16_bits(kind: torch.dtype, tmp_path: Path) -> None:
+    """Neighbours where rounding differs are no fault; one unit in all values is."""
+
+    class Rounded(pinned_models.Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.core(x).to(kind)
+
+    loaded = checkpoint.load_live(Rounded().eval(), {"x": torch.randn(2, 12, 5)})
+    folder = trace.export(loaded, tmp_path / "out")
+    assert failed(verify(folder, loaded, context=Context(threads=1))) == []
+
+    def one_unit(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.name in ("out.bias", "out.weight"):
+                scaled = numpy_helper.to_array(tensor) * np.float32(1 + torch.finfo(kind).eps)
+                tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+
+    tamper_with(folder, one_unit)
+    assert failed(verify(folder, loaded, context=Context(threads=1)))

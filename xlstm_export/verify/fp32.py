@@ -35,7 +35,7 @@ from ..specs import Json
 from .base import Verification, require_same_model
 from .evidence import evidence, keep
 from .gate_file import read_gate
-from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error
+from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error, output_limit
 from .own_error import own_error, own_metric_error
 from .parts import Proof, audited, judged, metric_checks
 from .ways import BATCH, RAGGED
@@ -143,8 +143,8 @@ class _Fp32(Verification):
         """The lifted module gives the outputs of the user's module, both in float64."""
         ours = self.expected(self._length)[0]
         theirs = self._upstream(self._length)
-        limit = self.limits["lift"]
-        return [output_check(f"lift: {name}", ours[name], theirs[name], limit) for name in theirs]
+        limits = {name: output_limit(self.limits["lift"], x) for name, x in theirs.items()}
+        return [output_check(f"lift: {name}", ours[name], theirs[name], limits[name]) for name in theirs]
 
     def as_it_comes(self) -> dict[str, dict[str, float]]:
         """Distance of upstream in FP32, unmodified, from the reference and from the export."""

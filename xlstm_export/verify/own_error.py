@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def own_error(loaded: Loaded, streams: StreamChecks, expected: Expected) -> dict
     errors: list[float] = []
     found: list[tuple[float, int, Arrays, Arrays]] = []  # the most that counts, positions, result
     with TorchSession(loaded, batch, "float32") as plain:
-        for mode, most in ((contextlib.nullcontext(), math.inf), (_LastPlace(), MOST_MOVED)):
+        for mode, most in roundings():
             for length in streams.lengths:
                 plain.reset()
                 with mode:
@@ -82,6 +83,11 @@ def own_metric_error(loaded: Loaded, data: EvalData, expected: Arrays) -> dict[s
     with TorchSession(loaded, data.rows, "float32") as plain:
         checks, _ = metric_checks(data, data.run(plain), expected, "pytorch", LIMITS)
     return {name: check.value for name, check in zip(("metric", "kl", "top1"), checks, strict=False)}
+
+
+def roundings() -> tuple[tuple[AbstractContextManager[object], float], ...]:
+    """Contexts of calls in FP32 that round differently, each with the largest error that counts in it."""
+    return (contextlib.nullcontext(), math.inf), (_LastPlace(), MOST_MOVED)
 
 
 class _LastPlace(TorchDispatchMode):

@@ -20,6 +20,7 @@ from ..runfolder import RunFolder
 from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
 from ..specs import CHUNK
+from .limits import output_limit
 
 BATCH = 3
 RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
@@ -135,13 +136,14 @@ class StreamChecks:
         self.candidate.reset()
         together = self.candidate.prefill(inputs)
         state = self.candidate.state()
+        limit = output_limit(self.limits["rows"], *together.values())
         checks = []
         with OrtSession(self.folder, 1, self.threads, fused=False) as alone:
             for row in range(BATCH):
                 alone.reset()
                 single = alone.prefill(rows_of(inputs, self.io, slice(row, row + 1)))
                 worst = self._row_error(together, [row], single, [0], 1)
-                checks.append(Check(f"row {row} alone", worst, self.limits["rows"]))
+                checks.append(Check(f"row {row} alone", worst, limit))
         other = {name: x.copy() for name, x in inputs.items()}
         made = self.source.batch(length)
         for spec in self.io.inputs:
@@ -156,7 +158,7 @@ class StreamChecks:
         worst = self._row_error(disturbed, rows, together, rows)
         moved = self.candidate.state()
         worst = max([worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state)])
-        checks.append(Check("rows beside another row 1", worst, self.limits["rows"]))
+        checks.append(Check("rows beside another row 1", worst, limit))
         return checks
 
     def check_reset(self) -> list[Check]:
@@ -176,12 +178,13 @@ class StreamChecks:
         self.candidate.set_state(continued_from)
         self.candidate.reset(rows=[1])
         mixed = self.candidate.prefill(inputs)
+        limit = output_limit(self.limits["rows"], *mixed.values())
         one = self._row_error(mixed, [1], expected, [1])
         rest = self._row_error(mixed, [0, 2], continued, [0, 2])
         return [
             *checks,
-            Check("reset of row 1", one, self.limits["rows"]),
-            Check("rows 0, 2 go on", rest, self.limits["rows"]),
+            Check("reset of row 1", one, limit),
+            Check("rows 0, 2 go on", rest, limit),
         ]
 
     def _row_error(
@@ -241,9 +244,8 @@ class StreamChecks:
             wanted = expected[spec.name]
             if spec.name in self.last_only:
                 wanted = wanted[:, [end - 1 for end in ends or [wanted.shape[1]]]]
-            checks.append(
-                output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, self.limits["output"])
-            )
+            limit = output_limit(self.limits["output"], wanted)
+            checks.append(output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, limit))
         if self.io.states:
             found = found_state if found_state is not None else self.candidate.state()
             differences = compare_states(found, state, self.io.states)

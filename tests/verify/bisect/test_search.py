@@ -158,6 +158,16 @@ def test_a_fault_of_the_exporter(
 # --- Half and integers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["float_cast", "ill"])
+def test_blocks_of_a_float32_forward_are_judged_by_its_own_error(name: str, tmp_path: Path) -> None:
+    """The last step of one cancels: nothing is wrong, although it is further from the reference."""
+    loaded = checkpoint.load_module(f"pinned_models:{name}")
+    found = bisect(trace.export(loaded, tmp_path / "out"), loaded, Context(threads=1))
+    assert found.place is None
+    assert "float64 cells in a float32 forward" in found.against
+
+
 @pytest.fixture(scope="module")
 def calibrated(small_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small export with ranges from made-up text."""

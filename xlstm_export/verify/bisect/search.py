@@ -28,6 +28,7 @@ from ...graph.files import load_graph
 from ...inputs import Arrays, cut, has_positions
 from ...lift import lift as cells
 from ...lift.model import lift_model
+from ...lift.precise import FLOAT64
 from ...load.loaded import Loaded
 from ...load.made_up import explained, random_inputs
 from ...options import Context, ExportOptions
@@ -37,7 +38,8 @@ from ...runfolder import MODEL, RunFolder
 from ...sessions import TorchSession
 from ...specs import Json
 from ...trace import export as trace
-from ..limits import LIMITS
+from ..limits import LIMITS, OWN_ERRORS
+from ..own_error import roundings
 from .replay import Runner, Side, error, pairs, require_same_parts, run_onnxruntime, state_errors
 from .why import explain
 
@@ -300,8 +302,11 @@ class _Search:
             past = {name: x.astype(np.float32) for name, x in session.state().items()}
             hidden, outputs = session.traced(self.paths, self.inputs)
             presents = {s.present: session.state()[s.past] for s in session.io.states}
-            against = pytorch(session.reference)
+            reference = session.reference
         expected = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
+        limit = LIMITS["state"]
+        if reference != FLOAT64:
+            limit = max(limit, OWN_ERRORS * self._own_error(past, expected))
         errors: list[BlockError] = []
         place = None
         for index in range(self.candidate.blocks + 1):
@@ -310,7 +315,7 @@ class _Search:
                 feed[f"hidden_{index - 1}"] = hidden[index - 1].astype(np.float32)
             found = self.candidate.outputs(index, feed)
             errors.append(self._block_error(index, found, expected))
-            if errors[-1].error > LIMITS["state"]:
+            if errors[-1].error > limit:
                 why = "the file is what this version exports: the fault is in how it exports this block"
                 place = Place(
                     index,
@@ -319,11 +324,24 @@ class _Search:
                     "block",
                     errors[-1].tensor,
                     errors[-1].error,
-                    LIMITS["state"],
+                    limit,
                     why,
                 )
                 break
-        return Bisection(place, against, tuple(errors))
+        return Bisection(place, pytorch(reference), tuple(errors))
+
+    def _own_error(self, past: Arrays, expected: Arrays) -> float:
+        """The largest error of PyTorch's own FP32 from the same states, of a block's result or a state."""
+        errors = []
+        with TorchSession(self.loaded, BATCH, "float32") as plain:
+            for mode, most in roundings():
+                plain.set_state(past)
+                with mode:
+                    hidden, outputs = plain.traced(self.paths, self.inputs)
+                presents = {s.present: plain.state()[s.past] for s in plain.io.states}
+                found = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
+                errors.append(min(most, self._block_error(0, found, expected).error))
+        return max(errors)
 
     def _fresh(self, side: Side) -> Arrays:
         return {s.past: np.zeros((BATCH, *s.shape), s.dtype) for s in side.io.states}

@@ -28,6 +28,7 @@ from xlstm_export.options import CalibrateOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import forecast as forecasts
+from xlstm_export.sessions.forecast_csv import write_csv
 from xlstm_export.sessions.protocol import Session
 from xlstm_export.sessions.table import Table
 from xlstm_export.specs import IoSpec, Meaning, StateSpec, TensorSpec
@@ -95,6 +96,11 @@ def test_a_picture_of_another_kind_is_refused_before_anything_is_read(weather: P
     done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "f.csv")])
     assert isinstance(done.exception, UsageError)
     assert "f.svg" in str(done.exception.hint)
+    assert not (tmp_path / "f.csv").exists()
+    command[-2:] = ["--plot", str(tmp_path / "f.svg"), "--target", "none"]
+    done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "f.csv")])
+    assert isinstance(done.exception, UsageError)
+    assert "temp" in str(done.exception.hint)
     assert not (tmp_path / "f.csv").exists()
 
 
@@ -232,7 +238,7 @@ def test_a_model_is_given_its_own_forecast(states: bool, tmp_path: Path) -> None
     assert ("state carried on" if states else "read again") in made.how
     assert "is given its q0.5" in made.how
     out = tmp_path / "f.csv"
-    forecasts.write_csv([made], out)
+    write_csv([made], out)
     assert rows(out)[:2] == [
         ["ahead", "time", "q0.1", "q0.5", "q0.9"],
         ["1", "2024-02-29 01:00", "3", "6", "12"],
@@ -241,6 +247,11 @@ def test_a_model_is_given_its_own_forecast(states: bool, tmp_path: Path) -> None
     assert once.values.tolist() == expected[:1]
     assert once.every is not None
     assert once.every[0].tolist() == [[0.5, 1.0, 2.0]]
+    with refused(UsageError, "5 rows need 3", "without --horizon"):
+        write_csv([made], out, every=True)
+    default = forecasts.forecast(Formula(io, formula), io, series, form)
+    write_csv([default], out, every=True)  # the advice
+    assert rows(out)[0] == ["row", *(f"ahead_{a}_q{level}" for a in (1, 2) for level in LEVELS)]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +305,7 @@ def test_a_model_of_the_next_row(tmp_path: Path) -> None:
     assert len(remarks) == 2
     assert "rows of 1h each" in remarks[0]
     assert "0:15:00 apart" in remarks[0]
-    forecasts.write_csv(made, tmp_path / "f.csv")
+    write_csv(made, tmp_path / "f.csv")
     assert rows(tmp_path / "f.csv")[0] == ["series", "ahead", "time", "a", "b"]
 
 

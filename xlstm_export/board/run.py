@@ -18,6 +18,7 @@ from ..sessions import forecast as forecasts
 from ..sessions.codec import codec_of
 from ..sessions.cpu_graph import vocabulary
 from ..sessions.files import InputFiles, check_file
+from ..sessions.forecast_csv import write_csv
 from ..sessions.protocol import Session, resume, save_state
 from ..sessions.text import Writer, require_language_model
 from . import integrity
@@ -138,5 +139,5 @@ def _write_forecasts(files: Files, options: ForecastOptions, open_session: OpenS
     print(*forecasts.remarks(made), sep="\n", file=sys.stderr)
     if files.as_json:
         print(json.dumps({"series": [one.to_json() for one in made]}, indent=1))
-    forecasts.write_csv(made, files.out, every=options.every)
+    write_csv(made, files.out, every=options.every)
     print(f"wrote {files.out}", file=sys.stderr)

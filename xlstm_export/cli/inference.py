@@ -87,10 +87,11 @@ def forecast(
     run: Path, source: Path, out: Path, options: ForecastOptions, backend: str, threads: int, as_json: bool
 ) -> None:
     """Forecast the rows that follow each series of a CSV file, with the model in RUN."""
-    from ..inference.forecast import plot
+    from ..inference.forecast import drawn_of, plot
     from ..inference.open import open_session
     from ..plot.file import require_svg
     from ..sessions import forecast as forecasts
+    from ..sessions.forecast_csv import write_csv
 
     if options.plot is not None:
         require_svg(options.plot)
@@ -100,13 +101,15 @@ def forecast(
     opened = RunFolder.open(run)
     form = forecasts.layout(opened.io, opened.context_length)
     series = forecasts.read_series(source, form, options.columns.split(",") if options.columns else None)
+    if options.plot is not None:
+        drawn_of(series, options.target)
     with open_session(run, backend, lambda: RECORDED.load_for(opened), threads) as session:
         made = [forecasts.forecast(session, opened.io, one, form, options.horizon) for one in series]
     for line in forecasts.remarks(made):
         click.echo(line, err=True)
     files = [str(path) for path in (out, options.plot) if path is not None]
     emit({"files": files, "series": [one.to_json() for one in made]}, as_json, lambda console: None)
-    forecasts.write_csv(made, out, every=options.every)
+    write_csv(made, out, every=options.every)
     click.echo(f"wrote {out}", err=True)
     if options.plot is not None:
         plot(made, options.plot, options.target)

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..plot.figures import Band, Line, LinePlot
 from ..plot.file import require_svg, svg_file
 from ..sessions.forecast import Forecast
+from ..sessions.table import Table
 
 HISTORY = 168  # rows before the forecast that the plot shows, or three times the forecast where that is more
 WIDTH = 860  # px of the plot
@@ -32,11 +33,22 @@ def plot(made: Sequence[Forecast], path: Path, target: str | None = None) -> Non
         SetupError: the file cannot be written.
     """
     require_svg(path)
-    chosen = [one for one in made if target is None or target in (one.series.name, *one.series.columns)]
-    if not chosen:
-        names = dict.fromkeys(name for one in made for name in (one.series.name, *one.series.columns) if name)
-        raise UsageError(f"no column {target}", f"there are {', '.join(names)}")
+    drawn = drawn_of([one.series for one in made], target)
+    chosen = [one for one in made if any(one.series is series for series in drawn)]
     write_text(path, svg_file("", [_figure(one, target) for one in chosen], WIDTH, across=1))
+
+
+def drawn_of(series: Sequence[Table], target: str | None) -> list[Table]:
+    """The series that are drawn: all, or those with that name or with a column of that name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    chosen = [one for one in series if target is None or target in (one.name, *one.columns)]
+    if not chosen:
+        names = dict.fromkeys(name for one in series for name in (one.name, *one.columns) if name)
+        raise UsageError(f"no column {target}", f"there are {', '.join(names)}")
+    return chosen
 
 
 def _figure(made: Forecast, target: str | None) -> LinePlot:

@@ -7,8 +7,6 @@ which it can if it forecasts every column that it reads.
 
 from __future__ import annotations
 
-import csv
-import io as text_io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import write_text
 from ..errors import InputError, UsageError
 from ..inputs import per_position
 from ..specs import IoSpec, Json, TensorSpec
@@ -110,7 +107,9 @@ class Forecast:
         quantiles: levels, one per output; empty where the outputs are none.
         times: of the rows ahead, as the file writes them; empty where it has no times at equal steps.
         how: how the rows were made, as a sentence.
-        every: (rows, ahead, outputs), the forecast after each row; None if the model gives only the last.
+        every: (rows, ahead, outputs), the forecast after each row; None if the model gives only the last, or
+            if more than one call was needed.
+        calls: number of calls that were needed.
         unit: of the values; empty where it is not known.
     """
 
@@ -121,6 +120,7 @@ class Forecast:
     times: tuple[str, ...] = ()
     how: str = ""
     every: np.ndarray | None = None
+    calls: int = 1
     unit: str = ""
 
     @property
@@ -204,7 +204,7 @@ class _Rows:
         made = Forecast(self.series, self._names(last.shape[1]), last, levels)
         if wanted <= ahead:
             per_row = self.output.time_axis is not None and self.spec.steps == 1
-            how = f"{wanted} of the {ahead} rows that one call gives"
+            how = f"{wanted} {'' if wanted == ahead else f'of the {ahead} '}rows that one call gives"
             kept = every[:, :wanted] if per_row else None
             return replace(made, values=last[:wanted], how=how, every=kept)
         fed = self._fed(made, wanted)
@@ -218,7 +218,7 @@ class _Rows:
         how = f"{len(parts)} calls of {ahead} rows: the model is given {what}, {way}"
         if levels:
             how += "; later quantiles do not contain the uncertainty of what was given"
-        return replace(made, values=np.concatenate(parts)[:wanted], how=how)
+        return replace(made, values=np.concatenate(parts)[:wanted], how=how, calls=len(parts))
 
     def _fed(self, made: Forecast, wanted: int) -> list[int]:
         """The outputs that are given back as the next rows, one per column."""
@@ -340,51 +340,3 @@ def location_and_scale(context: np.ndarray) -> tuple[float, float]:
     scale = float(known.std())
     # Where all values are equal, their spread is zero or a rounding error.
     return loc, scale if (known != known[0]).any() else abs(loc) + 1e-5
-
-
-# --- Files ------------------------------------------------------------------------------------------
-
-
-def write_csv(made: Sequence[Forecast], path: Path, *, every: bool = False) -> None:
-    """Write forecasts as CSV, one row per row ahead; with `every`, one row per row of the input.
-
-    Where there are several series, the first column has their names.
-
-    Raises:
-        UsageError: `every` is set, and the model gives one forecast per call.
-        SetupError: the file cannot be written.
-    """
-    stream = text_io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    several = len(made) > 1
-    for number, one in enumerate(made):
-        head, *rows = _every(one) if every else _ahead(one)
-        if number == 0:
-            writer.writerow(["series", *head] if several else head)
-        writer.writerows([one.name, *row] if several else row for row in rows)
-    write_text(path, stream.getvalue())
-
-
-def _ahead(made: Forecast) -> list[list[str]]:
-    """Header and rows: how far ahead, the time where it is known, and the outputs."""
-    timed = [[time] for time in made.times] or [[]] * len(made.values)
-    rows = zip(range(1, len(made.values) + 1), timed, made.values.tolist(), strict=True)
-    head = ["ahead", *(["time"] if made.times else []), *made.names]
-    return [head, *([str(ahead), *time, *map(_number, values)] for ahead, time, values in rows)]
-
-
-def _every(made: Forecast) -> list[list[str]]:
-    """Header and rows: the forecast after each row of the input."""
-    if made.every is None:
-        raise UsageError("the model gives one forecast per call", "run without --every")
-    _, ahead, outputs = made.every.shape
-    plain = outputs == 1
-    names = [f"ahead_{a}" if plain else f"ahead_{a}_{n}" for a in range(1, ahead + 1) for n in made.names]
-    names = list(dict.fromkeys(names))
-    labels = made.series.labels or tuple(str(number + 1) for number in range(len(made.every)))
-    rows = zip(labels, made.every.reshape(len(made.every), -1).tolist(), strict=True)
-    return [["row", *names], *([label, *map(_number, values)] for label, values in rows)]
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"

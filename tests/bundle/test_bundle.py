@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from lean_board import deploy, packages
+from places import ROOT
 from refusals import refused
 from xlstm_export.plugins import locate
 
@@ -23,6 +24,7 @@ from xlstm_export.cli.main import main
 from xlstm_export.errors import GateError, InputError, UsageError
 from xlstm_export.load import checkpoint
 from xlstm_export.options import BundleOptions, ExportOptions
+from xlstm_export.sessions import OrtSession
 from xlstm_export.specs import OP_DOMAIN
 from xlstm_export.trace import export as trace
 
@@ -397,3 +399,76 @@ def test_deploy_refuses_tokens_that_the_model_does_not_know(own: Path, lean: Pat
     assert done.returncode == 4, done.stderr
     assert "tokens holds 256 at row 0, position 2" in done.stderr
     assert "0 … 255" in done.stderr
+
+
+@pytest.mark.slow
+def test_deploy_reads_data_as_the_commands_do(own: Path, lean: Path, tmp_path: Path) -> None:
+    """Text, arrays and tokens of any integer type give the same; what does not fit is named."""
+    text = b"A text for a board."
+    ids = np.frombuffer(text, np.uint8)
+    (tmp_path / "a.txt").write_bytes(text)
+    np.save(tmp_path / "a.npy", ids)
+    np.savez(tmp_path / "a.npz", tokens=ids[None].astype(np.int32))
+    np.savez(tmp_path / "floats.npz", tokens=ids[None] * 1.0)
+    np.savez(tmp_path / "ignored.npz", tokens=np.array([[5, -100]]))
+    (tmp_path / "rows.csv").write_text("a;b\n1,5;2\n")
+    outputs = []
+    for name, words in (
+        ("a.txt", ""),
+        ("a.npy", ""),
+        ("a.npz", ""),
+        ("floats.npz", "tokens holds float64, the model takes int64"),
+        ("ignored.npz", "tokens holds -100 at row 0, position 1"),
+        ("rows.csv", "is read as a time series"),
+    ):
+        files = ["--data", str(tmp_path / name), "--out", str(tmp_path / "out")]
+        done = deploy(own, lean, "run", "--backend", "onnxruntime", *files)
+        assert "Traceback" not in done.stderr
+        assert words in done.stderr
+        assert (done.returncode == 0) == (not words), done.stderr
+        if not words:
+            with np.load(tmp_path / "out") as file:
+                outputs.append(file["logits"])
+    assert all(np.array_equal(found, outputs[0]) for found in outputs)
+
+
+@pytest.mark.slow
+def test_deploy_reads_tables_and_refuses_what_would_stay(lean: Path, tmp_path: Path) -> None:
+    """A table as a spreadsheet writes it; a gap; a state file that is not finite."""
+    example = ROOT / "examples" / "weather_forecaster"
+    weights = str(example / "model.safetensors")
+    loaded = checkpoint.load(None, "examples.weather_forecaster.model:build", weights)
+    run = trace.export(loaded, tmp_path / "run")
+    atomic.write_json(run / "verify" / "report.json", {"passed": True, "files": runfolder.hashes(run)})
+    made = bundles.bundle(run, loaded, tmp_path / "made", BundleOptions(horizon=200))
+    header, *lines = (example / "two_weeks.csv").read_text().splitlines()
+    values = np.array([line.split(",")[1:] for line in lines], float)
+    cells = [line.partition(",")[2].replace(",", ";").replace(".", ",") for line in lines]
+    rows = [f"{1 + n // 24:02}.03.2024 {n % 24:02}:00;{row}" for n, row in enumerate(cells)]
+    table = "\n".join([header.replace(",", ";"), *rows])
+    path, out, state = tmp_path / "d.csv", tmp_path / "out.npz", tmp_path / "state.npz"
+    path.write_bytes(table.replace("temp", "Temp °C").encode("latin-1"))
+    command = ("run", "--backend", "onnxruntime", "--data", str(path), "--out", str(out))
+    done = deploy(made, lean, *command, "--state", str(state))
+    assert done.returncode == 0, done.stderr
+    assert "Latin-1" in done.stderr
+    with np.load(out) as file, OrtSession(run) as session:
+        expected = session.prefill({"x": values[None]})["y"]
+        np.testing.assert_allclose(file["y"], expected, rtol=1e-4, atol=1e-4)
+    saved = state.read_bytes()
+    path.write_text(f"{header}\n" + ",".join(["h", *["1"] * 6, "NA", *["1"] * 3]))
+    done = deploy(made, lean, *command, "--state", str(state))
+    assert done.returncode == 4
+    assert "line 2, column visib: NA is no finite number" in done.stderr
+    assert state.read_bytes() == saved
+    with np.load(state) as file:
+        arrays = dict(file)
+    name = next(iter(arrays))
+    arrays[name].flat[0] = np.nan
+    np.savez(state, **arrays)
+    path.write_text(f"{header}\n" + ",".join(["h", *["1"] * 10]))
+    done = deploy(made, lean, *command, "--state", str(state))
+    assert done.returncode == 4
+    assert f"state {name} holds nan" in done.stderr
+    state.unlink()  # the advice
+    assert deploy(made, lean, *command, "--state", str(state)).returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
@@ -20,6 +22,15 @@ def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -
     assert "xlstm_block_stack.blocks.1.xlstm.slstm_cell" in shown
     for target in ("orin-nano-8gb", "thor-t5000"):
         assert target in shown
+
+
+def test_long_paths_lose_their_middle_not_their_end(
+    small_loaded: Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of(small_loaded)
+    block = replace(spec.blocks[0], path=f"observation_conditioned_encoder.{spec.blocks[0].path}")
+    report.show_model(Console(width=80), replace(spec, blocks=(block,)))
+    assert "observation…s.0.xlstm.mlstm_cell" in capsys.readouterr().out
 
 
 def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
 from .tables_bench import format_bytes, show_bench
-from .tables_precision import show_precision
+from .tables_precision import shortened, show_precision
 
 if TYPE_CHECKING:
     from ..checks import Verdict
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..verify.bisect.search import Bisection
 
 EQUAL = ("equal to PyTorch", "NOT equal to PyTorch")
+BESIDE = 48  # characters of a table beside the path of a module
 MARK = {True: "[green]pass[/]", False: "[bold red]FAIL[/]"}
 
 
@@ -34,12 +35,20 @@ def show_model(console: Console, spec: ModelSpec) -> None:
         f"[bold]{spec.name}[/]: {spec.parameters:,} parameters ({spec.parameters_read:,} read per step), "
         f"context length {spec.context_length or '—'}, vocabulary {spec.vocab_size or '—'}"
     )
-    table = Table("block", "cell", "heads", "head dim", "state per stream", "path")
+    table = Table("block", "cell", "heads", "head dim", "state per stream", box=None, padding=(0, 1, 0, 0))
+    table.add_column("path", no_wrap=True)
     for block in spec.blocks:
         size = sum(s.elements for s in block.states) * roofline.STATE_BYTES
         kinds = ", ".join(f"{s.kind} {'×'.join(map(str, s.shape))}" for s in block.states)
         state = f"{format_bytes(size)}: {kinds}"
-        table.add_row(str(block.index), block.cell, str(block.heads), str(block.head_dim), state, block.path)
+        table.add_row(
+            str(block.index),
+            block.cell,
+            str(block.heads),
+            str(block.head_dim),
+            state,
+            escape(shortened(block.path, console.width - BESIDE)),
+        )
     console.print(table)
     console.print(f"state per stream: {format_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
     floors = Table("target", "FP16 floor", "tok/s", "INT8 floor", "tok/s", title="decode roofline, batch 1")
@@ -132,7 +141,12 @@ def show_bisection(console: Console, found: Bisection) -> None:
     """Error of each block by itself, then the first value that differs."""
     table = Table("block", "path", "error", "worst", box=None, padding=(0, 1, 0, 0))
     for block in found.blocks:
-        table.add_row(str(block.block), escape(block.path), f"{block.error:.1e}", escape(block.tensor))
+        table.add_row(
+            str(block.block),
+            escape(shortened(block.path, console.width - BESIDE)),
+            f"{block.error:.1e}",
+            escape(block.tensor),
+        )
     console.print(table)
     console.print(escape(found.sentence()), highlight=False)
 

@@ -16,10 +16,12 @@ from xlstm_export.cli.main import cli
 from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.inference.generate import codec_for
 from xlstm_export.inference.open import open_session
+from xlstm_export.inputs import Arrays
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.options import GenerateOptions
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions.codec import Bytes, Codec, Numbers, codec_of
+from xlstm_export.sessions.protocol import Session
 from xlstm_export.sessions.text import Writer, choose, temperature_of, until
 from xlstm_export.specs import IoSpec, TensorSpec
 
@@ -70,6 +72,37 @@ def test_only_the_likeliest_are_drawn() -> None:
     assert drawn(2000, top_p=1.0) == {0, 1, 2, 3}
     assert drawn(200, top_p=0.99, top_k=1) == {1}
     assert drawn(20) == {1}
+
+
+def test_logits_that_nothing_can_be_drawn_from() -> None:
+    rng = np.random.default_rng(0)
+    for wrong in ([0.0, np.nan], [-np.inf, -np.inf], [np.inf, 0.0]):
+        for options in ({}, {"temperature": 1.0}):
+            with pytest.raises(InputError, match="no token can be drawn"):
+                choose(np.array(wrong), GenerateOptions.made_of(options), rng)
+    masked = np.array([-np.inf, 1.0, 2.0], np.float32)
+    assert draws(masked, rng, 200, temperature=1.0) == {1, 2}
+    assert draws(masked, rng, 20, temperature=1e-300) == {2}
+
+
+class Sums(Session):
+    """The likeliest token is the sum of all tokens of a call, modulo 10."""
+
+    def _prefill(self, inputs: Arrays) -> Arrays:
+        sums = inputs["tokens"].cumsum(1) % 10
+        return {"logits": np.eye(10, dtype=np.float32)[sums]}
+
+    def _state(self) -> Arrays:
+        return {}
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        raise AssertionError
+
+
+def test_a_model_without_state_reads_the_whole_text_again() -> None:
+    io = IoSpec((TOKENS,), (TensorSpec("logits", "float32", ("B", "S", 10)),), ())
+    writer = Writer(Sums(io), io, Numbers(), GenerateOptions(tokens=5))
+    assert "".join(writer.write("1 2")).split() == ["3", "6", "2", "4", "8"]
 
 
 def draws(logits: np.ndarray, rng: np.random.Generator, count: int, **options: object) -> set[int]:

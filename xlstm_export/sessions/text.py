@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..inputs import per_position
 from ..options import GenerateOptions
 from ..specs import IoSpec
@@ -56,20 +57,26 @@ class Writer:
             raise UsageError(f"the prompt holds a token beyond the vocabulary of {size}", "give other tokens")
         if not given:
             raise UsageError("there is no text to continue", "give at least one token")
-        name, output = self._io.inputs[0].name, self._io.outputs[0].name
         self._codec.begin(given)
         rng = np.random.default_rng(self._options.seed)
         ends = self._codec.ends if self._options.eos else frozenset()
-        logits = self._session.prefill({name: np.array([given], np.int64)})[output]
+        logits, tokens = self._logits(given), list(given)
         for _ in range(self._options.tokens):
-            token = choose(logits.reshape(-1, logits.shape[-1])[-1], self._options, rng)
+            token = choose(logits, self._options, rng)
+            tokens.append(token)
             self.drawn += 1
             # Before the text is handed out: a caller may stop here, and the state has every drawn token.
-            logits = self._session.step({name: np.array([[token]])})[output]
+            logits = self._logits([token] if self._io.states else tokens)
             if token in ends:
                 self.ended = "end"
                 return
             yield self._codec.feed(token)
+
+    def _logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """The logits (V,) after tokens that follow those of the last call, or after all without a state."""
+        call = self._session.step if len(tokens) == 1 and self._io.states else self._session.prefill
+        found = call({self._io.inputs[0].name: np.array([tokens], np.int64)})[self._io.outputs[0].name]
+        return np.asarray(found.reshape(-1, found.shape[-1])[-1])
 
 
 def require_language_model(io: IoSpec) -> None:
@@ -114,14 +121,24 @@ def choose(logits: np.ndarray, options: GenerateOptions, rng: np.random.Generato
         logits: (V,).
         options: `temperature`; `top_k` and `top_p` leave out unlikely tokens before the draw.
         rng: generator of the draw.
+
+    Raises:
+        InputError: the logits have NaN, or there is no largest one.
     """
+    highest = float(logits.max())
+    if not math.isfinite(highest):
+        raise InputError(
+            f"the model's logits are {highest}, so no token can be drawn",
+            "`verify` shows where the export leaves the numbers of its precision; begin with a fresh state",
+        )
     temperature = temperature_of(options)
     if temperature <= 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):  # far below the highest, at a very low temperature
+        scaled = (logits.astype(np.float64) - highest) / temperature
     if options.top_k is not None and options.top_k < len(scaled):
         scaled[np.argpartition(scaled, -options.top_k)[: -options.top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled)
     weights /= weights.sum()
     if options.top_p is not None:
         order = np.argsort(-weights, kind="stable")

@@ -70,6 +70,8 @@ class Verdict:
     precision: dict[str, Any] = field(default_factory=dict)
     # In what this verification rests on less than the one whose verdict stands (`verify.evidence.weaker`).
     weaker: tuple[str, ...] = ()
+    # What the checks touched, of `verify.coverage.coverage`.
+    coverage: dict[str, Any] = field(default_factory=dict)
     # Proof that the files are what the checkpoint gives, of `verify.identity.Identity.to_json`. Empty where
     # only a part of the model was verified.
     identity: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +100,7 @@ class Verdict:
                 **({"gate": self.gate} if self.gate else {}),
                 **({"precision": self.precision} if self.precision else {}),
                 **({"weaker": list(self.weaker)} if self.weaker else {}),
+                **({"coverage": self.coverage} if self.coverage else {}),
                 **({"identity": self.identity} if self.identity else {}),
                 "checks": [check.to_json() for check in self.checks],
             }
@@ -119,6 +122,7 @@ class Verdict:
             gate=data.get("gate", {}),
             precision=data.get("precision", {}),
             weaker=tuple(data.get("weaker", ())),
+            coverage=data.get("coverage", {}),
             identity=data.get("identity", {}),
         )
 

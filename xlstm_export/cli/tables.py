@@ -107,6 +107,8 @@ def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = No
         )
     if verdict.identity:
         console.print(escape(verdict.identity["sentence"]), highlight=False)
+    if verdict.coverage:
+        console.print(escape(verdict.coverage["sentence"]), highlight=False)
     if verdict.reference:
         why = f", because {verdict.reference_reason}" if verdict.reference_reason else ""
         console.print(escape(f"the reference is {pytorch(verdict.reference)}{why}"), highlight=False)

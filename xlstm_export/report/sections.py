@@ -184,6 +184,8 @@ def parity(run: RunData) -> Section:
     )
     text = [] if run.current else [OTHER_FILES]
     text += _proofs(run.verification)
+    if covered := run.verification.get("coverage"):
+        text.append(str(covered["sentence"]))
     text += [f"Inputs of the checks: {run.verification.get('inputs')}.", *_reference(run.verification)]
     for name, far in (run.verification.get("upstream_as_it_comes") or {}).items():
         distance, there = (

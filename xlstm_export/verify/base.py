@@ -32,6 +32,7 @@ class Verification:
         data: held-out data, or None.
         source: source of the sequences.
         streams: the ways of calling the export; most checks run on `streams.inputs`.
+        rng: generator of what is drawn.
 
     Raises:
         UsageError: the run folder was not made from this model, or the options do not fit it.
@@ -51,7 +52,7 @@ class Verification:
         self.run, self.io, self.loaded, self.options, self.context = run, run.io, loaded, options, context
         self.threads = context.threads
         self.data = load_data(options, run, loaded)
-        rng = np.random.default_rng(context.seed)
+        self.rng = rng = np.random.default_rng(context.seed)
         self.source = Source(loaded, run.io, rng, self.data, calibration)
         self.streams = StreamChecks(run, self.source, self.expected, limits, rng, context.threads)
 

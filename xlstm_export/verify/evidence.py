@@ -125,7 +125,8 @@ def _write(run: RunFolder, verdict: Verdict, rests_on: Json, more: Callable[[Pat
         beside = {**rests_on, "passed": verdict.passed, "weaker": list(verdict.weaker)}
         record(run.path, {WEAKER: beside})
         return
-    record(run.path, {VERIFICATION: {**rests_on, "passed": verdict.passed}, WEAKER: None})
+    about = {**rests_on, "passed": verdict.passed, "coverage": verdict.coverage}
+    record(run.path, {VERIFICATION: about, WEAKER: None})
     shutil.rmtree(run.verdict.parent / BESIDE, ignore_errors=True)
 
 

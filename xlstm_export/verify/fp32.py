@@ -33,6 +33,7 @@ from ..runfolder import RunFolder
 from ..sessions import OrtSession, TorchSession
 from ..specs import Json
 from .base import Verification, require_same_model
+from .coverage import along, calls, check_shapes, coverage, every_token
 from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import LIMITS, limits_by_own_error, metric_limits_by_own_error, output_limit
@@ -98,6 +99,8 @@ class _Fp32(Verification):
         self.last_only = run.last_only
         self.candidate = self.streams.candidate
         self._expected: dict[int, tuple[Arrays, Arrays]] = {}
+        self.calls = calls(self.io, self.rng)
+        self.covered = [self.inputs, *([] if self.data is None else [self.data.inputs])]
         self._longer: dict[int, Arrays] = {}  # inputs of other lengths than those of the checks
         trusted = loaded.weights is not None
         self._untouched = Precise(self._copy, self.reference.cells, trusted=trusted)
@@ -119,6 +122,8 @@ class _Fp32(Verification):
         if self.io.states:
             progress("long stream")
             checks += self.check_long()
+        else:
+            checks += self.check_other_calls()
         progress("upstream, unmodified")
         as_it_comes = self.as_it_comes()
         found, check = audited(self.run, self.source.stretch(), self.context)
@@ -135,6 +140,7 @@ class _Fp32(Verification):
             self.source.name,
             as_it_comes,
             gates=found.to_json(),
+            coverage=self.coverage(),
             reference=self.reference.reference,
             reference_reason=self.reference.reason,
         )
@@ -176,12 +182,27 @@ class _Fp32(Verification):
     def check_long(self) -> list[Check]:
         """A stream beyond the context length of training, where upstream's own forward stops."""
         length = 2 * min(self.limit_context, 1024) + 7
-        inputs = self.source.batch(length)
+        most = max(length, *(positions for positions, _ in self.calls))
+        inputs = every_token(self.source.batch(most), self.io, self.loaded, self.rng)
+        whole = self.source.cut(inputs, 0, length)
         self.reference.reset()
-        expected = self.reference.prefill(inputs)
+        reference = self.reference.prefill(whole)
+        state = self.reference.state()
         self.candidate.reset()
-        outputs = self.candidate.prefill(inputs)
-        return self.streams.compare(f"long stream {length}", outputs, expected, self.reference.state())
+        outputs = self.candidate.prefill(whole)
+        self.covered.append(inputs)
+        checks = self.streams.compare(f"long stream {length}", outputs, reference, state)
+        expected = along(self.streams, self.reference, inputs, [positions for positions, _ in self.calls])
+        return checks + check_shapes(self.streams, expected, inputs, self.calls)
+
+    def check_other_calls(self) -> list[Check]:
+        """Calls of other lengths and batches, of a model without states."""
+        expected = {length: self.expected(length) for length, _ in self.calls}
+        return check_shapes(self.streams, expected, self.inputs, self.calls)
+
+    def coverage(self) -> Json:
+        """What the checks touched."""
+        return coverage(self.io, self.loaded, self.calls, self.lengths, self.covered)
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """The task's metric on held-out data, reference in float64."""

@@ -32,6 +32,7 @@ from ..runfolder import MODEL_DATA, RunFolder
 from ..sessions import OrtSession, Session, TorchSession
 from ..specs import Json
 from .base import Verification
+from .coverage import Call, along, calls, check_shapes, coverage
 from .drift_gate import drift_checks
 from .evidence import evidence, keep
 from .gate_file import read_gate
@@ -137,6 +138,8 @@ class _Precision(Verification):
         self.context.progress("fences and rules of TensorRT")
         checks = self.check_graph()
         checks += self.check_streams()
+        tried = tuple(call for call in calls(self.io, self.rng) if call[0] <= max(self.streams.lengths))
+        checks += self.check_other_calls(tried)
         if run.io.states and has_positions(run.io):
             self.drift = self.measure()
             checks += drift_checks(self.drift, self.drift_limits)
@@ -150,7 +153,16 @@ class _Precision(Verification):
             more, measured = self.check_metric(self.data)
             checks += more
         about = self.describe(self.drift)
-        return Verdict(tuple(checks), measured, run.hashes(), self.source.name, gates=gates, precision=about)
+        covered = [self.streams.inputs, *([] if self.data is None else [self.data.inputs])]
+        return Verdict(
+            tuple(checks),
+            measured,
+            run.hashes(),
+            self.source.name,
+            gates=gates,
+            precision=about,
+            coverage=coverage(self.io, self.loaded, tried, self.streams.lengths, covered),
+        )
 
     def check_graph(self) -> list[Check]:
         """Check the written graph: its fences, and the rules of TensorRT's parser."""
@@ -162,6 +174,12 @@ class _Precision(Verification):
             Check("values below FP32 that feed back", float(len(fences.violations)), 0.0, detail),
             Check("rules of TensorRT 10.3 broken", float(len(broken)), 0.0, {"violations": broken[:20]}),
         ]
+
+    def check_other_calls(self, tried: tuple[Call, ...]) -> list[Check]:
+        """Calls of other lengths and batches, compared with a stream."""
+        inputs = self.streams.inputs
+        expected = along(self.streams, self.streams.candidate, inputs, [length for length, _ in tried])
+        return check_shapes(self.streams, expected, inputs, tried)
 
     def measure(self) -> Drift:
         """Measure the error against FP32 along one stream, on real data if they are long enough."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from xlstm_export import runfolder
 from xlstm_export.cli import tables as report
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.pipeline.runner import Outcome
 
 
 def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,3 +40,11 @@ def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "past_0_C → present_0_C" in shown
     assert "['B', 4, 32, 32]" in shown
+
+
+def test_states_of_steps_take_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [
+        Outcome(name, state, Path("out")) for name, state in (("export", "unchanged"), ("verify", "done"))
+    ]
+    report.show_states(Console(width=80), [*outcomes, Outcome("bench", "done", Path("out"))])
+    assert capsys.readouterr().out == "unchanged: export; done: verify, bench\n"

@@ -39,7 +39,7 @@ def run(pipeline: Path, changes: tuple[str, ...], how: How, as_json: bool) -> No
     from ..pipeline.deploy import deployment
     from ..pipeline.runner import run_pipeline
     from .summary import show_summary, verdict_line
-    from .tables import show_deploy, show_outcomes
+    from .tables import show_deploy, show_outcomes, show_states
 
     with spinner() as stage:
         outcomes = run_pipeline(read, how, stage)
@@ -47,14 +47,20 @@ def run(pipeline: Path, changes: tuple[str, ...], how: How, as_json: bool) -> No
     steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in outcomes]
 
     def show(console: Console) -> None:
+        if not result.variants:
+            show_outcomes(console, outcomes)
+            return
+        show_states(console, outcomes)
+        show_summary(console, result)
+
+    def details(console: Console) -> None:
         show_outcomes(console, outcomes)
-        if result.variants:
-            show_summary(console, result)
+        show_deploy(console, result)
 
     emit(
         {"steps": steps, **(result.to_json() if result.variants else {})},
         as_json,
         show,
-        details=lambda console: show_deploy(console, result),
+        details=details,
         line=verdict_line(result) if result.variants else None,
     )

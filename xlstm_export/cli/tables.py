@@ -176,6 +176,15 @@ def show_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def show_states(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """Which steps were done, and which were left as they are, in a line or two."""
+    states: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        states.setdefault(outcome.state, []).append(outcome.name)
+    text = "; ".join(f"{state}: {', '.join(names)}" for state, names in states.items())
+    console.print(text, highlight=False, markup=False)
+
+
 def show_doctor(console: Console, findings: list[Finding]) -> None:
     """What was found on this machine, and what to do."""
     colors = {"ok": "green", "missing": "bold red", "optional": "yellow"}

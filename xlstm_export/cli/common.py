@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import GateError, InputError
-from ..options import FILES, GENERATOR, READ, About, Context, Options
+from ..options import FILES, GENERATOR, READ, About, Context, Options, Progress
 from ..runfolder import MANIFEST, MODEL, VERDICT, RunFolder
 from .console import emit
 
@@ -57,13 +57,20 @@ class Source:
 
             require_recorded(run)
 
-    def load(self, stateless: bool | None = None) -> Loaded:
+    def load(self, stateless: bool | None = None, progress: Progress = Context().progress) -> Loaded:
         """The model."""
         self.require()
         from ..lift.model import notes_of
         from ..load.checkpoint import load
 
-        loaded = load(self.checkpoint, self.module, self.weights, stateless=stateless, alias=self.alias)
+        loaded = load(
+            self.checkpoint,
+            self.module,
+            self.weights,
+            stateless=stateless,
+            alias=self.alias,
+            progress=progress,
+        )
         for note in notes_of(loaded):
             click.echo(note, err=True)
         return loaded

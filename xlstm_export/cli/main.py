@@ -100,7 +100,7 @@ def export(source: Source, out: Path, force: bool, options: ExportOptions, as_js
 
     with spinner() as stage:
         stage("loading")
-        loaded = source.load(options.stateless)
+        loaded = source.load(options.stateless, stage)
         context = Context(command=command_line(), progress=stage)
         folder = stages.export(loaded, out, options, context, force=force)
     emit_written(folder, as_json)
@@ -132,7 +132,7 @@ def deploy(
 
     with spinner() as stage:
         stage("loading")
-        loaded = source.load()
+        loaded = source.load(progress=stage)
         result = deploy_(loaded, out, options, replace(context, progress=stage), how)
     if how.dry_run:
         steps = [{"name": o.name, "state": o.state, "folder": str(o.folder)} for o in result.outcomes]

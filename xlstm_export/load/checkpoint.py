@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..options import Context, Progress
 from .families import blocks, huggingface, large, tirex
 from .families.own import load_live, load_module
+from .hub import download, hub_id
 from .loaded import Loaded
 from .place import checkpoint_folder, find_config, read_config
 from .source import require_checkpoint, require_source
@@ -27,21 +29,28 @@ def load(
     *,
     stateless: bool | None = None,
     alias: str | None = None,
+    progress: Progress = Context().progress,
 ) -> Loaded:
     """Load a model through one of the two entry points, by the options of the command line.
 
     Args:
-        checkpoint: path of a checkpoint of a published family, or
+        checkpoint: path of a checkpoint of a published family, or its name on the Hugging Face Hub, or
         module: factory of a user's own module, as package.module:function, and
         weights: file with its weights.
         stateless: the form that will be exported; None for the one upstream uses.
         alias: of a module's classes, those that are known under another path: THEIRS=KNOWN, or several with
             commas between them.
+        progress: called with how far a download is.
 
     Raises:
         UsageError: both or neither of `checkpoint` and `module` are given, or `alias` has another form.
     """
     require_source(checkpoint, module, weights, alias)
+    asked = None if checkpoint is None else hub_id(checkpoint)
+    if asked is not None:
+        folder, name = download(asked, progress)
+        loaded = load_checkpoint(folder, stateless=stateless).in_form(stateless)
+        return replace(loaded, origin={**loaded.origin, "checkpoint": name})
     if checkpoint is not None:
         return load_checkpoint(Path(checkpoint), stateless=stateless).in_form(stateless)
     assert module is not None

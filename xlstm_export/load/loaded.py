@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..atomic import sha256
 from ..errors import InputError
 from ..specs import Meaning, TensorSpec
+from .hub import hub_id
 from .place import PATHS
 from .signature import Call, Signature
 from .weights import Weights
@@ -153,7 +154,8 @@ class Loaded:
     @property
     def origin_absolute(self) -> dict[str, str]:
         """The paths of the origin as absolute ones, recorded beside those that were given."""
-        return {name: str(Path(path).resolve()) for name, path in self.origin.items() if name in PATHS}
+        paths = {name: path for name, path in self.origin.items() if name in PATHS and hub_id(path) is None}
+        return {name: str(Path(path).resolve()) for name, path in paths.items()}
 
     def input_dims(self, name: str) -> Dims:
         """Symbolic shape of an input."""

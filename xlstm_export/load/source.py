@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from ..errors import InputError, UsageError
+from .hub import hub_id, require_package
 from .place import checkpoint_folder, find_config, need_config, nothing, require_weight_file, weight_files
 
 CHECKPOINT = "give a checkpoint directory or a .pt / .safetensors file"
@@ -57,6 +58,8 @@ def require_checkpoint(path: Path) -> None:
         there = path.exists()
     except OSError:  # not a possible name
         there = False
+    if not there and (asked := hub_id(str(path))) is not None:
+        return require_package(asked)
     if not there:
         raise InputError(f"{path} does not exist", CHECKPOINT)
     if all((path / name).is_file() for name in RUN):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..atomic import sha256, sha256_of_all
 from ..errors import InputError, UsageError
+from ..load.hub import hub_id
 from ..load.place import PATHS
 from ..options import VerifyOptions
 from ..runfolder import CALIBRATED_ON, VERIFICATION, RunFolder, read_manifest
@@ -132,6 +133,8 @@ def locate(run: RunFolder, name: str) -> Path:
         InputError: it is in none of these places.
     """
     given = Path(run.origin[name])
+    if name == "checkpoint" and hub_id(run.origin[name]) is not None:
+        return given  # a model of the Hub, with its commit
     recorded = run.manifest.get("origin_absolute")
     absolute = recorded.get(name) if isinstance(recorded, dict) else None
     _, *places = _places(run, given, absolute)

@@ -294,7 +294,9 @@ def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
     weights = None if options.weights is None else str(options.weights)
     if ":" in str(model) and not Path(model).exists():
         return checkpoint.load(None, str(model), weights, stateless=options.stateless, alias=options.alias)
-    return checkpoint.load(str(model), None, weights, stateless=options.stateless, alias=options.alias)
+    return checkpoint.load(
+        str(model), None, weights, stateless=options.stateless, alias=options.alias, progress=options.progress
+    )
 
 
 def _as(kind: type[O], options: Options) -> O:

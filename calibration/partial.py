@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from xlstm_export.calibration.histogram import Observer
 
-from xlstm_export.atomic import readable_os_errors
+from xlstm_export.atomic import staged_file
 from xlstm_export.errors import InputError
 
 NAME = ".calibration.partial.npz"
@@ -65,14 +64,8 @@ class Partial:
             arrays[f"{index}_bins"] = observer.bins
             arrays[f"{index}_exponent"] = np.array(observer.exponent)
             arrays[f"{index}_channels"] = observer.channels
-        with readable_os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{NAME}.{os.getpid()}.npz")
-            try:
-                np.savez(temporary, **arrays)
-                os.replace(temporary, self.path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with staged_file(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
 
     def remove(self) -> None:
         """Delete the file: the run is finished."""

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export.atomic import readable_os_errors, write_json
+from xlstm_export.atomic import staged_file, write_json
 from xlstm_export.errors import InputError
 from xlstm_export.runfolder import MODEL
 from xlstm_export.specs import Json
@@ -143,15 +142,8 @@ class Scales:
         Raises:
             SetupError: the folder cannot be written, or the disk is full.
         """
-        path = folder / CHANNELS
-        with readable_os_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                temporary.write_bytes(self._channel_bytes())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with staged_file(folder / CHANNELS) as temporary:
+            temporary.write_bytes(self._channel_bytes())
         write_json(folder / SCALES, self.to_json())
 
     @staticmethod

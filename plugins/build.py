@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,12 +109,12 @@ def build(
         fine = {b.path for kind in wanted for b in sources.cached(kind) if not b.problem}
         missing = [kind for kind in wanted if folders[kind] / KINDS[kind].library not in fine]
         if missing:
-            with tempfile.TemporaryDirectory(prefix="xlstm-plugins-") as temporary:
-                _compile(missing, tools, sources, Path(temporary), progress)
+            with atomic.scratch_folder(cache_folder() / "build") as temporary:
+                _compile(missing, tools, sources, temporary, progress)
                 for kind in missing:
                     if sources.hash(kind) != manifests[kind]["sources"]:
                         raise BuildError(f"the sources of {kind} changed while they compiled", "run again")
-                    _install(Path(temporary) / KINDS[kind].library, manifests[kind], folders[kind])
+                    _install(temporary / KINDS[kind].library, manifests[kind], folders[kind])
     libraries = []
     for kind in wanted:
         path = folders[kind] / KINDS[kind].library
@@ -242,9 +241,7 @@ def _run(command: list[str], output: IO[str], progress: Progress | None) -> int:
 def _failure(kinds: Sequence[str], log: Path) -> BuildError:
     text = log.read_text(encoding="utf-8", errors="replace")
     kept = cache_folder() / "failed.log"
-    temporary = kept.with_name(f".failed.log.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, kept)
+    atomic.write_text(kept, text)
     lines = text.strip().splitlines()
     found = _ERROR.search(text)
     if found is None:

@@ -202,7 +202,7 @@ def test_output_below_a_file(tmp_path: Path, below: str) -> None:
 def test_name_that_is_too_long(tmp_path: Path, name: str) -> None:
     """As a name of its own, or once the temporary suffix is added."""
     limit = os.pathconf(tmp_path, "PC_NAME_MAX")
-    if len(name) + len(f"..{os.getpid()}.") + 8 <= limit:
+    if len(name) + len("..12345678.partial") <= limit:
         pytest.skip(f"names of {limit} characters are allowed here")
     with refused(SetupError, "name too long"):
         refuse(tmp_path / name)
@@ -319,9 +319,9 @@ def interrupted(source: Path, out: Path, number: signal.Signals, stop: str) -> P
         stderr=subprocess.DEVNULL,
     )
     try:
-        wanted = "*" if stop == "at once" else f"*/{runfolder.MANIFEST}"
+        wanted = "" if stop == "at once" else f"/{runfolder.MANIFEST}"
         deadline = time.monotonic() + 300
-        while not (found := list(out.parent.glob(f".{out.name}.{process.pid}.{wanted}"))):
+        while not (found := list(out.parent.glob(f".{out.name}.*.partial{wanted}"))):
             assert process.poll() is None, "the export ended before it could be interrupted"
             assert time.monotonic() < deadline, "the export never started to write"
             time.sleep(0.005)
@@ -379,27 +379,76 @@ def test_terminated_command(small_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_only_abandoned_folders_are_cleaned(tmp_path: Path) -> None:
     """Not those of a living process, of another output folder, or of somebody else."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
     kept = [
-        f".out.{os.getpid()}.abcdefgh",  # in use
-        f".out.1.{gone.pid}.abcdefgh",  # of the folder `out.1`, whichever process 1 is
-        f".out.{gone.pid}.old",  # never came from here
-        ".out.99999999999.abcdefgh",
-        ".out.backup.abcdefgh",
-        f"out.{gone.pid}.abcdefgh",
+        ".out.1.0123abcd.partial",  # of the folder `out.1`
+        ".out.20261130",  # never came from here
+        ".out.partial",
+        ".out.backup.partial",
+        "out.0123abcd.partial",
     ]
-    for name in (*kept, f".out.{gone.pid}.abcdefgh"):
+    for name in (*kept, ".out.0123abcd.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    stage(tmp_path / "out")
+    with atomic.scratch_folder(tmp_path / "out") as in_use:
+        stage(tmp_path / "out")
+        assert names(tmp_path) == sorted([*kept, in_use.name, "out"])
     assert names(tmp_path) == sorted([*kept, "out"])
 
 
+def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    """Whatever its number is: in another container it may be ours, or that of no process here."""
+    code = "import sys; from pathlib import Path; from xlstm_export import atomic\n"
+    code += "with atomic.staged_file(Path(sys.argv[1])) as file: print(file, flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        temporary = Path(process.stdout.readline().strip())
+        atomic.write_text(tmp_path / "out", "ours")
+        assert names(tmp_path) == sorted([temporary.name, "out"])
+        process.kill()
+    assert names(tmp_path) == sorted([temporary.name, "out"])
+    atomic.write_text(tmp_path / "out", "again")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_taken_for_abandoned_right_after_its_creation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    """Another process cleans up between creation and lock: a new one is made."""
+    lock, removed = atomic._lock, []
+
+    def late(path: Path) -> int:
+        if not removed:
+            removed.append(path)
+            path.rmdir() if path.is_dir() else path.unlink()
+        return lock(path)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    if folder:
+        stage(tmp_path / "out")
+    else:
+        atomic.write_text(tmp_path / "out", "")
+    assert names(tmp_path) == ["out"]
+    assert len(removed) == 1
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything works; nobody can know what is abandoned, so nothing is removed."""
+
+    def none(path: Path) -> int:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(atomic, "_lock", none)
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    stage(tmp_path / "out")
+    assert names(tmp_path) == [".out.0123abcd.partial", "out"]
+
+
 def test_names_with_special_characters_are_cleaned_too(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f".run[1]*.{gone.pid}.abcdefgh").mkdir()
+    (tmp_path / ".run[1]*.0123abcd.partial").mkdir()
     stage(tmp_path / "run[1]*")
     assert names(tmp_path) == ["run[1]*"]
 

@@ -1,4 +1,10 @@
-"""Atomic writing: files and folders appear complete under their name, or not at all."""
+"""Atomic writing: files and folders appear complete under their name, or not at all.
+
+Until then they are called `.NAME.XXXXXXXX.partial`. The process that writes one holds a lock on it, which the
+system releases when the process ends, however it ends. So what a killed process left is known by its free
+lock, and removed when the same name is written again. A process number would not do: containers that share a
+disk have numbers of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +50,39 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         require_space(out.parent, bytes_needed)
-        # The process id in the name tells a folder in use from one left by a killed process.
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
-        try:
+        with _partial(out, folder=True) as temporary:
             yield temporary
             require_free(out, marker, force)  # another process may have taken the name meanwhile
             _replace(temporary, out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """An empty temporary file beside `path` that takes its name when the block ends without an error.
+
+    Raises:
+        SetupError: it cannot be written, or the disk is full.
+    """
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        with _partial(path, folder=False) as temporary:
+            yield temporary
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, named after it and removed at the end.
+
+    Raises:
+        SetupError: it cannot be written, or the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        with readable_os_errors(path):
+            _remove_abandoned(path)
+            temporary = stack.enter_context(_partial(path, folder=True))
+        yield temporary
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -91,14 +123,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SetupError: it cannot be written.
     """
-    with readable_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with staged_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def require_writable(path: Path) -> None:
@@ -151,38 +177,89 @@ def require_free(out: Path, marker: str, force: bool) -> None:
 
 def _replace(temporary: Path, out: Path) -> None:
     """Give `temporary` the name `out`; an old `out` is gone only once the new one is in place."""
-    os.chmod(temporary, 0o755)  # mkdtemp is private by default
+    os.chmod(temporary, 0o755)  # it was private
     if not out.exists():
         os.rename(temporary, out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    with _partial(out, folder=True) as old:
+        try:
+            os.rename(out, old / "old")
+            os.rename(temporary, out)
+        except BaseException:  # Ctrl-C between the two renames must not lose the old folder either
+            if not out.exists():
+                os.rename(old / "old", out)
+            raise
+
+
+# --- what is not complete -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _partial(path: Path, *, folder: bool) -> Iterator[Path]:
+    """A locked temporary folder or file beside `path`; what is left of it at the end is removed."""
+    temporary, lock = _create(path, folder)
     try:
-        os.rename(out, old / "old")
-        os.rename(temporary, out)
-    except BaseException:  # Ctrl-C between the two renames must not lose the old folder either
-        if not out.exists():
-            os.rename(old / "old", out)
-        raise
+        yield temporary
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _create(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """A new name beside `path`, and the handle that holds its lock; None where there are no locks."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        if folder:
+            temporary.mkdir(mode=0o700)
+        else:
+            temporary.touch(exist_ok=False)
+        try:
+            return temporary, _lock(temporary)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process cleaned up between the two lines, and took it for abandoned
+        except OSError:
+            return temporary, None
+
+
+def _lock(path: Path) -> int:
+    """A handle that holds the lock of a file or folder.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: the path is gone.
+        OSError: there are no locks here.
+    """
+    if sys.platform == "win32":
+        raise OSError(errno.ENOTSUP, "no locks")
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), os.stat(path)):
+            raise FileNotFoundError(path)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Delete temporary folders of processes that no longer exist."""
-    # Only names that mkdtemp makes from this prefix: not `.out.2023.old`, not the folders of an `out.1`.
-    ours = re.compile(rf"\.{re.escape(out.name)}\.(\d{{1,7}})\.[a-z0-9_]{{8}}")
+    """Delete what processes that no longer exist left beside `out`; where there are no locks: nothing."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.partial")
     for path in out.parent.iterdir():
-        match = ours.fullmatch(path.name)
-        if match and not alive(int(match[1])):
+        if not ours.fullmatch(path.name):
+            continue
+        try:
+            lock = _lock(path)
+        except OSError:  # in use, or nobody can know
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of that number exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        else:
+            path.unlink(missing_ok=True)
+        os.close(lock)

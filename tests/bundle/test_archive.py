@@ -28,6 +28,13 @@ def special(name: str, kind: bytes, link: str = "") -> Entry:
     return entry, b""
 
 
+def header(kind: bytes, size: int) -> Entry:
+    """A header that belongs to the next file; the format sets no limit to it."""
+    entry = tarfile.TarInfo("header")
+    entry.type, entry.size = kind, size
+    return entry, bytes(size)
+
+
 def write(path: Path, *entries: Entry) -> Path:
     with tarfile.open(path, "w:gz") as file:
         for entry, content in entries:
@@ -59,6 +66,9 @@ HOSTILE: dict[str, tuple[Callable[[], Entry], str]] = {
     "pipe": (lambda: special("pipe", tarfile.FIFOTYPE), "not a plain file"),
     "the same name twice": (lambda: plain("manifest.json"), "manifest.json"),
     "bomb": (lambda: plain("zeros", bytes(50 << 20)), "far larger when unpacked"),
+    "folders without end": (lambda: plain("d/" * 1500 + "f"), "d/d/d"),
+    "a long header": (lambda: header(tarfile.XHDTYPE, 8 << 20), "a header of"),
+    "a long name": (lambda: header(tarfile.GNUTYPE_LONGNAME, 8 << 20), "a header of"),
 }
 
 

@@ -142,10 +142,57 @@ def test_missing_shortened_and_added_files_are_named(own: Path) -> None:
 
 
 def test_results_of_the_board_do_not_count(own: Path) -> None:
-    for name in ("results/bench.json", "engines/sm87-trt10.3.0/model.engine", "state.npz"):
+    for name in ("results/bench.json", "engines/sm87-trt10.3.0/model.engine"):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_bytes(b"x")
     archive.verify_bundle(own)
+    (own / "state.npz").write_bytes(b"x")
+    integrity.check(own)  # the board neither runs nor reads it
+    with refused(InputError, "state.npz does not belong to it", "to another folder"):
+        archive.verify_bundle(own)
+    (own / "state.npz").rename(own.parent / "state.npz")  # the advice
+    archive.verify_bundle(own)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "cpu/more.onnx", "goldens/a/b.npz"])
+def test_added_files_that_a_board_would_read(own: Path, name: str) -> None:
+    (own / name).parent.mkdir(parents=True, exist_ok=True)
+    (own / name).write_text("{}")
+    with refused(InputError, f"{name} does not belong to it"):
+        integrity.check(own)
+
+
+def test_links_in_a_bundle(own: Path) -> None:
+    """To a file or to a folder, at any level, whatever they point to."""
+    for name in ("io.json", "goldens", "plugins/mlstm"):
+        (own / name).rename(own.parent / "elsewhere")
+        (own / name).symlink_to(own.parent / "elsewhere")
+        with refused(InputError, f"{name}", "is a link"):
+            integrity.check(own)
+        (own / name).unlink()
+        (own.parent / "elsewhere").rename(own / name)
+    integrity.check(own)
+    (own / "more").symlink_to(own.parent)
+    with refused(InputError, "more does not belong to it"):
+        archive.verify_bundle(own)
+
+
+def test_folders_that_are_far_too_deep(own: Path) -> None:
+    deep = own / "plugins"
+    for _ in range(40):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    with refused(InputError, "plugins/d/d", "does not belong to it"):
+        archive.verify_bundle(own)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "io.json", "deploy.py"])
+def test_a_manifest_without_what_a_bundle_needs(own: Path, name: str) -> None:
+    manifest = json.loads((own / "manifest.json").read_text())
+    del manifest["files"][name]
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with refused(InputError, f"lists no {name}"):
+        archive.verify_bundle(own)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", "a//b", "./a", "a\\b"])

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..atomic import sha256
 from ..errors import InputError
-from ..runfolder import MANIFEST
+from ..runfolder import IO, MANIFEST, MODEL
 from ..specs import Json
 
 SCHEMA = 1
+ESSENTIAL = (MODEL, IO, "deploy.py")
+READ = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # where they exist
 # Folders that must hold no other files: their files are compiled or run.
 CLOSED = ("cpu", "goldens", "plugins")
+WRITTEN = ("engines", "results")  # folders that commands of the bundle write to
+DEEPEST = 16  # folders in the path of a file
 
 
-def check(bundle: Path) -> Json:
+def check(bundle: Path, *, alone: bool = False) -> Json:
     """The manifest of an intact bundle.
 
+    Args:
+        bundle: its folder.
+        alone: nothing else may lie in it but what its own commands write. Otherwise added files are refused
+            only where they would be compiled, run or read.
+
     Raises:
-        InputError: it is no bundle, or a file is missing, changed, or was added to a folder that is
-        compiled or
-            run; the message names the files.
+        InputError: it is no bundle, or a file is missing, changed or added; the message names the files.
     """
     manifest = read(bundle)
-    bad = list(_damaged(bundle, manifest["files"]))
+    damaged = list(_damaged(bundle, manifest["files"]))
+    bad = [*damaged, *_added(bundle, manifest["files"], alone)]
     if bad:
         more = f", and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise InputError(
-            f"{bundle} is not what was bundled: {'; '.join(bad[:5])}{more}", "copy the bundle again"
+            f"{bundle} is not what was bundled: {'; '.join(bad[:5])}{more}",
+            "copy the bundle again" if damaged else "move what does not belong to it to another folder",
         )
     return manifest
 
@@ -57,26 +67,50 @@ def read(bundle: Path) -> Json:
     for name, entry in files.items():
         if not isinstance(entry, dict) or not is_inside(name):
             raise InputError(f"{path} names a file outside of the bundle: {name!r}", "do not use this bundle")
+    lacking = [name for name in ESSENTIAL if name not in files]
+    if lacking:
+        raise InputError(f"{path} lists no {' and no '.join(lacking)}", "make the bundle again")
     return manifest
 
 
 def is_inside(name: str) -> bool:
-    """Whether a path stays below the folder it is relative to."""
+    """Whether a path stays below the folder it is relative to, and not deeper than bundles are."""
     parts = name.split("/")
-    return bool(name) and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
+    plain = "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
+    return plain and len(parts) <= DEEPEST
 
 
 def _damaged(bundle: Path, files: Json) -> Iterator[str]:
     for name, entry in sorted(files.items()):
         path = bundle / name
-        if path.is_symlink() or not path.is_file():
+        if any(
+            place.is_symlink()
+            for place in (path, *path.parents)
+            if place.is_relative_to(bundle / name.split("/")[0])
+        ):
+            yield f"{name} is a link, or in a folder that is one"
+        elif not path.is_file():
             yield f"{name} is missing"
         elif path.stat().st_size != entry.get("bytes"):
             yield f"{name} has {path.stat().st_size} bytes, expected {entry.get('bytes')}"
         elif sha256(path) != entry.get("sha256"):
             yield f"{name} has changed"
-    for folder in CLOSED:
-        for path in sorted((bundle / folder).rglob("*")):
-            name = path.relative_to(bundle).as_posix()
-            if name not in files and not path.is_dir() and "__pycache__" not in path.parts:
-                yield f"{name} does not belong to it"
+
+
+def _added(bundle: Path, files: Json, alone: bool) -> Iterator[str]:
+    """Names of files and links that are not in the manifest; of a folder that is too deep its own."""
+    for folder, folders, names in os.walk(bundle):
+        place = Path(folder).relative_to(bundle)
+        top = place.parts[0] if place.parts else ""
+        if top in WRITTEN or len(place.parts) > DEEPEST:
+            folders.clear()
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        if top in WRITTEN:
+            continue
+        if len(place.parts) > DEEPEST:
+            yield f"{place.as_posix()[:40]}… does not belong to it"
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*names, *linked]):
+            path = (place / name).as_posix()
+            if path not in (MANIFEST, *files) and (alone or top in CLOSED or path in READ):
+                yield f"{path} does not belong to it"

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..atomic import readable_os_errors, require_space
+from ..atomic import require_space, staged_file
 from ..board import integrity
 from ..errors import InputError
 from ..runfolder import MANIFEST
@@ -31,30 +31,33 @@ def verify_bundle(path: Path) -> Json:
         InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe.
     """
     if path.is_dir():
-        return integrity.check(path)
+        return integrity.check(path, alone=True)
     if not path.exists():
         raise InputError(f"{path} does not exist", "give the folder of a bundle, or its .tar.gz")
     with unpacked(path) as folder:
-        return integrity.check(folder)
+        return integrity.check(folder, alone=True)
+
+
+class _Reader(gzip.GzipFile):
+    """Reads in blocks. The tar format has headers of any length, which `tarfile` reads at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= BLOCK:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 def pack(folder: Path, out: Path) -> None:
     """Write a folder as the archive `out`, atomically; files are sorted, times and owners are left out."""
-    with readable_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        try:
-            with (
-                temporary.open("wb") as raw,
-                gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as zipped,
-                tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
-            ):
-                for path in sorted(folder.rglob("*")):
-                    if path.is_file():
-                        _add(archive, path, path.relative_to(folder).as_posix())
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with (
+        staged_file(out) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                _add(archive, path, path.relative_to(folder).as_posix())
 
 
 def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
@@ -86,7 +89,7 @@ def unpack(path: Path, out: Path) -> None:
     """
     try:
         size = path.stat().st_size
-        with gzip.open(path) as zipped:
+        with _Reader(path) as zipped:
             with tarfile.open(fileobj=zipped, mode="r:") as archive:
                 out.mkdir(parents=True)
                 require_space(out, size)

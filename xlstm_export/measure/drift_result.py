@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import readable_os_errors
+from ..atomic import staged_file
 from ..errors import UsageError
 from ..specs import IoSpec, Json
 
@@ -168,17 +167,10 @@ class Drift:
 
     def write_csv(self, path: Path) -> None:
         """Write `rows` to a file, atomically."""
-        with readable_os_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                with temporary.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(self.rows())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with staged_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows())
 
     def to_json(self) -> Json:
         """Plain data; an infinite error is null."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..atomic import readable_os_errors, write_json
+from ..atomic import staged_file, write_json
 from .plot import draw
 from .result import COLUMNS, Sensitivity
 from .search import Candidate
@@ -26,7 +23,7 @@ def write_evidence(result: Sensitivity, out: Path) -> None:
     """
     write_json(out / EVIDENCE, result.to_json())
     _replace(out / TABLE, _table(result).encode())
-    with readable_os_errors(out / RECIPE), _temporary(out / RECIPE) as temporary:
+    with staged_file(out / RECIPE) as temporary:
         result.recipe.write(temporary, note(result))
     _replace(out / PICTURE, draw(result).encode())
 
@@ -63,17 +60,6 @@ def _table(result: Sensitivity) -> str:
     return text.getvalue()
 
 
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name that becomes `path` at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _replace(path: Path, content: bytes) -> None:
-    with readable_os_errors(path), _temporary(path) as temporary:
+    with staged_file(path) as temporary:
         temporary.write_bytes(content)

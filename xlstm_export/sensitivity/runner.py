@@ -15,9 +15,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..atomic import alive, readable_os_errors
+from ..atomic import readable_os_errors, scratch_folder
 from ..errors import SetupError
 from ..graph.sites import Site
 from ..quantize.recipe import Recipe
@@ -192,17 +189,9 @@ class Bench:
 @contextlib.contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """A temporary folder in `out`; those of processes that were killed are removed."""
-    with readable_os_errors(out):
-        for path in out.iterdir():
-            match = re.fullmatch(r"\.scratch\.(\d{1,7})\.\w{8}", path.name)
-            if match and not alive(int(match[1])):
-                shutil.rmtree(path, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".scratch.{os.getpid()}.", dir=out))
-    os.chmod(scratch, 0o755)  # workers of a cluster may run as another user
-    try:
+    with scratch_folder(out / "scratch") as scratch:
+        os.chmod(scratch, 0o755)  # workers of a cluster may run as another user
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- where candidates are measured ------------------------------------------------------------------

@@ -9,7 +9,6 @@ owns what it opens, so it is used in a `with` block, or closed by `close`:
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..atomic import readable_os_errors, require_writable
+from ..atomic import require_writable, staged_file
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, save_arrays
 from ..specs import IoSpec
@@ -169,18 +168,13 @@ def save_state(session: Session, path: Path) -> None:
         InputError: the state is not finite; nothing is written.
         SetupError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
     state = {
         name: value.astype(np.float32) if value.dtype.kind == "V" else value  # NumPy would lose the type
         for name, value in session.state().items()
     }
     check_state(path, state)
-    with readable_os_errors(path):
-        try:
-            save_arrays(temporary, state)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with staged_file(path) as temporary:
+        save_arrays(temporary, state)
 
 
 def resume(session: Session, path: Path | None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
-from ..atomic import write_json
+from ..atomic import scratch_folder, write_json
 from ..checks import Verdict
 from ..errors import SetupError, UsageError
 from ..graph import cut as graph_cut
@@ -58,8 +57,7 @@ def _truncated(run: RunFolder, num_blocks: int) -> Iterator[Path]:
     model = graph_cut.first_blocks(files.load_graph(run.model), num_blocks)
     kept = {value.name for value in model.graph.inputs}
     states = tuple(state for state in run.io.states if state.past in kept)
-    with tempfile.TemporaryDirectory(prefix=".first-blocks.", dir=run.path) as name:
-        part = Path(name)
+    with scratch_folder(run.path / "first-blocks") as part:
         (part / MODEL).write_bytes(ir.to_proto(model).SerializeToString())
         try:
             os.link(run.weights, part / MODEL_DATA)  # a runtime accepts no symbolic link

@@ -8,7 +8,6 @@ computed without marks, still shows it.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...atomic import scratch_folder
 from ...board import build
 from ...errors import BuildError
 from ...inputs import Arrays
@@ -50,8 +50,8 @@ def tensorrt_runner(
         recurrences = sum(node.domain == OP_DOMAIN for node in model.graph)
         if plugin is not None:
             drop_bodies(model)  # before 10.7 TensorRT prefers a function body to the plugin
-        with tempfile.TemporaryDirectory(prefix=".bisect.", dir=folder) as name:
-            path = Path(name) / MODEL
+        with scratch_folder(folder / "bisect") as scratch:
+            path = scratch / MODEL
             path.write_bytes(ir.to_proto(model).SerializeToString())
             if (folder / MODEL_DATA).is_file():
                 os.link(folder / MODEL_DATA, path.with_name(MODEL_DATA))

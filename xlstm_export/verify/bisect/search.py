@@ -13,13 +13,13 @@ order they are computed, and the first one that differs is named.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ...atomic import scratch_folder
 from ...calibration.scales import Scales
 from ...checks import pytorch
 from ...errors import ExportError, UsageError, UserCodeError
@@ -137,9 +137,9 @@ def bisect(
         InputError, BuildError: it cannot be run.
     """
     run = RunFolder.of(run)
-    with tempfile.TemporaryDirectory(prefix=".bisect.", dir=run.path.parent) as scratch:
+    with scratch_folder(run.path.parent / "bisect") as scratch:
         candidate = Side(run.path, run.io, context.threads, runner)
-        search = _Search(run, loaded, candidate, inputs, context, Path(scratch))
+        search = _Search(run, loaded, candidate, inputs, context, scratch)
         try:
             return search.run()
         except UserCodeError as error:

@@ -36,9 +36,10 @@ def bundle(small_export: Path, tmp_path: Path) -> Path:
     for name in (MODEL, IO):
         shutil.copyfile(small_export / name, made / name)
     shutil.copyfile(small_export / MODEL, made / build.STRIPPED)
+    (made / "deploy.py").touch()
     files = {
         name: {"sha256": sha256(made / name), "bytes": (made / name).stat().st_size}
-        for name in (MODEL, build.STRIPPED)
+        for name in (MODEL, build.STRIPPED, IO, "deploy.py")
     }
     about = {"schema": 1, "kind": "bundle", "recurrences": 3, "plugin_abi": {"tensorrt": "abc"}}
     write_json(made / MANIFEST, {**about, "files": files})

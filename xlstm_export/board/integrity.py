@@ -33,6 +33,9 @@ def check(bundle: Path, *, alone: bool = False) -> Json:
         InputError: it is no bundle, or a file is missing, changed or added; the message names the files.
     """
     manifest = read(bundle)
+    lacking = [name for name in ESSENTIAL if name not in manifest["files"]]
+    if lacking:
+        raise InputError(f"{bundle / MANIFEST} lists no {' and no '.join(lacking)}", "make the bundle again")
     damaged = list(_damaged(bundle, manifest["files"]))
     bad = [*damaged, *_added(bundle, manifest["files"], alone)]
     if bad:
@@ -67,9 +70,6 @@ def read(bundle: Path) -> Json:
     for name, entry in files.items():
         if not isinstance(entry, dict) or not is_inside(name):
             raise InputError(f"{path} names a file outside of the bundle: {name!r}", "do not use this bundle")
-    lacking = [name for name in ESSENTIAL if name not in files]
-    if lacking:
-        raise InputError(f"{path} lists no {' and no '.join(lacking)}", "make the bundle again")
     return manifest
 
 

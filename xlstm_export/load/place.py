@@ -5,19 +5,21 @@ Nothing here imports a heavy library, so that a wrong path is answered at once (
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import InputError
 from ..specs import Json
+from .mapping import check_blocks, read_mapping
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 PATHS = ("checkpoint", "weights")  # entries of `Loaded.origin` that are paths
 INDEX = ".index.json"
 # What torch.save writes under names that a folder also has for other things: model_best.pth.tar.
 ALSO_GIVEN = (".tar", ".pkl")
+DEEPEST = 8  # folders below the given one that are searched for weights
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
 
 
@@ -47,17 +49,15 @@ def need_config(path: Path) -> Path:
 
 def read_config(path: Path) -> Json:
     """A YAML or JSON mapping; a top-level `model` section, as in training configs, is unwrapped."""
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        data = read_mapping(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}", "it must be a YAML or JSON mapping") from error
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
         data = data["model"]
     if not isinstance(data, dict):
         raise InputError(f"{path} holds a {type(data).__name__}", "it must be a YAML or JSON mapping")
+    check_blocks(data, path)
     return data
 
 
@@ -71,8 +71,7 @@ def checkpoint_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
     """
     if not path.is_dir() or weight_files(path):
         return path, ()
-    inside = sorted({file.parent for file in path.rglob("*") if _is_weight_file(file)})
-    below = sorted({path / folder.relative_to(path).parts[0] for folder in inside})
+    below = sorted({path / folder.relative_to(path).parts[0] for folder in _with_weights(path)})
     if not below:
         return path, ()
     numbers = {folder: [int(n) for n in re.findall(r"\d+", folder.name)] for folder in below}
@@ -84,6 +83,16 @@ def checkpoint_folder(path: Path) -> tuple[Path, tuple[str, ...]]:
     chosen, notes = checkpoint_folder(newest)
     of = f", the newest of {len(below)}" if len(below) > 1 else ""
     return chosen, (f"{path}: the weights of {newest.name} are used{of}", *notes)
+
+
+def _with_weights(path: Path) -> Iterator[Path]:
+    """Folders below `path`, no deeper than `DEEPEST`, that hold weight files."""
+    for folder, folders, files in os.walk(path):
+        place = Path(folder)
+        if len(place.relative_to(path).parts) >= DEEPEST:
+            folders.clear()
+        if place != path and any(_is_weight_file(place / name) for name in files):
+            yield place
 
 
 def _is_weight_file(path: Path) -> bool:

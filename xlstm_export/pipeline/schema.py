@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError, UsageError
+from ..load.mapping import read_mapping
 from ..options import GENERATOR, About, Options
 from ..specs import Json, JsonMapping
 from ..targets import TARGETS
@@ -61,13 +62,11 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
         InputError: it cannot be read, or a key or value is not allowed; the hint lists the known keys.
         UsageError: a change has another form.
     """
-    import yaml
-
     if not path.exists():
         raise InputError(f"{path} does not exist", "see `xlstm-export run --help`")
     try:
-        data: Any = yaml.safe_load(path.read_bytes())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        data: Any = read_mapping(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}", "see `xlstm-export run --help`") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a YAML mapping", f"its keys are {', '.join(KEYS)}")

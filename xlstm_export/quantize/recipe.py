@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InputError, UsageError
+from ..load.mapping import read_mapping
 from ..options import BASES, PRECISIONS, QuantizeOptions
 from ..specs import Json
 
@@ -126,11 +127,9 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: the file cannot be read, or is no valid recipe.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        data = read_mapping(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise InputError(f"{path} is no recipe of schema {SCHEMA}", "see the docstring of recipe.py")

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..checks import Check, Verdict
 from ..errors import InputError
+from ..load.mapping import read_mapping
 
 EXAMPLE = 'limits: {"memory length: *": 0.1}'
 
@@ -65,12 +66,10 @@ def read_gate(path: Path) -> Gate:
     Raises:
         InputError: it cannot be read, or has another form.
     """
-    import yaml
-
     try:
         content = path.read_bytes()
-        data: Any = yaml.safe_load(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        data: Any = read_mapping(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read: {error}", f"a gate file looks like this: {EXAMPLE}"
         ) from error

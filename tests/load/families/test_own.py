@@ -198,8 +198,8 @@ empty = with_dims({"goal": ("B", 8)}, goal=torch.randn(2, 0))
 flat = with_dims({}, goal=torch.randn(2))
 a_list = with_dims([("B", 8)])
 
-def five():
-    return Vision(), {"image": torch.randn(1, 3, 16, 16)}, {}, {}, {}
+def six():
+    return Vision(), {"image": torch.randn(1, 3, 16, 16)}, {}, {}, {}, {}
 """
 
 
@@ -254,7 +254,7 @@ def test_dims_of_a_factory(factories: Callable[[str], checkpoint.Loaded]) -> Non
         ("empty", ("example input goal of shape (2, 0) is empty",)),
         ("flat", ("example input goal has shape (2,)", "need dims")),
         ("a_list", ("the third element the factory returned is list", '("B", 3, 32, 32)')),
-        ("five", ("the factory returned tuple",)),
+        ("six", ("the factory returned tuple",)),
     ],
 )
 def test_dims_that_do_not_fit(

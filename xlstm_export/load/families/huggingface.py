@@ -7,7 +7,6 @@ both are lifted. Base models and causal language models.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...errors import InputError, SetupError
 from ...specs import Json
 from ..find import find_weights, stored_names
 from ..loaded import Loaded, check_fit
+from ..mapping import read_mapping
 from ..match import match
 from ..place import find_config, need_config, read_config
 from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
@@ -43,9 +43,10 @@ def matches(path: Path) -> bool:
     """Whether `path` is a folder, or a file in one, whose config.json names a model_type."""
     file = path / CONFIG if path.is_dir() else find_config(path)
     try:
-        return file is not None and "model_type" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, TypeError):
+        data = None if file is None else read_mapping(file)
+    except (OSError, ValueError):
         return False
+    return isinstance(data, dict) and "model_type" in data
 
 
 def load(path: Path) -> Loaded:

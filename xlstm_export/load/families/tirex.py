@@ -31,6 +31,7 @@ from ...errors import InputError, SetupError
 from ...specs import Json, Meaning
 from ..find import Candidate
 from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
+from ..mapping import check_blocks
 from ..match import match
 from ..place import find_config
 from ..torch_files import load_torch_file
@@ -310,6 +311,7 @@ def _build(hyper_parameters: Json, file: Path) -> nn.Module:
     if missing or unknown:
         found = f"lack {', '.join(missing)}" if missing else f"have the unknown key(s) {', '.join(unknown)}"
         raise InputError(f"{file}: hyper_parameters {found}", "valid keys: model_config, train_ctx_len")
+    check_blocks(hyper_parameters["model_config"], file)
     try:
         # On the meta device nothing is allocated; the weights are read where they are needed.
         with torch.device("meta"):

@@ -403,6 +403,25 @@ def test_build_without_headers_says_what_to_do(tmp_path: Path) -> None:
     done = configure(RUNNER, tmp_path / "build", *hidden)
     assert done.returncode != 0
     assert "libnvinfer-dev" in " ".join(done.stderr.split())
+    assert "-DXLSTM_RUNNER_CORE=ON" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_core_is_built_and_tried_on_any_machine(tmp_path: Path) -> None:
+    """As README.md says it, with nothing of TensorRT or CUDA to be found; what the error above advises."""
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake")
+    build = tmp_path / "build"
+    hidden = ["-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY"]
+    done = configure(RUNNER, build, "-DXLSTM_RUNNER_CORE=ON", "-DCMAKE_CXX_FLAGS=-Werror", *hidden)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["cmake", "--build", str(build)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(["ctest", "--test-dir", str(build)], capture_output=True, text=True)
+    assert "100% tests passed" in done.stdout, done.stdout + done.stderr
+    run = subprocess.run([str(build / "xlstm-runner-check"), str(tmp_path)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "core: ok\n"), run.stderr
+    assert list(tmp_path.iterdir()) == [build], "nothing is left"
 
 
 @pytest.mark.slow

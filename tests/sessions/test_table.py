@@ -26,7 +26,7 @@ def table(tmp_path: Path, content: str | bytes, name: str = "d.csv") -> Table:
     [
         ("a,b\n1.5,-2\n1000.25,NA\n3,4\n", "ab"),
         ("a;b\r\n1,5;-2\r\n1.000,25;\r\n3;4\r\n", "ab"),
-        ("a\tb\n1.5\t-2\n1000.25\tNaN\n3\t4\n", "ab"),
+        ("a\tb\n1.5\t\u22122\n1000.25\tNaN\n3\t4\n", "ab"),
         ("sep=;\na;b;\n1,5;-2;\n1000,25;n/a;\n3;4;\n", "ab"),
         ("\ufeffa, b\n1.5, -2\n1.00025e3, null\n 3, 4\n\n", "ab"),
         ('"a","b"\n"1,5","-2,0"\n"1000,25","-"\n"3,0","4,0"\n', "ab"),

@@ -20,28 +20,8 @@ import numpy as np
 from ..errors import InputError
 from .times import Times, is_time, read_times
 
-GAPS = frozenset(
-    [
-        "",
-        "na",
-        "n/a",
-        "#n/a",
-        "#na",
-        "nan",
-        "-nan",
-        "<na>",
-        "null",
-        "none",
-        "nil",
-        "nd",
-        "missing",
-        "?",
-        "-",
-        "--",
-        ".",
-        "..",
-    ]
-)
+_WORDS = "na n/a #n/a #na nan -nan <na> null none nil nd missing ? - -- . .."
+GAPS = frozenset(("", *_WORDS.split()))
 DELIMITERS = (";", "\t", ",", "|")  # where several fit, the first: with a semicolon a comma is a decimal one
 PICTURE = "give a table as text: .csv with one row per position and one column per value"
 SNIFFED = 200  # lines that decide on the delimiter
@@ -264,7 +244,9 @@ def _parsed(path: Path, text: str) -> _File:
     delimiter = given or _delimiter(body[start : start + SNIFFED])
     try:
         reader = csv.reader(body[start:], delimiter=delimiter, skipinitialspace=True)
-        found = [(start + reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        found = [
+            (start + reader.line_num, [cell.strip().replace("\u2212", "-") for cell in row]) for row in reader
+        ]
     except csv.Error as error:
         raise InputError(f"{path} is not a readable .csv file: {error}", PICTURE) from error
     found = [(line, row) for line, row in found if any(row)]

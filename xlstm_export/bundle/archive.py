@@ -114,7 +114,9 @@ def _extract(archive: tarfile.TarFile, out: Path, limit: int) -> None:
     for count, entry in enumerate(archive):
         total += entry.size
         if not entry.isreg():
-            raise InputError(f"the archive holds {entry.name[:80]!r}, which is not a plain file", "do not use it")
+            raise InputError(
+                f"the archive holds {entry.name[:80]!r}, which is not a plain file", "do not use it"
+            )
         if not integrity.is_inside(entry.name) or entry.name in seen:
             raise InputError(f"the archive holds the path {entry.name[:80]!r}", "do not use it")
         if total > limit or count > MOST_FILES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,59 @@ def _compile_flags(command: Command) -> Command:
     return first(every(none(wrapped)))
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """Two runs whose times are compared; `before` is the baseline."""
+
+    before: Path
+    after: Path
+    fail_over: float | None
+    allow_busy: bool
+
+
+def _comparison(command: Command) -> Command:
+    """Adds the options of a comparison; the command gets them as `comparison`, None without --compare."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        compare: tuple[Path, Path] | None,
+        fail_over: float | None,
+        allow_busy: bool,
+        **others: Any,
+    ) -> Any:
+        if compare is None and (fail_over is not None or allow_busy):
+            flag = "--allow-busy" if fail_over is None else "--fail-over"
+            raise UsageError(f"{flag} belongs to --compare", "bench --compare A B --fail-over 1.1")
+        found = None if compare is None else _Comparison(*compare, fail_over, allow_busy)
+        return command(*args, comparison=found, **others)
+
+    runs = click.option(
+        "--compare",
+        nargs=2,
+        type=click.Path(path_type=Path),
+        metavar="A B",
+        help="two runs; A is the baseline",
+    )
+    fail = click.option(
+        "--fail-over",
+        type=float,
+        help="with --compare: exit 1 if the median of an export grew by more than this factor",
+    )
+    busy = click.option(
+        "--allow-busy",
+        is_flag=True,
+        help="with --compare: use times although others used the machine meanwhile",
+    )
+    return runs(fail(busy(wrapped)))
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @source_options
 @_compile_flags
 @stage_options(BenchOptions, leave=("compile_at",))
-@click.option(
-    "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="two runs; A is the baseline"
-)
-@click.option(
-    "--fail-over",
-    type=float,
-    help="with --compare: exit 1 if the median of an export grew by more than this factor",
-)
-@click.option(
-    "--allow-busy", is_flag=True, help="with --compare: use times although others used the machine meanwhile"
-)
+@_comparison
 @context_options()
 @json_option
 def bench(
@@ -64,22 +101,18 @@ def bench(
     source: Source,
     options: BenchOptions,
     context: Context,
-    compare: tuple[Path, Path] | None,
-    fail_over: float | None,
-    allow_busy: bool,
+    comparison: _Comparison | None,
     as_json: bool,
 ) -> None:
     """Time a verified run folder against PyTorch (eager, torch.compile) and the memory bandwidth.
 
     With --compare A B nothing is timed: two run folders, or their bench.json, are compared.
     """
-    if compare is not None:
+    if comparison is not None:
         if run is not None:
             raise UsageError(f"--compare takes two runs, {run} is a third", "bench --compare A B")
-        _compare(*compare, fail_over, allow_busy, as_json)
+        _compare(comparison, as_json)
         return
-    if fail_over is not None:
-        raise UsageError("--fail-over belongs to --compare", "bench --compare A B --fail-over 1.1")
     if run is None:
         raise UsageError("no run folder is given", "bench RUN, or bench --compare A B")
     from ..pipeline import stages
@@ -94,16 +127,16 @@ def bench(
     emit(result.to_json(), as_json, lambda console: show_bench(console, result))
 
 
-def _compare(before: Path, after: Path, fail_over: float | None, allow_busy: bool, as_json: bool) -> None:
+def _compare(of: _Comparison, as_json: bool) -> None:
     from ..bench.compare import compare
     from .tables_bench import show_comparison
 
-    made = compare(before, after, fail_over=fail_over, allow_busy=allow_busy)
+    made = compare(of.before, of.after, fail_over=of.fail_over, allow_busy=of.allow_busy)
     emit(made.to_json(), as_json, lambda console: show_comparison(console, made))
     if not made.passed:
         mode, batch, length = made.slower[0].cell
         raise GateError(
-            f"the export is more than {fail_over:g} times slower in {len(made.slower)} cell(s), the first is "
-            f"{mode} of {length} at batch {batch}",
+            f"the export is more than {of.fail_over:g} times slower in {len(made.slower)} cell(s), "
+            f"the first is {mode} of {length} at batch {batch}",
             "the machine may be slower: compare PyTorch's ratios in the same table, and run both again",
         )

@@ -12,12 +12,14 @@ import models
 import numpy as np
 import pytest
 import torch
+from large_models import train_tokenizer
 from places import ROOT
 from refusals import refused
 
 import xlstm_export as xe
 from xlstm_export.errors import BuildError, InputError, UsageError
 from xlstm_export.options import VerifyOptions
+from xlstm_export.pipeline import run as pipeline_run
 from xlstm_export.specs import Meaning, TensorSpec
 from xlstm_export.trace import export as trace
 
@@ -124,6 +126,16 @@ def test_outputs_that_are_not_as_declared() -> None:
         trace.with_meanings(known, {"z": Meaning(unit="m")})
     with refused(BuildError, "3 quantiles are declared of y ['B', 'S', 4]", "one level for each"):
         trace.with_meanings(known, {"y": Meaning((0.1, 0.5, 0.9))})
+
+
+def test_a_tokenizer_for_a_module_in_memory(tmp_path: Path) -> None:
+    """Which has no checkpoint that one could lie beside."""
+    model = models.build({**models.lm_config(), "vocab_size": 300})
+    train_tokenizer(tmp_path / "tokenizer.json", "some words")
+    for given in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = pipeline_run._load(model, pipeline_run._Export(out=tmp_path / "out", tokenizer=given))
+        assert loaded.tokenizer == tmp_path / "tokenizer.json"
+    assert pipeline_run._load(model, pipeline_run._Export(out=tmp_path / "out")).tokenizer is None
 
 
 def test_what_does_not_fit_is_refused(tagger: Tagger, run: xe.Run, tmp_path: Path) -> None:

@@ -36,11 +36,11 @@ PROBE = "The model reads words, and 12 boards write them."
 
 
 def with_tokenizer(loaded: Loaded, path: Path) -> Loaded:
-    """The model with the tokenizer that lies beside its checkpoint, if it reads tokens.
+    """The model with the tokenizer of a folder, if it reads tokens.
 
     Args:
         loaded: the model.
-        path: its checkpoint: a folder, or a file in one.
+        path: the folder, or a file in it, such as its checkpoint.
     """
     folder = path if path.is_dir() else path.parent
     found = tuple(folder / name for name in FILES if (folder / name).is_file())

@@ -91,6 +91,7 @@ class _Export(ExportOptions):
     ranges: Mapping[str, tuple[float, float | str]] | None = None
     outputs: Mapping[str, Mapping[str, object]] | None = None
     weights: Path | str | None = None
+    tokenizer: Path | str | None = None
     alias: str | None = None
     force: bool = False
     threads: int = 0
@@ -139,6 +140,8 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
         outputs: for a live module: what the values of outputs are, for `io.json` and forecasts:
             `{"y": {"quantiles": [0.1, 0.5, 0.9], "step": "1h", "unit": "°C"}}`.
         weights: for a factory: file or folder with its weights.
+        tokenizer: folder with the tokenizer of a language model, or its tokenizer.json; by default what
+            lies beside the checkpoint.
         alias: classes that are taken for known ones, such as "mymodel.xlstm=xlstm"; several with commas.
         force: replace an existing run folder.
         threads: CPU threads of this run; all cores by default.
@@ -279,6 +282,13 @@ class Run:
 
 
 def _load(model: nn.Module | Path | str, options: _Export) -> Loaded:
+    from ..load.tokenizer import with_tokenizer
+
+    loaded = _load_model(model, options)
+    return loaded if options.tokenizer is None else with_tokenizer(loaded, Path(options.tokenizer))
+
+
+def _load_model(model: nn.Module | Path | str, options: _Export) -> Loaded:
     from ..load import checkpoint
 
     if not isinstance(model, str | Path):

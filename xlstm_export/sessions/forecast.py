@@ -215,7 +215,7 @@ class _Rows:
             parts.append(self._call(rows)[-1])
         way = "with the state carried on" if self.states else "behind the rows, which are read again"
         what = f"its {made.names[made.median]}" if levels else "its forecast"
-        how = f"{len(parts)} calls of {ahead} rows: the model is given {what}, {way}"
+        how = f"{len(parts)} calls of {ahead} row{'s' * (ahead > 1)}: the model is given {what}, {way}"
         if levels:
             how += "; later quantiles do not contain the uncertainty of what was given"
         return replace(made, values=np.concatenate(parts)[:wanted], how=how, calls=len(parts))

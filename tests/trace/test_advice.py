@@ -35,7 +35,7 @@ class MeetsRowsCell(Cell):
     """A norm over the batch, which one row alone does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.instance_norm(x.transpose(0, 2)).transpose(0, 2)
+        return nn.functional.instance_norm(x.transpose(0, 2)).transpose(0, 2).cumsum(1)
 
 
 class Around(nn.Module):
@@ -97,3 +97,23 @@ class FoldedCell(Cell):
 
 def test_outputs_with_more_rows_than_the_batch_are_compared_by_streams() -> None:
     assert "export with --stateless" in advice(FoldedCell()).hint
+
+
+class SequenceFirstCell(Cell):
+    """(S, B, ...), as PyTorch's own recurrences take it by default."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+
+class SwappedCell(SequenceFirstCell):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return super().forward(x).transpose(0, 1)
+
+
+def test_a_batch_on_the_second_axis_is_told_and_following_works() -> None:
+    hint = advice(SequenceFirstCell()).hint
+    assert "the batch is the second axis of x" in hint
+    assert "x = x.transpose(0, 1)" in hint
+    assert "export with --stateless" in advice(SwappedCell()).hint

@@ -82,7 +82,15 @@ def _problem(loaded: Loaded, trace: Works) -> str:
     except Exception as error:
         log.debug("not recommended, because it fails", exc_info=True)
         return error.message if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
-    return "" if _rows_are_apart(loaded) else ROWS
+    if _rows_are_apart(loaded):
+        return ""
+    if not _rows_are_apart(loaded, axis=1):
+        return ROWS
+    name = loaded.batched
+    return (
+        f"the batch is the second axis of {name}, and must be the first: give {name} with its first two axes "
+        f"swapped, and swap them back where forward begins: {name} = {name}.transpose(0, 1)"
+    )
 
 
 def _any_length(loaded: Loaded) -> bool:
@@ -104,16 +112,21 @@ def _any_length(loaded: Loaded) -> bool:
     )
 
 
-def _rows_are_apart(loaded: Loaded) -> bool:
-    """Whether the first and the last row give alone what they give beside the others."""
+def _rows_are_apart(loaded: Loaded, axis: int = 0) -> bool:
+    """Whether the first and the last row of the batch give alone what they give beside the others.
+
+    Args:
+        loaded: the model.
+        axis: of the inputs, taken for the batch.
+    """
     whole = _run(loaded, loaded.inputs)
-    batch = loaded.inputs[loaded.batched].shape[0]
-    for number, row in ((0, slice(0, 1)), (batch - 1, slice(-1, None))):
-        one = {n: x[row] if loaded.input_dims(n)[:1] == ("B",) else x for n, x in loaded.inputs.items()}
-        alone = _run(loaded, one)
-        if whole is None or alone is None:
+    rows = {n: x for n, x in loaded.inputs.items() if loaded.input_dims(n)[:1] == ("B",) and x.ndim > axis}
+    batch = rows[loaded.batched].shape[axis] if loaded.batched in rows else 1
+    for row in (0, batch - 1):
+        alone = _run(loaded, {**loaded.inputs, **{n: x.narrow(axis, row, 1) for n, x in rows.items()}})
+        if batch < 2 or whole is None or alone is None:
             return False
-        if not all(_is_part(x, y, number, batch) for x, y in zip(whole, alone, strict=True) if x.ndim):
+        if not all(_is_part(x, y, row, batch) for x, y in zip(whole, alone, strict=True) if x.ndim):
             return False
     return True
 

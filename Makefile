@@ -59,6 +59,7 @@ bench: kernels
 	$(BIN)/python benchmarks/cpu_operators.py --out benchmarks/results/cpu_operators.json
 	$(BIN)/python benchmarks/decode_120m.py --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/decode_120m.py --decode-only --out benchmarks/results/int8.json
+	$(BIN)/python benchmarks/answers.py --out benchmarks/results/answers.json
 	$(BIN)/python benchmarks/readme.py
 
 # Size, task metric and drift of the examples in every precision; several minutes.

@@ -247,6 +247,15 @@ def speed(result: dict[str, Any]) -> str:
 
 
 # Marker → files of results, and what makes the table of them.
+def answers(result: dict[str, Any]) -> str:
+    """How soon mistakes on the command line are answered, in a sentence."""
+    times = sorted(case["times_help"] for case in result["cases"])
+    return (
+        f"{len(times)} wrong paths, options and files, over all commands (`benchmarks/answers.py`): answered "
+        f"in {times[0]:.1f} to {times[-1]:.1f} times the time that `--help` takes in the same run."
+    )
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "summary": (("cpu.json", "int8.json"), summary),
     "speed": (("cpu.json",), speed),
@@ -254,6 +263,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "operators": (("cpu_operators.json",), operators),
     "precision": (("precision.json",), precision),
     "scale": (("scale.json",), scale),
+    "answers": (("answers.json",), answers),
 }
 
 

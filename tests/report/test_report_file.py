@@ -401,7 +401,12 @@ document.body.dataset.width = document.documentElement.scrollWidth <= innerWidth
 @pytest.mark.parametrize("width", [1200, 500])
 def test_in_a_browser(run: Path, tmp_path: Path, width: int) -> None:
     """It is shown without an error on the console, tables sort by number, nothing is wider than the page."""
+    scales = json.loads((run / "scales.json").read_text())
+    path = ".".join(["observation_conditioned_sequence_encoder"] * 4)
+    scales["tensors"] = {f"{path}.{number}": scales["tensors"]["mul_1"] for number in range(2)}
+    atomic.write_json(run / "scales.json", scales)
     write_report(run)
+    assert f'title="{path}.0">' in (run / "report.html").read_text(encoding="utf-8")
     page = (run / "report.html").read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>")
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     assert CHROMIUM is not None

@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ..bench import roofline
 from ..checks import pytorch, scored
+from ..report.document import shortened
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
 from .tables_bench import format_bytes, show_bench
-from .tables_precision import shortened, show_precision
+from .tables_precision import show_precision
 
 if TYPE_CHECKING:
     from ..checks import Verdict

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.drift_result import TEACHER
+from ..report.document import shortened
 from ..specs import Json
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
     """The harm of each weight alone, largest first, and the recipe beside those that need no search."""
     table = Table("alone", "drop", "drift", "state", "growth", "kept as", title="each weight alone")
     for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
-        table.add_row(shortened(name), *_evidence(candidate), found.choices[name])
+        table.add_row(shortened(name, NAME), *_evidence(candidate), found.choices[name])
     console.print(table)
     summary = Table("recipe", f"{found.metric} drop", "drift", "state", "growth", "bytes")
     rows = {"base type": found.base, "naive": found.general, "preset": found.default, "found": found.found}
@@ -91,14 +92,6 @@ def show_sensitivity(console: Console, found: Sensitivity) -> None:
     console.print(summary)
     if found.excluded:
         console.print(f"left in the base type: {', '.join(found.excluded)}")
-
-
-def shortened(name: str, width: int = NAME) -> str:
-    """A path without its middle: its beginning says which part of the model it is in, its end what it is."""
-    if len(name) <= width:
-        return name
-    end = (width - 1) * 2 // 3
-    return f"{name[: width - 1 - end]}…{name[-end:]}"
 
 
 def _evidence(candidate: Candidate) -> list[str]:

@@ -92,3 +92,11 @@ def bytes_of(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def shortened(name: str, width: int) -> str:
+    """A path without its middle: its beginning says which part of the model it is in, its end what it is."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) * 2 // 3
+    return f"{name[: width - 1 - end]}…{name[-end:]}"

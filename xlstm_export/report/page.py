@@ -6,13 +6,14 @@ The templates are in `templates/`. They escape everything except the results of 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plot.drawing import Drawing, colour
 from ..plot.file import draw, style
-from .document import Document, Table, Value, text_of
+from .document import Document, Table, Value, shortened, text_of
 from .glossary import about
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 ASSETS = Path(__file__).parent
+PATH = 44  # longest path of a module that is shown whole; a pointer on others shows it
 LONG = 24  # a table with more rows is folded
 STATES = {True: ("pass", "✓ pass"), False: ("fail", "✗ FAIL"), None: ("none", "not verified")}
 
@@ -32,7 +34,7 @@ class Cell:
         text: text that is shown.
         kind: CSS class; empty for words.
         sort: number that it sorts by; empty if it sorts as text.
-        about: of a heading, what it means; shown where a pointer rests on it.
+        about: what a heading means, or the whole of a shortened text; shown where a pointer rests on it.
     """
 
     text: str
@@ -119,6 +121,8 @@ def _cell(value: Value, missing: str = "") -> Cell:
     text = text_of(value)
     if value is None:
         return Cell(text, missing)
+    if len(text) > PATH and re.fullmatch(r"[\w.+]*\.[\w.+]*", text):
+        return Cell(shortened(text, PATH), about=text)
     if isinstance(value, bool):
         return Cell(f"✓ {text}", "pass", "1") if value else Cell(f"✗ {text}", "fail", "0")
     if isinstance(value, (int, float)):

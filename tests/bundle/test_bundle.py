@@ -307,6 +307,7 @@ def test_deploy_writes_text_as_generate_does(
     assert found["tokens"] == 20
 
 
+@pytest.mark.slow
 def test_deploy_runs_several_streams(own: Path, lean: Path, tmp_path: Path) -> None:
     """As many as the data have rows; a state belongs to one number of them."""
     tokens = np.random.default_rng(0).integers(0, 256, (3, 8))

@@ -22,6 +22,7 @@ LIMIT = 1e-4  # relative L2 in FP32, as in streaming.py
 ROWS = (
     "a row of the batch alone fails, or gives other values than among others: rows must not meet in forward"
 )
+SECOND = "the batch is the second axis"
 Works = Callable[[Loaded], object]
 
 
@@ -64,7 +65,11 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
         hint += f"; or {others}" if advised and others else ""
     else:
         hint = others or "write an adapter for what has the state (docs/adapters.md)"
-        hint += f"; it does not export without states either: {problem}"
+        hint = (
+            problem
+            if problem.startswith(SECOND)
+            else f"{hint}; it does not export without states either: {problem}"
+        )
     return BuildError(error.message, hint)
 
 
@@ -88,8 +93,8 @@ def _problem(loaded: Loaded, trace: Works) -> str:
         return ROWS
     name = loaded.batched
     return (
-        f"the batch is the second axis of {name}, and must be the first: give {name} with its first two axes "
-        f"swapped, and swap them back where forward begins: {name} = {name}.transpose(0, 1)"
+        f"{SECOND} of {name}, and must be the first: give {name} with its first two axes swapped, and swap "
+        f"them back where forward begins: {name} = {name}.transpose(0, 1)"
     )
 
 

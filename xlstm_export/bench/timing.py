@@ -39,26 +39,28 @@ def in_turns(contestants: Mapping[str, Call], calls: int, budget: float = math.i
     Args:
         contestants: by name.
         calls: per contestant and round.
-        budget: seconds; where calls are slow, there are as many as fit, one per round at least.
+        budget: seconds of the timed rounds; of slow calls there are as many as fit, one per round at least.
     """
-    warm = {name: _round(run, min(calls, WARM_UP)) for name, run in contestants.items()}
-    fit = budget / ROUNDS / max(sum(times[-1] for times in warm.values()), 1e-9)
-    calls = max(1, int(min(calls, fit)))
+    for run in contestants.values():
+        _round(run, min(calls, WARM_UP), math.inf)
+    share = budget / ROUNDS / len(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):
         for name, run in contestants.items():
-            seconds[name] += _round(run, calls)
+            seconds[name] += _round(run, calls, share)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-def _round(run: Call, calls: int) -> list[float]:
-    """Seconds of each call."""
+def _round(run: Call, calls: int, limit: float) -> list[float]:
+    """Seconds of each call; no further one once they took `limit` seconds together."""
     time.sleep(PAUSE)
-    seconds = []
-    for _ in range(calls):
+    seconds: list[float] = []
+    spent = 0.0
+    while len(seconds) < calls and (not seconds or spent < limit):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
+        spent += seconds[-1]
     return seconds
 
 

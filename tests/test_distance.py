@@ -294,3 +294,18 @@ def test_recurrences_with_another_stabilizer_end_in_the_same_state(rng: np.rando
     (h, expected), (moved_h, found) = ends
     np.testing.assert_allclose(moved_h, h, rtol=1e-10)
     assert max(d.relative_l2 for d in compare_states(found, expected, STATES[1:4]).values()) < 1e-12
+
+
+def test_a_small_last_result_of_a_cell_counts_absolutely() -> None:
+    """Output gates that are shut: 1e-8 in float64, exactly 0 in a runtime. NaN stays an infinite error."""
+    states = (StateSpec(0, "y", (4,)),)
+    reference = {"past_0_y": np.full((2, 4), 1e-8)}
+    (far,) = compare_states({"past_0_y": np.zeros((2, 4))}, reference, states).values()
+    assert far.relative_l2 == pytest.approx(1e-6)
+    (off,) = compare_states({"past_0_y": np.full((2, 4), 2e-3)}, reference, states).values()
+    assert off.relative_l2 == pytest.approx(0.2, rel=1e-4)
+    (broken,) = compare_states({"past_0_y": np.full((2, 4), np.nan)}, reference, states).values()
+    assert broken.relative_l2 == np.inf
+    usual = {"past_0_y": np.full((2, 4), 0.5)}
+    (same,) = compare_states({"past_0_y": np.full((2, 4), 0.505)}, usual, states).values()
+    assert same.relative_l2 == pytest.approx(0.01)

@@ -21,6 +21,7 @@ from ..sessions import Session
 from ..sessions.arrays import numpy_type
 from ..sessions.cpu.observed_graph import open_graph
 from ..specs import CHUNK, IoSpec, Json, JsonMapping
+from .limits import output_limit
 from .ways import BATCH, StreamChecks
 
 BORDERS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1)
@@ -111,7 +112,8 @@ def check_shapes(
         outputs = {**outputs, **last_positions(outputs, streams)}
         ours = streams_of(found, io, list(range(count)), count)
         theirs = streams_of(outputs, io, rows, BATCH)
-        one = [output_check(name, ours[name], theirs[name], streams.limits["output"]) for name in ours]
+        limit = streams.limits["output"]
+        one = [output_check(n, ours[n], theirs[n], output_limit(limit, theirs[n])) for n in ours]
         if io.states:
             moved = {s.past: found[s.present] for s in io.states}
             there = {name: x[rows] for name, x in state.items()}

@@ -72,6 +72,24 @@ def own_error(loaded: Loaded, streams: StreamChecks, expected: Expected) -> dict
     return {"output": max(errors), "state": max(drifted, default=0.0)}
 
 
+def long_error(
+    loaded: Loaded, streams: StreamChecks, inputs: Arrays, expected: Arrays, state: Arrays
+) -> dict[str, float]:
+    """The same of one call of a long stream.
+
+    Args:
+        loaded: the model.
+        streams: the checks, whose graph has the states that are judged.
+        inputs: (BATCH, S, ...).
+        expected, state: outputs and states of the reference.
+    """
+    with TorchSession(loaded, BATCH, "float32") as plain:
+        outputs = plain.prefill(inputs)
+        moved = compare_states(plain.state(), state, streams.io.states).values()
+    errors = [difference(outputs[name], expected[name]).relative_l2 for name in expected]
+    return {"output": max(errors), "state": max((x.relative_l2 for x in moved), default=0.0)}
+
+
 def own_metric_error(loaded: Loaded, data: EvalData, expected: Arrays) -> dict[str, float]:
     """The same of the task's metric, by the names of the limits "metric", "kl" and "top1".
 

@@ -361,3 +361,15 @@ def test_times_rise_as_those_of_the_example_do(axis: int) -> None:
     assert len({row.tobytes() for row in made}) == len(made)
     declared = live(Times(), {"t": t}, {"t": shape}, {"t": (0.0, 30.0)})
     assert limits(drawn(declared, 199)["t"])[1] <= 30
+
+
+def test_times_of_a_fixed_window_rise() -> None:
+    class Window(Around):
+        def forward(self, t: Tensor) -> Tensor:
+            return self.core(t.expand(-1, -1, 5))
+
+    t = torch.arange(12.0).reshape(1, 12, 1).repeat(2, 1, 1)
+    loaded = live(Window(), {"t": t}, {"t": ("B", 12, 1)})
+    made = drawn(loaded.in_form(True), 1)["t"]
+    assert made.shape == (64, 12, 1)
+    assert (np.diff(made, axis=1) > 0).all()

@@ -37,8 +37,8 @@ def random_inputs(loaded: Loaded, io: IoSpec, batch: int, length: int, rng: np.r
                 limits = (0, loaded.vocab_size - 1)
             low, high = limits or (example.min(), example.max())
             inputs[spec.name] = rng.integers(int(low), int(high) + 1, shape).astype(spec.dtype)
-        elif limits is None and _rises(example, spec):
-            inputs[spec.name] = _rising(example, spec, shape, rng)
+        elif limits is None and (axis := _rising_axis(example, spec)) is not None:
+            inputs[spec.name] = _rising(example, axis, spec.batched, shape, rng)
         else:
             noisy = _noisy(example, spec, shape, rng)
             low, high = limits or _bounds(example)
@@ -92,31 +92,40 @@ def _bounds(example: np.ndarray) -> tuple[float, float]:
     return -math.inf, math.inf
 
 
-def _rises(example: np.ndarray, spec: TensorSpec) -> bool:
-    """Whether each position of an example, of three at least, is larger than the one before it."""
-    axis = spec.time_axis
-    if axis is None or example.shape[axis] < 3:
-        return False
-    return bool((np.diff(example, axis=axis) > 0).all())
+def _rising_axis(example: np.ndarray, spec: TensorSpec) -> int | None:
+    """The axis along which each value of an example, of three at least, is larger than the one before it.
+
+    That of the positions; of a fixed window any but the batch.
+    """
+    first = int(spec.batched)
+    axes = range(first, example.ndim) if spec.time_axis is None else [spec.time_axis]
+    rising = (a for a in axes if example.shape[a] > 2 and (np.diff(example, axis=a) > 0).all())
+    return next(rising, None)
 
 
 def _rising(
-    example: np.ndarray, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator
+    example: np.ndarray, axis: int, own_rows: bool, shape: tuple[int, ...], rng: np.random.Generator
 ) -> np.ndarray:
-    """First positions of the example, and steps from position to position that are drawn from its own."""
-    axis = spec.time_axis
-    assert axis is not None
-    batched = example if spec.batched else example[None]
-    at = axis if spec.batched else axis + 1
-    count, length = shape[0] if spec.batched else 1, shape[axis]
+    """First positions of the example, and steps from position to position that are drawn from its own.
+
+    Args:
+        example: of an input.
+        axis: along which it rises.
+        own_rows: whether its first axis is the batch.
+        shape: of the result.
+        rng: generator of the draws.
+    """
+    batched = example if own_rows else example[None]
+    at = axis if own_rows else axis + 1
+    count, length = shape[0] if own_rows else 1, shape[axis]
     rows = rng.integers(0, len(batched), count)
     known = np.moveaxis(batched, at, 1)[rows]  # (count, positions, ...)
     steps = np.diff(known, axis=1)
     chosen = rng.integers(0, steps.shape[1], (count, length - 1))
     drawn = steps[np.arange(count)[:, None], chosen]
     found = np.cumsum(np.concatenate([known[:, :1], drawn], axis=1, dtype=np.float64), axis=1)
-    made: np.ndarray = np.moveaxis(found.astype(spec.dtype), 1, at)
-    return np.asarray(made if spec.batched else made[0], order="C")
+    made: np.ndarray = np.moveaxis(found.astype(example.dtype), 1, at)
+    return np.asarray(made if own_rows else made[0], order="C")
 
 
 def _noisy(

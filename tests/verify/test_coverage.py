@@ -33,8 +33,8 @@ def failed(verdict: Verdict) -> set[str]:
 def test_a_fault_at_one_length_or_batch(own_export: Path, small_loaded: Loaded, kind: int) -> None:
     tamper_with(own_export, KINDS[kind])
     verdict = verify(own_export, small_loaded, context=Context(threads=1))
-    assert failed(verdict) == {"prefill of other shapes: logits"}
-    (check,) = (c for c in verdict.checks if c.name == "prefill of other shapes: logits")
+    assert failed(verdict) == {"prefill of other rows and lengths: logits"}
+    (check,) = (c for c in verdict.checks if c.name == "prefill of other rows and lengths: logits")
     assert (check.detail["positions"], check.detail["rows"])[kind] == (127, 7)[kind]
 
 

@@ -120,7 +120,7 @@ def check_shapes(
             far = max(compare_states(moved, there, io.states).values(), key=lambda d: d.relative_l2)
             one.append(Check("states", far.relative_l2, streams.limits["state"], far.to_json()))
         for check in one:
-            name = f"prefill of other shapes: {check.name}"
+            name = f"prefill of other rows and lengths: {check.name}"
             if name not in worst or not check.value <= worst[name].value:  # NaN is the worst
                 detail = {**check.detail, "positions": length, "rows": count}
                 worst[name] = Check(name, check.value, check.limit, detail)

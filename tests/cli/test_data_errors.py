@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xlstm_export.cli.main import main
+from xlstm_export.options import VerifyOptions
 from xlstm_export.pipeline import recorded
+from xlstm_export.pipeline.data_check import check_run
+from xlstm_export.runfolder import RunFolder
 
 COMMANDS = {
     "verify --data": ["verify", "RUN", "--data", "FILE"],
@@ -63,3 +68,17 @@ def test_data_are_read_before_the_model(
         assert words in message
         assert hint.strip().startswith("→")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_folder_of_an_earlier_version_does_not_know_its_vocabulary(
+    small_export: Path, tmp_path: Path
+) -> None:
+    """Then text is left to the model."""
+    run = shutil.copytree(small_export, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    options = VerifyOptions(data=tmp_path / "a.txt")
+    check_run(RunFolder.open(run), options)
+    assert manifest.pop("vocab_size") == 256
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    check_run(RunFolder.open(run), options)

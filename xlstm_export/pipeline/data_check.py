@@ -45,6 +45,8 @@ def check_run(run: RunFolder, options: Options, seed: int = 0) -> None:
         InputError, UsageError, SetupError: as above.
     """
     files = InputFiles(run.io, vocabulary(run.manifest), run.tokenizer)
+    if files.vocab_size is None and files.takes_text():
+        return  # of an earlier version: the model knows its vocabulary
     steps = (Step("", "", options, seed),)
     # A generator is the user's code: it runs once, with the model.
     sequences = [found for found in _sequences(steps) if Path(found[0]).exists()]

@@ -7,6 +7,7 @@ The package `huggingface_hub` downloads, resumes, and keeps files in its cache; 
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from ..errors import InputError, SetupError
 from ..options import Context, Progress
 
+log = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 FILES = re.compile(r".*\.(pt|pth|bin|ckpt|safetensors|npz|pkl|onnx|tar|gz|zip|json|ya?ml|py)")
 INSTALL = "pip install 'xlstm-export[hub]'"
@@ -98,6 +100,7 @@ def download(asked: HubId, progress: Progress = Context().progress) -> tuple[Pat
             "check its spelling; if it is private: hf auth login",
         ) from error
     except Exception as error:  # without a network: of several libraries, with no other base in common
+        log.debug("the Hub did not answer", exc_info=True)
         folder = _cached(asked, where, error)
         return folder, f"{asked.repo}@{folder.name}"
     wanted = needed([file.rfilename for file in info.siblings or ()])

@@ -25,6 +25,7 @@ from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.verify import identity
+from xlstm_export.verify import verify as verify_module
 from xlstm_export.verify.identity import Identity, prove
 from xlstm_export.verify.verify import verify_run
 
@@ -218,3 +219,20 @@ def test_verify_fails_on_what_behaviour_cannot_see(own_export: Path, small_loade
     stored = Verdict.from_json(json.loads((own_export / "verify/report.json").read_text()))
     assert not stored.passed
     assert "embedding" in stored.identity["sentence"]
+
+
+@pytest.mark.usefixtures("made_again")
+def test_a_failure_without_a_place_names_the_check_and_the_file(
+    own_export: Path, small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nowhere:
+        def to_json(self) -> dict[str, object]:
+            return {"block": None, "sentence": "no block by itself differs"}
+
+    monkeypatch.setattr(verify_module.search, "bisect", lambda *given: Nowhere())
+    failed = Verdict((Check("step: y", 1.0, 0.5),), {}, {})
+    failed = Identity("differs", "the manifest", differences=("io.json has other bytes",)).judged(failed)
+    found = verify_module._place(RunFolder.open(own_export), small_loaded, Context(), failed)
+    assert found["sentence"] == (
+        "no block by itself differs; io.json has other bytes; what fails is “step: y”"
+    )

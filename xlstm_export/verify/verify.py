@@ -78,9 +78,10 @@ def _place(run: RunFolder, loaded: Loaded, context: Context, verdict: Verdict) -
         found = search.bisect(run, loaded, replace(context, seed=0)).to_json()
     except ExportError as error:  # the verdict is valid without the place
         found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
-    differences = verdict.identity.get("differences")
-    if found["block"] is None and differences:
-        found["sentence"] = f"{found['sentence']}; {differences[0]}"
+    if found["block"] is None:  # something does differ: a file, or a call of another length or batch
+        failed = [check.name for check in verdict.checks if not check.passed]
+        named = [*verdict.identity.get("differences", ())[:1], f"what fails is “{failed[0]}”"]
+        found["sentence"] = "; ".join([found["sentence"], *named])
     return found
 
 

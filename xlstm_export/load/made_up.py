@@ -50,10 +50,16 @@ def explained(error: UserCodeError, loaded: Loaded, io: IoSpec) -> UserCodeError
     """The error of the user's code with a hint that its inputs were made up, and how to give others."""
     hints = ["these inputs were made up", *([error.hint] if error.hint else [])]
     if "checkpoint" not in loaded.origin:
-        hints.append(
+        hint = (
             "declare the values that forward takes as the fourth element that the factory returns (ranges=), "
-            f"or a fixed length as the third (dims=), such as {_ranges(loaded)} and {_dims(loaded, io)}"
         )
+        if any(map(per_position, io.inputs)):
+            hint += (
+                f"or a fixed length as the third (dims=), such as {_ranges(loaded)} and {_dims(loaded, io)}"
+            )
+        else:
+            hint += f"such as {_ranges(loaded)}"
+        hints.append(hint)
     if io.states and all(map(per_position, io.inputs)):
         hints.append("or give real inputs with --data")
     return UserCodeError(error.message, "; ".join(hints))

@@ -173,6 +173,7 @@ def save_state(session: Session, path: Path) -> None:
         for name, value in session.state().items()
     }
     check_state(path, state)
+    require_writable(path)
     with staged_file(path) as temporary:
         save_arrays(temporary, state)
 

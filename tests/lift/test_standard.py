@@ -274,7 +274,7 @@ class Drawn(Around):
 def test_a_state_that_is_drawn_at_random_is_refused(tmp_path: Path) -> None:
     model = loaded(Drawn(nn.GRU(6, HIDDEN, batch_first=True)))
     for stateless in (False, True):
-        with refused(BuildError, "rnn starts from a state that forward draws at random", "without a state"):
+        with refused(BuildError, "draws random numbers in eval mode", "randn, at", "as an input of forward"):
             export(model, tmp_path / "run", ExportOptions(stateless=stateless))
 
 
@@ -391,7 +391,8 @@ class WrongAxis(nn.Module):
 
 def test_a_batch_on_the_wrong_axis_is_named(tmp_path: Path) -> None:
     model = loaded(WrongAxis())
-    with refused(BuildError, "rnn is called with 12 rows, and the batch has 2", "batch_first") as caught:
+    words = ("rnn is called with 12 rows, and the batch has 2", "second axis of x", "batch_first=True")
+    with refused(BuildError, *words) as caught:
         export(model, tmp_path / "run")
     # It runs along the batch: `verify` refuses such an export, whose rows depend on each other.
     assert "--stateless" not in caught[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,9 +195,12 @@ def test_killed_while_compiling(sent: signal.Signals, sources: Sources, tmp_path
     process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
-    assert in_cache() == []
+    left = in_cache()
+    assert sent == signal.SIGKILL or left == []
+    assert all(re.fullmatch(r"\.build\.[0-9a-f]{8}\.partial", name) for name in left)
     (sources.root / "CMakeLists.txt").write_text(mini_project.CMAKE)
     assert one(sources).fresh, "the lock went with the process"
+    assert len(in_cache()) == 1  # the library; what was left is gone
 
 
 def test_two_folders_in_turns(sources: Sources, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def _problem(loaded: Loaded, trace: Works) -> str:
     name = loaded.batched
     return (
         f"{SECOND} of {name}, and must be the first: give {name} with its first two axes swapped, and swap "
-        f"them back where forward begins: {name} = {name}.transpose(0, 1)"
+        f"them back where forward begins: {name} = {name}.transpose(0, 1); "
+        "if a recurrence only lacks batch_first=True, pass that instead and train again"
     )
 
 

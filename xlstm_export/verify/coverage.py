@@ -6,6 +6,7 @@ and lengths drawn by seed are called, each with another number of rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -79,6 +80,16 @@ def last_positions(outputs: Arrays, streams: StreamChecks) -> Arrays:
     return {name: outputs[name][:, -1:] for name in streams.last_only}
 
 
+def fewer_values(positions: int) -> float:
+    """How much larger the limit of outputs is in a call of few positions.
+
+    The limits are for relative L2 over a chunk of two rows or more, where one position that is
+    ill-conditioned, or one value that rounds to its neighbour, hardly counts. Alone it is the whole error.
+    With this factor the same error of one position passes in a short call that passes in a usual one.
+    """
+    return math.sqrt(max(1.0, BATCH * (CHUNK - 1) / positions))
+
+
 def check_shapes(
     streams: StreamChecks,
     expected: Mapping[int, tuple[Arrays, Arrays]],
@@ -112,8 +123,8 @@ def check_shapes(
         outputs = {**outputs, **last_positions(outputs, streams)}
         ours = streams_of(found, io, list(range(count)), count)
         theirs = streams_of(outputs, io, rows, BATCH)
-        limit = streams.limits["output"]
-        one = [output_check(n, ours[n], theirs[n], output_limit(limit, theirs[n])) for n in ours]
+        usual, more = streams.limits["output"], fewer_values(length * count)
+        one = [output_check(n, ours[n], theirs[n], more * output_limit(usual, theirs[n])) for n in ours]
         if io.states:
             moved = {s.past: found[s.present] for s in io.states}
             there = {name: x[rows] for name, x in state.items()}

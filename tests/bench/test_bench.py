@@ -57,6 +57,7 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "memory", lambda *anything: {"rss_bytes": 1, "peak_rss_bytes": 2})
 
 
+@pytest.mark.slow
 def test_refuses_what_did_not_verify(small_export: Path, verified: Path, small_loaded: Loaded) -> None:
     verdict.require_verified(verified)
     report = verified / "verify" / "report.json"

@@ -232,6 +232,7 @@ def test_deploy_needs_numpy_and_onnxruntime_only(own: Path, lean: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["last_logits", "stateless"])
+@pytest.mark.slow
 def test_deploy_of_other_kinds_of_export(option: str, tmp_path: Path, lean: Path) -> None:
     checkpoint_folder = models.make(tmp_path / "checkpoint", num_blocks=1, slstm_at=[0], embedding_dim=32)
     loaded = checkpoint.load_checkpoint(checkpoint_folder, stateless=option == "stateless" or None)

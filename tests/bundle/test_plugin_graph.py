@@ -53,6 +53,7 @@ def dequantized(node: ir.Node) -> np.ndarray:
     return integer.astype(np.float32) * scale.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_an_int8_weight_reaches_the_plugin_as_integers(runs: dict[str, Path]) -> None:
     before, after = (ir.load(runs["int8"] / MODEL) for _ in range(2))
     for_plugins(after)

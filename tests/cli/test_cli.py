@@ -45,6 +45,7 @@ def start(*args: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_stages_one_by_one(
     small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +76,7 @@ def test_stages_one_by_one(
     assert "did not pass" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_large_model_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """bf16 shards → export in their type → block by block, and the first blocks; the graph inspected."""
     source = large_models.make_hf(tmp_path / "model", shards=2, dtype=torch.bfloat16)
@@ -146,6 +148,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +232,7 @@ def test_unwritable_output(
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_precision_stages(small_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shutil.copytree(small_export, tmp_path / "out")
     assert run("quantize", out, "--precision", "int8") == 4, "no ranges yet"
@@ -323,6 +327,7 @@ def test_usage_errors(args: list[str], code: int, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("sent", quick([signal.SIGINT, signal.SIGKILL], [signal.SIGINT]))
+@pytest.mark.slow
 def test_killed_in_mid_export(sent: signal.Signals, small_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("export", small_checkpoint, "-o", out)

@@ -161,6 +161,7 @@ def test_how_much_is_printed() -> None:
     assert emitted("--quiet") == "line\n"
 
 
+@pytest.mark.slow
 def test_export_says_what_it_wrote_as_json(small_checkpoint: Path, tmp_path: Path) -> None:
     args = ["export", str(small_checkpoint), "-o", str(tmp_path / "out"), "--json", "-q"]
     done = CliRunner().invoke(cli, args, catch_exceptions=False)

@@ -15,6 +15,7 @@ import xlstm_export as xe
 PAGE = Path("docs/api.md")
 
 
+@pytest.mark.slow
 def test_the_code_runs(tmp_path: Path) -> None:
     """From a module to INT8, then streams served from the folder, in another process."""
     for number, code in enumerate(blocks(PAGE, "python")):

@@ -75,6 +75,7 @@ def test_lengths_never_exceed_the_call(shift: int, example: list[int], expected:
             session.prefill(inputs)
 
 
+@pytest.mark.slow
 def test_a_model_with_lengths_is_verified(tmp_path: Path) -> None:
     loaded = checkpoint.load_module("pinned_models:last_valid")
     folder = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=True))
@@ -291,6 +292,7 @@ def test_the_hint_of_an_error_with_made_up_inputs_works(tmp_path: Path) -> None:
     assert verify_run(folder, loaded, context=Context(threads=1)).passed
 
 
+@pytest.mark.slow
 def test_the_hint_for_a_length_that_is_fixed_works(tmp_path: Path) -> None:
     module, inputs = _at_length()
     loaded = live(module, inputs)

@@ -163,6 +163,7 @@ def test_resume_repeats_nothing_and_dry_run_writes_nothing(small_loaded: Loaded,
     ]
 
 
+@pytest.mark.slow
 def test_nothing_is_made_of_an_export_that_did_not_verify(
     small_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_runtime_calls_a_logger_of_the_layout_assumed(version: str) -> None:
     assert results(run).get("runtime_logger") == "ok", f"{run.stdout}\n{run.stderr}"
 
 
+@pytest.mark.slow
 def test_libraries_need_nothing_of_tensorrt() -> None:
     """One binary for every version: no symbol of TensorRT is left to resolve, and only two are shown."""
     built = plugin_build(MACHINE)

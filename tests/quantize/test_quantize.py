@@ -162,6 +162,7 @@ def test_same_bytes_again(small_export: Path, scales: Any, made: Any, tmp_path: 
             assert (again / name).read_bytes() == (first / name).read_bytes(), (precision, name)
 
 
+@pytest.mark.slow
 def test_default_folder_and_manifest(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     run = trace.export(small_loaded, tmp_path / "run")
     out = quantize.quantize(run, preset("int8-wo"))
@@ -177,6 +178,7 @@ def test_default_folder_and_manifest(small_loaded: checkpoint.Loaded, tmp_path: 
         quantize.quantize(out, preset("fp16"))
 
 
+@pytest.mark.slow
 def test_narrow_export_gives_the_same_as_a_wide_one(small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     """Weights stored in BF16 are widened first: --dtype bf16 and --precision bf16 is bf16 once."""
     narrow = trace.export(small_loaded, tmp_path / "narrow", ExportOptions(dtype="bf16"))
@@ -249,6 +251,7 @@ def test_a_broken_fence_is_found(small_export: Path, where: str, message: str) -
         require_fences(model)
 
 
+@pytest.mark.slow
 def test_tied_table_is_stored_once_and_read_in_two_ways(tmp_path: Path) -> None:
     """The look-up has no activation to quantize, the head has."""
     from xlstm_export.calibration import observers, sets
@@ -287,6 +290,7 @@ def test_state_in_half(small_export: Path, small_loaded: checkpoint.Loaded, tmp_
     assert session.state()["past_0_C"].dtype == np.float16
 
 
+@pytest.mark.slow
 def test_a_state_that_drifts_is_refused_or_recorded(
     small_export: Path, small_loaded: checkpoint.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_weights_are_stored_narrow_where_that_loses_nothing(
     assert verdict.passed, [check for check in verdict.checks if not check.passed]
 
 
+@pytest.mark.slow
 def test_a_model_with_recurrences_beside_its_stack_is_verified_as_a_whole(model: Loaded, run: Path) -> None:
     with pytest.raises(UsageError, match=r"beside its stack of blocks \(first\.layer_0") as caught:
         verify_run(run, model, VerifyOptions(num_blocks=1))
@@ -113,6 +114,7 @@ def test_a_model_with_recurrences_beside_its_stack_is_verified_as_a_whole(model:
 
 @needs_builder
 @pytest.mark.parametrize("dtype", quick(["fp32", "bf16"], ["fp32"]))
+@pytest.mark.slow
 def test_nvidia_s_builder_takes_all_of_them(dtype: str, model: Loaded, tmp_path: Path) -> None:
     check_builds(export(model, tmp_path / "run", ExportOptions(dtype=dtype)) / "model.onnx")
 

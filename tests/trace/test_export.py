@@ -84,9 +84,7 @@ CASES = {
 }
 QUICK = [
     "two heads, tied, batch 3",
-    "mLSTM only, no convolution, bf16",
     "sLSTM only, no convolution",
-    "block stack",
 ]
 
 

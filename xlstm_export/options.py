@@ -298,6 +298,7 @@ class BundleOptions(Options):
     calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     horizon: int = option(2048, "positions of the recorded stream", "int")
     license: str | None = option(None, "license of the weights, as an SPDX identifier", "text")
+    sign: Path | None = option(None, "PEM file of an Ed25519 key to sign the bundle with", "file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +334,7 @@ class DeployOptions(Options):
     )
     target: str | None = option(None, "board to make a bundle for", "text")
     license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
+    sign: Path | None = option(None, "PEM file of an Ed25519 key to sign the bundle with", "file")
     horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
     free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import models
@@ -23,7 +25,10 @@ from xlstm_export.bundle import make as bundles
 from xlstm_export.cli.main import main
 from xlstm_export.errors import GateError, InputError, UsageError
 from xlstm_export.load import checkpoint
-from xlstm_export.options import BundleOptions, ExportOptions
+from xlstm_export.options import BundleOptions, DeployOptions, ExportOptions
+from xlstm_export.pipeline import data_check
+from xlstm_export.pipeline.deploy import deploy_pipeline
+from xlstm_export.pipeline.plan import Step
 from xlstm_export.sessions import OrtSession
 from xlstm_export.specs import OP_DOMAIN
 from xlstm_export.trace import export as trace
@@ -96,6 +101,37 @@ def test_the_same_inputs_give_the_same_bytes(
     assert first.read_bytes() == second.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.tar.gz", "two.tar.gz"]
     assert archive.verify_bundle(first)["kind"] == "bundle"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("cryptography") is None, reason="cryptography is not installed")
+def test_a_bundle_is_signed_before_it_is_packed(
+    verified: tuple[Path, checkpoint.Loaded], tmp_path: Path
+) -> None:
+    key, public = (tmp_path / name for name in ("key.pem", "public.pem"))
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+    options = BundleOptions(horizon=64, sign=key)
+    first, second = (bundles.bundle(*verified, tmp_path / f"{x}.tgz", options=options) for x in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    archive.verify_bundle(first, public)
+    plain = bundles.bundle(*verified, tmp_path / "plain.tgz", options=BundleOptions(horizon=64))
+    with refused(InputError, "is not signed"):
+        archive.verify_bundle(plain, public)
+
+
+@pytest.mark.skipif(find_spec("cryptography") is None, reason="cryptography is not installed")
+def test_a_key_is_read_before_the_work(verified: tuple[Path, checkpoint.Loaded], tmp_path: Path) -> None:
+    """In `bundle`, in `deploy` and in pipelines."""
+    (tmp_path / "key.pem").write_text("no key")
+    options = BundleOptions(sign=tmp_path / "key.pem")
+    with refused(InputError, "holds no private key"):
+        bundles.bundle(*verified, tmp_path / "made", options)
+    with refused(InputError, "holds no private key"):
+        data_check.check_data(verified[1], [Step("bundle", "bundle", options)])
+    with refused(UsageError, "--sign", "--target"):
+        deploy_pipeline(verified[1], tmp_path / "out", DeployOptions(sign=tmp_path / "key.pem"))
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pem"]
 
 
 def test_what_did_not_verify_is_not_bundled(verified: tuple[Path, checkpoint.Loaded], tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_json
-from ..errors import ExportError, GateError, SetupError
+from ..errors import ExportError, GateError, SetupError, UsageError
 from ..options import BuildOptions
 from ..runfolder import RunFolder
 from ..sessions import timing
 from ..sessions.protocol import Session
-from . import integrity, replay
+from . import integrity, replay, signature
 from . import run as runs
 from .arguments import add_options, options_of
 
@@ -35,8 +35,13 @@ def main(bundle: Path, arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.bundle = bundle
     try:
+        key = options.public_key or signature.recorded_key()
         if not options.unchecked:
-            integrity.check(bundle)
+            integrity.check(bundle, public_key=key)
+        elif key is not None:
+            raise UsageError(
+                f"--unchecked would skip the signature that {key} is for", "leave out one of them"
+            )
         options.command(options)
     except ExportError as error:
         print(f"error: {error.message}", file=sys.stderr)
@@ -75,6 +80,11 @@ def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) ->
         "--in-place", action="store_true", help="TensorRT: states in one buffer (half the memory)"
     )
     made.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    made.add_argument(
+        "--public-key",
+        type=Path,
+        help=f"PEM file that the bundle must be signed for; default: ${signature.RECORDED}",
+    )
     made.add_argument("--unchecked", action="store_true", help="do not compare files with the manifest")
     return made
 

@@ -11,6 +11,7 @@ from ..atomic import sha256
 from ..errors import InputError
 from ..runfolder import IO, MANIFEST, MODEL
 from ..specs import Json
+from . import signature
 
 SCHEMA = 1
 ESSENTIAL = (MODEL, IO, "deploy.py")
@@ -21,18 +22,21 @@ WRITTEN = ("engines", "results")  # folders that commands of the bundle write to
 DEEPEST = 16  # folders in the path of a file
 
 
-def check(bundle: Path, *, alone: bool = False) -> Json:
+def check(bundle: Path, *, alone: bool = False, public_key: Path | None = None) -> Json:
     """The manifest of an intact bundle.
 
     Args:
         bundle: its folder.
         alone: nothing else may lie in it but what its own commands write. Otherwise added files are refused
             only where they would be compiled, run or read.
+        public_key: PEM file of the key that must have signed it; by default the recorded one, if any.
 
     Raises:
-        InputError: it is no bundle, or a file is missing, changed or added; the message names the files.
+        InputError: it is no bundle, not signed with the key, or a file is missing, changed or added; the
+            message names the files.
+        SetupError: signatures cannot be checked here.
     """
-    manifest = read(bundle)
+    manifest = read(bundle, public_key or signature.recorded_key())
     lacking = [name for name in ESSENTIAL if name not in manifest["files"]]
     if lacking:
         raise InputError(f"{bundle / MANIFEST} lists no {' and no '.join(lacking)}", "make the bundle again")
@@ -47,15 +51,19 @@ def check(bundle: Path, *, alone: bool = False) -> Json:
     return manifest
 
 
-def read(bundle: Path) -> Json:
-    """The manifest of a bundle, files unchecked.
+def read(bundle: Path, public_key: Path | None = None) -> Json:
+    """The manifest of a bundle, files unchecked; its signature is checked if a key is given.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none, or it is damaged; or those of `signature.require`.
+        SetupError: signatures cannot be checked here.
     """
     path = bundle / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if public_key is not None:
+            signature.require(bundle, content, public_key)
+        manifest = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{bundle} is no bundle: {MANIFEST} is missing", "give its folder") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -112,5 +120,7 @@ def _added(bundle: Path, files: Json, alone: bool) -> Iterator[str]:
         linked = [name for name in folders if (Path(folder) / name).is_symlink()]
         for name in sorted([*names, *linked]):
             path = (place / name).as_posix()
-            if path not in (MANIFEST, *files) and (alone or top in CLOSED or path in READ):
+            if path not in (MANIFEST, signature.SIGNATURE, *files) and (
+                alone or top in CLOSED or path in READ
+            ):
                 yield f"{path} does not belong to it"

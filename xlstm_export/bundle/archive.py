@@ -24,18 +24,20 @@ MOST_EXPANSION = 200
 BLOCK = 1 << 20
 
 
-def verify_bundle(path: Path) -> Json:
+def verify_bundle(path: Path, public_key: Path | None = None) -> Json:
     """The manifest of an intact bundle, in a folder or an archive.
 
     Raises:
-        InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe.
+        InputError: a file is missing, changed or unexpected; the message names it. Or an archive is unsafe,
+            or the bundle is not signed with the key that is given or recorded.
+        SetupError: signatures cannot be checked here.
     """
     if path.is_dir():
-        return integrity.check(path, alone=True)
+        return integrity.check(path, alone=True, public_key=public_key)
     if not path.exists():
         raise InputError(f"{path} does not exist", "give the folder of a bundle, or its .tar.gz")
     with unpacked(path) as folder:
-        return integrity.check(folder, alone=True)
+        return integrity.check(folder, alone=True, public_key=public_key)
 
 
 class _Reader(gzip.GzipFile):

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from ..atomic import sha256, staged, write_json
-from ..board import integrity, kernels
+from ..board import integrity, kernels, signature
 from ..errors import UsageError
 from ..inputs import Arrays
 from ..lift.model import spec_of
@@ -75,12 +75,15 @@ def bundle(
     Raises:
         GateError: the export has not passed `verify` since it was made.
         UsageError: `out` exists and `force` is not set, or it lies among the run folder's own files.
+        InputError: `options.sign` names a file without a usable key.
+        SetupError: the package that signs is not installed.
     """
     run = RunFolder.of(run)
     require_verified(run)
     packed = out.name.endswith(ARCHIVES)
     if packed and out.exists() and not force:
         raise UsageError(f"{out} already exists", "choose another name, or pass --force to replace it")
+    key = signature.private_key(options.sign) if options.sign is not None else None
     place = out.with_name(f".{out.name}.folder") if packed else out
     with staged(
         place, marker=MANIFEST, force=force or packed, bytes_needed=3 * run.weights.stat().st_size
@@ -95,6 +98,8 @@ def bundle(
         about = _about(run, loaded, options, context.command)
         (made / "README.md").write_text(readme(about, goldens), encoding="utf-8")
         _write_manifest(made, about)
+        if key is not None:
+            signature.sign(made, key)
     if not packed:
         return out
     context.progress("packing")

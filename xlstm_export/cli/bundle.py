@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..board.signature import RECORDED, recorded_key
 from ..options import BundleOptions, Context
 from ..runfolder import RunFolder
 from ..targets import require_target
@@ -60,11 +61,19 @@ def make(
 
 @bundle.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    help=f"PEM file of the key that it must be signed with; default: ${RECORDED}",
+)
 @json_option
-def verify(path: Path, as_json: bool) -> None:
-    """Compare every file of a bundle, folder or archive, with its manifest."""
+def verify(path: Path, public_key: Path | None, as_json: bool) -> None:
+    """Compare every file of a bundle, folder or archive, with its manifest, and check its signature."""
     from ..bundle.archive import verify_bundle
 
-    manifest = verify_bundle(path)
-    text = f"[green]intact[/] {manifest['model']}, {manifest['precision']}, {len(manifest['files'])} files"
+    key = public_key or recorded_key()
+    manifest = verify_bundle(path, key)
+    trust = "its signature was not checked (--public-key)" if key is None else f"signed, as {key} shows"
+    about = f"{manifest['model']}, {manifest['precision']}, {len(manifest['files'])} files"
+    text = f"[green]intact[/] {about}; {trust}"
     emit(manifest, as_json, lambda console: console.print(text))

@@ -1,4 +1,4 @@
-"""Reads the data of all steps before anything is traced: what is wrong is known in seconds."""
+"""Reads data and keys of all steps before anything is traced: what is wrong is known in seconds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def check_data(loaded: Loaded, steps: Sequence[Step]) -> None:
         InputError, UsageError, SetupError: data cannot be read, or do not fit the model.
     """
     files = InputFiles(IoSpec(loaded.input_specs, (), ()), loaded.vocab_size, loaded.tokenizer)
+    _check_keys(steps)
     _check(files, _targets(steps), _sequences(steps))
 
 
@@ -44,6 +45,7 @@ def check_run(run: RunFolder, options: Options, seed: int = 0) -> None:
     Raises:
         InputError, UsageError, SetupError: as above.
     """
+    _check_keys((Step("", "", options, seed),))
     files = InputFiles(run.io, vocabulary(run.manifest), run.tokenizer)
     if files.vocab_size is None and files.takes_text():
         return  # of an earlier version: the model knows its vocabulary
@@ -51,6 +53,14 @@ def check_run(run: RunFolder, options: Options, seed: int = 0) -> None:
     # A generator is the user's code: it runs once, with the model.
     sequences = [found for found in _sequences(steps) if Path(found[0]).exists()]
     _check(files, _targets(steps), sequences)
+
+
+def _check_keys(steps: Sequence[Step]) -> None:
+    from ..board import signature
+
+    for step in steps:
+        if isinstance(step.options, BundleOptions) and step.options.sign is not None:
+            signature.private_key(step.options.sign)
 
 
 def _check(files: InputFiles, targets: Sequence[Path], sequences: Sequence[Sequences]) -> None:

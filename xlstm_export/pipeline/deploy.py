@@ -174,13 +174,19 @@ def deploy_pipeline(
     """
     chosen = _recipe(options)
     require_target(options.target)
+    if options.sign is not None and options.target is None:
+        raise UsageError("--sign without --target: no bundle is made", "give --target, or leave out --sign")
     steps = [Step("export", "export", ExportOptions(), variant=FP32)]
     steps += _judged(FP32, VerifyOptions(data=options.data, calib=options.calib, positions=options.positions))
     if chosen.precision != FP32:
         steps += _quantized(chosen, options)
     if options.target is not None:
         bundled = BundleOptions(
-            target=options.target, data=options.data, calib=options.calib, license=options.license
+            target=options.target,
+            data=options.data,
+            calib=options.calib,
+            license=options.license,
+            sign=options.sign,
         )
         steps.append(Step("bundle", "bundle", bundled, variant=chosen.precision))
     check_data(loaded, steps)

@@ -12,12 +12,11 @@ import json
 import os
 import platform
 import re
-import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from xlstm_export import atomic
 from xlstm_export.errors import SetupError, UsageError
 
 MANIFEST = "manifest.json"
@@ -183,18 +182,8 @@ def _variable(kind: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export.
-
-    A user without a home, such as a service in a container, has a folder among the temporary files.
-    """
-    given = os.environ.get("XLSTM_EXPORT_CACHE")
-    if given:
-        return Path(given) / "plugins"
-    try:
-        home = Path.home() / ".cache" / "xlstm_export"
-    except RuntimeError:
-        home = Path(tempfile.gettempdir()) / f"xlstm_export-{os.getuid()}"
-    return home / "plugins"
+    """Where built libraries are kept, see `atomic.cache_folder`."""
+    return atomic.cache_folder("plugins")
 
 
 def _problem(library: Path, manifest: Mapping[str, object]) -> str:
@@ -203,12 +192,8 @@ def _problem(library: Path, manifest: Mapping[str, object]) -> str:
     Loading it runs its code, and a truncated one ends the process. So its bytes must be those that were
     built, and nobody else may be able to replace them.
     """
-    for path in (library, library.parent, library.parent.parent):
-        about = path.stat()
-        if about.st_uid not in (0, os.getuid()):
-            return f"{path} belongs to another user"
-        if about.st_mode & stat.S_IWOTH:
-            return f"{path} can be written by everyone"
+    if why := atomic.foreign(library, library.parent, library.parent.parent):
+        return why
     if hashlib.sha256(library.read_bytes()).hexdigest() != manifest["sha256"]:
         return f"{library} is not what was built: truncated or replaced"
     return ""

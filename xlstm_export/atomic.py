@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -141,6 +142,30 @@ def require_writable(path: Path) -> None:
         raise SetupError(f"{path} cannot be written: it is a folder", "name a file in it")
     with readable_os_errors(path), tempfile.TemporaryFile(dir=path.parent):
         pass
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export.
+
+    A user without a home, such as a service in a container, has a folder among the temporary files.
+    """
+    if given := os.environ.get("XLSTM_EXPORT_CACHE"):
+        return Path(given) / name
+    try:
+        return Path.home() / ".cache" / "xlstm_export" / name
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"xlstm_export-{os.getuid()}" / name
+
+
+def foreign(*paths: Path) -> str:
+    """Why the first of these files and folders is not to be trusted; empty if nobody else can write them."""
+    for path in paths:
+        about = path.stat()
+        if about.st_uid not in (0, os.getuid()):
+            return f"{path} belongs to another user"
+        if about.st_mode & stat.S_IWOTH:
+            return f"{path} can be written by everyone"
+    return ""
 
 
 def sha256(path: Path) -> str:

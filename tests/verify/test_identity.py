@@ -20,6 +20,7 @@ from xlstm_export.checks import Check, Verdict
 from xlstm_export.errors import BuildError
 from xlstm_export.graph import files
 from xlstm_export.load.loaded import Loaded
+from xlstm_export.load.remembered import remember
 from xlstm_export.options import Context, ExportOptions, VerifyOptions
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
@@ -35,7 +36,9 @@ def made_again(small_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tracing gives, without the seconds that it takes; the slow tests trace."""
 
     def traced(loaded: Loaded, options: ExportOptions) -> Any:
-        return files.load_graph(small_export / "model.onnx"), RunFolder.open(small_export).io
+        model = files.load_graph(small_export / "model.onnx")
+        model.meta["left_out"] = ()
+        return model, RunFolder.open(small_export).io
 
     monkeypatch.setattr(identity.trace, "trace", traced)
 
@@ -132,21 +135,59 @@ def test_another_version_may_write_another_graph_but_no_other_weights(
     assert proof(own_export, small_loaded).state == "differs"
 
 
-def test_what_this_process_has_just_made_is_not_made_again(
-    own_export: Path, small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+def test_what_this_machine_made_is_not_made_again(
+    own_export: Path, small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = {name: entry["sha256"] for name, entry in runfolder.hashes(own_export).items()}
+    """Neither an export nor what was quantized from it, until a byte differs."""
+    monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path / "cache"))
+    run = RunFolder.open(own_export)
+    key = identity.key_of(run, small_loaded)
+    remember(key, run.files)
+    half = quantized(own_export, tmp_path / "half", "fp16")
 
     def again(loaded: Loaded, options: ExportOptions) -> Any:
         raise BuildError("it was traced", "")
 
     monkeypatch.setattr(identity.trace, "trace", again)
-    found = proof(own_export, small_loaded, made=made)
-    assert (found.state, found.against) == ("proved", "what this process has just made from the checkpoint")
+    for folder in (own_export, half):
+        found = proof(folder, small_loaded, key=key)
+        assert (found.state, found.against) == (
+            "proved",
+            "what this machine made of the same checkpoint before",
+        )
+    tamper_with(half, lambda model: embedding(model, 5) and None)
+    forge(half)
+    assert proof(half, small_loaded, key=key).state == "not proved"
     tamper_with(own_export, lambda model: embedding(model, 5) and None)
-    forge(own_export)  # the hashes of the process are not in the folder
-    found = proof(own_export, small_loaded, made=made)
+    forge(own_export)  # the manifest agrees with it, the record does not
+    found = proof(own_export, small_loaded, key=key)
     assert (found.state, found.note) == ("not proved", "the graph cannot be made again: it was traced")
+
+
+def test_an_export_that_was_changed_is_no_base_of_what_is_remembered(
+    own_export: Path, small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Quantizing a changed FP32 export records nothing that a proof would take for the checkpoint's."""
+    monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path / "cache"))
+    run = RunFolder.open(own_export)
+    key = identity.key_of(run, small_loaded)
+    remember(key, run.files)
+    tamper_with(own_export, lambda model: embedding(model, 5) and None)  # the manifest is as it was
+    half = RunFolder.open(quantized(own_export, tmp_path / "half", "fp16"))
+    assert not identity._remembered(half, key)
+
+
+@pytest.mark.usefixtures("made_again")
+def test_export_and_verify_make_the_same_key(
+    small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XLSTM_EXPORT_CACHE", str(tmp_path / "cache"))
+    run = RunFolder.open(identity.trace.export(small_loaded, tmp_path / "out"))
+    assert identity._remembered(run, identity.key_of(run, small_loaded))
+    other = RunFolder.open(
+        identity.trace.export(small_loaded, tmp_path / "other", ExportOptions(dtype="bf16"))
+    )
+    assert identity.key_of(other, small_loaded) != identity.key_of(run, small_loaded)
 
 
 def test_what_is_not_proved_does_not_fail_but_is_said() -> None:

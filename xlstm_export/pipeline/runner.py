@@ -19,7 +19,7 @@ from ..checks import Verdict
 from ..errors import ExportError, SetupError, UsageError
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
-from ..runfolder import MANIFEST, MODEL, made_hash, versions
+from ..runfolder import MANIFEST, made_hash, versions
 from .data_check import check_data
 from .plan import Pipeline, Step, require_out
 from .table import STAGES, Done, Job
@@ -78,7 +78,6 @@ class _Run:
         self._before = ""  # hash of all steps so far
         self._again = how.force
         self._ended: set[str] = set()  # variants that failed verification
-        self._made: dict[Path, dict[str, str]] = {}  # hashes of the files of run folders made here
         self._checked = False  # that the data fit the model, which is loaded for it; `deploy` has done it
         self._searched = any(step.stage == "sensitivity" for step in pipeline.steps)
 
@@ -186,7 +185,6 @@ class _Run:
             context=context,
             stops=step.stops,
             searched=self._searched,
-            made=self._made,
         )
         done = stage.run(job, step.options)
         if isinstance(done.result, Verdict) and not done.result.passed:
@@ -195,8 +193,6 @@ class _Run:
         if lost := [str(wrote / name) for name in stage.writes if not (wrote / name).exists()]:
             raise SetupError(f"{lost[0]} could not be written", "free space, or choose another output folder")
         outputs = {name: _written(wrote / name) for name in stage.writes}
-        if MODEL in outputs:
-            self._made[wrote] = outputs
         record = {"inputs": inputs, "folder": str(wrote), "outputs": outputs, "run": str(done.folder)}
         write_json(self._record(step), record)
         return done

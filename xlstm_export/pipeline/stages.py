@@ -7,7 +7,6 @@ runner and the Python API call these functions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,13 +162,10 @@ def verify(
     loaded: Loaded,
     options: VerifyOptions = VerifyOptions(),
     context: Context = Context(),
-    *,
-    made: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Compare a run folder with its model; see `verify.verify.verify_run`.
 
     With `options.repeat`, what is not given is that of the recorded verification; see `recorded.repeated`.
-    `made` has hashes of the files where this process has just made them.
     """
     from ..verify.verify import verify_run
     from .recorded import repeated
@@ -178,7 +174,7 @@ def verify(
     options = repeated(run, options)
     if options.seed is not None:
         context = replace(context, seed=options.seed)
-    return verify_run(run, loaded, options, context, made=made)
+    return verify_run(run, loaded, options, context)
 
 
 def bench(

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -45,7 +45,6 @@ class Job:
         context: shared settings.
         stops: whether a failed verification raises.
         searched: `sensitivity` has found a recipe; `quantize` uses it unless its options name one.
-        made: hashes of the files of each run folder that earlier steps of this process made, by folder.
     """
 
     load: Callable[[], Loaded]
@@ -54,7 +53,6 @@ class Job:
     context: Context
     stops: bool = True
     searched: bool = False
-    made: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,8 @@ def _verify(job: Job, options: Options) -> Done:
             positions=chosen.positions,
             repeat=False,
         )
-        made = job.made.get(job.base)
-        _require(stages.verify(job.base, job.load(), base, job.context, made=made), job.base)
-    made = job.made.get(job.folder)
-    verdict = stages.verify(job.folder, job.load(), chosen, job.context, made=made)
+        _require(stages.verify(job.base, job.load(), base, job.context), job.base)
+    verdict = stages.verify(job.folder, job.load(), chosen, job.context)
     if job.stops:
         _require(verdict, job.folder)
     return Done(job.folder, verdict)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from .. import atomic, runfolder
+from ..calibration.scales import SCALES, Scales
 from ..checks import Check
 from ..errors import GateError, UsageError
 from ..graph import files
@@ -24,6 +25,7 @@ from ..graph.element_types import typed_nodes
 from ..graph.files import load_graph
 from ..graph.sites import find_sites
 from ..graph.stored_types import DTYPES, widen_weights
+from ..load.remembered import key_of, remember
 from ..ops import bodies as functions
 from ..options import Context
 from ..runfolder import RunFolder
@@ -34,9 +36,6 @@ from .legality import require_legal
 from .qdq import insert_qdq
 from .recipe import Choice, Recipe
 from .smooth import smooth
-
-if TYPE_CHECKING:
-    from ..calibration.scales import Scales
 
 RECIPE = "recipe.yaml"
 TINY = 1e-30  # used instead of a range of zero, for an activation that was always zero in calibration
@@ -97,6 +96,7 @@ def quantize(
     _require(run, recipe, judge)
     out = run.path / recipe.precision if out is None else Path(out)
     progress("reading the graph")
+    base = {name: entry["sha256"] for name, entry in run.hashes().items()}
     model = load_graph(run.model)
     if scales is not None:
         scales.require_graph(run.files[runfolder.MODEL]["sha256"])
@@ -107,12 +107,7 @@ def quantize(
     ) as staging:
         files.save(model, staging, progress)
         require_legal(staging / runfolder.MODEL)
-        atomic.write_json(staging / runfolder.IO, with_state_dtype(run.io, recipe).to_json())
-        recipe.write(staging / RECIPE)
-        if scales is not None:
-            scales.write(staging)
-        for companion in _companions(run):
-            shutil.copyfile(companion, staging / companion.name)
+        _write_beside(run, recipe, scales, staging)
         progress("hashing")
         entries = _entries(run, out, recipe, applied, context.command)
         entries["calibration"] = scales.data if scales is not None else None
@@ -121,7 +116,29 @@ def quantize(
             progress("drift of the state")
             entries["forced"] = _failed(judge(run.path, staging, recipe), recipe, force)
             runfolder.write_manifest(staging, entries)
+        remember(key_of_quantized(base, staging), runfolder.read_manifest(staging)["files"])
     return out
+
+
+def _write_beside(run: RunFolder, recipe: Recipe, scales: Scales | None, staging: Path) -> None:
+    """What a quantized graph has beside it: its description, recipe, ranges, and files of the checkpoint."""
+    atomic.write_json(staging / runfolder.IO, with_state_dtype(run.io, recipe).to_json())
+    recipe.write(staging / RECIPE)
+    if scales is not None:
+        scales.write(staging)
+    for companion in _companions(run):
+        shutil.copyfile(companion, staging / companion.name)
+
+
+def key_of_quantized(base: Mapping[str, str], folder: Path) -> str:
+    """All that a quantized run folder depends on, as one hash; see `load.remembered`.
+
+    Args:
+        base: name → SHA-256 of the files of the FP32 export.
+        folder: the quantized run folder, which has recipe and ranges.
+    """
+    own = {name: atomic.sha256(folder / name) for name in (RECIPE, SCALES) if (folder / name).is_file()}
+    return key_of(dict(base), own)
 
 
 def _failed(checks: Sequence[Check], recipe: Recipe, force: bool) -> list[str]:

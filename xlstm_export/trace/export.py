@@ -29,6 +29,7 @@ from ..lift import lift as cells
 from ..lift import weights
 from ..lift.model import lift_model, notes_of
 from ..load.loaded import Loaded
+from ..load.remembered import key_of_model, remember
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
 from ..options import Context, ExportOptions
@@ -78,6 +79,7 @@ def export(
     options = _resolved(options, loaded)
     loaded = loaded.in_form(options.stateless)
     dtype, progress = options.dtype, context.progress
+    key = key_of_model(loaded, options)  # before anything calls the module
     width = stored_types.DTYPES[dtype].itemsize
     needed = 1.05 * sum(t.numel() * width for t in loaded.skeleton.state_dict().values())
     with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
@@ -105,6 +107,7 @@ def export(
         progress("hashing")
         about = {"command": context.command, "options": asdict(options), **_about(loaded)}
         runfolder.write_manifest(folder, {**about, "left_out": model.meta["left_out"]})
+        remember(key, runfolder.read_manifest(folder)["files"])
     return Path(out)
 
 

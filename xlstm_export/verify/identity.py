@@ -15,17 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..atomic import sha256
 from ..calibration.scales import SCALES, Scales
 from ..checks import Check, Verdict
 from ..errors import ExportError, InputError
 from ..graph import files
 from ..graph.compare import Comparison, compare_graphs
 from ..load.loaded import Loaded
+from ..load.remembered import key_of_model, recall
 from ..options import Context, ExportOptions
 from ..quantize import quantize
 from ..quantize.recipe import read_recipe
-from ..runfolder import MANIFEST, MODEL, MODEL_DATA, RunFolder, made_hash, versions
+from ..runfolder import MODEL, MODEL_DATA, RunFolder, versions
 from ..specs import Json
 from ..trace import export as trace
 from .verdict import require_verified
@@ -87,24 +87,22 @@ class Identity:
         return replace(verdict, checks=checks, identity=self.to_json())
 
 
-def prove(
-    run: RunFolder, loaded: Loaded, context: Context = Context(), made: Mapping[str, str] | None = None
-) -> Identity:
+def prove(run: RunFolder, loaded: Loaded, context: Context = Context(), key: str | None = None) -> Identity:
     """Compare a run folder with its manifest, and with the same made again from its checkpoint.
 
     Args:
         run: run folder.
         loaded: the checkpoint it was exported from.
         context: progress.
-        made: SHA-256 of the files of `run`, by name, as this process has just written them (of the manifest
-            `runfolder.made_hash`); then nothing is made again while they are unchanged.
+        key: of an export of this checkpoint, see `key_of`; if this machine remembers what that wrote, and the
+            files are the same, nothing is made again.
     """
     context.progress("identity")
     changed = _changed(run)
     counts = {"files": len(run.files)}
-    if made and not changed and all(_hash(run, name) == digest for name, digest in made.items()):
+    if not changed and _remembered(run, key):
         counts["states"] = len(run.io.states)
-        return Identity("proved", "what this process has just made from the checkpoint", "", (), counts)
+        return Identity("proved", "what this machine made of the same checkpoint before", "", (), counts)
     context.progress("identity: making the graph again")
     try:
         found, against, side = _made_again(run, loaded, context)
@@ -123,8 +121,28 @@ def prove(
     return Identity("weights" if found.mismatches else "proved", against, others, (), counts)
 
 
-def _hash(run: RunFolder, name: str) -> str:
-    return made_hash(run.path) if name == MANIFEST else sha256(run.path / name)
+def key_of(run: RunFolder, loaded: Loaded) -> str | None:
+    """The key of an export of `loaded` with the options of `run`.
+
+    To be asked for before anything calls the module, which may keep what it computes.
+    """
+    return key_of_model(loaded, _export_options(run))
+
+
+def _export_options(run: RunFolder) -> ExportOptions:
+    made = run.options
+    return ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
+
+
+def _remembered(run: RunFolder, key: str | None) -> bool:
+    """Whether all files are what this machine recorded when it made the same."""
+    made = recall(key)
+    if made is not None and run.options.precision is not None:
+        if (run.path / SCALES).is_file() and _ranges(run, Scales.read(run.path)):
+            return False
+        made = recall(quantize.key_of_quantized(made, run.path))
+    now = {name: entry["sha256"] for name, entry in run.hashes().items()}
+    return made is not None and now == made
 
 
 def _changed(run: RunFolder) -> list[str]:
@@ -139,9 +157,8 @@ def _changed(run: RunFolder) -> list[str]:
 
 def _made_again(run: RunFolder, loaded: Loaded, context: Context) -> tuple[Comparison, str, list[str]]:
     """The comparison with the same graph made again, its name, and differences of the other files."""
-    made = run.options
-    options = ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
-    if made.precision is None:
+    options = _export_options(run)
+    if run.options.precision is None:
         model, spec = trace.trace(loaded, options)
         side = [*_described_differences(run, spec.to_json()), *_companions(run, loaded)]
         return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .bisect import search
 from .by_block import verify_per_block
 from .first_blocks import verify_first_blocks
 from .fp32 import verify
-from .identity import prove
+from .identity import key_of, prove
 from .parts import Proof
 from .precision import verify_precision
 
@@ -32,7 +31,6 @@ def verify_run(
     context: Context = Context(),
     *,
     calibration: Arrays | None = None,
-    made: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Verify a run folder: as a whole, its first blocks, or block by block, as the options say.
 
@@ -46,7 +44,6 @@ def verify_run(
         context: shared settings; the seed is for the inputs and for the cuts of the stream.
         calibration: inputs (N, S, ...) of a calibration set, to take sequences from if there are no held-out
             data; by default those of `options.calib`.
-        made: hashes of the files, where this process has just made them; see `identity.prove`.
 
     Raises:
         UsageError: the options exclude each other.
@@ -57,11 +54,12 @@ def verify_run(
     loaded = loaded.in_form(run.options.stateless)
     if calibration is None and options.calib is not None and options.data is None:
         calibration = sets.for_run(loaded, run, options.calib).inputs
+    key = key_of(run, loaded)
     behaves: list[bool] = []
 
     def proof(verdict: Verdict) -> Verdict:
         behaves.append(verdict.passed)
-        return prove(run, loaded, context, made).judged(verdict)
+        return prove(run, loaded, context, key).judged(verdict)
 
     verdict = _verified(run, loaded, options, context, calibration, proof)
     in_parts = options.per_block or options.num_blocks is not None

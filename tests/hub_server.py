@@ -11,17 +11,21 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REVISIONS = ("main", "v1", COMMIT)
+REVISIONS = ("main", "v1")
 LARGE = 10_000  # bytes from which a file is behind a redirect, as large ones are
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each a dict of files; `asked` has the paths of all files that were sent."""
+    """Repositories by name, each a dict of files; `asked` has the paths of all files that were sent.
+
+    All revisions are at `commit`.
+    """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.gated = repositories, gated
         self.asked: list[str] = []
+        self.commit = COMMIT
         self.cut = 0  # the next large file ends after so many bytes
         self.ranges: list[str] = []
 
@@ -70,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         names = [{"rfilename": name} for name in self.server.repositories[repo]]
         self._answer(
-            200, json.dumps({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": names}).encode()
+            200,
+            json.dumps({"id": repo, "modelId": repo, "sha": self.server.commit, "siblings": names}).encode(),
         )
 
     def _tree(self, repo: str, revision: str) -> None:
@@ -89,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
-        about = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        about = {"X-Repo-Commit": self.server.commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
         if len(content) < LARGE:
             self._send(content, name, about)
             return
@@ -103,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif repo in self.server.gated and file:
             self._answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-        elif revision not in REVISIONS:
+        elif revision not in (*REVISIONS, self.server.commit):
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         else:
             return True

@@ -117,6 +117,11 @@ def option(
     return field(default=default, metadata={"about": about})
 
 
+def _positions() -> int | None:
+    text = "positions scored per held-out sequence; default 16384, 0: all (small models: 2 min per 250,000)"
+    return option(None, text, "int", bounds=Bounds(0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Base of the options of a stage. Values are checked when an instance is made.
@@ -243,12 +248,7 @@ class VerifyOptions(Options):
     data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
     calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     metric: str | None = option(None, "task metric; default: by the data", "text", choices=METRICS)
-    positions: int | None = option(
-        None,
-        "positions of each held-out sequence that are scored; default 16384, 0: all",
-        "int",
-        bounds=Bounds(0),
-    )
+    positions: int | None = _positions()
     gate: Path | None = option(None, "YAML file with your own limits", "file")
     num_blocks: int | None = option(None, "verify only the first so many blocks, with all checks", "int")
     per_block: bool = option(False, "verify block by block, for models larger than the memory", "flag")
@@ -297,6 +297,9 @@ class BundleOptions(Options):
     data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
     calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     horizon: int = option(2048, "positions of the recorded stream", "int")
+    repeat: bool = option(
+        True, "without either, take those of the recorded verification", "flag", off="anew", only="cli"
+    )
     license: str | None = option(None, "license of the weights, as an SPDX identifier", "text")
     sign: Path | None = option(None, "PEM file of an Ed25519 key to sign the bundle with", "file")
 
@@ -326,12 +329,7 @@ class DeployOptions(Options):
     calib: str | None = option(None, "calibration data, as for `calibrate --data`", "data")
     random_data: bool = option(False, "calibrate on made-up data; every report states it", "flag")
     data: Path | None = option(None, "held-out data for the task metric", "path")
-    positions: int | None = option(
-        None,
-        "positions of each held-out sequence that are scored; default 16384, 0: all",
-        "int",
-        bounds=Bounds(0),
-    )
+    positions: int | None = _positions()
     target: str | None = option(None, "board to make a bundle for", "text")
     license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
     sign: Path | None = option(None, "PEM file of an Ed25519 key to sign the bundle with", "file")

@@ -74,6 +74,31 @@ def test_what_exists_here_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub_id(f"NX-AI/xLSTM-7b@{COMMIT}") is not None, "what a manifest records"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models/lm", "models holds austen_lm, other; for a model of the Hub: models/lm@main"),
+        ("models/austn_lm", "did you mean models/austen_lm? For a model of the Hub: models/austn_lm@main"),
+        ("model/austen_lm", "did you mean models/austen_lm? For a model of the Hub: model/austen_lm@main"),
+        ("./models/austn_lm", "did you mean models/austen_lm?"),
+    ],
+)
+def test_a_misspelt_path_is_told_before_the_hub_is_asked(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line that helps whatever was meant, also without a network or the package."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("austen_lm", "other"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    with refused(InputError, f"{Path(text)} does not exist", words) as said:
+        require_checkpoint(Path(text))
+    assert said[0].count("\n") == 1, "between message and hint"
+    if "@main" in words:
+        asked = hub_id(f"{text}@main")
+        assert asked == HubId(text, "main"), "the advice"
+
+
 SHARDS = [
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
@@ -206,3 +231,32 @@ def test_exported_and_verified_by_its_name(small_checkpoint: Path, tmp_path: Pat
         assert manifest["origin"] == {"checkpoint": f"org/small@{COMMIT}"}
         assert manifest["origin_absolute"] == {}
         assert "equal to PyTorch" in command("verify", "run", HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.slow
+def test_a_branch_that_moved_is_exported_again(
+    small_checkpoint: Path, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run --resume` asks for the commit; where the Hub is silent, the export is taken as unchanged."""
+    files = {path.name: path.read_bytes() for path in small_checkpoint.iterdir() if path.is_file()}
+    server.repositories["org/small"] = files
+    (tmp_path / "p.yaml").write_text("model: {checkpoint: org/small}\nout: run\nstages:\n  export: {}\n")
+
+    def states(*options: str, **more: str) -> tuple[dict[str, str], str]:
+        program = [sys.executable, "-m", "xlstm_export", "run", "p.yaml", "--json", *options]
+        env = environment(server, tmp_path / "hf", **more)
+        done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        return {x["name"]: x["state"] for x in json.loads(done.stdout)["steps"]}, done.stderr
+
+    assert states()[0] == {"export": "done"}
+    assert states("--resume")[0] == {"export": "unchanged"}
+    for silent in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        found, said = states("--resume", **silent)
+        assert found == {"export": "unchanged"}
+        assert "org/small is taken as unchanged" in said
+    server.commit = "f" * 40
+    assert states("--resume", "--dry-run")[0] == {"export": "to do"}
+    assert states("--resume")[0] == {"export": "done"}
+    origin = json.loads((tmp_path / "run" / "manifest.json").read_text())["origin"]
+    assert origin == {"checkpoint": f"org/small@{'f' * 40}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xlstm_export.calibration import sets
 from xlstm_export.checks import scored
 from xlstm_export.errors import InputError, UsageError
 from xlstm_export.measure import data
+from xlstm_export.measure.metrics import Agreement
 from xlstm_export.options import VerifyOptions
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession, TorchSession
@@ -102,7 +104,8 @@ def test_how_much_of_the_data_is_scored(tmp_path: Path, small_export: Path, smal
     logits = np.zeros((1, 100, 256))
     short = data.load(tmp_path / "text", BYTES, vocab_size=256, limit=100)
     limits = {"metric": 1.0, "kl": 1.0, "top1": 1.0}
-    _, metric = metric_checks(short, {"logits": logits}, {"logits": logits}, "fp32", limits)
+    score = short.score({"logits": logits})
+    _, metric = metric_checks(short, data.Comparison(score, score, None), "fp32", limits)
     assert scored(metric) == "100 of 19,999"
     assert scored({"positions": 4320, "available": 4320}) == scored({"positions": 4320}) == "4,320"
 
@@ -298,3 +301,41 @@ def test_metric_of_a_model(small_export: Path, small_loaded: Any, tmp_path: Path
     expected = loaded.score(data.stream(TorchSession(small_loaded, 1), loaded.inputs))
     assert found == pytest.approx(expected, rel=1e-6)
     assert 7.5 < found < 12  # random weights on random bytes: somewhat worse than guessing
+
+
+@pytest.mark.parametrize("metric", ["bits-per-byte", "accuracy", "auroc"])
+def test_two_models_are_compared_along_data_of_any_length(
+    metric: str, small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if all outputs were held, of which no more than a piece is."""
+    monkeypatch.setattr(data, "PIECE", 64)
+    (tmp_path / "text").write_bytes(
+        np.random.default_rng(0).integers(0, 256, 1001).astype(np.uint8).tobytes()
+    )
+    made: list[weakref.ref[np.ndarray]] = []
+    most, said = 0, []
+
+    class Watched(OrtSession):
+        def _prefill(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            nonlocal most
+            found = super()._prefill(inputs)
+            found = {
+                name: x + np.float32(0.1) * np.cos(x) if self is ours else x for name, x in found.items()
+            }
+            most = max(most, sum(x() is not None for x in made))
+            made.extend(map(weakref.ref, found.values()))
+            return found
+
+    with Watched(small_export, 1, threads=1) as theirs, Watched(small_export, 1, threads=1) as ours:
+        held = data.load(tmp_path / "text", theirs.io, vocab_size=256, metric=metric)
+        found = held.compare((ours, 64), (theirs, 64), said.append)
+        assert most <= 4, "outputs of the last two pieces"
+        assert said[-1] == "task metric: 1,000 of 1,000 positions"
+        outputs, expected = held.run(ours), held.run(theirs)
+    assert found.found == pytest.approx(held.score(outputs), rel=1e-12)
+    assert found.expected == pytest.approx(held.score(expected), rel=1e-12)
+    whole = Agreement()
+    whole.add(outputs["logits"], expected["logits"])
+    assert found.agreement is not None
+    assert found.agreement.kl == pytest.approx(whole.kl, rel=1e-9)
+    assert found.agreement.other_first_choice == whole.other_first_choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xlstm_export.measure.metrics import IGNORED, METRICS, Target, agreement
+from xlstm_export.measure.metrics import IGNORED, METRICS, Agreement, Target
 
 
 def score(name: str, output: np.ndarray, target: Target) -> float:
@@ -51,6 +51,12 @@ def test_quantile_loss() -> None:
     high = Target(np.array([[10.0]]), quantiles=np.array([0.9]))
     low, above = (score("quantile-loss", np.array([[[x]]]), high) for x in (9.0, 11.0))
     assert low == pytest.approx(9 * above)
+
+
+def agreement(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    both = Agreement()
+    both.add(found, expected)
+    return both.kl, both.other_first_choice
 
 
 def test_agreement() -> None:

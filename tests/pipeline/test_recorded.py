@@ -12,8 +12,8 @@ from refusals import refused
 
 from xlstm_export.cli.main import main
 from xlstm_export.errors import InputError
-from xlstm_export.options import VerifyOptions
-from xlstm_export.pipeline.recorded import load_recorded, locate, repeated
+from xlstm_export.options import BundleOptions, VerifyOptions
+from xlstm_export.pipeline.recorded import load_recorded, locate, repeated, with_data
 from xlstm_export.runfolder import RunFolder, made_hash, record, recorded_file
 
 
@@ -153,6 +153,21 @@ def test_recorded_files_that_changed_or_are_gone(
     with refused(InputError, f"is no longer at {file}", f"give --{name} FILE, or --anew"):
         repeated(run, VerifyOptions())
     assert repeated(run, VerifyOptions(repeat=False)) == VerifyOptions(repeat=False), "the advice"
+
+
+def test_a_bundle_records_its_streams_on_the_same_data(own_export: Path, tmp_path: Path) -> None:
+    """What the export was verified on, unless others are given or --anew is."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_text("text")
+    run = verified(own_export, data=recorded_file(file), calib=recorded_file(file))
+    assert with_data(run, BundleOptions()) == BundleOptions(data=file)
+    for given in (BundleOptions(data=other), BundleOptions(calib="a.b:c"), BundleOptions(repeat=False)):
+        assert with_data(run, given) == given
+    only = verified(own_export, data=None, calib=recorded_file(file))
+    assert with_data(only, BundleOptions(horizon=9)) == BundleOptions(calib=str(file), horizon=9)
+    file.unlink()
+    with refused(InputError, f"is no longer at {file}", "give --calib FILE, or --anew to go on"):
+        with_data(only, BundleOptions())
 
 
 @pytest.mark.parametrize("entry", [5, {"given": 7}, {"given": "package.module:generator"}, None])

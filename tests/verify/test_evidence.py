@@ -112,7 +112,8 @@ def test_from_the_command_line(
     """A verification on data is repeated by default, by the report's command, and after a move."""
 
     def said(*arguments: object) -> str:
-        main([*map(str, arguments), "--threads", "1"])
+        threads = () if arguments[0] == "bundle" else ("--threads", "1")
+        main([*map(str, arguments), *threads])
         captured = capsys.readouterr()
         return " ".join((captured.out + captured.err).split())
 
@@ -153,6 +154,10 @@ def test_from_the_command_line(
     assert "as recorded: --data heldout.txt --horizon 150 --seed 5" in said(
         "verify", "run/fp16", "--horizon", 150
     )
+
+    assert "as recorded: --data heldout.txt" in said("bundle", "run", "-o", "board", "--horizon", 64)
+    recorded_streams = json.loads(Path("board/goldens/goldens.json").read_text())
+    assert recorded_streams["inputs"] == "held-out data"
 
     moved = project.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)

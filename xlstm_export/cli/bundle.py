@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -47,11 +48,18 @@ def bundle() -> None:
 def make(
     run: Path, source: Source, options: BundleOptions, out: Path | None, force: bool, as_json: bool
 ) -> None:
-    """Make a bundle of RUN for a board: graph, plugins, recorded streams, deploy.py."""
-    from ..pipeline import stages
+    """Make a bundle of RUN for a board: graph, plugins, recorded streams, deploy.py.
+
+    The streams are recorded on the data of the last verification, unless others are given or --anew is.
+    """
+    from ..pipeline import recorded, stages
 
     require_target(options.target)
     opened = RunFolder.open(run)
+    given, options = options, recorded.with_data(opened, options)
+    if options != given:
+        found = ["--calib", str(options.calib)] if options.data is None else ["--data", str(options.data)]
+        click.echo(f"as recorded: {shlex.join(found)}", err=True)
     loaded = source.load_for(opened, options)
     with spinner() as progress:
         context = Context(command=command_line(), progress=progress)

@@ -6,6 +6,7 @@ The package `huggingface_hub` downloads, resumes, and keeps files in its cache; 
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import re
@@ -21,6 +22,7 @@ from ..options import Context, Progress
 log = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 FILES = re.compile(r".*\.(pt|pth|bin|ckpt|safetensors|npz|pkl|onnx|tar|gz|zip|json|ya?ml|py)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 INSTALL = "pip install 'xlstm-export[hub]'"
 DESCRIPTIONS = (
     *("config.json", "config.yaml", "config.yml", "tokenizer.json", "tokenizer_config.json"),
@@ -53,8 +55,44 @@ def hub_id(text: str) -> HubId | None:
     if found is None or FILES.fullmatch(text) or Path(text).exists():
         return None
     repo, revision = found["repo"], found["revision"]
-    # `models/lm` beside a folder `models` is a misspelt path.
-    return HubId(repo, revision) if revision or not Path(repo.split("/")[0]).exists() else None
+    # `models/lm` beside a folder `models`, and `model/lm` beside `models/lm`, are misspelt paths.
+    misspelt = Path(repo.split("/")[0]).exists() or similar(Path(repo)) is not None
+    return HubId(repo, revision) if revision or not misspelt else None
+
+
+def similar(path: Path) -> Path | None:
+    """What is there under a name like this one; None if there is nothing."""
+    place = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if not (place / part).exists():
+            near = difflib.get_close_matches(part, _names(place), n=1, cutoff=0.75)
+            if not near:
+                return None
+            part = near[0]
+        place /= part
+    return place
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def missing(path: Path) -> tuple[str, str] | None:
+    """What to say of a path `a/b` that does not exist and may be meant as one or as a model of the Hub.
+
+    Returns:
+        Message and hint; None for a text that cannot be a model of the Hub.
+    """
+    if NAME.fullmatch(str(path)) is None or FILES.fullmatch(str(path)) or "@" in str(path):
+        return None
+    near, folder = similar(path), path.parent
+    names = sorted(_names(folder))
+    held = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    what = f"did you mean {near}? For" if near else f"{folder} holds {held or 'nothing'}; for"
+    return f"{path} does not exist", f"{what} a model of the Hub: {path}@main"
 
 
 def require_package(asked: HubId) -> None:
@@ -64,6 +102,32 @@ def require_package(asked: HubId) -> None:
             f"{asked} does not exist here; a model of the Hub needs the package huggingface_hub",
             f"give a checkpoint directory, or: {INSTALL}",
         )
+
+
+def commit_of(asked: HubId, known: str | None = None) -> str | None:
+    """The commit that a name stands for now: what is to be exported again when a branch has moved.
+
+    Args:
+        asked: the model.
+        known: the commit of an earlier export, which is taken where the Hub is silent and the cache empty.
+
+    Returns:
+        The commit; None if it cannot be found out.
+    """
+    if asked.revision is not None and COMMIT.fullmatch(asked.revision):
+        return asked.revision
+    require_package(asked)
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return str(HfApi().model_info(asked.repo, revision=asked.revision).sha)
+    except Exception:  # as in `download`, which says what it is
+        log.debug("the Hub did not answer", exc_info=True)
+        if known is not None:
+            log.warning("%s is silent, so %s is taken as unchanged", constants.ENDPOINT, asked)
+            return known
+        folder = _in_cache(asked)
+        return None if folder is None else folder.name
 
 
 def download(asked: HubId, progress: Progress = Context().progress) -> tuple[Path, str]:
@@ -136,17 +200,25 @@ def _first_line(error: Exception) -> str:
 
 def _cached(asked: HubId, where: str, error: Exception) -> Path:
     """The folder of a model in the cache, where the Hub did not answer."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
-    for name in (*DESCRIPTIONS[:3], "model.ckpt"):  # one of them is in every model that can be loaded
-        found = try_to_load_from_cache(asked.repo, name, revision=asked.revision)
-        if isinstance(found, str):
-            return Path(found).parent
+    if (folder := _in_cache(asked)) is not None:
+        return folder
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _first_line(error)
     raise SetupError(
         f"{asked} is neither a path here nor in {constants.HF_HUB_CACHE}, and {where} is silent: {why}",
         "connect once to download it, or give a checkpoint directory",
     ) from error
+
+
+def _in_cache(asked: HubId) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (*DESCRIPTIONS[:3], "model.ckpt"):  # one of them is in every model that can be loaded
+        found = try_to_load_from_cache(asked.repo, name, revision=asked.revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _snapshot(asked: HubId, progress: Progress, **how: Any) -> Path:

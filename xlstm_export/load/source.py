@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from .hub import hub_id, require_package
+from .hub import hub_id, missing, require_package, similar
 from .place import checkpoint_folder, find_config, need_config, nothing, require_weight_file, weight_files
 
 CHECKPOINT = "give a checkpoint directory or a .pt / .safetensors file"
@@ -61,7 +61,10 @@ def require_checkpoint(path: Path) -> None:
     if not there and (asked := hub_id(str(path))) is not None:
         return require_package(asked)
     if not there:
-        raise InputError(f"{path} does not exist", CHECKPOINT)
+        near = similar(path)
+        raise InputError(
+            *(missing(path) or (f"{path} does not exist", f"did you mean {near}?" if near else CHECKPOINT))
+        )
     if all((path / name).is_file() for name in RUN):
         raise InputError(f"{path} is a run folder, which has been exported already", CHECKPOINT)
     folder, _ = checkpoint_folder(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import numpy as np
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, cut, length_of, per_position, rolled
 from ..inputs import piece as piece_of
+from ..options import Context, Progress
 from ..sessions import Session
 from ..sessions.codec import BYTES
 from ..sessions.files import ARRAYS, TABLES, InputFiles
 from ..specs import IoSpec, Json, JsonMapping, TensorSpec
-from .metrics import IGNORED, METRICS, Metric, Target
+from .metrics import IGNORED, METRICS, Agreement, Metric, Tally, Target
 
-PIECE = 2048  # positions per call while a metric streams through the data
+PIECE = 512  # positions per call while a metric streams through the data; their outputs are held
 LIMIT = 16_384  # positions of each sequence that a metric is computed on, unless more are asked for
 UNKNOWN = -100  # the class by which PyTorch marks targets that do not count
 PICTURE = "text file for a language model; .npz with the model's inputs (N, S, ...) and `target`"
@@ -82,21 +83,41 @@ class EvalData(Sequences):
     """Held-out data of a task.
 
     Attributes:
-        metric: name of the task metric; `score` computes it from the outputs (N, S, ...).
-        output: name of the output that `score` reads.
-        classes: whether that output holds logits.
-        higher_is_better: whether a larger metric is better.
+        scoring: the task metric.
+        target: what the output should be, (N, S, ...).
+        source: name of the file.
         whole: there is one output for the whole sequence, which must not be cut into pieces.
         available: positions per row that the file has; more than `length` where they were limited.
     """
 
-    metric: str
-    score: Callable[[Arrays], float]
-    output: str = ""
-    classes: bool = False
-    higher_is_better: bool = False
+    scoring: Metric
+    target: Target
+    source: str
     whole: bool = False
     available: int = 0
+
+    @property
+    def metric(self) -> str:
+        """Name of the task metric in reports."""
+        return self.scoring.name
+
+    @property
+    def classes(self) -> bool:
+        """Whether the output that is scored holds logits."""
+        return self.scoring.classes
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger metric is better."""
+        return self.scoring.higher_is_better
+
+    def score(self, outputs: Arrays) -> float:
+        """The metric of the outputs (N, S, ...).
+
+        Raises:
+            InputError: they are of another shape than the targets.
+        """
+        return self.scoring.score(self._scored(outputs, self.target), self.target)
 
     def loss(self, outputs: Arrays) -> float:
         """The metric as a loss (lower is better): the inverse of a metric for which higher is better."""
@@ -108,6 +129,74 @@ class EvalData(Sequences):
     def run(self, session: Session, piece: int = PIECE) -> Arrays:
         """Outputs of a session of `rows` streams on the data, from a fresh start."""
         return stream(session, self.inputs, self.length if self.whole else piece, self.io.outputs)
+
+    def compare(
+        self,
+        candidate: tuple[Session, int],
+        reference: tuple[Session, int],
+        progress: Progress = Context().progress,
+    ) -> Comparison:
+        """Score two sessions of `rows` streams side by side, from a fresh start. No outputs are kept.
+
+        Args:
+            candidate, reference: a session, and how many positions a call of it may have.
+            progress: called with the positions that are done.
+
+        Raises:
+            InputError: outputs are of another shape than the targets.
+        """
+        found, expected, agreement = Tally(self.scoring), Tally(self.scoring), Agreement()
+        step = self.length if self.whole else PIECE
+        for session, _ in (candidate, reference):
+            session.reset()
+        for start in range(0, self.length, step):
+            end = min(start + step, self.length)
+            target = self.target if self.whole else self._part(start, end)
+            ours, theirs = (
+                self._scored(self._called(session, start, end, piece), target)
+                for session, piece in (candidate, reference)
+            )
+            found.add(ours, target)
+            expected.add(theirs, target)
+            if self.classes:
+                agreement.add(ours, theirs)
+            progress(f"task metric: {end:,} of {self.length:,} positions")
+        return Comparison(found.value, expected.value, agreement if self.classes else None)
+
+    def _part(self, start: int, end: int) -> Target:
+        output = _output(self.io)
+        steps = output.steps if per_position(output) else 1
+        return self.target.part(start * steps, end * steps)
+
+    def _called(self, session: Session, start: int, end: int, piece: int) -> Arrays:
+        """Outputs of the positions start … end - 1, which follow those of the call before."""
+        inputs = cut(self.inputs, self.io, start, end)
+        return _continued(session, inputs, end - start if self.whole else piece, self.io.outputs)
+
+    def _scored(self, outputs: Arrays, target: Target) -> np.ndarray:
+        """The output that is scored, positions second; one of another shape than the targets is refused."""
+        output = _output(self.io)
+        found = _positions_second(outputs[output.name], output)
+        more = self.classes or self.scoring is METRICS["quantile-loss"]  # the output has one more axis
+        if (found.shape[:-1] if more else found.shape) != target.values.shape:
+            raise InputError(
+                f"{self.source}: target has shape {target.values.shape}, the model gives {found.shape}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of two models on the same data.
+
+    Attributes:
+        found, expected: the metric of candidate and reference.
+        agreement: of their logits; None where the output holds none.
+    """
+
+    found: float
+    expected: float
+    agreement: Agreement | None
 
 
 def load(
@@ -151,14 +240,15 @@ def load(
         target = Target(tokens[:, 1:])
         name = metric or ("bits-per-byte" if vocab_size == BYTES and tokenizer is None else "perplexity")
         given = {spec.name: np.ascontiguousarray(tokens[:, :-1])}
-        return _scored(given, io, target, _chosen(name, target), str(path), available=length - 1)
+        return EvalData(given, io, _chosen(name, target), target, str(path), available=length - 1)
     output = _output(io)
     target = _target(path, others, output, limit)
     name = metric or _default_metric(target, output, vocab_size, "mase_scale" in others)
     inputs = {
         x.name: np.ascontiguousarray(piece_of(inputs[x.name], x, 0, limit or length)) for x in io.inputs
     }
-    return _scored(inputs, io, target, _chosen(name, target), str(path), available=length)
+    whole = not per_position(output) and output.shape[1:2] != (1,)
+    return EvalData(inputs, io, _chosen(name, target), target, str(path), whole, available=length)
 
 
 def check_source(
@@ -262,34 +352,6 @@ def _positions_second(values: np.ndarray, spec: TensorSpec) -> np.ndarray:
     return np.moveaxis(values, spec.time_axis or 1, 1) if values.ndim > 1 else values
 
 
-def _scored(
-    inputs: Arrays, io: IoSpec, target: Target, metric: Metric, source: str, *, available: int
-) -> EvalData:
-    """The data with a score that never broadcasts: an output of another shape than the target is refused."""
-    output = _output(io)
-    more = metric.classes or metric.name == "quantile loss"  # the output has one more axis
-
-    def score(outputs: Arrays) -> float:
-        found = _positions_second(outputs[output.name], output)
-        if (found.shape[:-1] if more else found.shape) != target.values.shape:
-            raise InputError(
-                f"{source}: target has shape {target.values.shape}, the model gives {found.shape}"
-            )
-        return metric.score(found, target)
-
-    return EvalData(
-        inputs,
-        io,
-        metric.name,
-        score,
-        output.name,
-        metric.classes,
-        metric.higher_is_better,
-        whole=not per_position(output) and output.shape[1:2] != (1,),
-        available=available,
-    )
-
-
 def _output(io: IoSpec) -> TensorSpec:
     return io.outputs[0]
 
@@ -306,6 +368,11 @@ def stream(
         outputs: the model's; by default as the session describes them, else positions are the second axis.
     """
     session.reset()
+    return _continued(session, inputs, piece, outputs)
+
+
+def _continued(session: Session, inputs: Arrays, piece: int, outputs: Sequence[TensorSpec] = ()) -> Arrays:
+    """As `stream`, from where the session is."""
     length = length_of(inputs, session.io.inputs)
     parts = [
         session.prefill(cut(inputs, session.io, start, min(start + piece, length)))

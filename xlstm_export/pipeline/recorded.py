@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from ..atomic import sha256, sha256_of_all
 from ..errors import InputError, UsageError
 from ..load.hub import hub_id
 from ..load.place import PATHS
-from ..options import VerifyOptions
+from ..options import BundleOptions, VerifyOptions
 from ..runfolder import CALIBRATED_ON, VERIFICATION, RunFolder, read_manifest
 from ..specs import JsonMapping
 
@@ -69,7 +70,7 @@ def repeated(run: RunFolder, options: VerifyOptions) -> VerifyOptions:
     """
     if not options.repeat or options.per_block or options.num_blocks is not None:
         return options
-    known = run.manifest.get(VERIFICATION) or _of_base(run)
+    known = _known(run)
     own_data = options.data is not None or options.calib is not None
     found: dict[str, object] = {}
     numbers = ("positions", "horizon", "free_horizon", "seed")
@@ -82,6 +83,26 @@ def repeated(run: RunFolder, options: VerifyOptions) -> VerifyOptions:
             found[name] = _recorded_file(run, name, known.get(name))
     given = {name: getattr(options, name) for name in options.table()}
     return VerifyOptions.made_of({**given, **{name: x for name, x in found.items() if x is not None}})
+
+
+def with_data(run: RunFolder, options: BundleOptions) -> BundleOptions:
+    """Options of a bundle, with the data of the recorded verification where none are given.
+
+    Raises:
+        InputError: a recorded file is nowhere to be found.
+    """
+    if not options.repeat or options.data is not None or options.calib is not None:
+        return options
+    known = _known(run)
+    data = _recorded_file(run, "data", known.get("data"))
+    calib = None if data is not None else _recorded_file(run, "calib", known.get("calib"))
+    return replace(options, data=None if data is None else Path(data), calib=calib)
+
+
+def _known(run: RunFolder) -> JsonMapping:
+    """The record of the verification, or what stands for it."""
+    known: JsonMapping = run.manifest.get(VERIFICATION) or _of_base(run)
+    return known
 
 
 def _of_base(run: RunFolder) -> JsonMapping:
@@ -117,7 +138,7 @@ def _recorded_file(run: RunFolder, name: str, entry: object) -> str | None:
     if not here:
         raise InputError(
             f"the {WHAT[name]} that {run.path} was verified on is no longer at {places[-1]}",
-            f"give --{name} FILE, or --anew to verify without what was recorded",
+            f"give --{name} FILE, or --anew to go on without what was recorded",
         )
     return str(same or here[0])
 

@@ -7,6 +7,7 @@ was killed at any moment repeats only the step it was in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, fields
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 from ..atomic import sha256, sha256_of_all, write_json
 from ..checks import Verdict
 from ..errors import ExportError, SetupError, UsageError
+from ..load.hub import commit_of, hub_id
 from ..load.local_code import code_hashes
 from ..options import FILES, Context, How, Options, Progress
-from ..runfolder import MANIFEST, made_hash, versions
+from ..runfolder import MANIFEST, made_hash, read_manifest, versions
 from .data_check import check_data
 from .plan import Pipeline, Step, require_out
 from .table import STAGES, Done, Job
@@ -134,6 +136,18 @@ class _Run:
             alias=source.get("alias"),
         )
 
+    @cached_property
+    def _commit(self) -> str | None:
+        """Commit of a model of the Hub, whose branch may have moved since it was exported."""
+        asked = hub_id(self._pipeline.source.get("checkpoint", ""))
+        if asked is None:
+            return None
+        known: object = None
+        with contextlib.suppress(ExportError):
+            known = read_manifest(self._pipeline.out).get("origin", {}).get("checkpoint")
+        before = str(known).partition("@")
+        return commit_of(asked, before[2] if before[0] == asked.repo and before[2] else None)
+
     def _inputs(self, step: Step) -> str:
         """Hash of all that a step depends on: options, contents of files, versions, earlier steps."""
         values, files = _plain(step.options)
@@ -149,6 +163,7 @@ class _Run:
             {file: sha256_of_all(Path(file)) for file in files},
             code_hashes(factory) if factory else {},
             self._before,
+            *([self._commit] if step.stage == "export" and self._commit else []),
         ]
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 

@@ -201,18 +201,22 @@ def bundle(
         run: run folder.
         loaded: its model.
         out: folder to make, or a file ending in .tar.gz; by default `bundle` in the run folder.
-        options: options of the stage. Streams are recorded on calibration data if there are no held-out data.
+        options: options of the stage. Streams are recorded on calibration data if there are no held-out data;
+            with `options.repeat`, on what the run folder was verified on if neither are given.
         context: shared settings.
         force: replace `out`.
 
     Raises:
         UsageError: the target is unknown.
+        InputError: recorded data are nowhere to be found.
     """
     from ..bundle.make import bundle as bundle_
     from ..calibration import sets
+    from .recorded import with_data
 
     require_target(options.target)
     run = RunFolder.of(run)
+    options = with_data(run, options)
     calibration = None
     if options.calib is not None and options.data is None:
         calibration = sets.for_run(loaded, run, options.calib).inputs

@@ -216,15 +216,16 @@ class _Fp32(Verification):
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """The task's metric on held-out data, reference in float64."""
-        with TorchSession(self.loaded, data.rows, "float64") as reference:
-            expected = data.run(reference)
-            how = reference.reference
-        with OrtSession(self.run.path, data.rows, self.threads) as candidate:
-            found = data.run(candidate, 1 if self.last_only else PIECE)
-        if how == FLOAT64:
-            return metric_checks(data, found, expected, "pytorch_float64", LIMITS)
-        limits = metric_limits_by_own_error(own_metric_error(self.loaded, data, expected))
-        return metric_checks(data, found, expected, "pytorch", limits)
+        piece = 1 if self.last_only else PIECE
+        with (
+            TorchSession(self.loaded, data.rows, "float64") as reference,
+            OrtSession(self.run.path, data.rows, self.threads) as candidate,
+        ):
+            compared = data.compare((candidate, piece), (reference, PIECE), self.context.progress)
+            if reference.reference == FLOAT64:
+                return metric_checks(data, compared, "pytorch_float64", LIMITS)
+            limits = metric_limits_by_own_error(own_metric_error(self.loaded, data, reference))
+        return metric_checks(data, compared, "pytorch", limits)
 
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
         """Outputs and state of the reference after `length` positions."""

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from ..distance import compare_states, difference
 from ..inputs import Arrays, has_positions, rows_of, streams_of
 from ..load.loaded import Loaded
-from ..measure.data import EvalData
+from ..measure.data import PIECE, EvalData
 from ..sessions import TorchSession
 from .limits import LIMITS
 from .parts import metric_checks
@@ -90,16 +90,17 @@ def long_error(
     return {"output": max(errors), "state": max((x.relative_l2 for x in moved), default=0.0)}
 
 
-def own_metric_error(loaded: Loaded, data: EvalData, expected: Arrays) -> dict[str, float]:
+def own_metric_error(loaded: Loaded, data: EvalData, reference: TorchSession) -> dict[str, float]:
     """The same of the task's metric, by the names of the limits "metric", "kl" and "top1".
 
     Args:
         loaded: the model.
         data: held-out data.
-        expected: outputs of the reference on them.
+        reference: of as many streams as the data have rows; they begin anew.
     """
     with TorchSession(loaded, data.rows, "float32") as plain:
-        checks, _ = metric_checks(data, data.run(plain), expected, "pytorch", LIMITS)
+        compared = data.compare((plain, PIECE), (reference, PIECE))
+    checks, _ = metric_checks(data, compared, "pytorch", LIMITS)
     return {name: check.value for name, check in zip(("metric", "kl", "top1"), checks, strict=False)}
 
 

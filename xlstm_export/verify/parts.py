@@ -15,8 +15,7 @@ from ..load.loaded import Loaded
 from ..load.made_up import explained, random_inputs
 from ..measure import data as evaluation
 from ..measure.cell_gates import Gates, audit
-from ..measure.data import EvalData, Sequences
-from ..measure.metrics import agreement
+from ..measure.data import Comparison, EvalData, Sequences
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..specs import IoSpec, Json
@@ -52,20 +51,20 @@ def load_data(options: VerifyOptions, run: RunFolder, loaded: Loaded) -> EvalDat
 
 
 def metric_checks(
-    data: EvalData, found: Arrays, expected: Arrays, against: str, limits: Mapping[str, float]
+    data: EvalData, compared: Comparison, against: str, limits: Mapping[str, float]
 ) -> tuple[list[Check], Json]:
     """Checks of the change of the task's metric and, for logits, of KL divergence and first choices.
 
     Args:
         data: held-out data of the task.
-        found, expected: outputs of candidate and reference.
+        compared: candidate and reference on them.
         against: name of the reference in the report.
         limits: "metric" (relative), "kl" (nats) and "top1" (share of positions).
 
     Returns:
         The checks, and the entry `metric` of the verdict.
     """
-    reference, score = data.score(expected), data.score(found)
+    reference, score = compared.expected, compared.found
     change = (score - reference) / max(abs(reference), np.finfo(np.float64).tiny)
     metric: dict[str, Any] = {
         "name": data.metric,
@@ -77,8 +76,9 @@ def metric_checks(
     }
     # A difference of infinities, or a metric that is NaN on both sides, gives NaN, which fails.
     checks = [Check(f"{data.metric} on held-out data", abs(change), limits["metric"], dict(metric))]
-    if data.classes:
-        metric["kl"], metric["other_first_choice"] = agreement(found[data.output], expected[data.output])
+    if compared.agreement is not None:
+        metric["kl"] = compared.agreement.kl
+        metric["other_first_choice"] = compared.agreement.other_first_choice
         checks += [
             Check("KL on held-out data", metric["kl"], limits["kl"]),
             Check("other first choices on held-out data", metric["other_first_choice"], limits["top1"]),

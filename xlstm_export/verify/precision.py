@@ -216,12 +216,13 @@ class _Precision(Verification):
     def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """Checks of the change of the task's metric against FP32, and the metric itself."""
         piece = 1 if self.run.last_only else PIECE
-        with self.reference.open(data.rows) as reference:
-            expected = data.run(reference, piece)
-        with OrtSession(self.run.path, data.rows, self.threads) as candidate:
-            found = data.run(candidate, piece)
+        with (
+            self.reference.open(data.rows) as reference,
+            OrtSession(self.run.path, data.rows, self.threads) as candidate,
+        ):
+            compared = data.compare((candidate, piece), (reference, piece), self.context.progress)
         limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
-        return metric_checks(data, found, expected, "fp32", limits)
+        return metric_checks(data, compared, "fp32", limits)
 
     def check_gates(self) -> tuple[Json, list[Check]]:
         """Stabilizers, and the memory length of each head compared with FP32."""

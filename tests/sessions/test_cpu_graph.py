@@ -41,3 +41,23 @@ def test_the_advice_and_the_floors_agree() -> None:
     assert re.findall(r'"onnxruntime(?:-gpu)?>=([\d.]+)"', project) == [oldest, oldest]
     lowest = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
     assert f"onnxruntime=={oldest}." in lowest, "the floor is what is tested"
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n\nprocessor\t: 1\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\nbugs\t: avx512_vnni", False),
+        ("Features\t: fp asimd i8mm", False),
+        (None, False),
+    ],
+)
+def test_processors_whose_usual_kernels_are_exact(
+    text: str | None, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others get the slow kernels; on processors that are no x86, that changes nothing."""
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu_graph, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_graph.adds_in_32_bits.__wrapped__() is exact

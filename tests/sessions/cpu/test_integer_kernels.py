@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from xlstm_export.sessions import cpu_graph
 from xlstm_export.sessions.cpu import integer_kernels, lower
 
 RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
@@ -69,7 +70,15 @@ def w8a8(w: np.ndarray, sw: np.ndarray, sx: float, rows: int | None = None) -> i
     )
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64])
+@pytest.fixture(params=["this processor", "without VNNI"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that are chosen here, and those that are chosen where the usual ones saturate."""
+    if request.param == "without VNNI":
+        monkeypatch.setattr(cpu_graph, "adds_in_32_bits", lambda: False)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 513])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_do_not_saturate(rows: int, sign: int) -> None:
     """Largest magnitudes everywhere: 16-bit sums of two products overflow on processors without VNNI."""
@@ -81,6 +90,7 @@ def test_sums_do_not_saturate(rows: int, sign: int) -> None:
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("batch", [None, 1, 3])
 def test_integer_product_is_exact(batch: int | None) -> None:
     w, sw, sx = integers(0, K, N), scales(1, N), 0.03

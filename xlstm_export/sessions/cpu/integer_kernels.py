@@ -4,8 +4,8 @@ Without this, the runtime (1.32) turns an 8-bit product into a kernel whose 16-b
 with AVX2 but no VNNI (errors of 12% with ordinary weights), and the product with a dequantized weight into
 one that rounds the activations to 8 bits too. Neither is the function of the graph. Cases:
 
-1. Activation and weight INT8 → MatMulIntegerToFloat with the activation as UINT8; the session option
-   `session.x64quantprecision` then makes the runtime avoid the saturating kernel.
+1. Activation and weight INT8 → MatMulIntegerToFloat with the activation as UINT8; where the processor's
+   usual kernel saturates, a session option makes the runtime avoid it (`cpu_graph.PRECISE`).
 2. INT8 weight alone, few rows → the same kernel on three rows: the digits of the activation to the base 256.
    A weight is read once, in a quarter of the bytes of FP32.
 3. INT8 weight alone, many rows → converted to FP32 at each call, scaled behind the product.

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ...graph.lazy import SMALL
 from ...graph.values import is_weight
 from ...inputs import Arrays
-from ..cpu_graph import PREPACKING, CpuGraph, OrtObject
+from ..cpu_graph import PRECISE, PREPACKING, CpuGraph, OrtObject
 from . import decode
 from .fused import drop_bodies
 from .integer_kernels import use_integer_kernels
@@ -23,7 +23,7 @@ from .round_half import computes_in_half, to_float32
 
 # Configuration entries that a session over a lowered graph needs.
 SESSION_CONFIG = {
-    "session.x64quantprecision": "1",  # no 16-bit sums that saturate
+    PRECISE: "1",  # no 16-bit sums that saturate
     "session.disable_quant_qdq": "1",  # products are fused here already
     "mlas.disable_kleidiai": "1",  # its kernels quantize activations per row and not per block
     "optimization.enable_cast_chain_elimination": "0",  # rounding is a pair of Casts

@@ -143,7 +143,7 @@ def decode(source: Path, folder: Path, threads: int, with_compile: bool) -> dict
     eager = bench_peers.eager_step(loaded, one, 1)
     with (
         sessions.OrtSession(folder, 1, threads) as session,
-        sessions.OrtSession(folder / "int8", 1, threads, rounding=False) as int8,
+        sessions.OrtSession(folder / "int8", 1, threads) as int8,
         sessions.OrtSession(folder, 1, threads, fused=False) as bodies,
     ):
         contestants = {

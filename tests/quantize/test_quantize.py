@@ -74,8 +74,8 @@ def test_every_precision_runs_and_is_close(
 ) -> None:
     folder = made(preset(precision, base))
     tokens = {"tokens": np.random.default_rng(0).integers(0, 256, (2, 70))}
-    expected = OrtSession(small_export, 2, 1).prefill(tokens)["logits"]
-    found = OrtSession(folder, 2, 1).prefill(tokens)["logits"]
+    expected = OrtSession(small_export, 2, 1, rounding=True).prefill(tokens)["logits"]
+    found = OrtSession(folder, 2, 1, rounding=True).prefill(tokens)["logits"]
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
     limits = {"fp16": 5e-3, "bf16": 4e-2, "int8": 0.2, "int8-wo": 5e-2, "int4-wo": 0.4}
     assert 1e-6 < error < limits[precision]
@@ -184,8 +184,8 @@ def test_narrow_export_gives_the_same_as_a_wide_one(small_loaded: checkpoint.Loa
     narrow = trace.export(small_loaded, tmp_path / "narrow", ExportOptions(dtype="bf16"))
     folder = quantize.quantize(narrow, preset("bf16"))
     tokens = {"tokens": np.random.default_rng(0).integers(0, 256, (1, 20))}
-    expected = OrtSession(narrow, 1, 1).prefill(tokens)["logits"]
-    found = OrtSession(folder, 1, 1).prefill(tokens)["logits"]
+    expected = OrtSession(narrow, 1, 1, rounding=True).prefill(tokens)["logits"]
+    found = OrtSession(folder, 1, 1, rounding=True).prefill(tokens)["logits"]
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 2e-2
     kinds = [w.dtype for w in weights(folder).values() if w.ndim >= 2]
     assert kinds.count(np.dtype(ml_dtypes.bfloat16)) > 5
@@ -264,8 +264,8 @@ def test_tied_table_is_stored_once_and_read_in_two_ways(tmp_path: Path) -> None:
     tables = [name for name, x in weights(folder).items() if x.shape == (256, 64)]
     assert len(tables) == 1
     tokens = {"tokens": np.random.default_rng(0).integers(0, 256, (1, 30))}
-    expected = OrtSession(run, 1, 1).prefill(tokens)["logits"]
-    found = OrtSession(folder, 1, 1).prefill(tokens)["logits"]
+    expected = OrtSession(run, 1, 1, rounding=True).prefill(tokens)["logits"]
+    found = OrtSession(folder, 1, 1, rounding=True).prefill(tokens)["logits"]
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.1
 
 
@@ -285,7 +285,7 @@ def test_state_in_half(small_export: Path, small_loaded: checkpoint.Loaded, tmp_
     assert {s.kind for s in io.states if s.dtype == "float16"} == {"C"}
     assert {s.dtype for s in io.states if s.kind != "C"} == {"float32"}
     assert runfolder.read_manifest(folder)["forced"] == []
-    session = OrtSession(folder, 1, 1)
+    session = OrtSession(folder, 1, 1, rounding=True)
     session.prefill({"tokens": np.array([[1, 2, 3]])})
     assert session.state()["past_0_C"].dtype == np.float16
 

@@ -61,7 +61,7 @@ def write_targets(folder: Path, path: Path) -> Path:
     """Data (1, LENGTH) whose targets are the export's own outputs and noise; an error can only do harm."""
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 256, (1, LENGTH))
-    session = OrtSession(folder, 1, 1)
+    session = OrtSession(folder, 1, 1, rounding=True)
     logits = stream(session, {"tokens": tokens})[session.io.outputs[0].name]
     target = logits + NOISE * logits.std() * rng.standard_normal(logits.shape)
     np.savez(path, tokens=tokens, target=target)

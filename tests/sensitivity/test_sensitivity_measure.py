@@ -52,10 +52,13 @@ def setup(small_export: Path, data: EvalData, tmp_path_factory: pytest.TempPathF
 
 def test_a_replayed_reference_is_the_live_one(setup: Setup, small_export: Path, tmp_path: Path) -> None:
     out = quantize(small_export, WEIGHTS, out=tmp_path / "wo")
-    candidate = OrtSession(out, 1, 1)
+    candidate = OrtSession(out, 1, 1, rounding=True)
     drifts = [
         measure_drift(reference, candidate, stretch(setup), DriftPlan(horizons(setup.horizon)))
-        for reference in (OrtSession(small_export, 1, 1), Replay(candidate.io, 1, Path(setup.reference)))
+        for reference in (
+            OrtSession(small_export, 1, 1, rounding=True),
+            Replay(candidate.io, 1, Path(setup.reference)),
+        )
     ]
     assert drifts[0] == drifts[1]
     assert drifts[0].series[0].errors[-1] > 0.0
@@ -64,10 +67,13 @@ def test_a_replayed_reference_is_the_live_one(setup: Setup, small_export: Path, 
 def test_measured_by_hand(setup: Setup, small_export: Path, tmp_path: Path) -> None:
     found = measure(setup, WEIGHTS)
     out = quantize(small_export, WEIGHTS, out=tmp_path / "wo")
-    logits = evaluation.stream(OrtSession(out, 1, 1), setup.data.inputs)
+    logits = evaluation.stream(OrtSession(out, 1, 1, rounding=True), setup.data.inputs)
     assert found.metric == setup.data.score(logits)
     tokens = {name: x[:, : setup.horizon] for name, x in stretch(setup).items()}
-    a, b = (OrtSession(f, 1, 1).prefill(tokens)["logits"].astype(float) for f in (out, small_export))
+    a, b = (
+        OrtSession(f, 1, 1, rounding=True).prefill(tokens)["logits"].astype(float)
+        for f in (out, small_export)
+    )
     # The window of a short horizon is all of it.
     assert found.drift == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-4)
     assert found.worst_state.startswith("block ")

@@ -99,7 +99,7 @@ def test_the_recipe_file_gives_what_was_measured(
     assert recipe == searched.recipe
     out = quantize(export, recipe, scales=scales, out=tmp_path / "found")
     loaded = evaluation.load(data, runfolder.read_io(export))
-    found = loaded.score(evaluation.stream(OrtSession(out, 1, 1), loaded.inputs))
+    found = loaded.score(evaluation.stream(OrtSession(out, 1, 1, rounding=True), loaded.inputs))
     assert found == searched.found.measured.metric
     assert runfolder.read_manifest(out)["sites"].get("float", 0) == len(searched.excluded)
 

@@ -90,7 +90,7 @@ def test_rounding_is_not_hidden(tmp_path: Path) -> None:
     loaded = checkpoint.load_checkpoint(models.make(tmp_path / "model"))
     tokens = np.random.default_rng(0).integers(0, 256, (1, 40))
     full, half = (
-        OrtSession(trace.export(loaded, tmp_path / dtype, ExportOptions(dtype=dtype))).prefill(
+        OrtSession(trace.export(loaded, tmp_path / dtype, ExportOptions(dtype=dtype)), rounding=True).prefill(
             {"tokens": tokens}
         )["logits"]
         for dtype in ("fp32", "fp16")

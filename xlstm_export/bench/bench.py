@@ -151,10 +151,10 @@ class _Run:
         self.batch, self.compiling = batch, when == "all" or (when == "first" and first)
         with ExitStack() as owned:
             # Half is timed as FP32 on a CPU: rounding every value as a device does is for verification only.
-            self.session = owned.enter_context(OrtSession(self.run, batch, self.threads, rounding=False))
+            self.session = owned.enter_context(OrtSession(self.run, batch, self.threads))
             self.bodies = None
             if self.session.fused:
-                bodies = OrtSession(self.run, batch, self.threads, rounding=False, fused=False)
+                bodies = OrtSession(self.run, batch, self.threads, fused=False)
                 self.bodies = owned.enter_context(bodies)
             else:
                 self.skip(

@@ -50,7 +50,7 @@ def memory(folder: Path, batch: int, length: int, threads: int) -> Memory:
 
 def run(folder: Path, batch: int, length: int, threads: int) -> Memory:
     """Run the export once, and return the memory of this process."""
-    with OrtSession(folder, batch, threads, rounding=False) as session:
+    with OrtSession(folder, batch, threads) as session:
         inputs = _zeros(session.io, batch, length)
         session.prefill(inputs)
         session.step(cut(inputs, session.io, 0, 1))

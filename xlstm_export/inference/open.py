@@ -34,7 +34,7 @@ def open_session(
     if backend == "onnxruntime":
         from ..sessions.cpu.session import OrtSession
 
-        return OrtSession(folder, batch, threads, rounding=False)
+        return OrtSession(folder, batch, threads)
     if backend == "pytorch":
         from ..sessions.pytorch import TorchSession
 

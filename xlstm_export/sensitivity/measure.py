@@ -125,7 +125,10 @@ def _measure(setup: Setup, recipe: Recipe) -> Measured:
     with tempfile.TemporaryDirectory(prefix="candidate.", dir=setup.scratch) as scratch:
         out = quantize(Path(setup.folder), recipe, scales=setup.scales, out=Path(scratch) / "run")
         # Overflow is expected: the metric of a broken candidate is not finite.
-        with OrtSession(out, setup.data.rows, setup.threads) as session, np.errstate(all="ignore"):
+        with (
+            OrtSession(out, setup.data.rows, setup.threads, rounding=True) as session,
+            np.errstate(all="ignore"),
+        ):
             metric = setup.data.loss(setup.data.run(session))
             with Replay(session.io, setup.data.rows, Path(setup.reference)) as reference:
                 drift = measure_drift(reference, session, stretch(setup), DriftPlan(horizons(setup.horizon)))
@@ -175,7 +178,7 @@ def record(setup: Setup) -> float:
     """
     data, path = setup.data, Path(setup.reference)
     ends = horizons(setup.horizon)
-    with OrtSession(Path(setup.folder), data.rows, setup.threads) as session:
+    with OrtSession(Path(setup.folder), data.rows, setup.threads, rounding=True) as session:
         metric = data.loss(data.run(session))
         recorder = _Recorder(session, [range(max(0, end - WINDOW), end) for end in ends])
         silent = _Zeros(session.io, data.rows)

@@ -29,7 +29,10 @@ def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recip
 
     def judge(folder: Path, candidate: Path, recipe: Recipe) -> list[Check]:
         batch = batch_of(stream, read_io(folder).inputs)
-        with OrtSession(folder, batch) as reference, OrtSession(candidate, batch) as narrow:
+        with (
+            OrtSession(folder, batch, rounding=True) as reference,
+            OrtSession(candidate, batch, rounding=True) as narrow,
+        ):
             drift = measure_drift(reference, narrow, stream)
         return drift_checks(drift, drift_limits(recipe.precision, recipe.state_dtype))
 

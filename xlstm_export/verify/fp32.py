@@ -219,7 +219,7 @@ class _Fp32(Verification):
         piece = 1 if self.last_only else PIECE
         with (
             TorchSession(self.loaded, data.rows, "float64") as reference,
-            OrtSession(self.run.path, data.rows, self.threads) as candidate,
+            OrtSession(self.run.path, data.rows, self.threads, rounding=True) as candidate,
         ):
             compared = data.compare((candidate, piece), (reference, PIECE), self.context.progress)
             if reference.reference == FLOAT64:

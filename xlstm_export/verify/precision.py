@@ -108,7 +108,7 @@ def fp32_reference(run: RunFolder | Path, loaded: Loaded, threads: int = 0) -> R
     except (GateError, InputError, OSError):
         same = False
     if same:
-        return Reference("FP32 export", lambda batch: OrtSession(base, batch, threads), base)
+        return Reference("FP32 export", lambda batch: OrtSession(base, batch, threads, rounding=True), base)
     return Reference("PyTorch FP32", lambda batch: TorchSession(loaded, batch, "float32"))
 
 
@@ -194,7 +194,7 @@ class _Precision(Verification):
         context = Context(progress=lambda stage: self.context.progress(f"drift: {stage}"))
         with (
             self.reference.open(rows) as reference,
-            OrtSession(self.run.path, rows, self.threads) as candidate,
+            OrtSession(self.run.path, rows, self.threads, rounding=True) as candidate,
         ):
             return measure_drift(reference, candidate, inputs, plan, context)
 
@@ -218,7 +218,7 @@ class _Precision(Verification):
         piece = 1 if self.run.last_only else PIECE
         with (
             self.reference.open(data.rows) as reference,
-            OrtSession(self.run.path, data.rows, self.threads) as candidate,
+            OrtSession(self.run.path, data.rows, self.threads, rounding=True) as candidate,
         ):
             compared = data.compare((candidate, piece), (reference, piece), self.context.progress)
         limits = {"metric": self.max_drop, "kl": self.limits.kl, "top1": self.limits.top1}
@@ -250,7 +250,7 @@ class _Precision(Verification):
     def expected(self, length: int) -> tuple[Arrays, Arrays]:
         """Outputs and state of the candidate itself, after one call of `length` positions."""
         if length not in self._own:
-            with OrtSession(self.run.path, BATCH, self.threads, fused=False) as session:
+            with OrtSession(self.run.path, BATCH, self.threads, fused=False, rounding=True) as session:
                 outputs = session.prefill(self.source.cut(self.streams.inputs, 0, length))
                 self._own[length] = (outputs, session.state())
         return self._own[length]

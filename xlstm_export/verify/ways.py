@@ -69,7 +69,7 @@ class StreamChecks:
         # Without an input that has positions there is only one way to call the model.
         self.lengths = RAGGED if has_positions(run.io) else (1,)
         self.inputs = source.batch(max(self.lengths))
-        self.candidate = OrtSession(run.path, BATCH, threads, fused=False)
+        self.candidate = OrtSession(run.path, BATCH, threads, fused=False, rounding=True)
 
     def close(self) -> None:
         """Close the session that the checks share."""
@@ -106,7 +106,7 @@ class StreamChecks:
     def check_fused(self) -> list[Check]:
         """The same positions through the fused operators, in pieces and one by one."""
         length = max(RAGGED)
-        with OrtSession(self.folder, BATCH, self.threads) as session:
+        with OrtSession(self.folder, BATCH, self.threads, rounding=True) as session:
             return [
                 *self._streamed("fused 1+63+1+64+70", _pieces(length), session, session.prefill),
                 *self._streamed("fused step", [1] * length, session, session.step),
@@ -124,7 +124,7 @@ class StreamChecks:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
-            with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
+            with OrtSession(self.folder, BATCH, self.threads, fused=False, rounding=True) as fresh:
                 load_state(fresh, path)
                 second = fresh.prefill(self.source.cut(self.inputs, middle, length))
                 found = fresh.state()
@@ -141,7 +141,7 @@ class StreamChecks:
         state = self.candidate.state()
         limit = output_limit(self.limits["rows"], *together.values())
         checks = []
-        with OrtSession(self.folder, 1, self.threads, fused=False) as alone:
+        with OrtSession(self.folder, 1, self.threads, fused=False, rounding=True) as alone:
             for row in range(BATCH):
                 alone.reset()
                 single = alone.prefill(rows_of(inputs, self.io, slice(row, row + 1)))
@@ -167,7 +167,7 @@ class StreamChecks:
     def check_reset(self) -> list[Check]:
         """Reset clears the state, also of single rows while the others continue."""
         inputs = self.source.cut(self.inputs, 0, CHUNK + 1)
-        with OrtSession(self.folder, BATCH, self.threads, fused=False) as fresh:
+        with OrtSession(self.folder, BATCH, self.threads, fused=False, rounding=True) as fresh:
             expected = fresh.prefill(inputs)
         self.candidate.reset()
         self.candidate.prefill(self.inputs)

@@ -84,7 +84,7 @@ def test_steps_are_the_prefill(
 
 def test_rounding_is_what_separates_half_from_fp32(make: Callable[..., Path], small_export: Path) -> None:
     """Weights rounded to half are the same with and without; the rest of the error is that of activations."""
-    exact = OrtSession(small_export, 2, 1).prefill(tokens())["logits"]
+    exact = OrtSession(small_export, 2, 1, rounding=True).prefill(tokens())["logits"]
     errors = {
         (base, rounding): difference(
             OrtSession(make(base), 2, 1, rounding=rounding).prefill(tokens())["logits"], exact
@@ -105,7 +105,7 @@ TYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 @pytest.mark.parametrize("state", ["fp16", "bf16"])
 def test_states_in_half(make: Callable[..., Path], tmp_path: Path, state: str) -> None:
     folder = make("fp16", None, state)
-    session = OrtSession(folder, 2, 1)
+    session = OrtSession(folder, 2, 1, rounding=True)
     session.prefill(tokens())
     session.step(tokens(1))
     kept = session.state()
@@ -121,7 +121,7 @@ def test_states_in_half(make: Callable[..., Path], tmp_path: Path, state: str) -
     assert all(np.array_equal(x, kept[name]) for name, x in session.state().items())
     np.testing.assert_array_equal(session.step(tokens(1))["logits"], expected)
 
-    other = OrtSession(folder, 2, 1)
+    other = OrtSession(folder, 2, 1, rounding=True)
     load_state(other, tmp_path / "state.npz")
     assert {n: x.dtype for n, x in other.state().items()} == {n: x.dtype for n, x in kept.items()}
     np.testing.assert_array_equal(other.step(tokens(1))["logits"], session.step(tokens(1))["logits"])
@@ -132,8 +132,8 @@ def test_states_in_half(make: Callable[..., Path], tmp_path: Path, state: str) -
 @pytest.mark.parametrize("state", ["fp16", "bf16"])
 def test_carried_state_is_rounded(make: Callable[..., Path], state: str) -> None:
     """The matrix memory of one call is that of the FP32 state, rounded to the type that carries it."""
-    wide = OrtSession(make("fp16"), 2, 1)
-    narrow = OrtSession(make("fp16", None, state), 2, 1)
+    wide = OrtSession(make("fp16"), 2, 1, rounding=True)
+    narrow = OrtSession(make("fp16", None, state), 2, 1, rounding=True)
     for session in (wide, narrow):
         session.prefill(tokens())
     C = wide.state()["past_0_C"]
@@ -146,7 +146,7 @@ def test_carried_state_is_rounded(make: Callable[..., Path], state: str) -> None
 def test_fp32_graphs_are_not_lowered(small_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "open_session", None)
     assert not lower.needs_lowering(ir.load(small_export / "model.onnx"))
-    session = OrtSession(small_export, 1, 1)
+    session = OrtSession(small_export, 1, 1, rounding=True)
     session.prefill(tokens(3, 1))
     session.step(tokens(1, 1))
 
@@ -199,7 +199,7 @@ def test_a_graph_of_a_newer_opset_decodes(make: Callable[..., Path]) -> None:
     """INT4 needs opset 21; the step bodies must follow."""
     folder = make("int4-wo", "fp32")
     assert ir.load(folder / "model.onnx").opset_imports[""] >= 21
-    session = OrtSession(folder, 1, 1)
+    session = OrtSession(folder, 1, 1, rounding=True)
     assert np.isfinite(session.step(tokens(1, 1))["logits"]).all()
 
 

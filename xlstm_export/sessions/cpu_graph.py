@@ -32,8 +32,8 @@ WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 OLDEST = (1, 21)  # of ONNX Runtime
 INSTALL = f"pip install 'onnxruntime>={OLDEST[0]}.{OLDEST[1]}'"
 PREPACKING = "session.disable_prepacking"
-# Takes kernels for 8-bit products whose sums do not saturate where the usual ones add two products in 16 bits.
-# They are three times slower at prefill.
+# Takes kernels for 8-bit products whose sums do not saturate, where the usual ones add two products in
+# 16 bits. They are three times slower at prefill.
 PRECISE = "session.x64quantprecision"
 CPUINFO = Path("/proc/cpuinfo")
 # Environment variable: the default number of threads. On a machine with other load, threads wait long for

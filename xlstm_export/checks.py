@@ -4,6 +4,7 @@ The limits are in `verify/limits.py`, each with its reason.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from .distance import Difference, difference
 from .errors import UsageError
+from .inputs import Arrays
 from .specs import Json, JsonMapping
 
 CHECK = ("name", "passed", "value", "limit")  # keys of a check in JSON; all others are its detail
@@ -18,14 +20,42 @@ CHECK = ("name", "passed", "value", "limit")  # keys of a check in JSON; all oth
 HELD_OUT, CALIBRATION, MADE_UP = "held-out data", "calibration data", "made-up inputs"  # what checks run on
 
 
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Consecutive calls of a graph from a fresh state; what a check ran, so that it can be repeated.
+
+    Attributes:
+        inputs: by name, (rows, S, ...).
+        pieces: positions of each call, from the first on.
+        cut: gives positions start … end - 1 of inputs, as a call of their own.
+    """
+
+    inputs: Arrays
+    pieces: tuple[int, ...]
+    cut: Callable[[Arrays, int, int], Arrays]
+
+    @property
+    def ends(self) -> list[int]:
+        """Positions after each call."""
+        return np.cumsum(self.pieces).tolist()  # type: ignore[no-any-return]
+
+    def parts(self) -> Iterator[tuple[int, Arrays]]:
+        """The first position and the inputs of each call."""
+        start = 0
+        for piece in self.pieces:
+            yield start, self.cut(self.inputs, start, start + piece)
+            start += piece
+
+
 @dataclass(frozen=True)
 class Check:
-    """One comparison: `value` must not exceed `limit`."""
+    """One comparison: `value` must not exceed `limit`. `replay` are its calls of the graph, if it has any."""
 
     name: str
     value: float
     limit: float
     detail: dict[str, Any] = field(default_factory=dict)
+    replay: Replay | None = field(default=None, compare=False, repr=False)
 
     @property
     def passed(self) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..graph.info import BlockInfo, GraphInfo
     from ..pipeline.deploy import Deployment
     from ..pipeline.runner import Outcome
-    from ..verify.bisect.search import Bisection
+    from ..verify.bisect.place import Bisection
 
 EQUAL = ("equal to PyTorch", "NOT equal to PyTorch")
 BESIDE = 48  # characters of a table beside the path of a module

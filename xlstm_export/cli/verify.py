@@ -90,11 +90,11 @@ def bisect(
     """
     opened = RunFolder.open(run)
     source.require_for(opened)
-    from ..verify.bisect.replay import run_onnxruntime
+    from ..verify.bisect.replay import open_onnxruntime
     from ..verify.bisect.search import bisect as bisect_
     from . import tables
 
-    runner: Runner = run_onnxruntime
+    runner: Runner = open_onnxruntime
     if backend == "tensorrt":
         from ..verify.bisect.on_tensorrt import tensorrt_runner
 

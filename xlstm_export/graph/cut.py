@@ -7,6 +7,7 @@ run block by block (`segment`), or with its first blocks only (`first_blocks`), 
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -49,26 +50,41 @@ def first_blocks(model: ir.Model, count: int) -> ir.Model:
     return model
 
 
-def segment(model: ir.Model, index: int) -> ir.Model:
+def homes(model: ir.Model) -> dict[str, int]:
+    """The block that computes each output, by name; the model's own are the head's, the number of blocks."""
+    head = len(boundaries(model))
+    return {v.name or "": _part(v) if _is_state(v) else head for v in model.graph.outputs}
+
+
+def segment(model: ir.Model, index: int, outputs: Container[str] | None = None) -> ir.Model:
     """In place: block `index` alone, as a graph from `hidden_<index-1>` and its past states to
     `hidden_<index>` and its present states. Block 0 starts at the model's inputs; the index after the last
     block is the head.
+
+    Args:
+        model: the graph.
+        index: of the block.
+        outputs: names of its outputs beside `hidden_<index>`; by default the states of a block, and the
+            model's outputs of the head.
 
     Raises:
         UsageError: the graph has no stack of blocks.
     """
     ends = _ends(model)
     graph = model.graph
-    outputs = [v for v in graph.outputs if _part(v) == index and (index < len(ends)) == _is_state(v)]
-    if index < len(ends):
-        outputs.insert(0, ends[index])
+    inside = index < len(ends)
+    if outputs is None:
+        outputs = {v.name for v in graph.outputs if _part(v) == index and inside == _is_state(v)}
+    kept = [v for v in graph.outputs if v.name in outputs]
+    if inside:
+        kept.insert(0, ends[index])
         ends[index].type = ir.TensorType(ir.DataType.FLOAT)
     if index:
         start = ir.Value(name=ends[index - 1].name, type=ir.TensorType(ir.DataType.FLOAT))
         ends[index - 1].name = f"{start.name}_computed"
         ends[index - 1].replace_all_uses_with(start)
         graph.inputs.insert(0, start)
-    _set_outputs(graph, outputs)
+    _set_outputs(graph, kept)
     _drop_unused(model, {value.name or "" for value in graph.inputs})
     return model
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..load.loaded import Loaded
 
 
+Results = list[tuple[str, np.ndarray]]  # path of a module, and what it returned
+
+
 class TorchSession(Session):
     """The user's module, cells lifted, in the reference form of `ops`.
 
@@ -53,9 +56,10 @@ class TorchSession(Session):
             self._precise = Precise(lambda: copy.deepcopy(lifted.module), lifted.replaced, trusted=trusted)
         self.carried = lifted.carried  # where forward returns states
         self.cells = tuple(lifted.replaced)  # paths of the cells in the user's module
+        self.paths = tuple(path for path, _ in lifted.module.named_modules() if path)
         self._given: dict[str, Tensor] = {}  # inputs of the last call
         self._paths: tuple[str, ...] = ()  # modules whose results are kept
-        self._results: list[np.ndarray] = []
+        self._results: Results = []
         self._past = lifted.fresh_state(self.batch, self._dtype)
 
     @property
@@ -92,17 +96,15 @@ class TorchSession(Session):
             past = {name: x.to(state) for name, x in self._past.items()}
             self._given = dict(zip(self._loaded.inputs, given, strict=True))
             args, kwargs = self._loaded.call(given)
-            with _kept(module, self._paths) as self._results:
+            with kept_results(module, self._paths) as self._results:
                 return run_lifted(module, args, past, kwargs=kwargs)
 
         if self._precise is None:
             return call(self._module, tuple(tensors), self._dtype)
         return self._precise.run(call, tensors)
 
-    def traced(
-        self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]
-    ) -> tuple[list[np.ndarray], Arrays]:
-        """As `prefill`, and also returns the results of the modules at `paths`."""
+    def traced(self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]) -> tuple[Results, Arrays]:
+        """As `prefill`, and also returns the results of the modules at `paths`; see `kept_results`."""
         self._paths = tuple(paths)
         try:
             outputs = self.prefill(inputs)
@@ -123,14 +125,25 @@ class TorchSession(Session):
 
 
 @contextlib.contextmanager
-def _kept(module: nn.Module, paths: Sequence[str]) -> Iterator[list[np.ndarray]]:
-    """The results of the modules at `paths`, in the order they are computed in the block."""
-    results: list[np.ndarray] = []
+def kept_results(module: nn.Module, paths: Sequence[str]) -> Iterator[Results]:
+    """The results of the modules at `paths`, with their paths, in the order in which calls end in the block.
 
-    def keep(module: Any, given: Any, result: Any) -> None:
-        results.append((result[0] if isinstance(result, tuple) else result).numpy())
+    Of a nest it is the first tensor; a call that returns none is left out.
+    """
+    import torch
+    from torch.utils._pytree import tree_leaves
 
-    hooks = [module.get_submodule(path).register_forward_hook(keep) for path in paths]
+    results: Results = []
+
+    def keep(path: str) -> Any:
+        def hook(module: Any, given: Any, result: Any) -> None:
+            tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            if tensors:
+                results.append((path, np.array(tensors[0].numpy())))  # user code may change it in place
+
+        return hook
+
+    hooks = [module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
     try:
         yield results
     finally:

@@ -239,3 +239,32 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+MODULE = "module"  # key of `ir.Node.meta`; it is not written to files
+
+
+def note_modules(model: ir.Model) -> None:
+    """Note at each node the path of the user's module that computes it, in memory.
+
+    torch's exporter says it as metadata. A node that a pass has made takes that of what it reads, or of
+    what reads it.
+    """
+    nodes = list(model.graph)
+    for node in nodes:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get(SCOPES, ""))
+        if len(scopes) > 1:  # the wrapper, the modules, the call
+            node.meta[MODULE] = ".".join(scopes[-2].split(".")[1:])
+    for node in nodes:
+        read = (value.producer() for value in node.inputs if value is not None)
+        _take(node, [producer for producer in read if producer is not None])
+    for node in reversed(nodes):
+        _take(node, [use for value in node.outputs for use, _ in value.uses()])
+
+
+def _take(node: ir.Node, others: list[ir.Node]) -> None:
+    """Give a node without a module the innermost one of others."""
+    known = [str(other.meta[MODULE]) for other in others if MODULE in other.meta]
+    if MODULE not in node.meta and known:
+        node.meta[MODULE] = max(known, key=lambda path: path.count("."))

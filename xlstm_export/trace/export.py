@@ -36,7 +36,7 @@ from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
-from .capture import quiet, torch_to_ir
+from .capture import note_modules, quiet, torch_to_ir
 from .chance import check_chance
 from .dimensions import name_dimensions
 from .memory import check_memory
@@ -294,6 +294,7 @@ def _simplify(model: ir.Model) -> None:
 
 def _clean(model: ir.Model) -> None:
     """Remove metadata with source paths, dead nodes, duplicates and the names of nodes."""
+    note_modules(model)
     for graph_pass in (
         common.ClearMetadataAndDocStringPass(),
         common.CommonSubexpressionEliminationPass(),

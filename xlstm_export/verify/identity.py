@@ -33,6 +33,7 @@ from .verdict import require_verified
 State = Literal["proved", "weights", "differs", "not proved"]
 # Packages that decide what a graph looks like; with others, the same model may be written in another way.
 MAKERS = ("xlstm-export", "torch", "onnx", "onnx-ir", "onnxscript", "xlstm")
+DIFFERENCES = "identity: differences"  # name of the check
 SHOWN = 20  # most differences that are named
 
 
@@ -83,7 +84,7 @@ class Identity:
         checks = verdict.checks
         if self.state != "not proved":
             detail = {"differences": list(self.differences[:SHOWN])} if self.differences else {}
-            checks = (*checks, Check("identity: differences", float(len(self.differences)), 0.0, detail))
+            checks = (*checks, Check(DIFFERENCES, float(len(self.differences)), 0.0, detail))
         return replace(verdict, checks=checks, identity=self.to_json())
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Verdict
+from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Replay, Verdict
 from ..errors import UsageError, UserCodeError
-from ..inputs import Arrays, cut, per_position, rows_of
+from ..inputs import Arrays, cut, length_of, per_position, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import explained, random_inputs
 from ..measure import data as evaluation
 from ..measure.cell_gates import Gates, audit
-from ..measure.data import Comparison, EvalData, Sequences
+from ..measure.data import PIECE, Comparison, EvalData, Sequences
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..specs import IoSpec, Json
@@ -83,7 +84,15 @@ def metric_checks(
             Check("KL on held-out data", metric["kl"], limits["kl"]),
             Check("other first choices on held-out data", metric["other_first_choice"], limits["top1"]),
         ]
-    return checks, metric
+    again = streamed(data.inputs, data.io, data.length if data.whole else PIECE)
+    return [replace(check, replay=again) for check in checks], metric
+
+
+def streamed(inputs: Arrays, io: IoSpec, piece: int) -> Replay:
+    """One stream in pieces of so many positions, to be repeated."""
+    full, rest = divmod(length_of(inputs, io.inputs), piece)
+    pieces = (*(piece,) * full, *((rest,) if rest else ()))
+    return Replay(inputs, pieces, lambda arrays, start, end: cut(arrays, io, start, end))
 
 
 class Source:
@@ -165,7 +174,9 @@ def audited(run: RunFolder, inputs: Arrays, context: Context) -> tuple[Gates, li
     gates = audit(run, inputs, context)
     heads = [head for block in gates.blocks for head in block.heads]
     broken = sum(not np.isfinite([h.m_min, h.m_max, h.smallest_normalizer]).all() for h in heads)
-    return gates, [Check("heads whose stabilizer is no number", float(broken), 0.0)] if heads else []
+    again = streamed(inputs, run.io, GATE_POSITIONS)
+    check = Check("heads whose stabilizer is no number", float(broken), 0.0, replay=again)
+    return gates, [check] if heads else []
 
 
 def judged(verdict: Verdict, gate: Gate | None, proof: Proof | None = None) -> Verdict:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checks import Check, Verdict, output_check
+from ..checks import Check, Replay, Verdict, output_check
 from ..errors import GateError, InputError
 from ..graph.files import load_graph
 from ..graph.stored_types import DTYPES
@@ -37,7 +37,7 @@ from .drift_gate import drift_checks
 from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import PRECISION_LIMITS, drift_limits
-from .parts import Proof, audited, judged, metric_checks
+from .parts import GATE_POSITIONS, Proof, audited, judged, metric_checks, streamed
 from .verdict import require_verified
 from .ways import BATCH
 
@@ -127,6 +127,7 @@ class _Precision(Verification):
         self.drift_limits = drift_limits(run.precision, run.options.state_dtype)
         self.max_drop = float(run.manifest.get("max_drop") or self.limits.metric)
         self.drift: Drift | None = None
+        self.followed: Replay | None = None  # the stream that drift was measured on
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
         ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
         super().__init__(run, loaded, options, context, calibration, ways)
@@ -142,7 +143,8 @@ class _Precision(Verification):
         checks += self.check_other_calls(tried)
         if run.io.states and has_positions(run.io):
             self.drift = self.measure()
-            checks += drift_checks(self.drift, self.drift_limits)
+            drifted = drift_checks(self.drift, self.drift_limits)
+            checks += [replace(check, replay=self.followed) for check in drifted]
         else:
             checks += self.check_level()
         gates, more = self.check_gates()
@@ -186,6 +188,7 @@ class _Precision(Verification):
         rows = DRIFT_ROWS
         horizon = self.options.horizon or HORIZONS[-1]
         inputs = self.source.streams(rows, min(horizon, MADE_UP_DRIFT))
+        self.followed = streamed(inputs, self.io, PIECE)
         plan = DriftPlan(
             horizons=_steps(horizon),
             feedback=token_feedback(self.io, self.loaded.vocab_size),
@@ -211,7 +214,9 @@ class _Precision(Verification):
             reference = session.prefill(self.streams.inputs)
         found = self.expected(max(self.streams.lengths))[0]
         limit = self.drift_limits.output
-        return [output_check(f"one call: {name}", found[name], reference[name], limit) for name in reference]
+        checks = [output_check(f"one call: {n}", found[n], reference[n], limit) for n in reference]
+        again = self.streams.replay(self.streams.inputs, max(self.streams.lengths))
+        return [replace(check, replay=again) for check in checks]
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """Checks of the change of the task's metric against FP32, and the metric itself."""
@@ -231,7 +236,9 @@ class _Precision(Verification):
         if self.reference.folder is None:
             return found.to_json(), checks
         expected = audit(self.reference.folder, inputs, self.context)
-        return found.to_json(expected), checks + memory_checks(found, expected, self.limits.memory)
+        memory = memory_checks(found, expected, self.limits.memory)
+        again = streamed(inputs, self.io, GATE_POSITIONS)
+        return found.to_json(expected), checks + [replace(check, replay=again) for check in memory]
 
     def describe(self, drift: Drift | None) -> Json:
         """Facts for the verdict besides the checks: precision, base, reference, sites, drift."""

@@ -19,7 +19,7 @@ from .bisect import search
 from .by_block import verify_per_block
 from .first_blocks import verify_first_blocks
 from .fp32 import verify
-from .identity import key_of, prove
+from .identity import DIFFERENCES, key_of, prove
 from .parts import Proof
 from .precision import verify_precision
 
@@ -72,13 +72,13 @@ def verify_run(
 
 def _place(run: RunFolder, loaded: Loaded, context: Context, verdict: Verdict) -> Json:
     """The first value that differs, for a model that does not behave as it should."""
+    failed = [check for check in verdict.checks if not check.passed and check.name != DIFFERENCES]
     try:
-        found = search.bisect(run, loaded, replace(context, seed=0)).to_json()
+        found = search.bisect(run, loaded, context, failed=failed).to_json()
     except ExportError as error:  # the verdict is valid without the place
         found = {"block": None, "sentence": f"it could not be found out where: {error.message}"}
-    if found["block"] is None:  # something does differ: a file, or a call of another length or batch
-        failed = [check.name for check in verdict.checks if not check.passed]
-        named = [*verdict.identity.get("differences", ())[:1], f"what fails is “{failed[0]}”"]
+    if found["block"] is None:
+        named = [*verdict.identity.get("differences", ())[:1], f"what fails is “{failed[0].name}”"]
         found["sentence"] = "; ".join([found["sentence"], *named])
     return found
 

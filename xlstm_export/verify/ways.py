@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..checks import Check, output_check
+from ..checks import Check, Replay, output_check
 from ..distance import compare_states, difference
 from ..inputs import Arrays, has_positions, joined, rows_of, streams_of
 from ..runfolder import RunFolder
@@ -120,7 +121,8 @@ class StreamChecks:
         first = self.candidate.prefill(self.source.cut(self.inputs, 0, middle))
         if not all(np.isfinite(x).all() for x in self.candidate.state().values()):
             # Such a state is not saved.
-            return [Check("resumed: states", float("inf"), self.limits["state"])]
+            again = self.replay(self.inputs, middle)
+            return [Check("resumed: states", float("inf"), self.limits["state"], replay=again)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "state.npz"
             save_state(self.candidate, path)
@@ -130,7 +132,8 @@ class StreamChecks:
                 found = fresh.state()
         expected, state = self._expected(length)
         outputs = self.joined_parts([first, second])
-        return self.compare("resumed", outputs, expected, state, found, ends=[middle, length])
+        again = self.replay(self.inputs, middle, length - middle)
+        return self.compare("resumed", again, outputs, expected, state, found)
 
     def check_rows(self) -> list[Check]:
         """A row gives the same results alone, and does not depend on the other rows."""
@@ -144,9 +147,10 @@ class StreamChecks:
         with OrtSession(self.folder, 1, self.threads, fused=False, rounding=True) as alone:
             for row in range(BATCH):
                 alone.reset()
-                single = alone.prefill(rows_of(inputs, self.io, slice(row, row + 1)))
+                one = rows_of(inputs, self.io, slice(row, row + 1))
+                single = alone.prefill(one)
                 worst = self._row_error(together, [row], single, [0], 1)
-                checks.append(Check(f"row {row} alone", worst, limit))
+                checks.append(Check(f"row {row} alone", worst, limit, replay=self.replay(one, length)))
         other = {name: x.copy() for name, x in inputs.items()}
         made = self.source.batch(length)
         for spec in self.io.inputs:
@@ -161,12 +165,13 @@ class StreamChecks:
         worst = self._row_error(disturbed, rows, together, rows)
         moved = self.candidate.state()
         worst = max([worst, *(difference(moved[n][rows], state[n][rows]).relative_l2 for n in state)])
-        checks.append(Check("rows beside another row 1", worst, limit))
+        checks.append(Check("rows beside another row 1", worst, limit, replay=self.replay(other, length)))
         return checks
 
     def check_reset(self) -> list[Check]:
         """Reset clears the state, also of single rows while the others continue."""
         inputs = self.source.cut(self.inputs, 0, CHUNK + 1)
+        replay = self.replay(inputs, CHUNK + 1)
         with OrtSession(self.folder, BATCH, self.threads, fused=False, rounding=True) as fresh:
             expected = fresh.prefill(inputs)
         self.candidate.reset()
@@ -174,7 +179,7 @@ class StreamChecks:
         continued_from = self.candidate.state()
         self.candidate.reset()
         again = self.candidate.prefill(inputs)
-        checks = [Check("reset", max(difference(again[n], expected[n]).max_abs for n in expected), 0.0)]
+        far = max(difference(again[n], expected[n]).max_abs for n in expected)
 
         self.candidate.set_state(continued_from)
         continued = self.candidate.prefill(inputs)
@@ -185,9 +190,9 @@ class StreamChecks:
         one = self._row_error(mixed, [1], expected, [1])
         rest = self._row_error(mixed, [0, 2], continued, [0, 2])
         return [
-            *checks,
-            Check("reset of row 1", one, limit),
-            Check("rows 0, 2 go on", rest, limit),
+            Check("reset", far, 0.0, replay=replay),
+            Check("reset of row 1", one, limit, replay=replay),
+            Check("rows 0, 2 go on", rest, limit, replay=replay),
         ]
 
     def _row_error(
@@ -209,9 +214,13 @@ class StreamChecks:
         """Checks of the inputs run in pieces from a fresh start, through a session's `step` or `prefill`."""
         session.reset()
         outputs = self.joined(pieces, call)
-        ends = np.cumsum(pieces).tolist()
-        expected, state = self._expected(ends[-1])
-        return self.compare(name, outputs, expected, state, session.state(), ends=ends)
+        made = self.replay(self.inputs, *pieces)
+        expected, state = self._expected(made.ends[-1])
+        return self.compare(name, made, outputs, expected, state, session.state())
+
+    def replay(self, inputs: Arrays, *pieces: int) -> Replay:
+        """Inputs run from a fresh start in pieces of so many positions, to be repeated."""
+        return Replay(inputs, pieces, self.source.cut)
 
     def joined(self, pieces: Sequence[int], call: Callable[[Arrays], Arrays]) -> Arrays:
         """Outputs of the inputs in pieces of these lengths, joined; `call` runs one of them."""
@@ -235,18 +244,18 @@ class StreamChecks:
     def compare(
         self,
         name: str,
+        replay: Replay,
         outputs: Arrays,
         expected: Arrays,
         state: Arrays,
         found_state: Arrays | None = None,
-        ends: Sequence[int] | None = None,
     ) -> list[Check]:
-        """Checks of the outputs and, if the graph has states, of the worst gauge-free state."""
+        """Checks of a call's outputs and, if the graph has states, of the worst gauge-free state."""
         checks = []
         for spec in self.io.outputs:
             wanted = expected[spec.name]
             if spec.name in self.last_only:
-                wanted = wanted[:, [end - 1 for end in ends or [wanted.shape[1]]]]
+                wanted = wanted[:, [end - 1 for end in replay.ends]]
             limit = output_limit(self.limits["output"], wanted)
             checks.append(output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, limit))
         if self.io.states:
@@ -257,7 +266,7 @@ class StreamChecks:
             checks.append(
                 Check(f"{name}: states", differences[worst].relative_l2, self.limits["state"], detail)
             )
-        return checks
+        return [replace(check, replay=replay) for check in checks]
 
 
 def _error(found: np.ndarray, expected: np.ndarray, every: np.ndarray) -> float:

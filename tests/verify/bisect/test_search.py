@@ -27,7 +27,8 @@ from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
 from xlstm_export.trace import export as trace
-from xlstm_export.verify.bisect.search import Bisection, Place, bisect
+from xlstm_export.verify.bisect.place import Bisection, Place
+from xlstm_export.verify.bisect.search import bisect
 
 
 def change(name: str, function: Callable[[np.ndarray], Any]) -> Edit:

@@ -8,7 +8,6 @@ computed without marks, still shows it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ...sessions.cpu.fused import drop_bodies
 from ...sessions.cuda import Cuda
 from ...sessions.tensorrt import TensorRt, import_tensorrt
 from ...specs import OP_DOMAIN
-from .replay import Runner
+from .replay import Feed, Run, Runner
 
 WORKSPACE = 512 << 20
 
@@ -44,12 +43,15 @@ def tensorrt_runner(
     trt = tensorrt if tensorrt is not None else import_tensorrt()
     device = cuda or Cuda()
 
-    def run(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int) -> Arrays:
+    def open_graph(model: ir.Model, folder: Path, threads: int) -> Run:
+        if plugin is not None:
+            drop_bodies(model)  # before 10.7 TensorRT prefers a function body to the plugin
+        return lambda feed: run(model, folder, feed)
+
+    def run(model: ir.Model, folder: Path, feed: Feed) -> Arrays:
         names = {value.name for value in model.graph.inputs}
         given = {name: np.ascontiguousarray(x) for name, x in feed.items() if name in names}
         recurrences = sum(node.domain == OP_DOMAIN for node in model.graph)
-        if plugin is not None:
-            drop_bodies(model)  # before 10.7 TensorRT prefers a function body to the plugin
         with scratch_folder(folder / "bisect") as scratch:
             path = scratch / MODEL
             path.write_bytes(ir.to_proto(model).SerializeToString())
@@ -61,7 +63,7 @@ def tensorrt_runner(
             outputs = [value.name or "" for value in model.graph.outputs]
             return _execute(trt, device, content, given, outputs)
 
-    return run
+    return open_graph
 
 
 def _execute(trt: Any, cuda: Cuda, content: bytes, given: Arrays, outputs: list[str]) -> Arrays:

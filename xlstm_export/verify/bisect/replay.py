@@ -17,6 +17,7 @@ from ...graph import files
 from ...graph.element_types import typed_nodes
 from ...inputs import Arrays
 from ...runfolder import MODEL
+from ...sessions.arrays import numpy_type
 from ...sessions.cpu.observed_graph import add_outputs, open_graph
 from ...sessions.cpu.round_half import HALF
 from ...specs import IoSpec
@@ -25,12 +26,14 @@ FLOATS = frozenset((ir.DataType.FLOAT, *HALF))
 # Name suffixes of values that quantization adds; each corresponds to a value of the FP32 graph.
 STAND_INS = (".dequantized", ".half", ".float")
 
-# Runs a graph with the weights of a folder; returns its outputs by name.
-Runner = Callable[[ir.Model, Path, Mapping[str, np.ndarray], int], Arrays]
+Feed = Mapping[str, np.ndarray]
+Run = Callable[[Feed], Arrays]  # one call of a graph: its outputs by name
+# Opens a graph with the weights of a folder, on so many threads.
+Runner = Callable[[ir.Model, Path, int], Run]
 
 
-def run_onnxruntime(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray], threads: int) -> Arrays:
-    """Run a graph in ONNX Runtime on the CPU; half is rounded, integers are exact, as in `OrtSession`.
+def open_onnxruntime(model: ir.Model, folder: Path, threads: int) -> Run:
+    """Open a graph in ONNX Runtime on the CPU; half is rounded, integers are exact, as in `OrtSession`.
 
     Raises:
         BuildError: the runtime failed.
@@ -39,12 +42,15 @@ def run_onnxruntime(model: ir.Model, folder: Path, feed: Mapping[str, np.ndarray
     session = open_graph(model, folder, threads)
     names = [x.name for x in session.get_outputs()]
     wanted = {x.name for x in session.get_inputs()}
-    try:
-        return dict(
-            zip(names, session.run(names, {k: x for k, x in feed.items() if k in wanted}), strict=True)
-        )
-    except Exception as error:  # the runtime's own exception types derive from nothing else
-        raise BuildError(f"ONNX Runtime stopped: {error}", "is the file from this version?") from error
+
+    def run(feed: Feed) -> Arrays:
+        given = {k: np.asarray(x, order="C") for k, x in feed.items() if k in wanted}
+        try:
+            return dict(zip(names, session.run(names, given), strict=True))
+        except Exception as error:  # the runtime's own exception types derive from nothing else
+            raise BuildError(f"ONNX Runtime stopped: {error}", "is the file from this version?") from error
+
+    return run
 
 
 @dataclass
@@ -55,43 +61,73 @@ class Side:
         folder: folder of its graph and weights.
         io: its inputs, outputs and states.
         threads: CPU threads of the runner.
-        run: the runner.
+        open: the runner.
         blocks: number of blocks of the stack; 0 if there is no stack: the model is then one block.
+        homes: the block that computes each output, by name. A candidate has those of its reference, because a
+            wrong graph may compute an output elsewhere.
     """
 
     folder: Path
     io: IoSpec
     threads: int = 0
-    run: Runner = run_onnxruntime
+    open: Runner = open_onnxruntime
     blocks: int = field(init=False)
+    homes: dict[str, int] = field(init=False)
+    _opened: dict[int | None, Run] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.blocks = len(graph_cut.boundaries(self.graph()))
+        self.homes = graph_cut.homes(self.graph())
 
     def graph(self) -> ir.Model:
         return files.load_graph(self.folder / MODEL)
 
-    def part(self, index: int) -> ir.Model:
-        """Block `index` as a graph of its own, the head last; the whole graph if there is no stack."""
-        return graph_cut.segment(self.graph(), index) if self.blocks else self.graph()
+    def part(self, index: int | None) -> ir.Model:
+        """Block `index` as a graph of its own, the head last; the whole graph for None or without a stack."""
+        if index is None or not self.blocks:
+            return self.graph()
+        return graph_cut.segment(self.graph(), index, {n for n, home in self.homes.items() if home == index})
 
-    def whole(self, feed: Mapping[str, np.ndarray]) -> Arrays:
+    def expected(self, index: int) -> list[str]:
+        """Names of the values that block `index` has to give."""
+        names = [name for name, home in self.homes.items() if home == index]
+        return [f"{graph_cut.PREFIX}{index}", *names] if index < self.blocks else names
+
+    def whole(self, feed: Feed) -> Arrays:
         """Outputs, present states and block results of one call."""
-        model = self.graph()
-        given_as = add_outputs(model, [value.name or "" for value in graph_cut.boundaries(model)])
-        found = self.run(model, self.folder, feed, self.threads)
-        return {**found, **{name: found[given] for name, given in given_as.items()}}
+        if None not in self._opened:
+            model = self.graph()
+            given_as = add_outputs(model, [value.name or "" for value in graph_cut.boundaries(model)])
+            run = self.open(model, self.folder, self.threads)
 
-    def outputs(self, index: int, feed: Mapping[str, np.ndarray]) -> Arrays:
+            def renamed(feed: Feed) -> Arrays:
+                found = run(feed)
+                return {**found, **{name: found[given] for name, given in given_as.items()}}
+
+            self._opened[None] = renamed
+        return self._opened[None](feed)
+
+    def outputs(self, index: int, feed: Feed) -> Arrays:
         """Outputs of a block."""
-        return self.run(self.part(index), self.folder, feed, self.threads)
+        if index not in self._opened:
+            self._opened[index] = self.open(self.part(index), self.folder, self.threads)
+        return self._opened[index](feed)
 
-    def values(self, index: int, feed: Mapping[str, np.ndarray], names: Sequence[str]) -> Arrays:
+    def values(self, index: int | None, feed: Feed, names: Sequence[str]) -> Arrays:
         """The named inner values of a block, in FP32."""
         model = self.part(index)
         given_as = add_outputs(model, names)
-        found = self.run(model, self.folder, feed, self.threads)
+        found = self.open(model, self.folder, self.threads)(feed)
         return {name: found[given_as[name]] for name in names}
+
+    def fresh(self, rows: int) -> Arrays:
+        """The states at the start of a stream."""
+        return {s.past: np.zeros((rows, *s.shape), numpy_type(s.dtype)) for s in self.io.states}
+
+    def own_types(self, feed: Feed) -> Arrays:
+        """A feed with states in the types that this side stores them in."""
+        types = {s.past: numpy_type(s.dtype) for s in self.io.states}
+        return {name: x.astype(types[name]) if name in types else x for name, x in feed.items()}
 
 
 def float_values(model: ir.Model) -> list[str]:
@@ -119,17 +155,27 @@ def pairs(candidate: ir.Model, reference: ir.Model) -> Iterator[tuple[str, str]]
             yield name, base
 
 
-def state_errors(found: Arrays, expected: Arrays, io: IoSpec) -> dict[str, float]:
-    """Gauge-free relative L2 of present states that both sides have, by present name."""
-    blocks = {s.block for s in io.states if s.present in found and s.present in expected}
-    states = tuple(
-        s
-        for s in io.states
-        if s.block in blocks and all(t.present in found for t in io.states if t.block == s.block)
-    )
-    ours, theirs = ({s.past: side[s.present] for s in states} for side in (found, expected))
-    names = {s.past: s.present for s in states}
-    return {names[past]: worst(x.relative_l2) for past, x in compare_states(ours, theirs, states).items()}
+def block_errors(found: Arrays, wanted: Arrays, io: IoSpec, *, raw: bool) -> dict[str, float]:
+    """Relative L2 of all that a block has to give, by name; infinite where it is missing.
+
+    Args:
+        found: what it gives.
+        wanted: what it has to give; states as present states.
+        io: the states.
+        raw: compare states as they are stored; else independently of their stabilizers.
+    """
+    missing = {name: math.inf for name in wanted if name not in found}
+    states = tuple(s for s in io.states if s.present in wanted)
+    whole = {s.block for s in states if s.present in missing}
+    compared = tuple(s for s in states if s.block not in whole)
+    names = [name for name in wanted if raw or name not in {s.present for s in compared}]
+    results = missing | {name: error(found[name], wanted[name]) for name in names if name not in missing}
+    if raw or not compared:
+        return results
+    ours, theirs = ({s.past: side[s.present] for s in compared} for side in (found, wanted))
+    presents = {s.past: s.present for s in compared}
+    far = compare_states(ours, theirs, compared)
+    return results | {presents[past]: worst(x.relative_l2) for past, x in far.items()}
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -4,115 +4,56 @@
    quantized candidate, quantized by the candidate's own recipe and ranges. Both run the same operators, so
    equal means equal bits, and a single wrong weight, scale, operand or attribute shows.
 2. Where that finds nothing, the fault is in how the candidate is made. A half or quantized one is compared
-   with FP32, block by block, at limits of its precision; an FP32 one with the PyTorch module in float64.
+   with FP32, block by block, at limits of its precision. For an FP32 one, the lifted module is compared with
+   the user's own, which shows a wrong adapter, and the export with the lifted module in float64.
+3. What differs in the file and in no value of the calls that were replayed is named from the file. A check
+   that fails although nothing by itself is wrong is named as that.
 
-Each block is replayed from the reference's input and the reference's state after some positions, so that
-errors of earlier blocks do not count. Inside the first block that differs all values are compared, in the
-order they are computed, and the first one that differs is named.
+What is replayed are the calls of the checks that failed, with their own inputs; without any, made-up ones.
+Each block is replayed from the reference's input and states, so that errors of earlier blocks do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from ...atomic import scratch_folder
 from ...calibration.scales import Scales
-from ...checks import pytorch
+from ...checks import Check, Replay
 from ...errors import ExportError, UsageError, UserCodeError
 from ...graph import files
+from ...graph.compare import Mismatch, compare_graphs
 from ...graph.files import load_graph
-from ...inputs import Arrays, cut, has_positions
+from ...inputs import cut, has_positions
 from ...lift import lift as cells
 from ...lift.model import lift_model
-from ...lift.precise import FLOAT64
 from ...load.loaded import Loaded
 from ...load.made_up import explained, random_inputs
 from ...options import Context, ExportOptions
 from ...quantize import quantize
 from ...quantize.recipe import read_recipe
 from ...runfolder import MODEL, RunFolder
-from ...sessions import TorchSession
-from ...specs import Json
+from ...specs import IoSpec
 from ...trace import export as trace
-from ..limits import LIMITS, OWN_ERRORS
-from ..own_error import roundings
-from .replay import Runner, Side, error, pairs, require_same_parts, run_onnxruntime, state_errors
-from .why import explain
+from ...trace.capture import MODULE
+from ..coverage import BORDERS
+from .graphs import EXACT, GraphSearch, Names
+from .modules import ModuleSearch
+from .place import Bisection, Place, of_check
+from .replay import Runner, Side, open_onnxruntime, require_same_parts
 
 WARM = 64  # positions after which states are taken
 LENGTH = 32  # positions that are replayed
 BATCH = 2
-EXACT = 1e-6  # the same operators on the same values
+IN_PYTORCH = 4096  # most positions of a call that PyTorch replays
 # Limit for a block, or a value in it, from FP32 inputs: about four times the largest of two trained models.
 NOISE = {"fp16": 3e-3, "bf16": 0.02, "int8": 0.2, "int8-wo": 0.04, "int4-wo": 0.3}
-RAW_STATES = ("_C", "_n", "_m", "_c")  # in lower precision these cannot be compared one by one
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """Error of a block: relative L2 of its result or its states, whichever is worse; the head is the last."""
-
-    block: int
-    path: str
-    error: float
-    tensor: str
-
-
-@dataclass(frozen=True)
-class Place:
-    """The first value of the candidate that differs from the reference.
-
-    Attributes:
-        block, path: index of the block, and its path in the module.
-        node, op_type: the node that computes the value.
-        tensor: name of the value; its `error` (relative L2) exceeds `limit`.
-        why: what is wrong with the node, as far as the graphs show it.
-    """
-
-    block: int
-    path: str
-    node: str
-    op_type: str
-    tensor: str
-    error: float
-    limit: float
-    why: str
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """Result of a bisection.
-
-    Attributes:
-        place: the first value that differs; None if no block by itself differs.
-        against: name of the reference.
-        blocks: error of each block by itself, as far as the search went.
-        note: a remark about the comparison.
-    """
-
-    place: Place | None
-    against: str
-    blocks: tuple[BlockError, ...]
-    note: str = ""
-
-    def to_json(self) -> Json:
-        place = asdict(self.place) if self.place is not None else {"block": None}
-        blocks = [asdict(block) for block in self.blocks]
-        about = {"against": self.against, "note": self.note, "sentence": self.sentence()}
-        return {**place, **about, "blocks": blocks}
-
-    def sentence(self) -> str:
-        """The result as one sentence."""
-        if self.place is None:
-            return f"no block by itself differs from {self.against}{'; ' + self.note if self.note else ''}"
-        p = self.place
-        where = f"block {p.block} ({p.path}), {p.op_type} {p.node} gives {p.tensor}"
-        far = f"{p.error:.1e} off, limit {p.limit:.0e}" + (f": {p.why}" if p.why else "")
-        return f"first difference from {self.against}: {where}, {far}"
 
 
 def bisect(
@@ -120,8 +61,8 @@ def bisect(
     loaded: Loaded,
     context: Context = Context(),
     *,
-    inputs: Mapping[str, np.ndarray] | None = None,
-    runner: Runner = run_onnxruntime,
+    failed: Sequence[Check] = (),
+    runner: Runner = open_onnxruntime,
 ) -> Bisection:
     """Find the first block of a run folder, and the first value in it, that differs from the reference.
 
@@ -129,7 +70,8 @@ def bisect(
         run: run folder of `export` or `quantize`.
         loaded: the checkpoint it was made from.
         context: shared settings; the seed is for made-up inputs.
-        inputs: each (B, S, ...) with at least `WARM` + `LENGTH` positions; made up by default.
+        failed: checks of it that failed. Their calls are replayed, the shortest first, and the result always
+            has a place. Without them, calls are made up.
         runner: runs the candidate.
 
     Raises:
@@ -138,22 +80,17 @@ def bisect(
     """
     run = RunFolder.of(run)
     with scratch_folder(run.path.parent / "bisect") as scratch:
-        candidate = Side(run.path, run.io, context.threads, runner)
-        search = _Search(run, loaded, candidate, inputs, context, scratch)
+        search = _Search(run, loaded, failed, runner, context, scratch)
         try:
             return search.run()
         except UserCodeError as error:
-            raise error if inputs is not None else explained(error, loaded, run.io) from error
+            raise error if failed else explained(error, loaded, run.io) from error
 
 
 class _Search:
-    """The candidate, the inputs that both sides are replayed from, and where they are cut.
+    """The candidate, and what it is compared with; arguments as of `bisect`.
 
     Args:
-        source: the candidate's run folder.
-        loaded: the checkpoint it was made from.
-        candidate: the same folder as a `Side`.
-        inputs, context: as in `bisect`.
         scratch: folder for the files that are made again.
     """
 
@@ -161,197 +98,172 @@ class _Search:
         self,
         source: RunFolder,
         loaded: Loaded,
-        candidate: Side,
-        inputs: Mapping[str, np.ndarray] | None,
+        failed: Sequence[Check],
+        runner: Runner,
         context: Context,
         scratch: Path,
     ) -> None:
-        self.source, self.candidate, self.scratch = source, candidate, scratch
-        self.loaded = loaded.stored_as(source.options.dtype)
-        self.threads, self.progress = context.threads, context.progress
-        io = candidate.io
-        if [x.name for x in io.inputs] != list(loaded.inputs):
+        self.source, self.scratch, self.context, self.failed = source, scratch, context, failed
+        self.candidate = Side(source.path, source.io, context.threads, runner)
+        self.loaded = loaded.in_form(source.options.stateless).stored_as(source.options.dtype)
+        if [x.name for x in source.io.inputs] != list(loaded.inputs):
             raise UsageError(
                 f"{source.path} was not made from this model", "give the checkpoint it was made from"
             )
-        length = WARM + LENGTH if has_positions(io) else 1
-        if loaded.context_length and not io.states:
-            length = min(length, loaded.context_length)
-        if inputs is None:
-            inputs = random_inputs(loaded, io, BATCH, length, np.random.default_rng(context.seed))
-        self.first = WARM if io.states and has_positions(io) else 0
-        self.warm = cut(inputs, io, 0, self.first)
-        self.inputs = cut(inputs, io, self.first, length)
-        self.paths = [
-            f"{path}.{index}"
-            for path, blocks in cells.block_stacks(lift_model(loaded, values=False).module)
-            for index in range(len(blocks))
-        ]
 
     def run(self) -> Bisection:
-        self.progress("exporting the checkpoint again")
-        made = self.source.options
-        options = ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
-        exported = trace.export(self.loaded, self.scratch / "fresh", options)
-        fresh = Side(exported, RunFolder.open(exported).io, self.threads)
+        fresh = self._exported_again()
         require_same_parts(self.candidate, fresh)
-        precision = made.precision
+        precision = self.source.options.precision
         if precision is None:
             return self._of_fp32(fresh)
-        self.progress("quantizing it again")
+        self.context.progress("quantizing it again")
         try:
             again = self._quantized_again(fresh.folder)
         except ExportError as failure:  # the recipe or the ranges themselves are broken
-            return self._search(
-                fresh, "FP32", NOISE[precision], f"it cannot be made again: {failure.message}"
-            )
-        found = self._search(again, "the same made again", EXACT)
-        if found.place is not None:
+            note = f"it cannot be made again: {failure.message}"
+            return self._named(self._against(fresh, "FP32", NOISE[precision], note), None)
+        found, wrong = self._made_again(again, "the same made again")
+        if found is not None:
             return found
-        return self._search(fresh, "FP32", NOISE[precision], "the file is what recipe and ranges ask for")
+        note = "" if wrong else "the file is what recipe and ranges ask for"
+        return self._named(self._against(fresh, "FP32", NOISE[precision], note), wrong)
 
     def _of_fp32(self, fresh: Side) -> Bisection:
-        found = self._search(fresh, "the checkpoint exported again", EXACT)
-        if found.place is not None or not self.candidate.blocks or len(self.paths) != self.candidate.blocks:
+        found, wrong = self._made_again(fresh, "the checkpoint exported again")
+        if found is not None:
             return found
-        self.progress("PyTorch")
-        return self._against_pytorch()
+        last_only = self.source.last_only
+        modules = ModuleSearch(self.loaded, self.candidate, self.names, last_only, self.context.progress)
+        replays = [one for one in self.replays if sum(one.pieces) <= IN_PYTORCH] or self.replays[:1]
+        for replay in replays:
+            upstream = modules.upstream(replay)
+            if upstream is not None:
+                return upstream
+        for replay in replays:
+            found = modules.exported(replay)
+            if found.place is not None:
+                return found
+        assert found is not None, "there is at least one call"
+        return self._named(found, wrong)
+
+    def _made_again(self, again: Side, against: str) -> tuple[Bisection | None, Place | None]:
+        """The first value that differs from the same made again; else what differs in the file."""
+        mismatches = compare_graphs(self.candidate.graph(), again.graph()).mismatches
+        if not mismatches and self.candidate.open is open_onnxruntime:
+            return None, None  # the same file gives the same values
+        found = self._against(again, against, EXACT)
+        if found.place is not None:
+            return found, None
+        certain = [x for x in mismatches if self.failed or x.kind == "weight"]
+        return None, self._of_mismatch(certain[0], again) if certain else None
+
+    def _against(self, reference: Side, against: str, limit: float, note: str = "") -> Bisection:
+        """The first value beyond the limit, in the first call that has one."""
+        found: Bisection | None = None
+        search = GraphSearch(self.candidate, reference, self.names, against, limit, self.context.progress)
+        for replay in [*self.replays, *(self.borders if limit == EXACT else ())]:
+            found = search.search(replay, note)
+            if found.place is not None:
+                return found
+        assert found is not None, "there is at least one call"
+        return found
+
+    def _named(self, found: Bisection, wrong: Place | None) -> Bisection:
+        """The result, with what differs in the file, or with a check that has failed."""
+        if found.place is not None:
+            return found
+        if wrong is not None:
+            return replace(found, place=wrong, against="the same made again", note="")
+        if not self.failed:
+            return found
+        check = next((check for check in self.failed if check.replay is not None), self.failed[0])
+        near = max(found.blocks, key=lambda one: one.error, default=None)
+        return replace(found, place=of_check(check, near), failed=check.name)
+
+    def _of_mismatch(self, mismatch: Mismatch, again: Side) -> Place:
+        """What differs in the file, where no value of a replayed call shows it."""
+        model = again.graph()
+        weight = model.graph.initializers.get(mismatch.name)
+        node = next((n for n in model.graph if n.name and n.name == mismatch.name.split(" ")[-1]), None)
+        if weight is not None and weight.uses():
+            node = _reader(weight)
+        outputs = {value.name: value.producer() for value in model.graph.outputs}
+        node = node or outputs.get(mismatch.name.split(" ")[-1])
+        why = f"{mismatch.text}; no value of the calls that were replayed shows it"
+        if node is None:
+            return Place(0, "the whole", "", "graph", mismatch.name, 0.0, 0.0, why)
+        parts = range(again.blocks + 1 if again.blocks else 1)
+        home = next((i for i in parts if any(n.name == node.name for n in again.part(i).graph)), 0)
+        path, value = self.names.block(home, again.blocks), node.outputs[0].name or ""
+        place = Place(home, path, node.name or "", node.op_type, value, 0.0, 0.0, why)
+        return self.names.place(place, value)
+
+    # --- What both sides run ------------------------------------------------------------------------------
+
+    @cached_property
+    def replays(self) -> list[Replay]:
+        """The calls to replay, the shortest first."""
+        failed = {id(check.replay): check.replay for check in self.failed if check.replay is not None}
+        if failed:
+            return sorted(failed.values(), key=lambda replay: (len(replay.pieces), sum(replay.pieces)))
+        return [self._made_up(BATCH, WARM, LENGTH)]
+
+    @cached_property
+    def borders(self) -> list[Replay]:
+        """More made-up calls, where no check says which one is wrong: of other lengths and rows."""
+        if self.failed or not has_positions(self.source.io) or self.candidate.open is not open_onnxruntime:
+            return []
+        return [self._made_up(row + 1, length) for row, length in enumerate(BORDERS)]
+
+    def _made_up(self, rows: int, *pieces: int) -> Replay:
+        io = self.source.io
+        rng = np.random.default_rng(self.context.seed)
+        if not has_positions(io):
+            pieces = (1,)
+        elif not io.states:
+            pieces = (min(sum(pieces), self.loaded.context_length or sum(pieces)),)
+        inputs = random_inputs(self.loaded, io, rows, sum(pieces), rng)
+        return Replay(inputs, pieces, lambda arrays, start, end: cut(arrays, io, start, end))
+
+    # --- The same made again ------------------------------------------------------------------------------
+
+    @cached_property
+    def names(self) -> Names:
+        blocks = [
+            f"{path}.{index}"
+            for path, stack in cells.block_stacks(lift_model(self.loaded, values=False).module)
+            for index in range(len(stack))
+        ]
+        return Names(blocks, self._modules)
+
+    def _exported_again(self) -> Side:
+        self.context.progress("exporting the checkpoint again")
+        made = self.source.options
+        options = ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
+        model, io = trace.trace(self.loaded, options)
+        self._modules = {
+            value.name or "": str(node.meta.get(MODULE, "")) for node in model.graph for value in node.outputs
+        }
+        return self._saved(model, "fresh", io)
 
     def _quantized_again(self, fresh: Path) -> Side:
         source = self.source.path
         scales = Scales.read(source) if (source / "scales.json").is_file() else None
         model = load_graph(fresh / MODEL)
         quantize.apply_recipe(model, read_recipe(source / quantize.RECIPE), scales)
-        again = self.scratch / "again"
-        again.mkdir()
-        files.save(model, again)
-        return Side(again, self.source.io, self.threads)
+        return self._saved(model, "again", self.source.io)
 
-    def _search(self, reference: Side, against: str, limit: float, note: str = "") -> Bisection:
-        """The first block beyond the limit, and the first value in it."""
-        exact = limit == EXACT
-        past = self._fresh(reference)
-        if self.first:
-            after = reference.whole({**self.warm, **past})
-            past = {s.past: after[s.present] for s in reference.io.states}
-        whole = reference.whole({**self.inputs, **past})
-        errors: list[BlockError] = []
-        for index in range(reference.blocks + 1 if reference.blocks else 1):
-            self.progress(f"{self._name(index)}, against {against}")
-            feed: Arrays = {**self.inputs, **past}
-            if index:
-                feed[f"hidden_{index - 1}"] = whole[f"hidden_{index - 1}"]
-            # Both sides are cut at the same place: another cut may round differently, which changes integers.
-            expected = reference.outputs(index, feed) if exact else whole
-            found = self.candidate.outputs(index, self._as_candidate(feed))
-            errors.append(self._block_error(index, found, expected, exact))
-            if errors[-1].error > limit:
-                place = self._first_value(index, feed, reference, limit, errors[-1])
-                return Bisection(place, against, tuple(errors), note)
-        return Bisection(None, against, tuple(errors), note)
+    def _saved(self, model: ir.Model, name: str, io: IoSpec) -> Side:
+        folder = self.scratch / name
+        folder.mkdir()
+        files.save(model, folder)
+        return Side(folder, io, self.context.threads)
 
-    def _block_error(self, index: int, found: Arrays, expected: Arrays, exact: bool = False) -> BlockError:
-        results = {
-            name: error(x, expected[name])
-            for name, x in found.items()
-            if name in expected and (exact or not name.startswith("present_"))
-        }
-        if not exact:
-            results |= state_errors(found, expected, self.candidate.io)
-        tensor = max(results, key=lambda name: results[name])
-        return BlockError(index, self._name(index), results[tensor], tensor)
 
-    def _first_value(
-        self, index: int, feed: Arrays, reference: Side, limit: float, block: BlockError
-    ) -> Place:
-        ours, theirs = self.candidate.part(index), reference.part(index)
-        both = [
-            (a, b)
-            for a, b in pairs(ours, theirs)
-            if limit == EXACT or not (a.startswith("present_") and a.endswith(RAW_STATES))
-        ]
-        found = self.candidate.values(index, self._as_candidate(feed), [a for a, _ in both])
-        expected = reference.values(index, feed, sorted({b for _, b in both}))
-        errors = {a: error(found[a], expected[b]) for a, b in both}
-        beyond = [(a, b) for a, b in both if errors[a] > limit]
-        # Small errors may add up to a large one: then the value with the largest error is named.
-        name, base = beyond[0] if beyond else max(both, key=lambda pair: errors[pair[0]])
-        producers = {v.name: node for node in ours.graph for v in node.outputs}
-        originals = {v.name: node for node in theirs.graph for v in node.outputs}
-        node = producers[name]
-        stand_in = name != base and name not in originals
-        why = explain(
-            node,
-            None if stand_in else originals[base],
-            found[name],
-            expected[base],
-            lambda weight: self.candidate.values(index, self._as_candidate(feed), [weight])[weight],
-            0.0 if limit == EXACT else limit,
-        )
-        if not beyond:
-            why = ": ".join(
-                ["no value by itself exceeds the limit, this is the largest", *([why] if why else [])]
-            )
-        return Place(index, block.path, node.name or "", node.op_type, name, errors[name], limit, why)
-
-    def _against_pytorch(self) -> Bisection:
-        """Compare the candidate's blocks with the PyTorch reference, from its inputs and states."""
-        with TorchSession(self.loaded, BATCH, "float64") as session:
-            if self.first:
-                session.prefill(self.warm)
-            past = {name: x.astype(np.float32) for name, x in session.state().items()}
-            hidden, outputs = session.traced(self.paths, self.inputs)
-            presents = {s.present: session.state()[s.past] for s in session.io.states}
-            reference = session.reference
-        expected = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
-        limit = LIMITS["state"]
-        if reference != FLOAT64:
-            limit = max(limit, OWN_ERRORS * self._own_error(past, expected))
-        errors: list[BlockError] = []
-        place = None
-        for index in range(self.candidate.blocks + 1):
-            feed: Arrays = {**self.inputs, **past}
-            if index:
-                feed[f"hidden_{index - 1}"] = hidden[index - 1].astype(np.float32)
-            found = self.candidate.outputs(index, feed)
-            errors.append(self._block_error(index, found, expected))
-            if errors[-1].error > limit:
-                why = "the file is what this version exports: the fault is in how it exports this block"
-                place = Place(
-                    index,
-                    self._name(index),
-                    "",
-                    "block",
-                    errors[-1].tensor,
-                    errors[-1].error,
-                    limit,
-                    why,
-                )
-                break
-        return Bisection(place, pytorch(reference), tuple(errors))
-
-    def _own_error(self, past: Arrays, expected: Arrays) -> float:
-        """The largest error of PyTorch's own FP32 from the same states, of a block's result or a state."""
-        errors = []
-        with TorchSession(self.loaded, BATCH, "float32") as plain:
-            for mode, most in roundings():
-                plain.set_state(past)
-                with mode:
-                    hidden, outputs = plain.traced(self.paths, self.inputs)
-                presents = {s.present: plain.state()[s.past] for s in plain.io.states}
-                found = {**{f"hidden_{i}": x for i, x in enumerate(hidden)}, **outputs, **presents}
-                errors.append(min(most, self._block_error(0, found, expected).error))
-        return max(errors)
-
-    def _fresh(self, side: Side) -> Arrays:
-        return {s.past: np.zeros((BATCH, *s.shape), s.dtype) for s in side.io.states}
-
-    def _as_candidate(self, feed: Arrays) -> Arrays:
-        """The inputs with states in the type that the candidate stores them in."""
-        types = {s.past: s.dtype for s in self.candidate.io.states}
-        return {name: x.astype(types[name]) if name in types else x for name, x in feed.items()}
-
-    def _name(self, index: int) -> str:
-        if index < len(self.paths):
-            return self.paths[index]
-        return "head" if self.candidate.blocks else "the whole"
+def _reader(weight: ir.Value) -> ir.Node:
+    """The node that computes with a weight, behind its DequantizeLinear."""
+    node = next(iter(weight.uses())).node
+    while node.op_type == "DequantizeLinear" and node.outputs[0].uses():
+        node = next(iter(node.outputs[0].uses())).node
+    return node

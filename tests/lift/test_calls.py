@@ -212,7 +212,7 @@ def test_declared_dims_are_advised_where_they_work(
 def test_nothing_is_advised_that_does_not_work(tmp_path: Path) -> None:
     """Rows that depend on each other are wrong in any batch but the example's, with and without states."""
     with refused(
-        BuildError, "its rows mix the streams of a batch", "from that row of the inputs alone"
+        BuildError, "rows must not meet in forward", "called_models.py:", "every row from that row alone"
     ) as texts:
         trace.export(loaded(called.Centred), tmp_path / "out")
     assert "--stateless" not in texts[0]

@@ -98,7 +98,7 @@ def observe(
     joint = {name for name in inputs if specs[name].batched}
     one_more = run({n: torch.cat([x, x[:1]]) if n in joint else x for n, x in inputs.items()})
     longer = run({n: _twice_as_long(x, specs[n]) for n, x in inputs.items()})
-    disturbed = run({n: _disturbed(x) if n in joint else x for n, x in inputs.items()})
+    changed = run({n: disturbed(x) if n in joint else x for n, x in inputs.items()})
     found: dict[CallKey, Rows | Mixed] = {}
     for key, rows in seen.items():
         count = rows.shape[0]
@@ -109,7 +109,7 @@ def observe(
         elif count % batch or grown * batch != count * (batch + 1):
             found[key] = Mixed("the number of its rows is no multiple of the batch")
         else:
-            other = None if disturbed is None else disturbed.get(key)
+            other = None if changed is None else changed.get(key)
             found[key] = _order(rows, other, batch)
     return found
 
@@ -136,7 +136,7 @@ def _twice_as_long(x: Tensor, spec: TensorSpec) -> Tensor:
     return x if spec.time_axis is None else torch.cat([x, x], spec.time_axis)
 
 
-def _disturbed(x: Tensor) -> Tensor:
+def disturbed(x: Tensor) -> Tensor:
     """The input with other values in its first row, within the range of all."""
     x = x.clone()
     generator = torch.Generator().manual_seed(0)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..distance import difference
 from ..errors import BuildError, CannotStreamError, ExportError
 from ..load.loaded import Dims, Loaded
-from ..load.signature import leaves
 from ..specs import TensorSpec
+from .apart import APART, SECOND, called, met_at, rows_are_apart, second_axis
 from .memory import check_memory
 
 log = logging.getLogger(__name__)
-LIMIT = 1e-4  # relative L2 in FP32, as in streaming.py
-
 ROWS = (
-    "a row of the batch alone fails, or gives other values than among others: rows must not meet in forward"
+    "a row of the batch alone fails, or gives other values than among others; rows must not meet in forward"
 )
-SECOND = "the batch is the second axis"
 Works = Callable[[Loaded], object]
 
 
@@ -86,17 +82,12 @@ def _problem(loaded: Loaded, trace: Works) -> str:
         trace(loaded)
     except Exception as error:
         log.debug("not recommended, because it fails", exc_info=True)
-        return error.message if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
-    if _rows_are_apart(loaded):
+        if not isinstance(error, ExportError):
+            return f"{type(error).__name__}: {error}"
+        return error.message + (error.hint and f"; there, {error.hint}")
+    if rows_are_apart(loaded):
         return ""
-    if not _rows_are_apart(loaded, axis=1):
-        return ROWS
-    name = loaded.batched
-    return (
-        f"{SECOND} of {name}, and must be the first: give {name} with its first two axes swapped, and swap "
-        f"them back where forward begins: {name} = {name}.transpose(0, 1); "
-        "if a recurrence only lacks batch_first=True, pass that instead and train again"
-    )
+    return second_axis(loaded) or f"{met_at(loaded) or ROWS}: {APART}"
 
 
 def _any_length(loaded: Loaded) -> bool:
@@ -113,55 +104,9 @@ def _any_length(loaded: Loaded) -> bool:
 
     specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
     return all(
-        _run(loaded, {name: change(x, specs[name]) for name, x in loaded.inputs.items()}) is not None
+        called(loaded, {name: change(x, specs[name]) for name, x in loaded.inputs.items()}) is not None
         for change in (one, twice)
     )
-
-
-def _rows_are_apart(loaded: Loaded, axis: int = 0) -> bool:
-    """Whether the first and the last row of the batch give alone what they give beside the others.
-
-    Args:
-        loaded: the model.
-        axis: of the inputs, taken for the batch.
-    """
-    whole = _run(loaded, loaded.inputs)
-    rows = {n: x for n, x in loaded.inputs.items() if loaded.input_dims(n)[:1] == ("B",) and x.ndim > axis}
-    batch = rows[loaded.batched].shape[axis] if loaded.batched in rows else 1
-    for row in (0, batch - 1):
-        alone = _run(loaded, {**loaded.inputs, **{n: x.narrow(axis, row, 1) for n, x in rows.items()}})
-        if batch < 2 or whole is None or alone is None:
-            return False
-        if not all(_is_part(x, y, row, batch) for x, y in zip(whole, alone, strict=True) if x.ndim):
-            return False
-    return True
-
-
-def _is_part(whole: Tensor, alone: Tensor, row: int, batch: int) -> bool:
-    """Whether an output for one row of the batch is the part of it in that for all rows.
-
-    Its batch may be a later axis, and may have several rows to a stream, beside each other or apart.
-    """
-    if whole.shape == alone.shape:
-        return bool(torch.allclose(whole, alone, rtol=LIMIT, atol=LIMIT * float(whole.abs().max())))
-    axes = [a for a in range(min(whole.ndim, alone.ndim)) if whole.shape[a] != alone.shape[a]]
-    if whole.ndim != alone.ndim or len(axes) != 1 or whole.shape[axes[0]] != batch * alone.shape[axes[0]]:
-        return False
-    rows, each = whole.movedim(axes[0], 0), alone.shape[axes[0]]
-    parts = (rows[row * each : (row + 1) * each], rows[row::batch])
-    mine = alone.movedim(axes[0], 0).numpy()
-    return any(difference(part.numpy(), mine).relative_l2 <= LIMIT for part in parts)
-
-
-def _run(loaded: Loaded, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The tensors that forward returns; None where it fails."""
-    args, kwargs = loaded.call(inputs)
-    try:
-        with torch.no_grad():
-            return [x for _, x in leaves(loaded.module(*args, **kwargs)) if isinstance(x, Tensor)]
-    except Exception:
-        log.debug("forward does not run on these inputs", exc_info=True)
-        return None
 
 
 def _fixed(loaded: Loaded) -> dict[str, Dims]:

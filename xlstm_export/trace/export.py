@@ -36,6 +36,7 @@ from ..options import Context, ExportOptions
 from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
+from .apart import check_apart
 from .capture import note_modules, quiet, torch_to_ir
 from .chance import check_chance
 from .dimensions import name_dimensions
@@ -88,6 +89,7 @@ def export(
                 progress("memory")
                 check_chance(loaded)
                 check_memory(loaded)
+                check_apart(loaded)
             if not options.stateless and loaded.weights is None:
                 progress("streaming")
                 check_streams(loaded)

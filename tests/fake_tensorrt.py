@@ -56,6 +56,9 @@ class Cudart:
         self.capture: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}  # executable ones, destroyed ones included
         self.launches = 0
+        self.integrated = False  # whether its memory is the system's
+        self.strategies: list[object] = []  # of memory, by context
+        self.forgotten = 0  # errors that were taken back
         self.streams: set[int] = set()  # what was made and not given back
         self.captured: set[int] = set()
         self.executables: set[int] = set()
@@ -87,7 +90,12 @@ class Cudart:
         return 2 if late else self.fail.get(name, 0)
 
     def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
-        value._obj.value = self._sm // 10 if attribute == 75 else self._sm % 10
+        known = {75: self._sm // 10, 76: self._sm % 10, 18: int(self.integrated)}
+        value._obj.value = known[attribute]
+        return 0
+
+    def cudaGetLastError(self) -> int:  # noqa: N802
+        self.forgotten += 1
         return 0
 
     def cudaRuntimeGetVersion(self, value: Any) -> int:  # noqa: N802
@@ -144,11 +152,16 @@ class Cudart:
 
     def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:  # noqa: N802
         assert self.capture is None
+        if status := self._status("cudaStreamBeginCapture"):
+            return status
         self.capture = []
         return 0
 
     def cudaStreamEndCapture(self, stream: Any, graph: Any) -> int:  # noqa: N802
         assert self.capture is not None
+        if status := self._status("cudaStreamEndCapture"):  # what was captured is lost
+            self.capture = None
+            return status
         graph._obj.value = next(self._handles)
         self.captured.add(graph._obj.value)
         self._content, self.capture = self.capture, None
@@ -196,6 +209,9 @@ class TensorRt:
         def __init__(self, severity: int) -> None:
             pass
 
+    class ExecutionContextAllocationStrategy:
+        ON_PROFILE_CHANGE = "memory for the profile that is set"
+
     def __init__(self, cudart: Cudart) -> None:
         self.cudart = cudart
         self.loaded: list[str] = []
@@ -237,7 +253,8 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[name][profile]
 
-    def create_execution_context(self) -> Any:
+    def create_execution_context(self, strategy: object = None) -> Any:
+        self.cudart.strategies.append(strategy)
         if self.cudart._status("create_execution_context"):
             return None
         return Context(self)
@@ -256,6 +273,7 @@ class Context:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.engine.cudart.capture is None, "a shape was set while capturing"
         assert name in self.engine.inputs, name
         low, _, high = self.engine.profiles[name][self.profile]
         if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from fake_tensorrt import board
@@ -159,6 +161,44 @@ def test_a_build_that_fails_leaves_the_old_engine_and_its_log(
     log = bundle / "engines" / "sm87-trt10.3.0.build.log"
     assert "OutOfMemory" in log.read_text()
     assert sorted(p.name for p in (bundle / "engines").iterdir()) == ["sm87-trt10.3.0", log.name]
+
+
+@pytest.mark.parametrize("ends", ["in an engine", "in none", "when it is stopped"])
+def test_timings_are_kept_however_a_build_ends(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """The next build does not measure the same kernels again."""
+
+    def built(network: object, config: object) -> bytes | None:
+        if ends == "when it is stopped":
+            raise KeyboardInterrupt
+        return b"engine" if ends == "in an engine" else None
+
+    trt, config, given = MagicMock(), MagicMock(), tmp_path / "timing.cache"
+    config.get_timing_cache().serialize.return_value = b"measured"
+    trt.Builder().create_builder_config.return_value = config
+    trt.Builder().build_serialized_network = built
+    monkeypatch.setattr(build, "_require_plugins", lambda *arguments: None)
+    monkeypatch.setattr(build, "_watch", lambda *arguments: None)
+    plan = build.plan_build(bundle, V103, FREE)
+    with contextlib.suppress(KeyboardInterrupt, BuildError):
+        build.serialize(trt, plan, MagicMock(errors=[]), cache=given)
+    assert given.read_bytes() == b"measured"
+
+
+def test_compiling_the_plugin_is_announced(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes minutes."""
+    shutil.rmtree(bundle / build.BIN)
+    said: list[str] = []
+
+    def compiled(kinds: list[str], *, sources: object) -> list[SimpleNamespace]:
+        assert len(said) == 1
+        return [SimpleNamespace(path=Path("libxlstm_trt.so"))]
+
+    monkeypatch.setattr(build.plugin_builder, "build", compiled)
+    plan = build.plan_build(bundle, V103, FREE, say=said.append)
+    assert plan.plugin == Path("libxlstm_trt.so")
+    assert said == ["compiling the TensorRT plugin library for this machine, once; this takes some minutes"]
 
 
 KILLED = """

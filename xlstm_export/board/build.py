@@ -89,6 +89,8 @@ def plan_build(
     free_bytes: int,
     options: BuildOptions = BuildOptions(),
     plugin: Path | None = None,
+    *,
+    say: Callable[[str], None] = print,
 ) -> Plan:
     """Plan the build of a bundle's engine.
 
@@ -98,6 +100,7 @@ def plan_build(
         free_bytes: memory of the device that is free now; on a Jetson the CPU's memory too.
         options: how. Without the plugin an engine is slower, and nothing has to be compiled.
         plugin: library to use instead of the one that is found.
+        say: called with a line of progress.
 
     Raises:
         SetupError: TensorRT is too old, or there is no plugin library.
@@ -112,7 +115,7 @@ def plan_build(
     manifest = integrity.read(bundle)
     function_bodies = options.function_bodies
     if not function_bodies and plugin is None:
-        plugin = find_plugin(bundle)
+        plugin = find_plugin(bundle, say)
     # Before 10.7 a function body in the file wins over a plugin of the same name; and plugins read integers
     # that bodies have to be given as floats.
     model = bundle / (MODEL if function_bodies else STRIPPED)
@@ -142,8 +145,12 @@ def profile_shapes(
     }
 
 
-def find_plugin(bundle: Path) -> Path:
+def find_plugin(bundle: Path, say: Callable[[str], None] = print) -> Path:
     """The plugin library: from the bundle if it fits this machine, else compiled once into the user's cache.
+
+    Args:
+        bundle: its folder.
+        say: called with a line before it is compiled.
 
     Raises:
         SetupError: the bundle has none for this machine, and there is no CUDA compiler.
@@ -156,6 +163,7 @@ def find_plugin(bundle: Path) -> Path:
         return found
     if shipped.is_file():
         return shipped
+    say(f"compiling the {locate.KINDS[KIND].purpose} for this machine, once; this takes some minutes")
     (library,) = plugin_builder.build([KIND], sources=sources)
     return library.path
 
@@ -186,7 +194,7 @@ def build_engine(
     trt = tensorrt if tensorrt is not None else import_tensorrt()
     cuda = cuda or Cuda()
     version = version_of(trt)
-    plan = plan_build(bundle, version, cuda.free_bytes(), options)
+    plan = plan_build(bundle, version, cuda.free_bytes(), options, say=say)
     folder = bundle / ENGINES / f"sm{cuda.sm()}-trt{_dotted(version)}"
     cache = folder.with_name(f"{folder.name}.{TIMINGS}")
     log = logger(trt)
@@ -252,11 +260,14 @@ def serialize(
     timings = config.create_timing_cache(cache.read_bytes() if cache is not None and cache.is_file() else b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     _watch(trt, config, say)
-    built = builder.build_serialized_network(network, config)
+    try:
+        built = builder.build_serialized_network(network, config)
+    finally:
+        # Also of a build that failed or was stopped: the next one does not measure these kernels again.
+        if cache is not None:
+            _keep(cache, bytes(config.get_timing_cache().serialize()))
     if built is None:
         raise _failure(log)
-    if cache is not None:
-        _keep(cache, bytes(config.get_timing_cache().serialize()))
     return bytes(built)
 
 

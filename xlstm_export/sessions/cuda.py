@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,24 +20,61 @@ from ..errors import BuildError, SetupError
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapability…
+INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU uses the system's memory
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+MEMINFO = Path("/proc/meminfo")
+# The library as ctypes opens it, or the tests' stand-in: its functions are looked up by name.
+CudaRuntime: TypeAlias = Any
 
 
-def load() -> ctypes.CDLL:
-    """The CUDA runtime library.
+def load(opened: Callable[[str], CudaRuntime] = ctypes.CDLL) -> CudaRuntime:
+    """The newest CUDA runtime library that the driver supports: one of its major version, or an older one.
+
+    Args:
+        opened: opens a library by name.
 
     Raises:
-        SetupError: there is none.
+        SetupError: there is none, or the driver is too old for all that there are.
     """
+    newer = []
     for name in (*LIBRARIES, ctypes.util.find_library("cudart")):
-        if name:
-            try:
-                return ctypes.CDLL(name)
-            except OSError:
-                continue
+        try:
+            library = opened(name) if name else None
+        except OSError:
+            continue
+        if library is not None:
+            runtime, driver = _versions(library)
+            if driver == 0 or runtime // 1000 <= driver // 1000:  # 0: no driver, which calls will report
+                return library
+            newer.append(f"{name} is {_version(runtime)}, the driver supports {_version(driver)}")
+    if newer:
+        raise SetupError(
+            f"the NVIDIA driver is too old: {newer[0]}", "update the driver, or install an older CUDA runtime"
+        )
     raise SetupError(
         f"no CUDA runtime was found ({', '.join(LIBRARIES)})", "on a Jetson: sudo apt install nvidia-jetpack"
     )
+
+
+def _versions(library: CudaRuntime) -> tuple[int, int]:
+    """Versions of the runtime and of the newest runtime that the driver supports, as 12060; 0 if unknown."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    library.cudaRuntimeGetVersion(ctypes.byref(runtime))
+    library.cudaDriverGetVersion(ctypes.byref(driver))
+    return runtime.value, driver.value
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def available_bytes() -> int:
+    """Memory that Linux can make free without swapping; 0 where it does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return 0
+    return 0 if found is None else int(found[1]) * 1024
 
 
 class Cuda:
@@ -45,7 +84,7 @@ class Cuda:
         library: what `load` returned.
     """
 
-    def __init__(self, library: Any = None) -> None:
+    def __init__(self, library: CudaRuntime = None) -> None:
         self._lib = load() if library is None else library
         self._lib.cudaGetErrorString.restype = ctypes.c_char_p
 
@@ -71,16 +110,20 @@ class Cuda:
 
     def versions(self) -> tuple[int, int]:
         """Versions of the runtime and the driver, as 12060."""
-        runtime, driver = ctypes.c_int(), ctypes.c_int()
-        self._call("cudaRuntimeGetVersion", ctypes.byref(runtime))
-        self._call("cudaDriverGetVersion", ctypes.byref(driver))
-        return runtime.value, driver.value
+        return _versions(self._lib)
 
     def free_bytes(self) -> int:
-        """Free memory of the device; on a Jetson that of the system."""
+        """Free memory of the device. Where it is the system's, as on a Jetson, what Linux can make free."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value
+        integrated = ctypes.c_int()
+        self._call("cudaDeviceGetAttribute", ctypes.byref(integrated), INTEGRATED, 0)
+        # CUDA leaves out the pages that hold files, which is most of the memory after a bundle was copied.
+        return max(free.value, available_bytes() if integrated.value else 0)
+
+    def forget_error(self) -> None:
+        """Take back the error of a call, which others would report again."""
+        self._lib.cudaGetLastError()
 
     def allocate(self, size: int) -> int:
         pointer = ctypes.c_void_p()

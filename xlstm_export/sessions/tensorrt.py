@@ -11,6 +11,7 @@ the session, or failing to open it, unwinds that stack.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .cuda import Cuda
 from .protocol import Session
 
 DECODE, PREFILL = 0, 1  # optimization profiles
+log = logging.getLogger(__name__)
 
 
 # NVIDIA's module and its objects, or the tests' stand-ins for them: the module has no type stubs.
@@ -95,20 +97,21 @@ class TensorRtSession(Session):
     ) -> None:
         super().__init__(io, batch, vocab_size)
         device = device or Device.load()
-        trt, self._cuda = device.tensorrt, device.cuda
+        self._trt, self._cuda = device.tensorrt, device.cuda
         self._in_place, self._capture = engine.in_place, graphs
         if engine.plugin is not None:
-            trt.get_plugin_registry().load_library(str(engine.plugin))
+            self._trt.get_plugin_registry().load_library(str(engine.plugin))
         self._now = 0
         self._graphs: dict[int, int] = {}  # of a step, by the direction of the swap
         with ExitStack() as owned:
-            self._open(trt, engine.file, owned)
+            self._open(engine.file, owned)
             self._owned = owned.pop_all()
 
-    def _open(self, trt: Any, engine: Path, owned: ExitStack) -> None:
+    def _open(self, engine: Path, owned: ExitStack) -> None:
         """Load the engine and allocate what its calls need; `owned` gets the functions that free it."""
-        self._logger = trt.Logger(trt.Logger.WARNING)  # the runtime does not keep it alive
-        self._runtime = trt.Runtime(self._logger)
+        # The runtime does not keep it alive.
+        self._logger = self._trt.Logger(self._trt.Logger.WARNING)
+        self._runtime = self._trt.Runtime(self._logger)
         owned.callback(delattr, self, "_runtime")
         self._engine = self._runtime.deserialize_cuda_engine(engine.read_bytes())
         owned.callback(delattr, self, "_engine")
@@ -145,7 +148,10 @@ class TensorRtSession(Session):
         return next(lengths, 1)
 
     def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
+        # By default each context has memory for the largest profile, the one for steps too.
+        strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
+        chosen = () if strategies is None else (strategies.ON_PROFILE_CHANGE,)
+        context = self._engine.create_execution_context(*chosen)
         if context is None or not context.set_optimization_profile_async(profile, self._stream):
             raise BuildError(
                 "TensorRT could not create an execution context",
@@ -200,14 +206,15 @@ class TensorRtSession(Session):
         for spec in self.io.inputs:
             self._hosts[spec.name][...] = inputs[spec.name]
             self._cuda.upload(self._buffers[spec.name][0], self._hosts[spec.name], self._stream)
-        if self._capture:
-            self._cuda.launch(self._captured(), self._stream)
-        else:
+        graph = self._captured() if self._capture else None
+        if graph is None:
             self._enqueue(DECODE, 1)
+        else:
+            self._cuda.launch(graph, self._stream)
         return self._finish({spec.name: self._hosts[spec.name] for spec in self.io.outputs})
 
-    def _captured(self) -> int:
-        """The graph of a step in the current direction of the swap."""
+    def _captured(self) -> int | None:
+        """The graph of a step in the current direction of the swap; None if the engine cannot be captured."""
         if self._now not in self._graphs:
             # The first call of a context may allocate, which is not allowed during a capture. Its results go
             # into the other set of states, which the next step overwrites; states that are updated in place
@@ -217,8 +224,15 @@ class TensorRtSession(Session):
             self._cuda.synchronize(self._stream)
             for name in self._in_place:
                 self._store(name, before[name])
-            with self._cuda.capturing(self._stream, self._keep):
-                self._enqueue(DECODE, 1)
+            context = self._bound(DECODE, 1)
+            try:
+                with self._cuda.capturing(self._stream, self._keep):
+                    self._execute(context)  # nothing else: setting a shape may not be captured
+            except BuildError as error:
+                log.warning("steps are enqueued layer by layer, without a CUDA graph: %s", error.message)
+                self._cuda.forget_error()
+                self._capture = False
+                return None
         return self._graphs[self._now]
 
     def _keep(self, graph: int) -> None:
@@ -226,6 +240,10 @@ class TensorRtSession(Session):
         self._graphs[self._now] = graph
 
     def _enqueue(self, profile: int, length: int) -> None:
+        self._execute(self._bound(profile, length))
+
+    def _bound(self, profile: int, length: int) -> TensorRt:
+        """The context of a profile, with shapes and addresses of the next call."""
         context = self._contexts[profile]
         addresses = {x.name: self._buffers[x.name][0] for x in (*self.io.inputs, *self.io.outputs)}
         shapes = {x.name: x.sized(self.batch, length) for x in self.io.inputs}
@@ -235,7 +253,12 @@ class TensorRtSession(Session):
             addresses[state.present] = self._buffers[state.past][1 - self._now]
         done = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
         done += [context.set_tensor_address(name, address) for name, address in addresses.items()]
-        if not all(done) or not context.execute_async_v3(self._stream):
+        if not all(done):
+            raise BuildError("TensorRT does not take these shapes: see its message above", "deploy.py doctor")
+        return context
+
+    def _execute(self, context: TensorRt) -> None:
+        if not context.execute_async_v3(self._stream):
             raise BuildError("TensorRT could not run the engine: see its message above", "deploy.py doctor")
 
     def _finish(self, outputs: Arrays) -> Arrays:

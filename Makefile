@@ -73,10 +73,11 @@ scale: $(INSTALLED)
 	$(BIN)/python benchmarks/readme.py
 
 # The kernels on this machine's GPU: built, checked, sanitized, timed; under 8 minutes. Nothing is installed:
-# nvcc and a PYTHON with torch are enough.
+# nvcc and a PYTHON with torch are enough. `OUT=folder make gpu` puts the result there, as a machine with a GPU is
+# often another one than that of the checkout; copy it to benchmarks/results and run benchmarks/readme.py.
 gpu:
-	$(PYTHON) benchmarks/gpu/gpu.py
-	$(PYTHON) benchmarks/readme.py
+	$(PYTHON) benchmarks/gpu/gpu.py $(if $(OUT),--out $(OUT)/gpu.json)
+	$(if $(OUT),,$(PYTHON) benchmarks/readme.py)
 
 install: $(TESTING)
 

@@ -45,6 +45,7 @@ LIMITS = {  # seconds per stage; what a stage leaves is there for the others
 CHECKED = ("mlstm_step", "mlstm_chunkwise", "slstm")
 PEERS = ("mlstm_kernels", "torch.compile", "flashrnn")
 MOST_FAILURES = 20  # that are printed; all of them are in the result file
+THREADS = "4"  # of a stage on the CPU, unless OMP_NUM_THREADS says otherwise
 LEAST_SECONDS = 5.0  # with less a stage is not begun
 ENVIRONMENT_ERROR, CHECK_FAILED = 3, 1
 
@@ -169,7 +170,9 @@ class Session:
         if self.options.emulated:
             command += ["--emulated", str(self.options.emulated)]
         say(f"--- {name}")
-        return Started(subprocess.Popen(command, start_new_session=True), now, end)
+        # Several stages run at once, and each would start a thread for every core.
+        environment = {"OMP_NUM_THREADS": THREADS, **os.environ}
+        return Started(subprocess.Popen(command, start_new_session=True, env=environment), now, end)
 
     def collect(self, name: str, started: Started) -> list[Record]:
         """Wait for a stage until its end, then stop it; what it wrote."""

@@ -283,5 +283,5 @@ def _check_size(data: CalibrationSet, io: IoSpec, where: str) -> None:
         raise InputError(
             f"{where} gives {data.samples} sequence{'s' * (data.samples > 1)} of {length} "
             f"position{'s' * (length > 1)}, at least {MIN_POSITIONS} positions in all are needed",
-            "the largest value of fewer positions is chance; give more data",
+            "; ".join(["the largest value of fewer positions is chance", "give more data", *data.notes]),
         )

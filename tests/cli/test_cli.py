@@ -240,6 +240,8 @@ def test_precision_stages(small_export: Path, tmp_path: Path, capsys: pytest.Cap
     assert run("calibrate", out) == 2, "no data is an error"
     assert run("calibrate", out, "--random-data", "--samples", 2, "--length", 256, "--json") == 0
     assert json.loads(capsys.readouterr().out)["data"]["random"] is True
+    assert run("calibrate", out, "--random-data", "--samples", 2, "--length", 256, "--quiet") == 0
+    assert "made-up data: 2 sequences, 512 positions" in capsys.readouterr().out.splitlines()[0]
     assert run("quantize", out, "--precision", "int8", "--exclude", "no_such_weight") == 2
     assert "no weight matches" in capsys.readouterr().err
     assert run("quantize", out, "--precision", "int8", "--exclude", "lm_head") == 0

@@ -13,6 +13,7 @@ from xlstm_export.cli import tables as report
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.pipeline.runner import Outcome
+from xlstm_export.report.document import shortened, shortened_apart
 
 
 def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +34,22 @@ def test_long_paths_lose_their_middle_not_their_end(
     block = replace(spec.blocks[0], path=f"observation_conditioned_encoder.{spec.blocks[0].path}")
     report.show_model(Console(width=80), replace(spec, blocks=(block,)))
     assert "observation…s.0.xlstm.mlstm_cell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "width"),
+    [
+        ([f"encoder.stack.blocks.{n}.mixer.inner.proj_up" for n in range(12)], 24),
+        (["a" * 40 + "left" + "z" * 40, "a" * 40 + "right" + "z" * 40, "short"], 20),
+        (["a" * 9 + x + "b" * 9 + y + "c" * 40 for x, y in ("pq", "pr", "sr")], 20),
+        (["the.same.path.of.two.rows"] * 2, 12),
+    ],
+)
+def test_paths_that_differ_differ_when_shortened(names: list[str], width: int) -> None:
+    found = shortened_apart(names, width)
+    assert all(len(text) <= width for text in found)
+    assert len(set(found)) == len(set(names))
+    assert shortened_apart(names[:1], width) == [shortened(names[0], width)]
 
 
 def test_io_table(small_export, capsys: pytest.CaptureFixture[str]) -> None:

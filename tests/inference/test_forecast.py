@@ -28,6 +28,7 @@ from xlstm_export.options import CalibrateOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import forecast as forecasts
+from xlstm_export.sessions.files import location_and_scale
 from xlstm_export.sessions.forecast_csv import write_csv
 from xlstm_export.sessions.protocol import Session
 from xlstm_export.sessions.table import Table
@@ -421,28 +422,28 @@ def test_location_and_scale_are_those_of_the_graph() -> None:
     for values in (walk(40), np.full(16, 3.1, np.float32), np.full(8, np.nan, np.float32), 1e6 + walk(16)):
         context = values.reshape(1, -1, 8)
         expected = [float(x) for x in tirex.location_and_scale(torch.from_numpy(context).double())]
-        np.testing.assert_allclose(forecasts.location_and_scale(context), expected, rtol=1e-12)
+        np.testing.assert_allclose(location_and_scale(context), expected, rtol=1e-12)
 
 
 def test_calibration_takes_gaps(forecaster: tuple[Path, bool], tmp_path: Path) -> None:
-    """Of a table, each column is a series that is cut into patches; its gaps are among the data."""
+    """Of a table, each column is a series that is cut into patches; its gaps are among the data.
+
+    A streaming model is told the location and scale of the series, as for a forecast.
+    """
     run, streaming = forecaster
     values = walk(2060)
     source = written(values, tmp_path / "series.csv")
     loaded = load_checkpoint(tirex_models.make(tmp_path / "model"), stateless=not streaming)
     assert loaded.input_specs == RunFolder.open(run).io.inputs
-    if streaming:
-        with refused(UsageError, "series.csv is a table, for a model with one input", "x, loc, scale"):
-            stages.calibrate(run, loaded, CalibrateOptions(data=str(source)))
-        return
     before = sets.load(source, IoSpec(loaded.input_specs, (), ()))  # as it is read before the export
     chosen = sets.load(source, RunFolder.of(run).io)
-    (patches,) = chosen.inputs.values()
+    patches, *told = chosen.inputs.values()
     assert patches.shape == (1, 258, tirex_models.PATCH)
     padded = np.concatenate([np.full(4, np.nan), values])
     padded[4 + 5] = np.nan  # the row that is missing
     np.testing.assert_allclose(patches.ravel(), padded, rtol=1e-6)
-    np.testing.assert_array_equal(before.inputs["context"], patches)
+    np.testing.assert_array_equal(next(iter(before.inputs.values())), patches)
+    assert [x.item() for x in told] == pytest.approx(location_and_scale(patches) if streaming else [])
     scales = stages.calibrate(run, loaded, CalibrateOptions(data=str(source)))
     ranges = scales.all_amax()
     assert ranges

@@ -137,6 +137,11 @@ def test_tables_of_patches_and_of_one_channel(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[1]["x"][0], [[np.nan, 10, 11], [12, 13, 14]])
     with refused(InputError, "2 columns of numbers (a, b)", "reads 3"):
         InputFiles(IoSpec((patches,), (replace(output, shape=("B", "S", 1)),), ())).read(path)
+    told = (patches, *(TensorSpec(name, "float32", ("B", 1)) for name in ("loc", "scale")))
+    found = InputFiles(IoSpec(told, (output,), ())).read(path)
+    assert [part["loc"].tolist() for part in found.parts] == [[[2.0]], [[12.0]]], "of the whole series"
+    assert found.parts[1]["scale"] == pytest.approx(2**0.5)
+    assert found.notes == ("a position of the model is 3 rows of a column of rows.csv",)
     path.write_text("a\n" + "".join(f"{n}\n" for n in range(5)))
     (part,) = InputFiles(IoSpec((TensorSpec("x", "float32", ("B", "S")),), (), ())).read(path).parts
     assert part["x"].tolist() == [[0, 1, 2, 3, 4]]

@@ -41,7 +41,12 @@ def calibrate(run: Path, source: Source, options: CalibrateOptions, context: Con
     with progress_bar("calibrating") as count:
         scales = stages.calibrate(opened, loaded, options, replace(context, count=count))
     names = activation_names(load_graph(opened.model))
-    emit(scales.to_json(), as_json, lambda console: tables.show_scales(console, scales, names))
+    emit(
+        scales.to_json(),
+        as_json,
+        lambda console: tables.show_scales(console, scales, names),
+        line=tables.scales_line(scales),
+    )
 
 
 @click.command()

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..bench import roofline
 from ..checks import pytorch, scored
-from ..report.document import shortened
+from ..report.document import shortened_apart
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding
@@ -38,7 +38,8 @@ def show_model(console: Console, spec: ModelSpec) -> None:
     )
     table = Table("block", "cell", "heads", "head dim", "state per stream", box=None, padding=(0, 1, 0, 0))
     table.add_column("path", no_wrap=True)
-    for block in spec.blocks:
+    paths = shortened_apart([block.path for block in spec.blocks], console.width - BESIDE)
+    for block, path in zip(spec.blocks, paths, strict=True):
         size = sum(s.elements for s in block.states) * roofline.STATE_BYTES
         kinds = ", ".join(f"{s.kind} {'×'.join(map(str, s.shape))}" for s in block.states)
         state = f"{format_bytes(size)}: {kinds}"
@@ -48,7 +49,7 @@ def show_model(console: Console, spec: ModelSpec) -> None:
             str(block.heads),
             str(block.head_dim),
             state,
-            escape(shortened(block.path, console.width - BESIDE)),
+            escape(path),
         )
     console.print(table)
     console.print(f"state per stream: {format_bytes(spec.state_elements * roofline.STATE_BYTES)} (FP32)")
@@ -143,10 +144,11 @@ def verdict_line(verdict: Verdict, stands: Verdict | None = None) -> str:
 def show_bisection(console: Console, found: Bisection) -> None:
     """Error of each block by itself, then the first value that differs."""
     table = Table("block", "path", "error", "worst", box=None, padding=(0, 1, 0, 0))
-    for block in found.blocks:
+    paths = shortened_apart([block.path for block in found.blocks], console.width - BESIDE)
+    for block, path in zip(found.blocks, paths, strict=True):
         table.add_row(
             str(block.block),
-            escape(shortened(block.path, console.width - BESIDE)),
+            escape(path),
             f"{block.error:.1e}",
             escape(block.tensor),
         )

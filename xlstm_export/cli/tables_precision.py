@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.drift_result import TEACHER
-from ..report.document import shortened
+from ..report.document import shortened_apart
 from ..specs import Json
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ def show_scales(console: Console, scales: Scales, names: Mapping[str, str]) -> N
     """
     from ..calibration.scales import trend
 
-    data = scales.data
-    origin = "[bold red]made-up data[/]" if data.get("random") else data.get("name", "")
-    amount = f"{data.get('samples')} sequences, {data.get('positions'):,} positions"
-    console.print(f"{len(scales.tensors)} activations, method {scales.method}, {origin}: {amount}")
+    style = "bold red" if scales.data.get("random") else None
+    console.print(scales_line(scales), style=style, markup=False, highlight=False)
     rows = trend(scales)[:TRENDS]
     if not rows:
         return
@@ -44,13 +42,21 @@ def show_scales(console: Console, scales: Scales, names: Mapping[str, str]) -> N
     table = Table("input of", box=None, padding=(0, 2, 0, 0))
     for column in ("first", "largest", "last", "rms last/first"):
         table.add_column(column, justify="right")
-    for row in rows:
+    shown = shortened_apart([names.get(row.name, row.name) for row in rows], NAME)
+    for name, row in zip(shown, rows, strict=True):
         largest = max(x for x in scales.tensors[row.name].by_position if x is not None)
-        name = shortened(names.get(row.name, row.name), NAME)
         cells = (row.amax_first, largest, row.amax_last)
         table.add_row(name, *(f"{x:.3g}" for x in cells), f"{row.rms_ratio:.2f}")
     console.print("largest magnitudes along a sequence, those first that change most:")
     console.print(table)
+
+
+def scales_line(scales: Scales) -> str:
+    """What was observed, and on what."""
+    data = scales.data
+    origin = "made-up data" if data.get("random") else data.get("name", "")
+    amount = f"{data.get('samples')} sequences, {data.get('positions'):,} positions"
+    return f"{len(scales.tensors)} activations, method {scales.method}, {origin}: {amount}"
 
 
 def show_precision(console: Console, report: Verdict) -> None:
@@ -82,8 +88,10 @@ def show_precision(console: Console, report: Verdict) -> None:
 def show_sensitivity(console: Console, found: Sensitivity) -> None:
     """The harm of each weight alone, largest first, and the recipe beside those that need no search."""
     table = Table("alone", "drop", "drift", "state", "growth", "kept as", title="each weight alone")
-    for name, candidate in sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]:
-        table.add_row(shortened(name, NAME), *_evidence(candidate), found.choices[name])
+    worst = sorted(found.alone.items(), key=lambda item: -item[1].harm)[:ALONE]
+    shown = shortened_apart([name for name, _ in worst], NAME)
+    for short, (name, candidate) in zip(shown, worst, strict=True):
+        table.add_row(short, *_evidence(candidate), found.choices[name])
     console.print(table)
     summary = Table("recipe", f"{found.metric} drop", "drift", "state", "growth", "bytes")
     rows = {"base type": found.base, "naive": found.general, "preset": found.default, "found": found.found}

@@ -21,6 +21,7 @@ PICTURE = (
     "give an .npz file with the model's inputs (N, S, ...), an .npy file, a text file for a language model, "
     "or a .csv time series"
 )
+SCALES = ("loc", "scale")  # inputs of a model that is told the location and scale of the series
 ARRAYS, TABLES = (".npz", ".npy"), (".csv", ".tsv", ".tab")
 # What is often given, and how it becomes one of the above. A model of bytes would read them as text.
 OTHERS = {
@@ -93,10 +94,11 @@ class InputFiles:
             names = [spec.name for spec in self.io.inputs]
             others = {name: x for name, x in arrays.items() if name not in names}
             return Found((self.fit(arrays, str(path)),), others)
-        spec = self._only_input(path, "a table" if kind in TABLES else "text")
         if kind in TABLES:
+            spec = self.io.inputs[0] if is_scaled(self.io) else self._only_input(path, "a table")
             parts, notes = self._table(path, spec)
-            return Found(tuple(self.fit({spec.name: x}, str(path)) for x in parts), {}, notes)
+            return Found(tuple(self.fit(self._scaled(x), str(path)) for x in parts), {}, notes)
+        spec = self._only_input(path, "text")
         if not self.takes_text():
             raise UsageError(f"{path} is read as text, but the model takes no tokens", PICTURE)
         tokens = np.asarray(read_text(path, self.vocab_size, self.tokenizer), spec.dtype)
@@ -199,10 +201,18 @@ class InputFiles:
             notes |= dict.fromkeys((*left, *chosen.notes))
             if patches:
                 parts += [in_patches(column, width) for column in chosen.values.T]
+                notes[f"a position of the model is {width} rows of a column of {path.name}"] = None
                 continue
             values = chosen.values[: len(chosen.values) // spec.steps * spec.steps]
             parts.append(values[:, 0] if len(shape) == 2 else values if axis == 2 else values.T)
         return parts, tuple(notes)
+
+    def _scaled(self, series: np.ndarray) -> Arrays:
+        """The inputs of a series, with its location and scale where the model is told them."""
+        name, *others = (spec.name for spec in self.io.inputs)
+        scales = location_and_scale(series) if others else ()
+        told = {other: np.array([value]) for other, value in zip(others, scales, strict=True)}
+        return {name: series, **told}
 
     def _reads_patches(self, columns: int) -> bool:
         """Whether a position of the model is a patch of one series, so that each column is a series.
@@ -211,12 +221,34 @@ class InputFiles:
         a model that takes gaps, and has another number of channels than the table, may be one.
         """
         spec = self.io.inputs[0]
+        if is_scaled(self.io):
+            return True
         if len(spec.shape) != 3 or not spec.gaps or spec.time_axis != 1:
             return False
         if not self.io.outputs:
             return columns != spec.shape[2]
         output = self.io.outputs[0].shape
         return len(output) == 4 and output[1] == "S" and output[3] == spec.shape[2]
+
+
+def is_scaled(io: IoSpec) -> bool:
+    """Whether the model is told location and scale of the series that it reads in patches (TiRex)."""
+    return tuple(x.name for x in io.inputs[1:] if x.shape == ("B", 1)) == SCALES and len(io.inputs) == 3
+
+
+def location_and_scale(context: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the known values, as TiRex scales a series.
+
+    Args:
+        context: any shape, NaN where missing.
+    """
+    known = context[~np.isnan(context)].astype(np.float64)
+    if not known.size:
+        return 0.0, 1.0
+    loc = float(known.mean())
+    scale = float(known.std())
+    # Where all values are equal, their spread is zero or a rounding error.
+    return loc, scale if (known != known[0]).any() else abs(loc) + 1e-5
 
 
 def in_patches(values: np.ndarray, patch: int) -> np.ndarray:

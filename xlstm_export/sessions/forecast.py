@@ -17,10 +17,9 @@ import numpy as np
 from ..errors import InputError, UsageError
 from ..inputs import per_position
 from ..specs import IoSpec, Json, TensorSpec
+from .files import SCALES, is_scaled, location_and_scale
 from .protocol import Session
 from .table import Table, read_tables
-
-SCALES = ("loc", "scale")  # inputs of a model that is told the location and scale of the series
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
         UsageError: the model is not a forecaster: it has several inputs, or reads no real numbers.
     """
     spec, shape = io.inputs[0], io.outputs[0].shape
-    scaled = tuple(x.name for x in io.inputs[1:] if x.shape == ("B", 1)) == SCALES
+    scaled = is_scaled(io)
     real = len(io.inputs) == (3 if scaled else 1) and spec.dtype.startswith("float") and per_position(spec)
     size = spec.shape[3 - (spec.time_axis or 1)] if len(spec.shape) == 3 else 1
     patches = len(shape) == 4 and shape[1] == "S" and shape[3] == size and (scaled or not io.states)
@@ -325,18 +324,3 @@ class _Patches:
         values = values[-rows:].astype(self.spec.dtype)
         padded = np.concatenate([np.full(rows - len(values), np.nan, values.dtype), values])
         return padded.reshape(1, -1, patch)
-
-
-def location_and_scale(context: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the known values, as TiRex scales a series.
-
-    Args:
-        context: any shape, NaN where missing.
-    """
-    known = context[~np.isnan(context)].astype(np.float64)
-    if not known.size:
-        return 0.0, 1.0
-    loc = float(known.mean())
-    scale = float(known.std())
-    # Where all values are equal, their spread is zero or a rounding error.
-    return loc, scale if (known != known[0]).any() else abs(loc) + 1e-5

@@ -31,6 +31,7 @@ class MlstmCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "length", "heads", "dk", "dv", "io", "state")),
         *((name, ctypes.c_float) for name in ("scale", "eps")),
+        ("processors", ctypes.c_int32),
         *(
             (name, ctypes.c_void_p)
             for name in ("q", "k", "v", "i", "f", "C0", "n0", "m0", "h", "C", "n", "m")

@@ -90,7 +90,7 @@ class Cudart:
         return 2 if late else self.fail.get(name, 0)
 
     def cudaDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
-        known = {75: self._sm // 10, 76: self._sm % 10, 18: int(self.integrated)}
+        known = {75: self._sm // 10, 76: self._sm % 10, 16: 8, 18: int(self.integrated)}
         value._obj.value = known[attribute]
         return 0
 

@@ -18,6 +18,7 @@ struct Mlstm {
     Dtype state;                           // C0, C: f32, f16 or bf16; n and m are always f32
     float scale;                           // multiplies q
     float eps;                             // added to the normalizer
+    int32_t processors;                    // that scratch memory is shared out to; 0: those of the device
     const void *q, *k;                     // (B, S, H, Dk)
     const void *v;                         // (B, S, H, Dv)
     const float *i, *f;                    // (B, S, H) pre-activations
@@ -44,6 +45,10 @@ struct Slstm {
 };
 
 }  // namespace xlstm
+
+// Multiprocessors of the current GPU, 1 where there is none. Power modes of a Jetson change it, so what depends
+// on it and outlives a process is stored, see Mlstm::processors. Only libraries for a GPU have it.
+extern "C" int xlstm_processors();
 
 // What every library of kernels exports. `check` returns null or what is wrong with sizes and types (pointers
 // are not looked at); `workspace` the bytes of scratch memory that `run` wants, aligned to 256; `run` returns

@@ -45,7 +45,8 @@ struct Scratch {
         const size_t state = elements * Pieces<Io>::inner * sizeof(bits16);
         const size_t all = (s.blocks + CHUNK - 1) / CHUNK, fit = STATE_BYTES / state;
         const size_t ctas = heads * CHUNK * s.across(call);  // of the output pass, to a chunk
-        const size_t fill = (size_t(processors()) * OUTPUT_CTAS + ctas - 1) / ctas;
+        const size_t count = call.processors > 0 ? call.processors : processors();
+        const size_t fill = (count * OUTPUT_CTAS + ctas - 1) / ctas;
         s.chunks = int(std::max<size_t>(1, std::min({all, fit, fill})));
         const bool carries = size_t(s.chunks) < all;
         s.position_gates = s.take(6 * heads * s.blocks * BLOCK * sizeof(float));

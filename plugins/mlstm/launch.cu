@@ -74,6 +74,8 @@ const char *check(const Mlstm &call) {
 }  // namespace
 }  // namespace xlstm::mlstm
 
+extern "C" int xlstm_processors() { return xlstm::processors(); }
+
 extern "C" const char *xlstm_mlstm_check(const xlstm::Mlstm *call) { return xlstm::mlstm::check(*call); }
 
 extern "C" size_t xlstm_mlstm_workspace(const xlstm::Mlstm *call) {

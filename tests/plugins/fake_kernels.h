@@ -11,6 +11,7 @@ struct FakeKernels {
     int runs;
     int status;           // what run returns
     const char *refusal;  // what check returns
+    int processors;       // of the GPU
 };
 
 extern "C" FakeKernels *fake_kernels();

@@ -294,9 +294,11 @@ void identity(const Plugins &plugins) {
         REQUIRE(std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
     }
     const PluginFieldCollection *names = plugins.mlstm->getFieldNames();
-    REQUIRE(names->nbFields == 3 && std::strcmp(names->fields[0].name, "scale") == 0);
+    REQUIRE(names->nbFields == 4 && std::strcmp(names->fields[0].name, "scale") == 0);
     REQUIRE(std::strcmp(names->fields[2].name, "aliased") == 0);
-    REQUIRE(names->fields[2].type == PluginFieldType::kINT32);
+    REQUIRE(std::strcmp(names->fields[3].name, "processors") == 0);
+    REQUIRE(names->fields[2].type == PluginFieldType::kINT32 &&
+            names->fields[3].type == PluginFieldType::kINT32);
     REQUIRE(std::strcmp(plugins.slstm->getFieldNames()->fields[0].name, "forget_max") == 0);
     Instance made = plugins.make_slstm();
     REQUIRE(std::strcmp(made.core->getPluginName(), "XlstmSlstm") == 0);
@@ -327,7 +329,7 @@ void bad_fields(const Plugins &plugins) {
     plugins.refused(plugins.mlstm, {good, {"scale", &nan, fp32, 1}}, {"scale is", "finite"});
     plugins.refused(plugins.mlstm, {good, {"scale", &infinite, fp32, 1}}, {"scale is inf"});
     plugins.refused(plugins.mlstm, {good, {"forget_max", &eps, fp32, 1}},
-                    {"no field \"forget_max\"", "scale, eps, aliased"});
+                    {"no field \"forget_max\"", "scale, eps, aliased, processors"});
     plugins.refused(plugins.mlstm, {good, {nullptr, &eps, fp32, 1}}, {"no field \"\""});
     plugins.refused(plugins.mlstm, {good, {"aliased", &two, PluginFieldType::kINT32, 1}}, {"aliased is 2"});
     plugins.refused(plugins.mlstm, {good, {"aliased", &eps, fp32, 1}}, {"aliased", "type 1"});
@@ -369,7 +371,7 @@ void copies(const Plugins &plugins) {
         attached = made.run->attachToContext(nullptr);
         REQUIRE(copy != made.plugin.get() && attached != made.plugin.get() && attached != copy);
         const PluginFieldCollection *stored = made.run->getFieldsToSerialize();
-        REQUIRE(stored->nbFields == 3);
+        REQUIRE(stored->nbFields == 4);
         restored = plugins.mlstm->createPlugin("layer", stored, TensorRTPhase::kRUNTIME);
     }  // the copies outlive the original
     is_same(Instance(copy));
@@ -379,8 +381,7 @@ void copies(const Plugins &plugins) {
     Instance again(
         plugins.slstm->createPlugin("layer", bare.run->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
     REQUIRE(again.shapes(slstm_tensors()) == 0 && std::isinf(plugins.fake->slstm.forget_max));
-    // What enqueue needs to know of the last configuration is copied too.
-    REQUIRE(bare.shapes(slstm_tensors(f16, i8, true)) == 0);
+    // How many inputs enqueue is given, it sees by their types: nothing was configured before.
     Instance quantized(bare.run->attachToContext(nullptr));
     const Tensors tensors = slstm_tensors(f16, i8, true);
     char memory[13]{};
@@ -388,6 +389,29 @@ void copies(const Plugins &plugins) {
     std::vector<void *> outputs(5, memory);
     REQUIRE(quantized.run->enqueue(tensors.descs.data(), tensors.descs.data() + 8, inputs.data(),
                                    outputs.data(), memory, nullptr) == 0);
+}
+
+// A Jetson changes the number of its processors with its power mode; an engine keeps the workspace that it was
+// built with.
+void power_modes(const Plugins &plugins) {
+    plugins.fake->processors = 8;
+    Instance built = plugins.make_mlstm();
+    const PluginFieldCollection *stored = built.run->getFieldsToSerialize();
+    plugins.fake->processors = 16;
+    Instance restored(plugins.mlstm->createPlugin("layer", stored, TensorRTPhase::kRUNTIME));
+    Instance attached(restored.run->attachToContext(nullptr));
+    for (const Instance *made : {&built, &restored, &attached}) {
+        REQUIRE(made->run->onShapeChange(mlstm_tensors().descs.data(), 8, mlstm_tensors().descs.data() + 8,
+                                         4) == 0);
+        REQUIRE(plugins.fake->mlstm.processors == 8);
+    }
+    Instance here = plugins.make_mlstm();
+    REQUIRE(here.shapes(mlstm_tensors()) == 0 && plugins.fake->mlstm.processors == 16);
+    const int32_t none = 0;
+    plugins.refused(
+        plugins.mlstm,
+        {{"eps", &eps, PluginFieldType::kFLOAT32, 1}, {"processors", &none, PluginFieldType::kINT32, 1}},
+        {"processors is 0"});
 }
 
 void aliasing(const Plugins &plugins) {
@@ -733,6 +757,7 @@ void check_plugins(Registry &registry, void *library) {
         {"bad_fields", bad_fields},
         {"default_fields", default_fields},
         {"copies", copies},
+        {"power_modes", power_modes},
         {"aliasing", aliasing},
         {"formats", formats},
         {"output_types", output_types},

@@ -338,11 +338,37 @@ def test_scratch_memory_is_bounded(library: NativeLibrary) -> None:
     assert size < (128 << 20), size
 
 
+def other_power_mode(library: NativeLibrary, *, sanitize: bool = False) -> None:
+    """Scratch memory of one processor, run with two: a Jetson changes them after an engine was built."""
+    data = operands(3, "bf16", "f32", B=1, S=400, H=4, Dk=16, Dv=16)
+    tensors = {name: data[name].copy() for name in (*"qkvif", *oracle.MLSTM_STATE)}
+    tensors |= {f"{kind}0": data[kind] for kind in oracle.MLSTM_STATE} | {
+        "h": np.full_like(data["v"], np.nan)
+    }
+    call = mlstm_call(tensors, scale=SCALE, eps=EPS)
+    sizes = []
+    for processors in (1, 2):
+        emulated.device(processors=processors, sanitize=sanitize)
+        sizes.append(library.mlstm_workspace(call))
+    assert sizes[0] < sizes[1]
+    call.processors = 1
+    assert library.mlstm_workspace(call) == sizes[0]
+    scratch = np.full((sizes[0] + 256) // 4, np.nan, dtype=np.float32)
+    start = -scratch.ctypes.data % 256 // 4
+    library._run("mlstm", call, scratch[start : start + sizes[0] // 4], None)
+    check(tuple(tensors[name].astype(np.float64) for name in ("h", *oracle.MLSTM_STATE)), data)
+
+
+def test_scratch_memory_of_another_power_mode(library: NativeLibrary, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(emulated.device)
+    other_power_mode(library)
+
+
 @pytest.mark.slow
 def test_without_errors_of_memory_or_undefined_behaviour() -> None:
     result: subprocess.CompletedProcess[str] = emulated.run_sanitized(Path(__file__))
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split() == ["checked", "12"]
+    assert result.stdout.split() == ["checked", "13"]
 
 
 def sanitized_cases() -> None:
@@ -355,7 +381,8 @@ def sanitized_cases() -> None:
             data = operands(S, io, io, B=1, S=S, H=2, Dk=Dk, Dv=Dv)
             check(run(sanitized, data, offset=offset, in_place=count % 2 == 0), data)
             count += 1
-    print("checked", count)
+    other_power_mode(sanitized, sanitize=True)
+    print("checked", count + 1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ CHECKS = (
     "bad_fields",
     "default_fields",
     "copies",
+    "power_modes",
     "aliasing",
     "formats",
     "output_types",

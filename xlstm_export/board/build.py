@@ -210,6 +210,7 @@ def build_engine(
                 "schema": SCHEMA,
                 "tensorrt": _dotted(version),
                 "sm": cuda.sm(),
+                "processors": cuda.processors(),
                 "origin": plan.origin,
                 "plugin": None if plan.plugin is None else str(plan.plugin),
                 "trtexec": plan.trtexec(version[0]),

@@ -20,6 +20,7 @@ from ..errors import BuildError, SetupError
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapability…
+PROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU uses the system's memory
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 MEMINFO = Path("/proc/meminfo")
@@ -101,12 +102,16 @@ class Cuda:
 
     def sm(self) -> int:
         """Compute capability of the device, as 87."""
-        parts = []
-        for attribute in (MAJOR, MINOR):
-            value = ctypes.c_int()
-            self._call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, 0)
-            parts.append(value.value)
-        return 10 * parts[0] + parts[1]
+        return 10 * self._attribute(MAJOR) + self._attribute(MINOR)
+
+    def processors(self) -> int:
+        """Multiprocessors of the device; a Jetson has fewer in its lower power modes."""
+        return self._attribute(PROCESSORS)
+
+    def _attribute(self, number: int) -> int:
+        value = ctypes.c_int()
+        self._call("cudaDeviceGetAttribute", ctypes.byref(value), number, 0)
+        return value.value
 
     def versions(self) -> tuple[int, int]:
         """Versions of the runtime and the driver, as 12060."""
@@ -116,10 +121,8 @@ class Cuda:
         """Free memory of the device. Where it is the system's, as on a Jetson, what Linux can make free."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        integrated = ctypes.c_int()
-        self._call("cudaDeviceGetAttribute", ctypes.byref(integrated), INTEGRATED, 0)
         # CUDA leaves out the pages that hold files, which is most of the memory after a bundle was copied.
-        return max(free.value, available_bytes() if integrated.value else 0)
+        return max(free.value, available_bytes() if self._attribute(INTEGRATED) else 0)
 
     def forget_error(self) -> None:
         """Take back the error of a call, which others would report again."""

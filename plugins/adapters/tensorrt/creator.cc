@@ -24,6 +24,7 @@ public:
             fields_.emplace_back(attribute.name, nullptr, PluginFieldType::kFLOAT32, 1);
         }
         fields_.emplace_back("aliased", nullptr, PluginFieldType::kINT32, 1);
+        fields_.emplace_back("processors", nullptr, PluginFieldType::kINT32, 1);
         field_names_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     }
 
@@ -67,7 +68,7 @@ nvinfer1::IPluginV3 *Creator::create(const std::string &layer,
     std::vector<float> values;
     std::vector<bool> given(op_.attributes.size());
     for (const Attribute &attribute : op_.attributes) values.push_back(attribute.fallback);
-    int32_t aliased = 0;
+    int32_t aliased = 0, processors = 0;
     for (int32_t i = 0; i < fields->nbFields; ++i) {
         const PluginField &field = fields->fields[i];
         const std::string name = field.name == nullptr ? "" : field.name;
@@ -78,12 +79,19 @@ nvinfer1::IPluginV3 *Creator::create(const std::string &layer,
             }
             continue;
         }
+        if (name == "processors") {
+            processors = value_of<int32_t>(field, PluginFieldType::kINT32);
+            if (processors < 1) {
+                throw BadField("processors is " + std::to_string(processors) + ", expected 1 or more");
+            }
+            continue;
+        }
         size_t index = 0;
         while (index < op_.attributes.size() && name != op_.attributes[index].name) ++index;
         if (index == op_.attributes.size()) {
             std::string known;
             for (const Attribute &attribute : op_.attributes) known += std::string(attribute.name) + ", ";
-            throw BadField("there is no field \"" + name + "\"; there are " + known + "aliased");
+            throw BadField("there is no field \"" + name + "\"; there are " + known + "aliased, processors");
         }
         const float value = value_of<float>(field, PluginFieldType::kFLOAT32);
         if (!op_.attributes[index].allowed(value)) {
@@ -98,7 +106,8 @@ nvinfer1::IPluginV3 *Creator::create(const std::string &layer,
             throw BadField("the field " + std::string(op_.attributes[i].name) + " is missing");
         }
     }
-    return new Plugin(op_, layer, std::move(values), aliased != 0);
+    if (processors == 0) processors = xlstm_processors();
+    return new Plugin(op_, layer, std::move(values), aliased != 0, processors);
 }
 
 nvinfer1::IPluginV3 *Creator::createPlugin(const char *name, const nvinfer1::PluginFieldCollection *fields,

@@ -12,6 +12,7 @@ Mlstm call_of(const Request &request) {
     call.batch = sizes['B'], call.length = sizes['S'], call.heads = sizes['H'];
     call.dk = sizes['K'], call.dv = sizes['V'];
     call.io = request.io, call.state = request.state;
+    call.processors = request.processors;
     call.scale = scale_of(request.attributes[scale], call.dk);
     call.eps = request.attributes[eps];
     if (const void *const *in = request.inputs) {

@@ -44,6 +44,7 @@ private:
 struct Request {
     Sizes sizes;
     Dtype io = Dtype::f32, state = Dtype::f32, weight = Dtype::f32;
+    int32_t processors = 0;               // that the workspace is planned for
     const float *attributes = nullptr;    // in the order of Op::attributes
     const void *const *inputs = nullptr;  // in the order of Op::inputs; null where only sizes matter
     void *const *outputs = nullptr;

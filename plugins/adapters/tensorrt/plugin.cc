@@ -80,24 +80,24 @@ size_t leader_of(const Op &op, Kind kind) {
 
 }  // namespace
 
-Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased)
+Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased,
+               int32_t processors)
     : op_(op),
       layer_(std::move(layer)),
       attributes_(std::move(attributes)),
       aliased_(aliased ? 1 : 0),
-      nb_inputs_(op.required_inputs) {
+      processors_(processors) {
     for (size_t i = 0; i < attributes_.size(); ++i) {
         if (std::isnan(attributes_[i])) continue;
         fields_.emplace_back(op_.attributes[i].name, &attributes_[i], PluginFieldType::kFLOAT32, 1);
     }
     fields_.emplace_back("aliased", &aliased_, PluginFieldType::kINT32, 1);
+    fields_.emplace_back("processors", &processors_, PluginFieldType::kINT32, 1);
     field_collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 
 Plugin::Plugin(const Plugin &other)
-    : Plugin(other.op_, other.layer_, other.attributes_, other.aliased_ != 0) {
-    nb_inputs_ = other.nb_inputs_;
-}
+    : Plugin(other.op_, other.layer_, other.attributes_, other.aliased_ != 0, other.processors_) {}
 
 nvinfer1::IPluginCapability *Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
@@ -128,7 +128,6 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc *inputs, int32_t n
     return guarded<int32_t>(op_, layer_, kFailed, [&] {
         require_counts(nbInputs, nbOutputs);
         require_kernel(largest_request(inputs, nbInputs, outputs));
-        nb_inputs_ = nbInputs;
         return 0;
     });
 }
@@ -219,7 +218,6 @@ int32_t Plugin::onShapeChange(const PluginTensorDesc *inputs, int32_t nbInputs,
     return guarded<int32_t>(op_, layer_, kFailed, [&] {
         require_counts(nbInputs, nbOutputs);
         require_kernel(request_of(inputs, nbInputs, outputs));
-        nb_inputs_ = nbInputs;
         return 0;
     });
 }
@@ -231,8 +229,9 @@ int32_t Plugin::enqueue(const PluginTensorDesc *inputDesc, const PluginTensorDes
         if (inputDesc == nullptr || outputDesc == nullptr || inputs == nullptr || outputs == nullptr) {
             throw Refusal("enqueue without tensors");
         }
-        Request request = request_of(inputDesc, nb_inputs_, outputDesc);
-        for (size_t i = 0; i < nb_inputs_; ++i) {
+        const size_t given = count_inputs(inputDesc);
+        Request request = request_of(inputDesc, given, outputDesc);
+        for (size_t i = 0; i < given; ++i) {
             if (inputs[i] == nullptr) throw Refusal(std::string(op_.inputs[i].name) + " has no address");
         }
         for (size_t i = 0; i < op_.outputs.size(); ++i) {
@@ -258,6 +257,13 @@ IPluginV3 *Plugin::attachToContext(nvinfer1::IPluginResourceContext *) noexcept 
 
 const nvinfer1::PluginFieldCollection *Plugin::getFieldsToSerialize() noexcept { return &field_collection_; }
 
+// How many inputs there are, which enqueue is not told: the scale is there where the weight is INT8.
+size_t Plugin::count_inputs(const PluginTensorDesc *inputs) const {
+    const size_t weight = leader_of(op_, Kind::weight);
+    const bool quantized = weight < op_.required_inputs && inputs[weight].type == DataType::kINT8;
+    return quantized ? op_.inputs.size() : op_.required_inputs;
+}
+
 void Plugin::require_counts(int32_t nbInputs, int32_t nbOutputs) const {
     const int32_t fewest = static_cast<int32_t>(op_.required_inputs);
     const int32_t most = static_cast<int32_t>(op_.inputs.size());
@@ -275,6 +281,7 @@ Request Plugin::request_of(const PluginTensorDesc *inputs, size_t nbInputs,
                            const PluginTensorDesc *outputs) const {
     Request request;
     request.attributes = attributes_.data();
+    request.processors = processors_;
     const auto take = [&](const Tensor &tensor, const PluginTensorDesc &desc, bool quantized) {
         take_type(request, tensor, desc.type, quantized);
         if (const std::string misfit = request.sizes.take(tensor, desc.dims); !misfit.empty()) {
@@ -296,6 +303,7 @@ Request Plugin::largest_request(const DynamicPluginTensorDesc *inputs, int32_t n
                                 const DynamicPluginTensorDesc *outputs) const {
     Request request;
     request.attributes = attributes_.data();
+    request.processors = processors_;
     Sizes known;
     const bool quantized = static_cast<size_t>(nbInputs) > op_.required_inputs;
     const auto take = [&](const Tensor &tensor, const PluginTensorDesc &desc) {

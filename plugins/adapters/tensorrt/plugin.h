@@ -20,7 +20,9 @@ class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneRuntime {
 public:
     // `attributes` in the order of op.attributes. `aliased`: present states are written over the past ones.
-    Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased);
+    // `processors`: those of the GPU when the engine was built. TensorRT asks for the workspace then, and a
+    // Jetson in another power mode has another number, so it is stored in the engine.
+    Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased, int32_t processors);
     Plugin(const Plugin &other);
     Plugin &operator=(const Plugin &) = delete;
 
@@ -59,6 +61,7 @@ public:
     const nvinfer1::PluginFieldCollection *getFieldsToSerialize() noexcept override;
 
 private:
+    size_t count_inputs(const nvinfer1::PluginTensorDesc *inputs) const;
     void require_counts(int32_t nbInputs, int32_t nbOutputs) const;
     Request request_of(const nvinfer1::PluginTensorDesc *inputs, size_t nbInputs,
                        const nvinfer1::PluginTensorDesc *outputs) const;
@@ -70,8 +73,7 @@ private:
     const Op &op_;
     const std::string layer_;              // as the network calls it, for messages
     const std::vector<float> attributes_;  // NaN: not given, worked out by the operator
-    const int32_t aliased_;
-    size_t nb_inputs_;  // as last configured; enqueue is not told
+    const int32_t aliased_, processors_;
     std::vector<nvinfer1::PluginField> fields_;
     nvinfer1::PluginFieldCollection field_collection_;
 };

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_export.atomic import staged_file, write_json
+from xlstm_export.atomic import json_text, staged_file
 from xlstm_export.errors import InputError
 from xlstm_export.runfolder import MODEL
 from xlstm_export.specs import Json
@@ -139,12 +139,14 @@ class Scales:
     def write(self, folder: Path) -> None:
         """Write both files, each atomically; scales.json names the hash of the other and comes last.
 
+        Both are complete before the first takes its name, so that a full disk leaves the old pair.
+
         Raises:
             SetupError: the folder cannot be written, or the disk is full.
         """
-        with staged_file(folder / CHANNELS) as temporary:
-            temporary.write_bytes(self._channel_bytes())
-        write_json(folder / SCALES, self.to_json())
+        with staged_file(folder / SCALES) as scales, staged_file(folder / CHANNELS) as channels:
+            channels.write_bytes(self._channel_bytes())
+            scales.write_text(json_text(self.to_json()), encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Scales:

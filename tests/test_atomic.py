@@ -165,10 +165,63 @@ def test_old_folder_survives_a_failed_swap(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(type(error)):
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)  # as on file systems that cannot
+    with pytest.raises(SetupError if isinstance(error, OSError) else type(error)):
         stage(out, force=True)
     assert (out / "content").read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+def test_there_is_no_moment_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux the two folders swap their names in one step."""
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("a rename"))
+    if sys.platform.startswith("linux"):
+        stage(tmp_path / "out", force=True)
+        assert (tmp_path / "out" / "content").read_text() == "new"
+        assert names(tmp_path) == ["out"]
+
+
+def test_killed_between_two_renames(tmp_path: Path) -> None:
+    """Where names cannot be swapped, the next run finds the old folder, and gives it its name again."""
+    left = tmp_path / ".out.0123abcd.partial"
+    (left / atomic.OLD).mkdir(parents=True)
+    fill(left / atomic.OLD, "old")
+    with refused(UsageError, "already exists"):
+        refuse(tmp_path / "out")
+    assert (tmp_path / "out" / "content").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_the_system_refuses_is_named(tmp_path: Path) -> None:
+    """A file that is read while another is written keeps its own name; a disk that fails is no bug."""
+    with refused(SetupError, str(tmp_path / "input"), "removed"), atomic.staged_file(tmp_path / "out"):
+        (tmp_path / "input").read_bytes()
+    for code in (errno.EIO, errno.ESTALE, errno.EMFILE):
+        with (
+            refused(SetupError, str(tmp_path / "input"), os.strerror(code)),
+            atomic.staged_file(tmp_path / "out"),
+        ):
+            raise OSError(code, os.strerror(code), str(tmp_path / "input"))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes of what remains would pass for hashes of everything."""
+    (tmp_path / "below").mkdir()
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(PermissionError):
+        atomic.sha256_of_all(tmp_path)
 
 
 # --- Places that cannot be written --------------------------------------------------------------------

@@ -24,6 +24,13 @@ from pathlib import Path
 
 from .errors import SetupError, UsageError
 
+OLD = "old"  # what a folder is called while another takes its name
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# The disk, the network it is on or the system fails; no choice of options helps.
+FAILING = (
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG),
+)
 NOT_WRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     # The parent is not a folder, the file system refuses the name, or it allows no new folders.
@@ -47,9 +54,9 @@ def staged(out: Path, *, marker: str, force: bool = False, bytes_needed: int = 0
     """
     out = Path(os.path.abspath(out))
     with readable_os_errors(out):
+        _remove_abandoned(out)
         require_free(out, marker, force)
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
         require_space(out.parent, bytes_needed)
         with _partial(out, folder=True) as temporary:
             yield temporary
@@ -81,6 +88,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         with readable_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
             temporary = stack.enter_context(_partial(path, folder=True))
         yield temporary
@@ -102,20 +110,55 @@ def readable_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # NumPy reports a short write by its text alone: «16384 requested and 2048 written».
-        short = error.errno is None and "requested and" in str(error)
-        if short or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(f"{path}: the disk is full", "free space and run again") from error
-        if error.errno in NOT_WRITABLE:
+        if error.errno in NOT_WRITABLE and _is_of(error.filename, path):
             raise SetupError(
                 f"{path} cannot be written: {error.strerror}", "choose another output folder"
             ) from error
+        if (found := of_the_system(error, path)) is not None:
+            raise found from error
+        if error.errno in NOT_WRITABLE:
+            raise SetupError(f"{error.filename}: {error.strerror}", "was it removed meanwhile?") from error
         raise
+
+
+def _is_of(name: object, path: Path) -> bool:
+    """Whether an error's file is `path`, a folder it is in, or what is written in its place."""
+    if not isinstance(name, str):
+        return True
+    file, out = os.path.abspath(name), os.path.abspath(path)
+    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.")
+    return file.startswith((out, partial)) or out.startswith(file)
+
+
+def of_the_system(error: OSError, path: Path | None = None) -> SetupError | None:
+    """What a user can do about a disk that is full or fails; None for another error.
+
+    Args:
+        error: what the system said.
+        path: what was read or written, where the error does not name it.
+    """
+    # NumPy reports a short write by its text alone: «16384 requested and 2048 written».
+    short = error.errno is None and "requested and" in str(error)
+    if short or error.errno in FULL:
+        where = "" if path is None else f"{path}: "
+        return SetupError(f"{where}the disk is full", "free space and run again")
+    if error.errno in FAILING or isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        where = str(error.filename or path or "a file")
+        return SetupError(
+            f"{where} cannot be read or written: {error.strerror}",
+            "the system says so: check permissions, disk, mount and limits, then run again",
+        )
+    return None
 
 
 def write_json(path: Path, data: object) -> None:
     """Write a JSON file atomically, keys in the order given."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(data))
+
+
+def json_text(data: object) -> str:
+    """How all JSON files are written."""
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -181,10 +224,26 @@ def sha256_of_all(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
+    for file in files_in(path):
+        if "__pycache__" not in file.parts:
             digest.update(f"{file.relative_to(path)}\0{sha256(file)}\0".encode())
     return digest.hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and in the folders below it, sorted.
+
+    Raises:
+        OSError: a folder cannot be read. `Path.rglob` would leave it out, and hashes would be of the rest.
+    """
+    found: list[Path] = []
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=failed):
+        found += [path for name in names if (path := Path(place) / name).is_file()]
+    return sorted(found)
 
 
 def require_free(out: Path, marker: str, force: bool) -> None:
@@ -206,14 +265,30 @@ def _replace(temporary: Path, out: Path) -> None:
     if not out.exists():
         os.rename(temporary, out)
         return
+    if _exchange(temporary, out):
+        return
     with _partial(out, folder=True) as old:
         try:
-            os.rename(out, old / "old")
+            os.rename(out, old / OLD)
             os.rename(temporary, out)
         except BaseException:  # Ctrl-C between the two renames must not lose the old folder either
             if not out.exists():
-                os.rename(old / "old", out)
+                os.rename(old / OLD, out)
             raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or the file system cannot.
+
+    With two renames a process that is killed between them would leave nothing under the name.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return function is not None and function(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 # --- what is not complete -----------------------------------------------------------------------------
@@ -226,10 +301,7 @@ def _partial(path: Path, *, folder: bool) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if lock is not None:
             os.close(lock)
 
@@ -238,16 +310,42 @@ def _create(path: Path, folder: bool) -> tuple[Path, int | None]:
     """A new name beside `path`, and the handle that holds its lock; None where there are no locks."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        if folder:
-            temporary.mkdir(mode=0o700)
-        else:
-            temporary.touch(exist_ok=False)
         try:
-            return temporary, _lock(temporary)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another process cleaned up between the two lines, and took it for abandoned
-        except OSError:
-            return temporary, None
+            if folder:
+                temporary.mkdir(mode=0o700)
+            else:
+                temporary.touch(exist_ok=False)
+            return temporary, _lock_of(temporary)
+        except BlockingIOError:
+            continue  # another process cleaned up meanwhile, and took it for abandoned
+        except (KeyboardInterrupt, SystemExit):
+            _remove(temporary)
+            raise
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder; what cannot be deleted is left for the next run."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> int | None:
+    """The handle that holds the lock of a new file or folder; None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has it, or has removed the file.
+    """
+    try:
+        return _lock(path)
+    except FileNotFoundError as error:
+        raise BlockingIOError(errno.EAGAIN, "removed") from error
+    except BlockingIOError:
+        raise
+    except OSError:
+        return None
 
 
 def _lock(path: Path) -> int:
@@ -275,6 +373,8 @@ def _lock(path: Path) -> int:
 
 def _remove_abandoned(out: Path) -> None:
     """Delete what processes that no longer exist left beside `out`; where there are no locks: nothing."""
+    if not out.parent.is_dir():
+        return
     ours = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.partial")
     for path in out.parent.iterdir():
         if not ours.fullmatch(path.name):
@@ -283,8 +383,9 @@ def _remove_abandoned(out: Path) -> None:
             lock = _lock(path)
         except OSError:  # in use, or nobody can know
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if (path / OLD).is_dir() and not out.exists():
+                os.rename(path / OLD, out)  # it was killed between two renames
+        if not (path / OLD).is_dir() or out.exists():
+            _remove(path)
         os.close(lock)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .atomic import sha256, sha256_of_all, write_json
+from .atomic import files_in, sha256, sha256_of_all, write_json
 from .errors import InputError
 from .specs import IoSpec, Json, JsonMapping
 
@@ -178,8 +178,8 @@ def write_manifest(folder: Path, entries: Json) -> None:
     """Record what made the run folder: schema, versions, `entries`, and the hash of every file in it."""
     files = {
         str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in files_in(folder)
+        if path.name != MANIFEST
     }
     write_json(folder / MANIFEST, {"schema": SCHEMA, "versions": versions(), **entries, "files": files})
 

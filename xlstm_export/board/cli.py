@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_json
+from ..atomic import of_the_system, write_json
 from ..errors import ExportError, GateError, SetupError, UsageError
 from ..options import BuildOptions
 from ..runfolder import RunFolder
@@ -44,13 +44,21 @@ def main(bundle: Path, arguments: Sequence[str] | None = None) -> int:
             )
         options.command(options)
     except ExportError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return _failed(error)
+    except OSError as error:
+        if (found := of_the_system(error)) is None:
+            raise
+        return _failed(found)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _failed(error: ExportError) -> int:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -107,7 +107,11 @@ def _damaged(bundle: Path, files: Json) -> Iterator[str]:
 
 def _added(bundle: Path, files: Json, alone: bool) -> Iterator[str]:
     """Names of files and links that are not in the manifest; of a folder that is too deep its own."""
-    for folder, folders, names in os.walk(bundle):
+
+    def failed(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
+
+    for folder, folders, names in os.walk(bundle, onerror=failed):
         place = Path(folder).relative_to(bundle)
         top = place.parts[0] if place.parts else ""
         if top in WRITTEN or len(place.parts) > DEEPEST:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..atomic import require_space, staged_file
+from ..atomic import files_in, require_space, staged_file
 from ..board import integrity
 from ..errors import InputError
 from ..runfolder import MANIFEST
@@ -57,9 +57,8 @@ def pack(folder: Path, out: Path) -> None:
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                _add(archive, path, path.relative_to(folder).as_posix())
+        for path in files_in(folder):
+            _add(archive, path, path.relative_to(folder).as_posix())
 
 
 def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:

@@ -12,7 +12,15 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from ..atomic import sha256, staged, write_json
+from ..atomic import (
+    files_in,
+    readable_os_errors,
+    require_space,
+    scratch_folder,
+    sha256,
+    staged,
+    write_json,
+)
 from ..board import integrity, kernels, signature
 from ..errors import UsageError
 from ..inputs import Arrays
@@ -84,10 +92,9 @@ def bundle(
     if packed and out.exists() and not force:
         raise UsageError(f"{out} already exists", "choose another name, or pass --force to replace it")
     key = signature.private_key(options.sign) if options.sign is not None else None
-    place = out.with_name(f".{out.name}.folder") if packed else out
-    with staged(
-        place, marker=MANIFEST, force=force or packed, bytes_needed=3 * run.weights.stat().st_size
-    ) as made:
+    needed = 3 * run.weights.stat().st_size
+
+    def fill(made: Path) -> None:
         _copy(run.path, made)
         context.progress("graphs for ONNX Runtime")
         write_prepared(run, made)
@@ -100,13 +107,16 @@ def bundle(
         _write_manifest(made, about)
         if key is not None:
             signature.sign(made, key)
+
     if not packed:
+        with staged(out, marker=MANIFEST, force=force, bytes_needed=needed) as made:
+            fill(made)
         return out
-    context.progress("packing")
-    try:
-        archive.pack(place, out)
-    finally:
-        shutil.rmtree(place)
+    with readable_os_errors(out), scratch_folder(out) as made:
+        require_space(made, needed)
+        fill(made)
+        context.progress("packing")
+        archive.pack(made, out)
     return out
 
 
@@ -198,8 +208,7 @@ def write_deploy(path: Path) -> None:
 def _write_manifest(made: Path, about: Json) -> None:
     files = {
         path.relative_to(made).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(made.rglob("*"))
-        if path.is_file()
+        for path in files_in(made)
     }
     made_by = {"xlstm-export": __version__, **versions()}
     write_json(

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..atomic import of_the_system
 from ..errors import ExportError, InputError, SetupError
 from ..options import Context, DeployOptions, ExportOptions, How
 from ..runfolder import MANIFEST
@@ -194,6 +195,9 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         log.debug("not expected", exc_info=True)
+        if isinstance(error, OSError) and (found := of_the_system(error)) is not None:
+            _show_error(found.message, found.hint, color)
+            sys.exit(found.exit_code)
         _show_error(*_unexpected(error), color)
         sys.exit(ExportError.exit_code)
 

@@ -149,7 +149,7 @@ def _open_safetensors(path: Path) -> Weights:
                     )
                 load = partial(_load_safetensor, path, name)
                 weights[name] = Weight(tuple(part.get_shape()), dtype, path, name, load)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _incomplete(path, error) from error
     return weights
 
@@ -161,11 +161,14 @@ def _load_safetensor(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise _incomplete(path, error) from error
 
 
 def _incomplete(path: Path, error: Exception) -> InputError:
+    # Where a file cannot be opened, torch's mapping raises a RuntimeError.
+    if isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is not None):
+        return InputError(f"{path} cannot be read: {error}", "check the file, its permissions and its disk")
     return InputError(
         f"{path} is not a complete safetensors file: {error}", "copy it again; its size may be too small"
     )

@@ -126,7 +126,7 @@ def _names(run: RunFolder) -> Mapping[str, str]:
     try:
         return activation_names(load_graph(run.model))
     except ExportError as error:
-        log.info("activations keep their names in the graph: %s", error.message)
+        log.warning("activations keep their names in the graph: %s", error.message)
         return {}
 
 

@@ -207,14 +207,23 @@ def negated(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     return node.name
 
 
-def _at_size(model: onnx.ModelProto, of: int, size: int) -> str:
-    """Make the first output 10% larger where this axis of the first input has this size."""
+def slightly_larger(model: onnx.ModelProto, factor: float, output: int = 0) -> str:
+    """An output is multiplied by a number that is almost one."""
+    name = model.graph.output[output].name
+    computed = _hand_over(model, name)
+    model.graph.initializer.append(helper.make_tensor("fault.factor", TensorProto.FLOAT, [], [factor]))
+    model.graph.node.append(helper.make_node("Mul", [computed, "fault.factor"], [name], "fault"))
+    return name
+
+
+def _at_size(model: onnx.ModelProto, of: int, size: int, factor: float = 1.1) -> str:
+    """Make the first output larger where this axis of the first input has this size."""
     name, given = model.graph.output[0].name, model.graph.input[0].name
     computed = _hand_over(model, name)
     constants = [
         helper.make_tensor("fault.axis", TensorProto.INT64, [], [of]),
         helper.make_tensor("fault.size", TensorProto.INT64, [], [size]),
-        helper.make_tensor("fault.much", TensorProto.FLOAT, [], [1.1]),
+        helper.make_tensor("fault.much", TensorProto.FLOAT, [], [factor]),
         helper.make_tensor("fault.one", TensorProto.FLOAT, [], [1.0]),
     ]
     model.graph.initializer.extend(constants)

@@ -38,11 +38,7 @@ def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
     Mask constants on which both agree (infinities, or values that dwarf all others, such as -1e4) are left
     out: beside them no error would be seen.
     """
-    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
-    compared = ~_masked(a, b)
-    a, b = np.where(compared, a, 0.0), np.where(compared, b, 0.0)
+    a, b = without_masks(candidate, reference)
     finite = np.isfinite(a) & np.isfinite(b)
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -57,6 +53,15 @@ def difference(candidate: np.ndarray, reference: np.ndarray) -> Difference:
         )
     cosine = float(np.dot(a.ravel(), b.ravel()) / (norm_a * norm_b)) if norm_a else 0.0
     return Difference(float(np.linalg.norm(a - b)) / norm_b, cosine, norm_a / norm_b, float(error.max()), at)
+
+
+def without_masks(candidate: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, with zeros where both have the same mask constant."""
+    a, b = np.asarray(candidate, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    compared = ~_masked(a, b)
+    return np.where(compared, a, 0.0), np.where(compared, b, 0.0)
 
 
 # A constant this many times as large as everything else is a mask. The smallest in use is -1e3.

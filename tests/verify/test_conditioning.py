@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bisect_faults import tamper_with
-from mutations import gate_order
+from mutations import gate_order, slightly_larger
 from safetensors.torch import load_file, save_file
 
 from xlstm_export.checks import Check
@@ -17,27 +17,66 @@ from xlstm_export.load import checkpoint
 from xlstm_export.options import Context
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32
-from xlstm_export.verify.limits import LIMITS, MOST_OWN, OWN_ERRORS, wider_by_own_error
+from xlstm_export.verify.limits import (
+    LIMITS,
+    MOST_OWN,
+    OWN_ERRORS,
+    OWN_POSITIONS,
+    OwnError,
+    most_own,
+    wider_by_own_error,
+)
+from xlstm_export.verify.positions import NAMED
 
 
 def test_a_limit_follows_the_error_of_pytorch() -> None:
-    own = {"output": 1e-4, "state": 2e-4}
+    own = OwnError(1e-4, 2e-4, {("y", 50): 1e-4, ("y", 100): 1e-3})
     state = wider_by_own_error(Check("step: states", 3e-4, 1e-5), own)
     assert state.passed
     assert state.limit == OWN_ERRORS * 2e-4
     assert (state.detail["pytorch_fp32"], state.detail["usual_limit"]) == (2e-4, 1e-5)
     assert not wider_by_own_error(Check("step: y", 3e-4, 5e-6), own).passed
     unchanged = Check("step: y", 1e-5, 5e-6)
-    assert wider_by_own_error(unchanged, {"output": 1e-7, "state": 1e-7}) is unchanged
-    broken = wider_by_own_error(Check("step: y", 0.5, 5e-6), {"output": float("inf"), "state": 0.0})
+    assert wider_by_own_error(unchanged, OwnError(1e-7, 1e-7)) is unchanged
+    broken = wider_by_own_error(Check("step: y", 0.5, 5e-6), OwnError(float("inf"), 0.0))
     assert broken.limit == MOST_OWN
     assert not broken.passed
+
+
+def test_a_limit_of_positions_follows_their_own_quantile() -> None:
+    own = OwnError(0.5, 0.5, {("y", 50): 1e-4, ("y", 100): 5e-4})
+
+    def limit(quantile: int) -> float:
+        about = {"output": "y", "quantile": quantile}
+        return wider_by_own_error(Check("positions of y", 1.0, 1e-5, about), own).limit
+
+    assert limit(50) == OWN_POSITIONS[50] * 1e-4
+    assert limit(100) == OWN_POSITIONS[100] * 5e-4
+    assert limit(99) == 1e-5  # nothing known
+
+
+@pytest.mark.slow
+def test_a_fault_in_the_bulk_is_seen_beside_ill_conditioned_positions(tmp_path: Path) -> None:
+    """Some positions of this model are 1e-4 from float64 in PyTorch; they are named, and no excuse."""
+    torch.manual_seed(0)
+    loaded = with_biases(tmp_path, -20.0, 20.0)
+    folder = trace.export(loaded, tmp_path / "run")
+    verdict = fp32.verify(folder, loaded, context=Context(threads=1))
+    assert verdict.passed
+    worst = verdict.coverage["ill_conditioned"]["worst"]
+    assert 0 < len(worst) <= NAMED
+    assert worst[0]["pytorch_fp32"] > 1e-5
+    place = f"{worst[0]['output']}, row {worst[0]['row']}, position {worst[0]['position']}"
+    assert place in verdict.coverage["sentence"]
+    tamper_with(folder, lambda model: slightly_larger(model, 1 + 1e-5) and None)
+    again = fp32.verify(folder, loaded, context=Context(threads=1))
+    assert "positions of logits: quantile 50" in {c.name for c in again.checks if not c.passed}
 
 
 def test_a_fault_that_no_rounding_explains_is_judged_at_once(
     own_export: Path, small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(*given: object) -> dict[str, float]:
+    def measured(*given: object, **options: object) -> OwnError:
         raise AssertionError("PyTorch's own error was measured")
 
     monkeypatch.setattr(fp32, "own_error", measured)
@@ -45,10 +84,7 @@ def test_a_fault_that_no_rounding_explains_is_judged_at_once(
     assert not fp32.verify(own_export, small_loaded, context=Context(threads=1)).passed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("forget", "enter"), [(20.0, -20.0), (-20.0, 20.0), (20.0, 20.0)])
-def test_strong_gate_biases_are_no_fault(tmp_path: Path, forget: float, enter: float) -> None:
-    torch.manual_seed(0)
+def with_biases(tmp_path: Path, forget: float, enter: float) -> checkpoint.Loaded:
     folder = models.make(tmp_path / "model")
     state = load_file(folder / "model.safetensors")
     for name, value in state.items():
@@ -58,7 +94,14 @@ def test_strong_gate_biases_are_no_fault(tmp_path: Path, forget: float, enter: f
         if "slstm_cell" in name and "bias" in name:
             value += forget  # of all four gates: the output gate is shut too
     save_file(state, folder / "model.safetensors")
-    loaded = checkpoint.load_checkpoint(folder)
+    return checkpoint.load_checkpoint(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("forget", "enter"), [(20.0, -20.0), (-20.0, 20.0), (20.0, 20.0)])
+def test_strong_gate_biases_are_no_fault(tmp_path: Path, forget: float, enter: float) -> None:
+    torch.manual_seed(0)
+    loaded = with_biases(tmp_path, forget, enter)
     verdict = fp32.verify(trace.export(loaded, tmp_path / "run"), loaded, context=Context(threads=1))
     assert [check for check in verdict.checks if not check.passed] == []
-    assert all(check.limit <= MOST_OWN or check.limit == LIMITS["top1"] for check in verdict.checks)
+    assert all(check.limit <= most_own(check) or check.limit == LIMITS["top1"] for check in verdict.checks)

@@ -52,9 +52,10 @@ def failed(report: Verdict) -> list[str]:
 def stages(report: Verdict) -> set[str]:
     """First words of the names of the checks that failed: prefill, step, chunked, ...
 
-    Without "fused", which is checked only where those operators are built; see `test_fused.py`.
+    Without "fused", which is checked only where those operators are built, see `test_fused.py`, and without
+    "positions", which are those of the same calls.
     """
-    return {name.split()[0].rstrip(":") for name in failed(report)} - {"fused"}
+    return {name.split()[0].rstrip(":") for name in failed(report)} - {"fused", "positions"}
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -125,6 +125,10 @@ def check_shapes(
         theirs = streams_of(outputs, io, rows, BATCH)
         usual, more = streams.limits["output"], fewer_values(length * count)
         one = [output_check(n, ours[n], theirs[n], more * output_limit(usual, theirs[n])) for n in ours]
+        if streams.positions is not None:
+            for name in ours:
+                call, again = f"prefill of {length} positions of {count} rows", streams.replay(given, length)
+                streams.positions.add(call, name, ours[name], theirs[name], replay=again)
         if io.states:
             moved = {s.past: found[s.present] for s in io.states}
             there = {name: x[rows] for name, x in state.items()}

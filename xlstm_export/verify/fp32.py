@@ -39,14 +39,16 @@ from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import (
     LIMITS,
-    MOST_OWN,
+    OwnError,
     limits_by_own_error,
     metric_limits_by_own_error,
+    most_own,
     output_limit,
     wider_by_own_error,
 )
-from .own_error import long_error, own_error, own_metric_error
+from .own_error import Long, own_error, own_metric_error
 from .parts import Proof, audited, judged, metric_checks
+from .positions import Positions, with_ill_conditioned
 from .ways import BATCH, RAGGED
 
 log = logging.getLogger(__name__)
@@ -110,10 +112,11 @@ class _Fp32(Verification):
         self.calls = calls(self.io, self.rng)
         self.covered = [self.inputs, *([] if self.data is None else [self.data.inputs])]
         self._longer: dict[int, Arrays] = {}  # inputs of other lengths than those of the checks
-        self._long: tuple[Arrays, Arrays, Arrays] | None = None  # inputs, outputs, states of the long stream
+        self._long: Long | None = None
         trusted = loaded.weights is not None
         self._untouched = Precise(self._copy, self.reference.cells, trusted=trusted)
         self.limits: Mapping[str, float] = LIMITS
+        self.ill_conditioned: tuple[Json, ...] = ()
 
     def close(self) -> None:
         super().close()
@@ -124,6 +127,7 @@ class _Fp32(Verification):
         progress = self.context.progress
         progress("lift")
         self.limits = self.streams.limits = self._limits()
+        self.streams.positions = Positions(self.io.outputs, self.expected(max(self.lengths))[0])
         checks = self.check_lift()
         progress("prefill")
         checks += self.check_prefill()
@@ -133,7 +137,7 @@ class _Fp32(Verification):
             checks += self.check_long()
         else:
             checks += self.check_other_calls()
-        checks = self._conditioned(checks)
+        checks = self._conditioned(checks + self.streams.positions.checks())
         progress("upstream, unmodified")
         as_it_comes = self.as_it_comes()
         found, check = audited(self.run, self.source.stretch(), self.context)
@@ -208,6 +212,8 @@ class _Fp32(Verification):
         again = self.streams.replay(whole, length)
         checks = self.streams.compare(f"long stream {length}", again, outputs, reference, state)
         expected = along(self.streams, self.reference, inputs, [positions for positions, _ in self.calls])
+        if most > length:
+            self._long = (inputs, *expected[most])
         return checks + check_shapes(self.streams, expected, inputs, self.calls)
 
     def check_other_calls(self) -> list[Check]:
@@ -217,7 +223,8 @@ class _Fp32(Verification):
 
     def coverage(self) -> Json:
         """What the checks touched."""
-        return coverage(self.io, self.loaded, self.calls, self.lengths, self.covered)
+        found = coverage(self.io, self.loaded, self.calls, self.lengths, self.covered)
+        return with_ill_conditioned(found, self.ill_conditioned)
 
     def check_metric(self, data: EvalData) -> tuple[list[Check], Json]:
         """The task's metric on held-out data, reference in float64."""
@@ -268,24 +275,31 @@ class _Fp32(Verification):
         self.expected(max(self.lengths))  # the first call shows what the reference is
         if self.reference.reference == FLOAT64:
             return LIMITS
+        return limits_by_own_error(self._own_error(exact=False))
+
+    def _own_error(self, *, exact: bool, long: Long | None = None) -> OwnError:
+        """Error of PyTorch's own FP32."""
         self.context.progress("PyTorch's own error")
-        return limits_by_own_error(own_error(self.loaded, self.streams, self.expected))
+        return own_error(self.loaded, self.streams, self.expected, exact=exact, long=long)
 
     def _conditioned(self, checks: list[Check]) -> list[Check]:
-        """The checks, those that fail with limits by the error of PyTorch's own FP32 from float64.
+        """The checks, those that fail with limits by the error of PyTorch's own FP32 from the reference.
 
-        It is measured only where it can decide. Where the reference rounds as well, all limits follow it.
+        It is measured only where it can decide. Where the reference rounds as well, other limits follow it.
         """
         failed = [check for check in checks if not check.passed]
-        hopeless = [check for check in failed if not check.value <= MOST_OWN or check.limit == 0.0]
-        if not failed or hopeless or self.reference.reference != FLOAT64:
+        hopeless = [check for check in failed if not check.value <= most_own(check) or check.limit == 0.0]
+        exact = self.reference.reference == FLOAT64
+        if not failed or hopeless:
             return checks
-        self.context.progress("PyTorch's own error")
-        own = own_error(self.loaded, self.streams, self.expected)
-        if self._long is not None:
-            far = long_error(self.loaded, self.streams, *self._long)
-            own = {kind: max(own[kind], far[kind]) for kind in own}
-        return [check if check.passed else wider_by_own_error(check, own) for check in checks]
+        own = self._own_error(exact=exact, long=self._long)
+        self.ill_conditioned = own.ill_conditioned
+        return [
+            wider_by_own_error(check, own)
+            if not check.passed and (exact or "quantile" in check.detail)
+            else check
+            for check in checks
+        ]
 
     def _best(self, length: int) -> Arrays:
         """Outputs of upstream, or those of the reference where it is more exact."""

@@ -11,6 +11,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,9 @@ from ..inputs import Arrays, has_positions, rows_of, streams_of
 from ..load.loaded import Loaded
 from ..measure.data import PIECE, EvalData
 from ..sessions import TorchSession
-from .limits import LIMITS
+from .limits import LIMITS, OwnError
 from .parts import metric_checks
+from .positions import Positions, ill_conditioned
 from .ways import BATCH, Expected, StreamChecks
 
 # A last place decides where forward rounds to an index or compares: such an error says nothing of rounding. A
@@ -30,24 +32,32 @@ from .ways import BATCH, Expected, StreamChecks
 MOST_MOVED = 2.5e-5
 
 
-def own_error(loaded: Loaded, streams: StreamChecks, expected: Expected) -> dict[str, float]:
-    """Error of the lifted module in FP32 on the inputs of the checks: the worst output, the worst state.
+Long = tuple[Arrays, Arrays, Arrays]  # inputs, and outputs and states of the reference
+
+
+def own_error(
+    loaded: Loaded, streams: StreamChecks, expected: Expected, *, exact: bool, long: Long | None = None
+) -> OwnError:
+    """Error of the lifted module in FP32 on the inputs of the checks.
+
+    The largest one counts of the calls of the checks (after one position, a state may have cancelled to less
+    than its rounding), of these moved by the last place, and of calls that round differently, which are those
+    of one position, or of one row where there is no state.
 
     Args:
         loaded: the model.
         streams: the checks of the ways of calling.
         expected: outputs and states of the reference after so many positions.
-
-    Returns:
-        Relative L2 of "output" and "state": the largest one of the calls of the checks (after one position, a
-        state may have cancelled to less than its rounding), of these moved by the last place, and of calls
-        that round differently, which are those of one position, or of one row where there is no state.
+        exact: the reference is in float64: moved last places say nothing about it.
+        long: a longer call.
     """
     inputs, batch, whole = streams.inputs, BATCH, max(streams.lengths)
+    positions = Positions(streams.io.outputs, expected(whole)[0])
+    by_position: dict[str, np.ndarray] = {}
     errors: list[float] = []
     found: list[tuple[float, int, Arrays, Arrays]] = []  # the most that counts, positions, result
     with TorchSession(loaded, batch, "float32") as plain:
-        for mode, most in roundings():
+        for mode, most in roundings()[: 1 if exact else None]:
             for length in streams.lengths:
                 plain.reset()
                 with mode:
@@ -57,6 +67,9 @@ def own_error(loaded: Loaded, streams: StreamChecks, expected: Expected) -> dict
         if states and has_positions(plain.io):
             plain.reset()
             found.append((math.inf, whole, streams.joined([1] * whole, plain.prefill), plain.state()))
+        if long is not None:
+            plain.reset()
+            found.append((math.inf, 0, plain.prefill(long[0]), plain.state()))
     if not states:
         with TorchSession(loaded, 1, "float32") as single:
             for row in range(batch):
@@ -66,28 +79,20 @@ def own_error(loaded: Loaded, streams: StreamChecks, expected: Expected) -> dict
                 errors += [difference(alone[name], theirs[name]).relative_l2 for name in theirs]
     drifted: list[float] = []
     for most, length, outputs, state in found:
-        right, after = expected(length)
+        right, after = long[1:] if long is not None and not length else expected(length)
         errors += [min(most, difference(outputs[name], right[name]).relative_l2) for name in right]
         drifted += [min(most, x.relative_l2) for x in compare_states(state, after, states).values()]
-    return {"output": max(errors), "state": max(drifted, default=0.0)}
-
-
-def long_error(
-    loaded: Loaded, streams: StreamChecks, inputs: Arrays, expected: Arrays, state: Arrays
-) -> dict[str, float]:
-    """The same of one call of a long stream.
-
-    Args:
-        loaded: the model.
-        streams: the checks, whose graph has the states that are judged.
-        inputs: (BATCH, S, ...).
-        expected, state: outputs and states of the reference.
-    """
-    with TorchSession(loaded, BATCH, "float32") as plain:
-        outputs = plain.prefill(inputs)
-        moved = compare_states(plain.state(), state, streams.io.states).values()
-    errors = [difference(outputs[name], expected[name]).relative_l2 for name in expected]
-    return {"output": max(errors), "state": max((x.relative_l2 for x in moved), default=0.0)}
+        for name in right:
+            positions.add("", name, outputs[name], right[name], most=most)
+            if length == whole and most == math.inf:
+                seen = positions.errors(name, outputs[name], right[name])
+                by_position[name] = np.maximum(seen, by_position.get(name, 0.0))
+    return OwnError(
+        output=max(errors),
+        state=max(drifted, default=0.0),
+        positions={key: worst.value for key, worst in positions.worst.items()},
+        ill_conditioned=tuple(ill_conditioned(by_position)),
+    )
 
 
 def own_metric_error(loaded: Loaded, data: EvalData, reference: TorchSession) -> dict[str, float]:

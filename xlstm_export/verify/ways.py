@@ -22,6 +22,7 @@ from ..sessions import OrtSession, load_state, save_state
 from ..sessions.cpu import fused
 from ..specs import CHUNK
 from .limits import output_limit
+from .positions import Positions
 
 BATCH = 3
 RAGGED = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7)
@@ -53,6 +54,7 @@ class StreamChecks:
         candidate: session on the file itself, with function bodies, as other runtimes run it.
         lengths: lengths of the calls that are tried.
         inputs: inputs of the longest call.
+        positions: collects errors by position, where these are judged.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class StreamChecks:
         self.lengths = RAGGED if has_positions(run.io) else (1,)
         self.inputs = source.batch(max(self.lengths))
         self.candidate = OrtSession(run.path, BATCH, threads, fused=False, rounding=True)
+        self.positions: Positions | None = None
 
     def close(self) -> None:
         """Close the session that the checks share."""
@@ -258,6 +261,8 @@ class StreamChecks:
                 wanted = wanted[:, [end - 1 for end in replay.ends]]
             limit = output_limit(self.limits["output"], wanted)
             checks.append(output_check(f"{name}: {spec.name}", outputs[spec.name], wanted, limit))
+            if self.positions is not None:
+                self.positions.add(name, spec.name, outputs[spec.name], wanted, replay=replay)
         if self.io.states:
             found = found_state if found_state is not None else self.candidate.state()
             differences = compare_states(found, state, self.io.states)

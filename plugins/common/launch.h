@@ -43,10 +43,10 @@ inline int processors() {
     return count > 0 ? count : 1;
 }
 
-// Bytes of shared memory that a CTA can have on the current device; 48 KB where there is none.
+// Bytes of shared memory that a CTA can have on the current device; where there is none, as on a large one.
 inline int shared_limit() {
     const int bytes = detail::device_value(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    return bytes > 0 ? bytes : 48 * 1024;
+    return bytes > 0 ? bytes : 227 * 1024;
 }
 
 // Starts `kernel` on a grid of CTAs of `threads` threads with `shared` bytes of dynamic shared memory. Returns

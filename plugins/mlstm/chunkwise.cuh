@@ -27,6 +27,12 @@ int output_columns(const Mlstm &call) {
     return OutputShared<Io, 128>::bytes(round_up(call.dk, STATE_TILE)) <= shared_limit() ? 128 : 64;
 }
 
+// Bytes of shared memory that a CTA of a sequence needs at least.
+template <class Io>
+int least_shared(const Mlstm &call) {
+    return std::max(int(StateShared<Io>::bytes), OutputShared<Io, 64>::bytes(round_up(call.dk, STATE_TILE)));
+}
+
 // Where everything lies in scratch memory.
 struct Scratch {
     int heads, blocks, rows, columns, output_columns, chunks;  // chunks: of a full segment

@@ -46,7 +46,7 @@ bool floating(Dtype dtype) { return dtype == Dtype::f32 || dtype == Dtype::f16 |
 
 // Null, or what is wrong; the text lives until the next call of this thread.
 const char *check(const Mlstm &call) {
-    static thread_local char message[160];
+    static thread_local char message[240];
     const auto refuse = [&](const char *format, auto... values) {
         std::snprintf(message, sizeof message, format, values...);
         return message;
@@ -68,6 +68,13 @@ const char *check(const Mlstm &call) {
     if (!floating(call.io))
         return refuse("q, k, v and h have type %d, must be f32, f16 or bf16", int(call.io));
     if (!floating(call.state)) return refuse("C has type %d, must be f32, f16 or bf16", int(call.state));
+    if (call.length == 1) return nullptr;
+    const int needed = with_type(call.io, [&](auto io) { return least_shared<decltype(io)>(call); });
+    if (needed > shared_limit())
+        return refuse(
+            "a sequence of %s needs %d KB of shared memory to a CTA, this GPU has %d KB; compute "
+            "q, k and v in 16 bits, or use function bodies",
+            call.io == Dtype::f32 ? "FP32" : "this Dk", (needed + 1023) >> 10, shared_limit() >> 10);
     return nullptr;
 }
 

@@ -323,6 +323,24 @@ def test_refusals(library: NativeLibrary, change: dict[str, int], message: str) 
         library._run("mlstm", MlstmCall(**fields), None, None)
 
 
+@pytest.mark.parametrize(("kb", "io", "fits"), [(99, "f32", False), (163, "f32", True), (99, "bf16", True)])
+def test_a_gpu_with_too_little_shared_memory(
+    library: NativeLibrary, request: pytest.FixtureRequest, kb: int, io: str, fits: bool
+) -> None:
+    """Refused when an engine is built, not when it runs. A step needs little, on any GPU."""
+    request.addfinalizer(emulated.device)
+    emulated.device(shared_limit=kb << 10)
+    for length in (1, 2):
+        data = operands(0, io, "f32", B=1, S=length, H=1, Dk=256, Dv=64)
+        if length == 1 or fits:
+            check(run(library, data), data)
+            continue
+        with pytest.raises(
+            NativeError, match=r"FP32 needs \d+ KB of shared memory .* has 99 KB; compute q, k"
+        ):
+            run(library, data)
+
+
 def test_step_needs_no_scratch_memory(library: NativeLibrary) -> None:
     shape = {"batch": 1, "heads": 2, "dk": 16, "dv": 16, "io": CODES["bf16"], "state": CODES["f32"]}
     assert library.mlstm_workspace(MlstmCall(length=1, **shape)) == 0

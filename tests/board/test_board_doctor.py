@@ -120,3 +120,22 @@ def test_an_old_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found.action == "pip install 'onnxruntime>=1.21'"
     monkeypatch.setattr(onnxruntime, "__version__", "1.21.0")
     assert look(board(tmp_path, "36", "4.3"), None)["onnxruntime"].status == "ok"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_text_needs_the_package_of_its_tokenizer(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        doctor, "find_spec", lambda name: object() if there and name == "tokenizers" else None
+    )
+    monkeypatch.setattr(doctor.integrity, "read", lambda bundle: {"model": "lm", "precision": "fp32"})
+    monkeypatch.setattr(doctor, "_available", lambda root: None)
+
+    def found() -> list[tuple[str, str]]:
+        every = doctor.examine(tmp_path, root=tmp_path, cuda=lambda: Cuda(fake_tensorrt.Cudart()))
+        return [(x.status, x.action) for x in every if x.name == "tokenizers"]
+
+    assert found() == []
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert found() == [("ok", "") if there else ("optional", "pip install tokenizers")]

@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from rich.table import Table
 
 from xlstm_export.cli import console as terminal
 from xlstm_export.cli.main import cli
@@ -197,3 +199,19 @@ def test_what_a_users_module_prints_is_no_result(tmp_path: Path, monkeypatch: py
         json.loads(done.stdout)
         assert "built" in done.stderr
         assert "Removed" not in done.stderr, "the log of the libraries underneath is none of a user's"
+
+
+def test_lines_in_a_log_do_not_end_in_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tables fill their last column up, and wrapped lines end in a space."""
+
+    def show(console: Console) -> None:
+        table = Table("name", "value")
+        table.add_row("a", "short")
+        table.add_row("b", "a value " * 20)
+        console.print(table)
+        console.print("words, and " * 20)
+
+    terminal.emit({}, False, show)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 6
+    assert [line for line in lines if line != line.rstrip()] == []

@@ -132,9 +132,11 @@ def _verify(options: Any) -> None:
     )
     passed = all(check.passed for check in checks)
     result = {"backend": _backend(options), "passed": passed, "checks": [c.to_json() for c in checks]}
+    width = max(len(check.name) for check in checks)
     lines = [
-        f"{'pass' if check.passed else 'FAIL'}  {check.name:32} {check.value:9.2e}  limit {check.limit:.1e}"
+        f"{mark}  {check.name:{width}} {check.value:9.2e}  limit {check.limit:.1e}"
         for check in checks
+        for mark in ["pass" if check.passed else "FAIL"]
     ]
     _say(options, result, "\n".join([*lines, "equal to what was verified" if passed else "NOT equal"]))
     _keep(options, f"verify-{_backend(options)}.json", result)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import ExportError, SetupError
 from ..runfolder import MODEL_DATA
+from ..sessions.codec import TOKENIZER
 from ..sessions.cpu_graph import INSTALL, import_onnxruntime
 from ..sessions.cuda import Cuda
 from ..sessions.tensorrt import TensorRt, import_tensorrt
@@ -154,6 +155,10 @@ def _bundle(bundle: Path, root: Path, usable: bool) -> list[Finding]:
     except ExportError as error:
         return [Finding("bundle", "missing", error.message, error.hint)]
     findings = [Finding("bundle", "ok", f"{manifest['model']}, {manifest['precision']}")]
+    if (bundle / TOKENIZER).is_file():
+        there = find_spec("tokenizers") is not None
+        status, detail = ("ok", "installed") if there else ("optional", "not installed; run --text needs it")
+        findings.append(Finding("tokenizers", status, detail, "" if there else "pip install tokenizers"))
     library = kernels.find(bundle)
     if library is None:
         action = "python3 deploy.py build --backend onnxruntime"

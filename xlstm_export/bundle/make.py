@@ -26,7 +26,7 @@ from ..errors import UsageError
 from ..inputs import Arrays
 from ..lift.model import spec_of
 from ..load.loaded import Loaded
-from ..load.tokenizer import FILES
+from ..load.tokenizer import FILES, TOKENIZER
 from ..options import BundleOptions, Context
 from ..plugins import locate
 from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
@@ -103,7 +103,8 @@ def bundle(
         goldens = write_goldens(run, loaded, made, options, context, calibration=calibration)
         write_deploy(made / "deploy.py")
         about = _about(run, loaded, options, context.command)
-        (made / "README.md").write_text(readme(about, goldens), encoding="utf-8")
+        described = readme(about, goldens, text=(made / TOKENIZER).is_file())
+        (made / "README.md").write_text(described, encoding="utf-8")
         _write_manifest(made, about)
         if key is not None:
             signature.sign(made, key)

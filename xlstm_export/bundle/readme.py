@@ -18,7 +18,7 @@ TensorRT comes with JetPack (6.1 or later); Python needs NumPy. Without TensorRT
     python3 deploy.py doctor      # what is installed, what is missing, what to do
     python3 deploy.py bench --hz 100
     python3 deploy.py run --help
-{runner}
+{text}{runner}
 Exit codes: 0 pass, 1 a result is off, 2 usage, 3 the machine lacks something, 4 a file is damaged, 5 build
 failed. Every command first compares every file with `manifest.json` and names what has changed.
 
@@ -40,12 +40,13 @@ Licence of the weights: {licence}.
 """
 
 
-def readme(about: JsonMapping, goldens: JsonMapping) -> str:
+def readme(about: JsonMapping, goldens: JsonMapping, *, text: bool = False) -> str:
     """Markdown for a bundle.
 
     Args:
         about: what its manifest says.
         goldens: what its goldens.json says.
+        text: it has a tokenizer.
     """
     limits = "; ".join(
         f"{backend}: " + ", ".join(f"`{name}` {limit:.1e}" for name, limit in sides.items())
@@ -57,6 +58,7 @@ def readme(about: JsonMapping, goldens: JsonMapping) -> str:
         "are (B, S, ...), or have a batch and no positions. `deploy.py` takes it.\n"
     )
     return _TEXT.format(
+        text="\n`run --text` reads `tokenizer.json`, for which it needs `pip install tokenizers`.\n" * text,
         runner=runner if special else "",
         model=about["model"],
         precision=about["precision"],

@@ -12,12 +12,13 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 import click
 
@@ -241,7 +242,18 @@ def _console() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Lasting()
+    return Lasting() if sys.stdout.isatty() else Lasting(file=cast("TextIO", _Trimmed(sys.stdout)))
+
+
+class _Trimmed:
+    """A stream for a log or a file: lines lose the spaces with which tables are filled up."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding, self.flush, self.isatty = stream.encoding, stream.flush, stream.isatty
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +$", "", text, flags=re.MULTILINE))
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def _horizon(result: Deployment) -> int:
 
 
 def _change(drop: float | None) -> str:
-    return DASH if drop is None else f"{drop:+.3%}"
+    return DASH if drop is None else f"{round(drop, 5) + 0.0:+.3%}"  # no -0.000%
 
 
 def _checked(verdict: Verdict) -> str:

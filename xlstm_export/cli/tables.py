@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -99,32 +99,35 @@ def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = No
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
     if verdict.bisect:
         console.print(escape(verdict.bisect["sentence"]), highlight=False)
-    if verdict.metric:
-        m = verdict.metric
-        against = "PyTorch (float64)" if "pytorch_float64" in m else "PyTorch" if "pytorch" in m else "FP32"
-        expected = m.get("pytorch_float64", m.get("pytorch", m.get("fp32")))
-        console.print(
-            f"{m['name']} on {scored(m)} held-out positions: "
-            f"{against} {expected:.6f}, exported {m['exported']:.6f}"
-        )
-    if verdict.identity:
-        console.print(escape(verdict.identity["sentence"]), highlight=False)
-    if verdict.coverage:
-        console.print(escape(verdict.coverage["sentence"]), highlight=False)
-    if verdict.reference:
-        why = f", because {verdict.reference_reason}" if verdict.reference_reason else ""
-        console.print(escape(f"the reference is {pytorch(verdict.reference)}{why}"), highlight=False)
-    for name, far in verdict.as_it_comes.items():
-        distance, there = ("from_float64", "float64") if "from_float64" in far else ("from_reference", "it")
-        console.print(
-            f"{name}: PyTorch, unmodified (FP32), is {far[distance]:.1e} from {there} and "
-            f"{far['from_export']:.1e} from the export"
-        )
+    facts = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, text in _facts(verdict):
+        facts.add_row(escape(name), escape(text))
+    console.print(facts)
     console.print(f"{MARK[verdict.passed]} {verdict_line(verdict)}", highlight=False)
     if stands is not None:
         why = f"weaker than the recorded verification: {'; '.join(verdict.weaker)}"
         console.print(escape(why), highlight=False)
         console.print(f"{MARK[stands.passed]} {_stands(stands)}", highlight=False)
+
+
+def _facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """What a verdict rests on, besides its checks."""
+    if m := verdict.metric:
+        against = "PyTorch (float64)" if "pytorch_float64" in m else "PyTorch" if "pytorch" in m else "FP32"
+        expected = m.get("pytorch_float64", m.get("pytorch", m.get("fp32")))
+        scores = f"{against} {expected:.6f}, exported {m['exported']:.6f}"
+        yield "metric", f"{m['name']} on {scored(m)} held-out positions: {scores}"
+    if verdict.identity:
+        yield "identity", verdict.identity["sentence"]
+    if verdict.coverage:
+        yield "tried", verdict.coverage["sentence"]
+    if verdict.reference:
+        why = f", because {verdict.reference_reason}" if verdict.reference_reason else ""
+        yield "reference", f"{pytorch(verdict.reference)}{why}"
+    for name, far in verdict.as_it_comes.items():
+        distance, there = ("from_float64", "float64") if "from_float64" in far else ("from_reference", "it")
+        own = f"PyTorch, unmodified (FP32), is {far[distance]:.1e} from {there}"
+        yield name, f"{own} and {far['from_export']:.1e} from the export"
 
 
 def _stands(stands: Verdict) -> str:

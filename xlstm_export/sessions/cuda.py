@@ -23,6 +23,11 @@ MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapability…
 PROCESSORS = 16  # cudaDevAttrMultiProcessorCount
 INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU uses the system's memory
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+HINTS = {  # by cudaError_t
+    2: "close other programs, or use a smaller batch",
+    35: "only a GPU needs it: install the NVIDIA driver, or a newer one",
+    100: "only needed with an NVIDIA GPU",
+}
 MEMINFO = Path("/proc/meminfo")
 # The library as ctypes opens it, or the tests' stand-in: its functions are looked up by name.
 CudaRuntime: TypeAlias = Any
@@ -93,12 +98,7 @@ class Cuda:
         status = getattr(self._lib, name)(*arguments)
         if status:
             text = (self._lib.cudaGetErrorString(status) or b"unknown").decode()
-            hint = (
-                "close other programs, or use a smaller batch"
-                if status == 2
-                else "see dmesg; deploy.py doctor"
-            )
-            raise BuildError(f"{name} failed: {text} ({status})", hint)
+            raise BuildError(f"{name} failed: {text} ({status})", HINTS.get(status, "see dmesg"))
 
     def sm(self) -> int:
         """Compute capability of the device, as 87."""

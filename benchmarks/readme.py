@@ -6,6 +6,7 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,22 @@ def answers(result: dict[str, Any]) -> str:
     )
 
 
+def bisect(result: dict[str, Any]) -> str:
+    """How often bisect names the place of a planted fault."""
+    caught, right = result["caught"], result["right"]
+    forms = [f"{name} {x['right']} of {x['caught']}" for name, x in result["models"].items()]
+    wrong = Counter(trial["kind"] for trial in result["wrong"])
+    missed = ", ".join(f"{count} of “{kind}”" for kind, count in wrong.items())
+    return (
+        f"{result['planted']} faults made by seed were planted; the behaviour of {caught} fails. bisect names "
+        f"the right place of {right} of these ({right / caught:.1%})"
+        + (f"; wrong are {missed}" if wrong else "")
+        + f". By model: {'; '.join(forms)}. A search takes {result['median_s']:.1f} s (median; the longest "
+        f"{result['largest_s']:.0f} s), tracing the model again not included, with one thread of a busy "
+        f"{result['environment']['cpu']}."
+    )
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "summary": (("cpu.json", "int8.json"), summary),
     "speed": (("cpu.json",), speed),
@@ -264,6 +281,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "precision": (("precision.json",), precision),
     "scale": (("scale.json",), scale),
     "answers": (("answers.json",), answers),
+    "bisect": (("bisect.json",), bisect),
 }
 
 

@@ -158,6 +158,20 @@ class Ill(Around):
         return y - y.mean(-1, keepdim=True)
 
 
+class Alike(Around):
+    """Outputs that are almost equal, and forward keeps what they differ by: all of them round a lot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.out.weight.copy_(self.out.weight[:1] + 3e-3 * self.out.weight)
+            self.out.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.core(x.float())
+        return y - y.mean(-1, keepdim=True)
+
+
 Factory = Callable[[], tuple[nn.Module, dict[str, Any]]]
 
 
@@ -174,6 +188,7 @@ float_cast, masked, soft_cap = _factory(FloatCast), _factory(Masked), _factory(S
 logits_as_float, no_autocast, default_type = map(_factory, (LogitsAsFloat, NoAutocast, DefaultType))
 own_type, plain_tensor, type_as, through_numpy = map(_factory, (OwnType, PlainTensor, TypeAs, ThroughNumpy))
 spectrum, ill, half_input = map(_factory, (Spectrum, Ill, HalfInput))
+alike = _factory(Alike)
 autocast = _factory(Autocast)
 time_code = _factory(TimeCode, torch.arange(24).reshape(2, 12))
 one_hot = _factory(OneHot, torch.arange(24).reshape(2, 12) % 5)

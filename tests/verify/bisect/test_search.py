@@ -21,14 +21,18 @@ from tier_marks import quick
 from xlstm_export.calibration import observers, sets
 
 from xlstm_export import runfolder
+from xlstm_export.checks import Check, Replay
 from xlstm_export.errors import UsageError
+from xlstm_export.inputs import cut
 from xlstm_export.load import checkpoint
 from xlstm_export.options import CalibrateOptions, Context
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.bisect.place import Bisection, Place
 from xlstm_export.verify.bisect.search import bisect
+from xlstm_export.verify.limits import LIMITS
 
 
 def change(name: str, function: Callable[[np.ndarray], Any]) -> Edit:
@@ -160,13 +164,55 @@ def test_a_fault_of_the_exporter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float_cast", "ill"])
-def test_blocks_of_a_float32_forward_are_judged_by_its_own_error(name: str, tmp_path: Path) -> None:
-    """The last step of one cancels: nothing is wrong, although it is further from the reference."""
+@pytest.mark.parametrize(("name", "usual"), [("float_cast", True), ("ill", True), ("alike", False)])
+def test_blocks_of_a_float32_forward_are_judged_by_its_own_error(
+    name: str, usual: bool, tmp_path: Path
+) -> None:
+    """The last step of two cancels. Nothing is wrong, although one is beyond the usual limit."""
     loaded = checkpoint.load_module(f"pinned_models:{name}")
     found = bisect(trace.export(loaded, tmp_path / "out"), loaded, Context(threads=1))
     assert found.place is None
     assert "float64 cells in a float32 forward" in found.against
+    assert (max(block.error for block in found.blocks) < LIMITS["state"]) == usual, found.blocks
+
+
+@pytest.mark.slow
+def test_where_no_value_is_wrong_the_check_is_named(
+    small_export: Path, small_loaded: checkpoint.Loaded
+) -> None:
+    """A verification that fails never ends with nothing."""
+    io = RunFolder.open(small_export).io
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
+    replay = Replay({"tokens": tokens}, (9,), lambda arrays, start, end: cut(arrays, io, start, end))
+    check = Check("prefill 9: logits", 7e-6, 5e-6, {"at": [1, 2, 3]}, replay)
+    found = bisect(small_export, small_loaded, Context(threads=1), failed=[check])
+    assert found.place is not None
+    assert "“prefill 9: logits” fails" in found.sentence()
+    assert found.to_json()["block"] is not None
+
+
+@pytest.mark.slow
+def test_what_differs_in_the_file_alone_is_named(
+    small_export: Path, small_loaded: checkpoint.Loaded, tmp_path: Path
+) -> None:
+    """The row of a token that the failing call does not have."""
+    io = RunFolder.open(small_export).io
+    replay = Replay(
+        {"tokens": np.full((2, 9), 65)}, (9,), lambda arrays, start, end: cut(arrays, io, start, end)
+    )
+
+    def seven(model: onnx.ModelProto) -> None:
+        change("token_embedding.weight", lambda values: values[7].fill(3.0))(model)
+
+    wrong = tamper(small_export, tmp_path / "wrong", seven)
+    found = bisect(
+        wrong, small_loaded, Context(threads=1), failed=[Check("a check", 1.0, 0.0, replay=replay)]
+    )
+    where = place(found)
+    assert (where.block, where.op_type, where.tensor) == (0, "Gather", "embedding")
+    assert where.module == "token_embedding"
+    assert "token_embedding.weight[7, 0] is 3, should" in where.why
+    assert "no value of the calls that were replayed shows it" in where.why
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,7 @@ def bisect(result: dict[str, Any]) -> str:
     wrong = Counter(trial["kind"] for trial in result["wrong"])
     missed = ", ".join(f"{count} of “{kind}”" for kind, count in wrong.items())
     return (
-        f"{result['planted']} faults made by seed were planted; the behaviour of {caught} fails. bisect names "
+        f"{result['planted']} faults made by seed were planted, {caught} fail in behaviour. bisect names "
         f"the right place of {right} of these ({right / caught:.1%})"
         + (f"; wrong are {missed}" if wrong else "")
         + f". By model: {'; '.join(forms)}. A search takes {result['median_s']:.1f} s (median; the longest "

@@ -232,3 +232,17 @@ def test_unknown_version() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         check_legality(tmp_path / "none.onnx")
+
+
+def test_what_the_fp32_graph_breaks_is_no_reason_against_another_precision() -> None:
+    """A user's own operator, which no recipe touches; another one beside it is refused all the same."""
+    base = legal_graphs.build(legal_graphs.BINARY.replace("Add", "Frobnicate"), 19, {})
+    (kept,) = require_legal(base, base=base)
+    assert kept.startswith("Frobnicate: ")
+    assert kept.endswith("[operator]")
+    more = onnx.ModelProto.FromString(base.SerializeToString())
+    copy = more.graph.node.add()
+    copy.CopyFrom(more.graph.node[0])
+    copy.name, copy.output[0] = "added", "y1"
+    with pytest.raises(BuildError, match="added"):
+        require_legal(more, base=base)

@@ -8,7 +8,8 @@ has a kernel. The rules and their sources are in `legality_rules.RULES`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -62,20 +63,60 @@ def check_legality(model: onnx.ModelProto | Path, target: str = "10.3") -> list[
     return found
 
 
-def require_legal(model: onnx.ModelProto | Path, target: str = "10.3") -> None:
+def require_legal(
+    model: onnx.ModelProto | Path, target: str = "10.3", base: onnx.ModelProto | Path | None = None
+) -> list[str]:
     """Run `check_legality` and require that it finds no error; notes are allowed.
+
+    Args:
+        model, target: see `check_legality`.
+        base: the FP32 graph that a quantized one was made from. What breaks a rule there as well is the
+            model's own, stays in FP32, and is no reason to refuse other precisions.
+
+    Returns:
+        What breaks rules in both, as `of_both` takes it.
 
     Raises:
         BuildError: with the node and the rule of every violation.
     """
-    errors = [violation for violation in check_legality(model, target) if violation.severity == "error"]
-    if errors:
-        lines = "".join(f"\n  {violation}" for violation in errors[:_SHOWN])
-        more = f"\n  … and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+    errors = _errors(model, target)
+    before = _errors(base, target) if errors and base is not None else []
+    added, kept = of_both(errors, [_kind(violation) for violation in before])
+    if added:
+        lines = "".join(f"\n  {violation}" for violation in added[:_SHOWN])
+        more = f"\n  … and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
         raise BuildError(
             f"TensorRT {target} would not take this graph, or get it wrong:{lines}{more}",
             "leave the sites named above out with --exclude, or report the graph",
         )
+    return kept
+
+
+def of_both(errors: Sequence[Violation], before: Sequence[str]) -> tuple[list[Violation], list[str]]:
+    """The violations that quantization added, and the others by operator and rule; nodes have other names.
+
+    Args:
+        errors: of a quantized graph.
+        before: what broke rules in its FP32 graph, by operator and rule.
+    """
+    left = Counter(before)
+    added, kept = [], []
+    for violation in errors:
+        kind = _kind(violation)
+        if left[kind]:
+            left[kind] -= 1
+            kept.append(kind)
+        else:
+            added.append(violation)
+    return added, kept
+
+
+def _errors(model: onnx.ModelProto | Path, target: str) -> list[Violation]:
+    return [violation for violation in check_legality(model, target) if violation.severity == "error"]
+
+
+def _kind(violation: Violation) -> str:
+    return f"{violation.op_type}: {violation.message} [{violation.rule}]"
 
 
 def _check_opset(model: ir.Model, limits: Limits, nodes: list[TypedNode]) -> Iterator[Violation]:

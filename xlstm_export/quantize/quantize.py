@@ -106,11 +106,13 @@ def quantize(
         out, marker=runfolder.MANIFEST, force=force, bytes_needed=files.stored_bytes(model)
     ) as staging:
         files.save(model, staging, progress)
-        require_legal(staging / runfolder.MODEL)
+        kept = require_legal(staging / runfolder.MODEL, base=run.model)
         _write_beside(run, recipe, scales, staging)
         progress("hashing")
         entries = _entries(run, out, recipe, applied, context.command)
         entries["calibration"] = scales.data if scales is not None else None
+        if kept:
+            entries["rules_broken_in_fp32"] = kept
         runfolder.write_manifest(staging, entries)
         if judge is not None and recipe.state_dtype != "fp32":
             progress("drift of the state")

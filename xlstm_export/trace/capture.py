@@ -21,6 +21,7 @@ from ..load.loaded import Dims
 from ..load.user_code import described, place_of
 from ..ops import bodies as functions
 from ..specs import StateSpec
+from .assumptions import assumed
 from .input_checks import InputChecks
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ def torch_to_ir(
                 verbose=False,
             )
         assert program is not None
+        if text := assumed(program.exported_program, list(dims.values())):
+            raise _Assumes(text)
         return program.model
 
     try:
@@ -101,6 +104,10 @@ def torch_to_ir(
         return traced(dims)
     except Exception as error:
         raise _refused(error, traced, example, dims) from error
+
+
+class _Assumes(ValueError):
+    """Forward chose its way by a size, and another size would have chosen another one."""
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -145,6 +152,12 @@ def _untraceable(cause: BaseException) -> BuildError:
             "forward decides on the values of a tensor, which a graph cannot" + (place and f": {place}"),
             "choose with torch.where, or mask; leave out a mere check of the inputs where a graph is made: "
             "`if not torch.compiler.is_exporting() and ...`",
+        )
+    if isinstance(cause, _Assumes):
+        return BuildError(
+            f"forward decides on a size that is to stay free, and a graph cannot: {cause}",
+            "compute in the same way for every size; or declare the size as a number, in the dims that the "
+            "factory returns as its third element",
         )
     return BuildError(
         f"tracing failed: {described(cause)}",

@@ -14,9 +14,11 @@ import onnxruntime as rt
 import pytest
 import tirex_models
 import torch
+from refusals import refused
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from xlstm_export.errors import BuildError
 from xlstm_export.load import checkpoint
 from xlstm_export.trace import capture
 from xlstm_export.trace import export as trace
@@ -109,3 +111,32 @@ def test_the_exporter_is_left_as_it_was() -> None:
     before = ExportedProgram.run_decompositions
     capture.torch_to_ir(InPlace().eval(), (torch.ones(2, 6),), {"x": ("B", 6)}, (), ["y"], ())
     assert ExportedProgram.run_decompositions is before
+
+
+class RunningProduct(nn.Module):
+    """Weights that fall from channel to channel: a product that torch's exporter does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.rnn(x)[0]
+        return y * self.products(y.sigmoid())
+
+    def products(self, y: Tensor) -> Tensor:
+        return torch.cumprod(y, -1)
+
+
+class SumOfLogarithms(RunningProduct):
+    def products(self, y: Tensor) -> Tensor:
+        return y.log().cumsum(-1).exp()
+
+
+def test_an_operator_without_onnx_form_is_named_with_its_line_and_the_advice_works(tmp_path: Path) -> None:
+    line = RunningProduct.forward.__code__.co_firstlineno + 2
+    x = {"x": torch.randn(2, 6, 4)}
+    with refused(BuildError, "no ONNX form", "prod", f"test_capture.py:{line}", "sum of logarithms"):
+        trace.export(checkpoint.load_live(RunningProduct().eval(), x), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    trace.export(checkpoint.load_live(SumOfLogarithms().eval(), x), tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -100,6 +101,10 @@ _MACHINERY = frozenset(
 _STANDARD = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")})
 
 
+_HERE = str(Path(__file__).resolve().parents[1])
+_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+
+
 def described(error: BaseException) -> str:
     """An exception as text: type, message, and the place in the user's code if it comes from there."""
     text = " ".join(str(error).split())[:400]
@@ -122,6 +127,16 @@ def place_here() -> str:
     """File, line and function of the module's code that runs in a forward pass; "" if none does."""
     running = list(itertools.takewhile(_inside, traceback.walk_stack(sys._getframe(1))))
     return _place(running, "user") or _place(running, "package")
+
+
+def line_in(trace: str) -> str:
+    """File, line and function of the user's code in a traceback that is text; "" if there is none."""
+    for file, line, name in reversed(_LINE.findall(trace)):
+        real = os.path.realpath(file)
+        installed = {"site-packages", "dist-packages"} & set(Path(real).parts)
+        if not installed and not real.startswith((*_STANDARD, _HERE)):
+            return f"{_shown(file)}:{line}, in {name}"
+    return ""
 
 
 def instruction_here() -> tuple[str, int, int] | None:

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import BuildError
 from ..load.loaded import Dims
-from ..load.user_code import described, place_of
+from ..load.user_code import described, line_in, place_of
 from ..ops import bodies as functions
 from ..specs import StateSpec
 from .assumptions import assumed
@@ -69,12 +69,13 @@ def torch_to_ir(
     """
 
     checks: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    programs: list[ExportedProgram] = []
 
     def traced(dims: Mapping[str, Dims]) -> ir.Model:
         dynamic = torch.export.Dim.DYNAMIC
         free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
         named = [dict.fromkeys(axes, dynamic) for axes in free]
-        with quiet(), torch.no_grad(), _decomposed_where_needed(), checks:
+        with quiet(), torch.no_grad(), _decomposed_where_needed(programs), checks:
             program = torch.onnx.export(
                 wrapper,
                 (*example, *past),
@@ -88,6 +89,7 @@ def torch_to_ir(
                 verbose=False,
             )
         assert program is not None
+        assert program.exported_program is not None
         if text := assumed(program.exported_program, list(dims.values())):
             raise _Assumes(text)
         return program.model
@@ -98,12 +100,12 @@ def torch_to_ir(
         raise
     except Exception as error:
         if not isinstance(_cause(error), GuardOnDataDependentSymNode):
-            raise _refused(error, traced, example, dims) from error
+            raise _without_form(error, programs) or _refused(error, traced, example, dims) from error
     checks = InputChecks(lambda: wrapper(*example, *past))
     try:
         return traced(dims)
     except Exception as error:
-        raise _refused(error, traced, example, dims) from error
+        raise _without_form(error, programs) or _refused(error, traced, example, dims) from error
 
 
 class _Assumes(ValueError):
@@ -125,6 +127,25 @@ def _refused(
     if isinstance(cause, BuildError):
         return cause
     return _fixed_batch(cause, dims) or _fixed_length(traced, example, dims) or _untraceable(cause)
+
+
+# How torch's exporter says that it does not know an operator.
+_NO_FORM = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+)', overload='(\w+)'\)>")
+
+
+def _without_form(error: Exception, programs: Sequence[ExportedProgram]) -> BuildError | None:
+    """An operator that torch's exporter has no ONNX form of, with the line of Python it comes from."""
+    found = _NO_FORM.search(str(_cause(error)))
+    if found is None:
+        return None
+    name = f"{found[1]}.{found[2]}"
+    nodes = [n for program in programs for n in program.graph.nodes if str(n.target) == name]
+    place = next(filter(None, (line_in(n.meta.get("stack_trace") or "") for n in nodes)), "")
+    return BuildError(
+        f"torch's exporter has no ONNX form of the operator {found[1]}" + (place and f", at {place}"),
+        "compute it from other operators in forward, e.g. a product of positive factors as the exponential "
+        "of a sum of logarithms; what depends on no input can be computed once, in __init__",
+    )
 
 
 # How torch's exporter says that a dimension which is to stay free became a number.
@@ -193,12 +214,13 @@ def _fixed_length(
 
 
 @contextlib.contextmanager
-def _decomposed_where_needed() -> Iterator[None]:
+def _decomposed_where_needed(programs: list[ExportedProgram]) -> Iterator[None]:
     """Context manager: torch's exporter traces a module once instead of twice.
 
     The exporter traces a second time to decompose composite operators and to make in-place ones functional,
     which takes more than half of the time of an export. Where every operator of the first trace can be
-    translated directly, both traces give the same graph.
+    translated directly, both traces give the same graph. The programs that are translated are added to
+    `programs`.
 
     This is the only place that replaces a method of torch, for the duration of one export:
     `torch.onnx.export` has no option to skip the second trace. It also accepts a program of
@@ -209,7 +231,9 @@ def _decomposed_where_needed() -> Iterator[None]:
     decompose = ExportedProgram.run_decompositions
 
     def where_needed(program: ExportedProgram, table: Any = None) -> ExportedProgram:
-        return program if all(map(_translated_as_it_is, _targets(program))) else decompose(program, table)
+        whole = all(map(_translated_as_it_is, _targets(program)))
+        programs.append(program if whole else decompose(program, table))
+        return programs[-1]
 
     ExportedProgram.run_decompositions = where_needed  # type: ignore[method-assign, assignment]
     try:

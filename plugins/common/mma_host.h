@@ -1,10 +1,11 @@
 // The instructions of mma.cuh on a CPU, for the emulated build (host/README.md).
 //
-// As on a GPU, and so that tests find what a GPU would find: a sum of products is truncated when it is added to
-// the accumulator, not rounded; an asynchronous copy arrives only when its group is waited for, and until then
-// its target holds NaNs.
+// As on a GPU, and so that tests find what a GPU would find: products are added in groups, each addend cut off
+// below the largest one (`aligned_sum`); an asynchronous copy arrives only when its group is waited for, and until
+// then its target holds NaNs.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,33 @@ inline float truncated(double x) {
     const float near = static_cast<float>(x);
     const bool away = std::abs(static_cast<double>(near)) > std::abs(x) && std::isfinite(x);
     return away ? std::nextafter(near, 0.0f) : near;
+}
+
+// Exponent of a finite number, far below all others for zero.
+inline int exponent(float x) { return x == 0.0f ? -10000 : std::ilogb(x); }
+
+// sum + the products of `count` pairs as the tensor cores of sm_80 add them (Fasi, Higham, Mikaitis, Pranesh:
+// Numerical behavior of NVIDIA tensor cores, 2021): all addends are aligned to the largest exponent and keep 24
+// bits and one more, the sum is exact, and then it is truncated. Exponents of products are not normalized.
+inline float aligned_sum(float sum, const float *left, const float *right, const int *of_left,
+                         const int *of_right, int count) {
+    bool finite = std::isfinite(sum);
+    int largest = exponent(finite ? sum : 0.0f);
+    for (int k = 0; k < count; ++k) {
+        finite = finite && std::isfinite(left[k]) && std::isfinite(right[k]);
+        largest = std::max(largest, of_left[k] + of_right[k]);
+    }
+    if (!finite) {
+        double plain = sum;
+        for (int k = 0; k < count; ++k) plain += static_cast<double>(left[k]) * right[k];
+        return static_cast<float>(plain);
+    }
+    if (largest < -1000) return 0.0f;
+    const double scale = std::ldexp(1.0, 24 - largest);
+    int64_t whole = static_cast<int64_t>(sum * scale);
+    for (int k = 0; k < count; ++k)
+        whole += static_cast<int64_t>(static_cast<double>(left[k]) * right[k] * scale);
+    return truncated(std::ldexp(static_cast<double>(whole), largest - 24));
 }
 
 inline float half_value(uint32_t bits) { return to_float(f16{static_cast<uint16_t>(bits)}); }
@@ -45,6 +73,7 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     std::memcpy(mine.d, d, sizeof d);
     const auto product = [value](const Lanes &lanes) {
         float A[16][depth], B[8][depth];
+        int of_A[16][depth], of_B[8][depth];  // exponents
         for (int lane = 0; lane < 32; ++lane) {
             const Fragments &from = *static_cast<const Fragments *>(lanes.in[lane]);
             const int g = lane / 4, t = lane % 4 * packed;
@@ -57,14 +86,21 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
                 }
             }
         }
+        for (int k = 0; k < depth; ++k) {
+            for (int row = 0; row < 16; ++row) of_A[row][k] = exponent(A[row][k]);
+            for (int column = 0; column < 8; ++column) of_B[column][k] = exponent(B[column][k]);
+        }
+        constexpr int group = 4 * packed;  // products that are added at once
         for (int lane = 0; lane < 32; ++lane) {
             const Fragments &from = *static_cast<const Fragments *>(lanes.in[lane]);
             float *const d = static_cast<float *>(lanes.out[lane]);
             for (int e = 0; e < 4; ++e) {
-                const float *left = A[lane / 4 + e / 2 * 8], *right = B[lane % 4 * 2 + e % 2];
-                double sum = from.d[e];
-                for (int k = 0; k < depth; ++k) sum += static_cast<double>(left[k]) * right[k];
-                d[e] = truncated(sum);
+                const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+                d[e] = from.d[e];
+                for (int k = 0; k < depth; k += group) {
+                    d[e] =
+                        aligned_sum(d[e], A[row] + k, B[column] + k, of_A[row] + k, of_B[column] + k, group);
+                }
             }
         }
     };

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
         }
         if (!early || position + 1 < call.length) fetch_x(early ? y_at + width : y_at);
 
-        typename Weights::Sums sums[tiles];
+        typename Weights::template Sums<early && Weights::apart> sums[tiles];
 #pragma unroll
         for (int p = 0; p < held; ++p) {
             if (p >= plan.panels) break;

@@ -9,7 +9,8 @@
 //   Part              a tile in registers, 32 of them per lane: set(x...)
 //   place(gate, k, c) where the c-th 16 bytes of a row of the tile lie
 //   Y                 y as registers of the product; in shared memory, columns of `pitch` bytes
-//   Sums              running sums: add(y, x...), add(y, part); gates(u, t, scale, raw) at the end
+//   Sums<apart>       running sums: add(y, x...), add(y, part); gates(u, t, scale, raw) at the end
+//   apart             whether registers allow to sum a product by itself before it is added, see ProductSums
 //   for_each(tile, lane, use)     calls use(x...) with all pieces of a tile in shared memory
 #pragma once
 
@@ -101,7 +102,9 @@ struct PiecesOfY {
     }
 };
 
-template <bool brain, int blocks>
+// `apart`: each product is summed by itself first, because tensor cores cut off what is added to a larger sum. Such
+// products do not wait for each other, either, but they take four registers more.
+template <bool brain, int blocks, bool apart>
 struct ProductSums {
     float d[blocks][2][2][4] = {};  // columns, units, two gates
 
@@ -110,7 +113,14 @@ struct ProductSums {
 #pragma unroll
         for (int x = 0; x < blocks; ++x) {
             const uint32_t b[2] = {y.b[x][2 * half], y.b[x][2 * half + 1]};
-            product<brain>(d[x][a][pair], gates, b);
+            if constexpr (apart) {
+                float part[4] = {};
+                product<brain>(part, gates, b);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) d[x][a][pair][e] += part[e];
+            } else {
+                product<brain>(d[x][a][pair], gates, b);
+            }
         }
     }
 
@@ -125,15 +135,15 @@ struct ProductSums {
 };
 
 // Two FP16 pieces: 4 batch rows in 8 columns, or 2 rows in 4 columns that the product has twice.
-template <int rows>
-struct HalfSums : ProductSums<false, 1> {
+template <int rows, bool apart>
+struct HalfSums : ProductSums<false, 1, apart> {
     __device__ __forceinline__ void gates(int u, int t, Scale scale, float (&raw)[4]) const {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
             const int pair = gate / 2, e = gate % 2 * 2;
             const bool second = Lanes<rows>::second(u, t) == 1;
-            const float large = second ? d[0][1][pair][e] : d[0][0][pair][e];
-            const float small = second ? d[0][1][pair][e + 1] : d[0][0][pair][e + 1];
+            const float large = second ? this->d[0][1][pair][e] : this->d[0][0][pair][e];
+            const float small = second ? this->d[0][1][pair][e + 1] : this->d[0][0][pair][e + 1];
             raw[gate] = fmaf(small, 0x1p-11f, large) * scale.back;
         }
     }
@@ -157,8 +167,8 @@ struct HalfY : PiecesOfY<1> {
 
 // Three bfloat16 pieces: 2 batch rows in 8 columns, one column of each row zero, and so a row's sums in two lanes. With
 // two blocks of columns, pair p of lanes has row 2 p in the first block and 2 p + 1 in the second.
-template <int blocks>
-struct BrainSums : ProductSums<true, blocks> {
+template <int blocks, bool apart>
+struct BrainSums : ProductSums<true, blocks, apart> {
     __device__ __forceinline__ void gates(int u, int t, Scale, float (&raw)[4]) const {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
@@ -228,16 +238,18 @@ template <int rows>  // 2 or 4
 struct HalfWeights : Tile16, Lanes<rows> {
     using Element = f16;
     using Y = HalfY<rows>;
-    using Sums = HalfSums<rows>;
-    static constexpr bool scaled_y = true, scaled_sums = false;
+    template <bool apart>
+    using Sums = HalfSums<rows, apart>;
+    static constexpr bool scaled_y = true, scaled_sums = false, apart = true;
 };
 
 template <int rows>  // 2 or 4
 struct BrainWeights : Tile16, Lanes<rows> {
     using Element = bf16;
     using Y = BrainY<rows / 2>;
-    using Sums = BrainSums<rows / 2>;
-    static constexpr bool scaled_y = false, scaled_sums = false;
+    template <bool apart>
+    using Sums = BrainSums<rows / 2, apart>;
+    static constexpr bool scaled_y = false, scaled_sums = false, apart = rows == 2;
 };
 
 // Two of the integers in `bits` as FP16: bytes 0 and 2, or 1 and 3.
@@ -260,9 +272,10 @@ struct IntegerWeights : Lanes<rows> {
     using Element = int8_t;
     using Part = Fragments;
     using Y = HalfY<rows>;
-    using Sums = HalfSums<rows>;
+    template <bool apart>
+    using Sums = HalfSums<rows, apart>;
     static constexpr int depth = 32, tile_bytes = depth * 4 * UNITS;
-    static constexpr bool scaled_y = true, scaled_sums = true;
+    static constexpr bool scaled_y = true, scaled_sums = true, apart = true;
 
     __device__ static int matrix(int half, int upper, int gate) {
         return ((half * 2 + upper) * 4 + gate) * 128;
@@ -325,7 +338,7 @@ struct SingleWeights : Lanes<most_rows> {
     };
     using Y = SingleY<most_rows>;
     static constexpr int depth = 16, tile_bytes = depth * 4 * UNITS * 4;
-    static constexpr bool scaled_y = false, scaled_sums = false;
+    static constexpr bool scaled_y = false, scaled_sums = false, apart = false;
 
     // Words [gate][k % 4][a][t][g]: what a warp reads at a time lies side by side.
     __device__ static int word(int gate, int r, int a) { return ((gate * 4 + r) * 2 + a) * 32; }
@@ -344,6 +357,7 @@ struct SingleWeights : Lanes<most_rows> {
                 for (int gate = 0; gate < 4; ++gate) use(a, gate, r, words[word(gate, r, a)]);
     }
 
+    template <bool>
     struct Sums {
         float sum[2][4][most_rows] = {};
 

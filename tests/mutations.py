@@ -7,11 +7,14 @@ and says what it did, or returns None where the model has nothing for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
 from bisect_faults import MLSTM, SLSTM, nodes
 from onnx import TensorProto, helper, numpy_helper
+
+from xlstm_export.runfolder import MODEL, MODEL_DATA
 
 Mutation = Callable[[onnx.ModelProto, np.random.Generator], str | None]
 BORDERS = (1, 2, 63, 64, 65, 127, 128, 129)
@@ -179,12 +182,7 @@ def clamped(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     name = some(rng, [present for _, present in _states(model) if present.endswith("_m")])
     if not isinstance(name, str):
         return None
-    computed = _hand_over(model, name)
-    bounds = [helper.make_tensor(f"fault.{x}", TensorProto.FLOAT, [], [x]) for x in (-0.5, 0.5)]
-    model.graph.initializer.extend(bounds)
-    clip = helper.make_node("Clip", [computed, *(x.name for x in bounds)], [name], "fault")
-    model.graph.node.append(clip)
-    return name
+    return _bounded(model, name, 0.5)
 
 
 def operator(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
@@ -238,6 +236,88 @@ def _at_size(model: onnx.ModelProto, of: int, size: int, factor: float = 1.1) ->
     return f"{name} where axis {of} has {size}"
 
 
+def eps(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """The eps of a norm or a recurrence is another one."""
+    found = [
+        (n, a)
+        for n in model.graph.node
+        for a in n.attribute
+        if a.name in ("eps", "epsilon") and a.type == onnx.AttributeProto.FLOAT
+    ]
+    chosen = some(rng, found)
+    if not isinstance(chosen, tuple):
+        return None
+    chosen[1].f = float(rng.choice([0.0, 1e-3, 1e-2]))
+    return f"{chosen[0].name}.{chosen[1].name}"
+
+
+def saturated(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """A memory cannot grow beyond what it has after some steps."""
+    names = [present for _, present in _states(model) if present.endswith(("_C", "_n", "_c"))]
+    name = some(rng, names)
+    return _bounded(model, name, float(rng.choice([0.1, 1.0, 4.0]))) if isinstance(name, str) else None
+
+
+def _bounded(model: onnx.ModelProto, name: str, most: float) -> str:
+    computed = _hand_over(model, name)
+    bounds = [helper.make_tensor(f"fault.{x}", TensorProto.FLOAT, [], [x]) for x in (-most, most)]
+    model.graph.initializer.extend(bounds)
+    clip = helper.make_node("Clip", [computed, *(x.name for x in bounds)], [name], "fault")
+    model.graph.node.append(clip)
+    return f"{name} within {most:g}"
+
+
+def shifted(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """A state that is handed on has another offset or size."""
+    chosen = some(rng, [present for _, present in _states(model)])
+    if not isinstance(chosen, str):
+        return None
+    computed = _hand_over(model, chosen)
+    op, value = (("Mul", 1.01), ("Add", 0.1))[int(rng.integers(2))]
+    model.graph.initializer.append(helper.make_tensor("fault.by", TensorProto.FLOAT, [], [value]))
+    model.graph.node.append(helper.make_node(op, [computed, "fault.by"], [chosen], "fault"))
+    return f"{chosen} {op} {value}"
+
+
+def slstm_gates(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """The pre-activations of an sLSTM (B, S, 4, H, D) come in another order of gates."""
+    node = some(rng, nodes(model, SLSTM))
+    if not isinstance(node, onnx.NodeProto):
+        return None
+    order = [0, 1, 2, 3]
+    while order == sorted(order):
+        order = rng.permutation(4).tolist()
+    at = list(model.graph.node).index(node)
+    model.graph.initializer.append(helper.make_tensor("fault.order", TensorProto.INT64, [4], order))
+    gather = helper.make_node("Gather", [node.input[0], "fault.order"], ["fault"], "fault", axis=2)
+    model.graph.node.insert(at, gather)
+    model.graph.node[at + 1].input[0] = "fault"
+    return f"{node.name} {order}"
+
+
+def per_row(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """The first output of one row of the batch is larger."""
+    name, row = model.graph.output[0].name, int(rng.integers(3))
+    computed = _hand_over(model, name)
+    for label, value in (
+        ("row", [row]),
+        ("start", [0]),
+        ("end", [2**31]),
+        ("axis", [0]),
+        ("next", [row + 1]),
+    ):
+        model.graph.initializer.append(helper.make_tensor(f"fault.{label}", TensorProto.INT64, [1], value))
+    model.graph.initializer.append(helper.make_tensor("fault.much", TensorProto.FLOAT, [], [1.1]))
+    slices = {"before": ("start", "row"), "of": ("row", "next"), "after": ("next", "end")}
+    for label, (start, end) in slices.items():
+        inputs = [computed, f"fault.{start}", f"fault.{end}", "fault.axis"]
+        model.graph.node.append(helper.make_node("Slice", inputs, [f"fault.{label}"], f"fault.{label}"))
+    parts = ["fault.before", "fault.larger", "fault.after"]
+    model.graph.node.append(helper.make_node("Mul", ["fault.of", "fault.much"], ["fault.larger"], "fault"))
+    model.graph.node.append(helper.make_node("Concat", parts, [name], "fault.join", axis=0))
+    return f"{name} of row {row}"
+
+
 def per_length(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     return _at_size(model, 1, int(rng.choice(BORDERS)))
 
@@ -251,9 +331,20 @@ KINDS: dict[str, Mutation] = {
     for f in (
         *(element, sign, scaled, row, axis, exchanged, quantization_scale, zero_point),
         *(gate_order, attribute, not_carried, other_state, clamped, operator, negated),
-        *(per_length, per_batch),
+        *(per_length, per_batch, per_row),
+        *(eps, saturated, shifted, slstm_gates),
     )
 }
+
+
+def write(model: onnx.ModelProto, folder: Path) -> None:
+    """Write a model in memory, weights included, in place of the graph of a folder."""
+    (folder / MODEL_DATA).unlink(missing_ok=True)  # onnx would append to it
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    onnx.save_model(
+        copy, folder / MODEL, save_as_external_data=True, location=MODEL_DATA, size_threshold=1024
+    )
 
 
 def mutated(source: onnx.ModelProto, seed: int) -> Iterator[tuple[str, str, onnx.ModelProto]]:

@@ -169,6 +169,36 @@ PRECISION_LIMITS = {
 }
 
 
+# The same checks of an FP32 export whose weights and activations are moved by at most half a step of the
+# precision (`one_step`) have this share of a good candidate's values, which are also rounded in between.
+STEPS = 8.0
+FREE = 2.0  # times as much where a model reads its own text: that of the moved export is another one
+GROWTHS = 1.5  # of growth, which is a ratio already
+# Errors relative to the values themselves: from here on, little of them is left.
+MOST_RELATIVE = 0.7
+
+
+def wider_by_sensitivity(check: Check, own: float) -> Check:
+    """A check of a half or quantized export that fails, with the limit by the model's own sensitivity.
+
+    Args:
+        check: one whose limit is not zero.
+        own: value of the same check for the moved FP32 export.
+    """
+    steps = STEPS * (FREE if check.name.startswith("free-running") else 1.0)
+    if check.name.endswith(": growth"):
+        limit = GROWTHS * own
+    elif check.name.endswith(": KL"):
+        limit = steps**2 * own  # it grows with the square of an error
+    elif check.name.startswith("memory") or check.name.endswith("on held-out data"):
+        limit = steps * own
+    else:
+        limit = min(MOST_RELATIVE, steps * own)
+    if not limit > check.limit:
+        return check
+    return replace(check, limit=limit, detail={**check.detail, "one_step": own, "usual_limit": check.limit})
+
+
 @dataclass(frozen=True)
 class DriftLimits:
     """Limits of `drift_checks`.

@@ -18,7 +18,8 @@ from ..inputs import Arrays
 from ..specs import Json, TensorSpec
 from .limits import OWN_ERRORS, POSITIONS, output_limit
 
-FEW = 48  # positions of all rows below which the worst one is the only quantile
+# Positions of all rows that a quantile needs; with fewer, it would be the worst one or next to it.
+FEWEST = {50: 48, 99: 300, 100: 1}
 NAMED = 12  # ill-conditioned positions that a verdict lists
 
 
@@ -89,7 +90,7 @@ class Positions:
 
 def quantiles(errors: np.ndarray) -> dict[int, float]:
     """The quantiles of `POSITIONS`; of few positions the largest only."""
-    wanted = [q for q in POSITIONS if q == 100 or errors.size >= FEW]
+    wanted = [q for q in POSITIONS if errors.size >= FEWEST[q]]
     # Of the values that are there, not between two of them, of which one may be infinite.
     return {q: float(np.percentile(errors, q, method="higher")) for q in wanted}
 

@@ -7,6 +7,8 @@ candidate agree with each other, and how far it is from FP32, in the task's metr
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -36,7 +38,8 @@ from .coverage import Call, along, calls, check_shapes, coverage
 from .drift_gate import drift_checks
 from .evidence import evidence, keep
 from .gate_file import read_gate
-from .limits import PRECISION_LIMITS, drift_limits
+from .limits import PRECISION_LIMITS, drift_limits, wider_by_sensitivity
+from .one_step import moved_export
 from .parts import GATE_POSITIONS, Proof, audited, judged, metric_checks, streamed
 from .verdict import require_verified
 from .ways import BATCH
@@ -128,6 +131,7 @@ class _Precision(Verification):
         self.max_drop = float(run.manifest.get("max_drop") or self.limits.metric)
         self.drift: Drift | None = None
         self.followed: Replay | None = None  # the stream that drift was measured on
+        self.calibration = calibration
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
         ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
         super().__init__(run, loaded, options, context, calibration, ways)
@@ -137,8 +141,44 @@ class _Precision(Verification):
         """Run all checks; the drift is also kept as `drift`."""
         run = self.run
         self.context.progress("fences and rules of TensorRT")
-        checks = self.check_graph()
-        checks += self.check_streams()
+        compared, tried, gates, measured = self.compare()
+        checks = self.check_graph() + self.of_this_model(compared)
+        about = self.describe(self.drift)
+        covered = [self.streams.inputs, *([] if self.data is None else [self.data.inputs])]
+        return Verdict(
+            tuple(checks),
+            measured,
+            run.hashes(),
+            self.source.name,
+            gates=gates,
+            precision=about,
+            coverage=coverage(self.io, self.loaded, tried, self.streams.lengths, covered),
+        )
+
+    def of_this_model(self, checks: list[Check]) -> list[Check]:
+        """The checks, those that fail with limits by the model's own sensitivity.
+
+        It is measured only where it can decide: by the same checks of an FP32 export that is moved by half a
+        step of the precision (`one_step`).
+        """
+        failed = [check for check in checks if not check.passed]
+        base = self.reference.folder
+        if not failed or base is None or not all(math.isfinite(x.value) and x.limit for x in failed):
+            return checks
+        self.context.progress("the model's own sensitivity")
+        with tempfile.TemporaryDirectory(prefix="xlstm-step.") as scratch:
+            run = moved_export(base, self.run, Path(scratch) / "moved")
+            context = Context(threads=self.threads, seed=self.context.seed)
+            moved = _Precision(run, self.loaded, self.options, context, self.calibration)
+            moved.reference = self.reference
+            with closing(moved):
+                own = {check.name: check.value for check in moved.compare()[0]}
+        return [x if x.passed else wider_by_sensitivity(x, own.get(x.name, 0.0)) for x in checks]
+
+    def compare(self) -> tuple[list[Check], tuple[Call, ...], Json, Json]:
+        """Checks of the candidate's values; the other calls that were tried, cell gates and task metric."""
+        run = self.run
+        checks = self.check_streams()
         tried = tuple(call for call in calls(self.io, self.rng) if call[0] <= max(self.streams.lengths))
         checks += self.check_other_calls(tried)
         if run.io.states and has_positions(run.io):
@@ -154,17 +194,7 @@ class _Precision(Verification):
             self.context.progress("task metric")
             more, measured = self.check_metric(self.data)
             checks += more
-        about = self.describe(self.drift)
-        covered = [self.streams.inputs, *([] if self.data is None else [self.data.inputs])]
-        return Verdict(
-            tuple(checks),
-            measured,
-            run.hashes(),
-            self.source.name,
-            gates=gates,
-            precision=about,
-            coverage=coverage(self.io, self.loaded, tried, self.streams.lengths, covered),
-        )
+        return checks, tried, gates, measured
 
     def check_graph(self) -> list[Check]:
         """Check the written graph: its fences, and the rules of TensorRT's parser."""

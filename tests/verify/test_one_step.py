@@ -1,0 +1,83 @@
+"""The model's own sensitivity to a step of a type: how it is made, and that it hides no fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from bisect_faults import tamper_with
+from onnx import ModelProto, load, numpy_helper
+
+from xlstm_export.checks import Check
+from xlstm_export.distance import difference
+from xlstm_export.load import checkpoint
+from xlstm_export.options import Context, VerifyOptions
+from xlstm_export.quantize.quantize import quantize
+from xlstm_export.quantize.recipe import preset
+from xlstm_export.runfolder import RunFolder
+from xlstm_export.sessions import OrtSession
+from xlstm_export.trace import export as trace
+from xlstm_export.verify.fp32 import verify
+from xlstm_export.verify.limits import GROWTHS, MOST_RELATIVE, STEPS, wider_by_sensitivity
+from xlstm_export.verify.one_step import EPS, moved_export
+from xlstm_export.verify.precision import verify_precision
+
+SHORT = VerifyOptions(horizon=300, free_horizon=20)
+
+
+def test_weights_and_activations_are_moved_by_half_a_step(small_export: Path, tmp_path: Path) -> None:
+    run = quantize(small_export, preset("bf16"), out=tmp_path / "bf16")
+    moved = moved_export(small_export, RunFolder.open(run), tmp_path / "moved")
+    before, after = (
+        {t.name: t for t in load(x / "model.onnx").graph.initializer} for x in (small_export, moved.path)
+    )
+    some = 0
+    for name in before:
+        old, new = numpy_helper.to_array(before[name]), numpy_helper.to_array(after[name])
+        if not np.array_equal(old, new):
+            some += 1
+            assert (np.abs(new - old) <= 0.5001 * EPS["bf16"] * np.abs(old)).all()
+    assert some > 10
+    tokens = {"tokens": np.arange(40).reshape(1, 40)}
+    with OrtSession(small_export, 1, 1) as a, OrtSession(moved.path, 1, 1) as b:
+        far = difference(b.prefill(tokens)["logits"], a.prefill(tokens)["logits"]).relative_l2
+    assert 1e-4 < far < 3e-2
+
+
+def test_limits_follow_the_sensitivity() -> None:
+    level = wider_by_sensitivity(Check("teacher-forced: y: level", 0.03, 0.02), 0.01)
+    assert (level.passed, level.limit, level.detail["one_step"]) == (True, STEPS * 0.01, 0.01)
+    assert wider_by_sensitivity(Check("teacher-forced: y: level", 9.0, 0.02), 1.0).limit == MOST_RELATIVE
+    growth = wider_by_sensitivity(Check("teacher-forced: y: growth", 1.6, 1.5), 1.2)
+    assert growth.limit == pytest.approx(GROWTHS * 1.2)
+    assert wider_by_sensitivity(Check("teacher-forced: y: KL", 1.0, 0.1), 0.05).limit == STEPS**2 * 0.05
+    unchanged = Check("memory length: block 0", 0.2, 0.1)
+    assert wider_by_sensitivity(unchanged, 0.001) is unchanged
+
+
+@pytest.mark.slow
+def test_a_model_with_outliers_neither_fails_nor_hides_a_fault(tmp_path: Path) -> None:
+    config = models.lm_config(num_blocks=2, embedding_dim=16, heads=2, vocab_size=64, slstm_at=[])
+    model = models.build(config)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.ndim == 2 and value.shape[0] > 4:
+                value[:: max(5, value.shape[0] // 3)] *= 20
+    loaded = checkpoint.load_checkpoint(models.write(tmp_path / "model", config, model))
+    context, run = Context(threads=1), trace.export(loaded, tmp_path / "run")
+    assert verify(run, loaded, context=context).passed
+    half = quantize(run, preset("bf16"))
+    verdict = verify_precision(half, loaded, SHORT, context)
+    assert verdict.passed
+    assert any("one_step" in check.detail for check in verdict.checks)
+
+    def change(graph: ModelProto) -> None:
+        tensor = next(t for t in graph.graph.initializer if "proj_down" in t.name)
+        values = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(-values, tensor.name))
+
+    tamper_with(half, change)
+    assert not verify_precision(half, loaded, SHORT, context).passed

@@ -64,7 +64,7 @@ def gpus(results: list[dict[str, Any]]) -> str:
     """The kernels' times on every GPU that `make gpu` was run on, as Markdown."""
     lines = [
         "CUDA kernels of the two recurrences, measured by `make gpu`: built, compared with FP64, timed in "
-        "turns; medians. A step is one launch in a CUDA graph with its operands in memory, not in a cache. "
+        "turns; medians. A step is timed in a CUDA graph, with its operands in memory and not in a cache. "
         "*Of the ceiling* is the larger share of copy bandwidth and matrix-product rate, measured in the "
         "same run.",
         "",

@@ -65,11 +65,19 @@ class Workload:
 def workloads(small: bool = False) -> list[Workload]:
     """What is timed; `small` are two tiny ones, one launch of each, for a CPU."""
 
-    def mlstm(name: str, *sizes: int, io: str = "bfloat16", state: str = "float32", **more: Any) -> Workload:
+    def mlstm(
+        name: str,
+        *sizes: int,
+        io: str = "bfloat16",
+        state: str = "float32",
+        in_place: bool = True,
+        **more: Any,
+    ) -> Workload:
         shape = dict(zip(("B", "S", "H", "Dk", "Dv"), sizes, strict=True))
         kernel = "mlstm_step" if shape["S"] == 1 else "mlstm_chunkwise"
-        # In place, as a stream is decoded; a prefill writes its state elsewhere.
-        case = Case(kernel, "plain", shape, io, state, in_place=shape["S"] == 1)
+        # A stream is decoded in place, in two launches where several CTAs share a head, or from one buffer
+        # into another, in one launch. A prefill writes its state elsewhere.
+        case = Case(kernel, "plain", shape, io, state, in_place=in_place and shape["S"] == 1)
         return Workload(name, case, **more)
 
     def slstm(name: str, *sizes: int, io: str = "bfloat16", R: str = "float16", **more: Any) -> Workload:
@@ -82,6 +90,7 @@ def workloads(small: bool = False) -> list[Workload]:
         return [step, chunkwise, slstm("scan", 1, 8, 1, 16, io="float32", R="float32")]
     return [
         mlstm("step of a 7B layer", 1, 1, 8, 256, 512, goal_us=10.0),
+        mlstm("step of a 7B layer, into another buffer", 1, 1, 8, 256, 512, in_place=False),
         mlstm("step of a 7B layer, bf16 state", 1, 1, 8, 256, 512, state="bfloat16"),
         mlstm("step of a 7B layer, batch 8", 8, 1, 8, 256, 512),
         mlstm("step of a 7B layer, batch 64", 64, 1, 8, 256, 512),

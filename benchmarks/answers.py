@@ -66,6 +66,17 @@ CASES = (
     *("generate nowhere --prompt a", "generate out", "generate out --prompt a --temperature hot"),
     *("sensitivity nowhere --data text", "sensitivity out --data nowhere.txt", "sensitivity out"),
     *("bisect nowhere", "bisect out nowhere", "bisect out --backend cuda"),
+    *("export example/austen_lm -o new", "export examples/austen -o new", "verify uot", "inspect examples"),
+    *("bundle out --data nowhere.txt", "bundle out --calib data.parquet"),
+    *("calibrate out --data data.parquet", "calibrate out", "calibrate out --data text --samples 0"),
+    *("verify out --data data.parquet", "verify out --data numbers.csv", "verify out --gate text"),
+    *(f"deploy {CHECKPOINT} -o new --data data.parquet", f"deploy {CHECKPOINT} -o new --precision int8"),
+    *(
+        "forecast out --input numbers.csv -o new.csv",
+        "forecast out --input numbers.csv -o no/new.csv --plot a.png",
+    ),
+    *("generate out --prompt a --state text", "generate out --prompt a --top-p 2", "bench out --steps 0"),
+    *("sensitivity out --data numbers.csv", "report text", "bisect text"),
     *("plugins test --only cpu", "plugins build --only cpu", "plugins bulid", "doctor --fix", "deply"),
 )
 
@@ -94,6 +105,8 @@ def prepared(folder: Path) -> Path:
     (folder / "full").mkdir()
     (folder / "full" / "notes.md").write_text("notes\n")
     (folder / "text").write_text("It is a truth universally acknowledged\n")
+    (folder / "data.parquet").write_bytes(b"PAR1")
+    (folder / "numbers.csv").write_text("a,b\n1,2\n3,4\n")
     (folder / "wrong.yaml").write_text(
         "model: {checkpoint: examples/austen_lm}\nstages: {exprot: {}}\nout: new\n"
     )

@@ -181,3 +181,11 @@ def test_a_link_to_the_whole_folder_works(small_export: Path, tmp_path: Path) ->
     (tmp_path / "link").symlink_to(small_export)
     with sessions.OrtSession(tmp_path / "link") as session:
         session.prefill({"tokens": [[1, 2]]})
+
+
+def test_a_misspelt_run_folder_is_told_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "out" / "austen").mkdir(parents=True)
+    with refused(InputError, f"{tmp_path}/uot/austen does not exist", f"did you mean {tmp_path}/out/austen?"):
+        runfolder.RunFolder.open(tmp_path / "uot" / "austen")
+    with refused(InputError, "is not a run folder: manifest.json is missing"):
+        runfolder.RunFolder.open(tmp_path / "zzz")

@@ -5,6 +5,9 @@ A user of the CLI meets only `ExportError` and its subclasses; any other excepti
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+
 
 class ExportError(Exception):
     """Base of all errors that a user can act on.
@@ -58,3 +61,25 @@ class UserCodeError(BuildError):
 
 class CannotStreamError(BuildError):
     """The model cannot carry states from call to call; the export says what to do instead (exit code 5)."""
+
+
+def similar(path: Path) -> Path | None:
+    """What is there under a name like this one; None if there is nothing."""
+    place = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        known = names_in(place)
+        if part not in (*known, ".."):
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
+            if not near:
+                return None
+            part = near[0]
+        place /= part
+    return place
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder; none where it cannot be read."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []

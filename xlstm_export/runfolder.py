@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import files_in, sha256, sha256_of_all, write_json
-from .errors import InputError
+from .errors import InputError, similar
 from .specs import IoSpec, Json, JsonMapping
 
 SCHEMA = 1
@@ -266,6 +266,8 @@ def _read_json(folder: Path, name: str) -> Json:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not Path(folder).exists() and (near := similar(Path(folder))) is not None:
+            raise InputError(f"{folder} does not exist", f"did you mean {near}?") from None
         raise InputError(
             f"{folder} is not a run folder: {name} is missing", "run `xlstm-export export` first"
         ) from None

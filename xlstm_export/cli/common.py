@@ -162,13 +162,16 @@ def stage_options(
 
 
 def _require_files(options: Options) -> None:
-    """Raise InputError for a file that an option names and that is not there."""
+    """Raise for a file that an option names and that is not there, or is seen to be of no use."""
     for name, about in options.table().items():
         value = getattr(options, name)
         if about.kind not in READ or value is None or _exists(Path(value)):
             continue
         if about.kind != "data" or not GENERATOR.fullmatch(str(value)):
             raise InputError(f"{value} does not exist", f"--{name.replace('_', '-')}: {about.help}")
+    from ..pipeline.plan import require_usable
+
+    require_usable(options)
 
 
 def _exists(path: Path) -> bool:

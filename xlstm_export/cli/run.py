@@ -30,12 +30,14 @@ def run(pipeline: Path, changes: tuple[str, ...], how: How, as_json: bool) -> No
     The file is checked as a whole before anything starts. Its keys: model (checkpoint, or module and
     weights), out, data, threads, stages. After `sensitivity`, `quantize` uses the recipe that it found.
     """
-    from ..pipeline.plan import require_out
+    from ..pipeline.plan import require_out, require_usable
     from ..pipeline.schema import read_pipeline
 
     read = read_pipeline(pipeline, changes)
     Source(*(read.source.get(name) for name in ("checkpoint", "module", "weights", "alias"))).require()
     require_out(read.out, how)
+    for step in read.steps:
+        require_usable(step.options)
     from ..pipeline.deploy import deployment
     from ..pipeline.runner import run_pipeline
     from .summary import show_summary, verdict_line

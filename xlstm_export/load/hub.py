@@ -6,7 +6,6 @@ The package `huggingface_hub` downloads, resumes, and keeps files in its cache; 
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 import re
@@ -16,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, SetupError
+from ..errors import InputError, SetupError, names_in, similar
 from ..options import Context, Progress
 
 log = logging.getLogger(__name__)
@@ -60,26 +59,6 @@ def hub_id(text: str) -> HubId | None:
     return HubId(repo, revision) if revision or not misspelt else None
 
 
-def similar(path: Path) -> Path | None:
-    """What is there under a name like this one; None if there is nothing."""
-    place = Path(path.anchor)
-    for part in path.parts[1:] if path.anchor else path.parts:
-        if not (place / part).exists():
-            near = difflib.get_close_matches(part, _names(place), n=1, cutoff=0.75)
-            if not near:
-                return None
-            part = near[0]
-        place /= part
-    return place
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except OSError:
-        return []
-
-
 def missing(path: Path) -> tuple[str, str] | None:
     """What to say of a path `a/b` that does not exist and may be meant as one or as a model of the Hub.
 
@@ -89,7 +68,7 @@ def missing(path: Path) -> tuple[str, str] | None:
     if NAME.fullmatch(str(path)) is None or FILES.fullmatch(str(path)) or "@" in str(path):
         return None
     near, folder = similar(path), path.parent
-    names = sorted(_names(folder))
+    names = sorted(names_in(folder))
     held = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     what = f"did you mean {near}? For" if near else f"{folder} holds {held or 'nothing'}; for"
     return f"{path} does not exist", f"{what} a model of the Hub: {path}@main"

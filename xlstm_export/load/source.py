@@ -8,8 +8,8 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from ..errors import InputError, UsageError
-from .hub import hub_id, missing, require_package, similar
+from ..errors import InputError, UsageError, similar
+from .hub import hub_id, missing, require_package
 from .place import checkpoint_folder, find_config, need_config, nothing, require_weight_file, weight_files
 
 CHECKPOINT = "give a checkpoint directory or a .pt / .safetensors file"

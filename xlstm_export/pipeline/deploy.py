@@ -24,12 +24,12 @@ from ..options import (
     QuantizeOptions,
     VerifyOptions,
 )
-from ..quantize.recipe import Recipe, preset, read_recipe
+from ..quantize.recipe import Recipe
 from ..runfolder import MODEL, MODEL_DATA, VERDICT
 from ..specs import Json
 from ..targets import require_target
 from .data_check import check_data
-from .plan import Pipeline, Step
+from .plan import Pipeline, Step, deployed
 from .runner import Outcome, run_pipeline
 from .table import BUNDLE
 
@@ -172,7 +172,7 @@ def deploy_pipeline(
     Raises:
         UsageError: the options contradict each other, or calibration data are missing.
     """
-    chosen = _recipe(options)
+    chosen = deployed(options)
     require_target(options.target)
     if options.sign is not None and options.target is None:
         raise UsageError("--sign without --target: no bundle is made", "give --target, or leave out --sign")
@@ -198,18 +198,6 @@ def deploy_pipeline(
         threads=context.threads,
         loaded=loaded,
     )
-
-
-def _recipe(options: DeployOptions) -> Recipe:
-    chosen = read_recipe(options.recipe) if options.recipe else preset(options.precision, options.base)
-    if options.precision not in (FP32, chosen.precision):
-        raise UsageError(f"{options.recipe} is a recipe for {chosen.precision}, not for {options.precision}")
-    if chosen.needs_scales and options.calib is None and not options.random_data:
-        raise UsageError(
-            f"precision {chosen.precision} quantizes activations and needs calibration data",
-            "give --calib DATA (or --random-data, which every report states)",
-        )
-    return chosen
 
 
 def _quantized(chosen: Recipe, options: DeployOptions) -> list[Step]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..options import How, Options
+from ..options import CalibrateOptions, DeployOptions, How, Options, VerifyOptions
 
 if TYPE_CHECKING:
     from ..load.loaded import Loaded
+    from ..quantize.recipe import Recipe
 
 Source = Mapping[str, str]  # keys: `checkpoint`, or `module` and optionally `weights`
 
@@ -71,3 +72,55 @@ def require_out(out: Path, how: How) -> None:
             f"{out} already exists",
             "choose another output folder, --resume to continue there, or --force to replace it",
         )
+
+
+def require_usable(options: Options) -> None:
+    """Raise for what is seen to be wrong with the options of a stage before anything heavy is imported.
+
+    Raises:
+        UsageError: calibration has no data, or quantization none to calibrate with.
+        InputError: a file is of a kind that is not read, or a gate file holds something else.
+    """
+    if isinstance(options, CalibrateOptions):
+        require_ranges(options)
+    if isinstance(options, DeployOptions):
+        deployed(options)
+    for name in ("data", "calib", "avoid"):
+        if path := getattr(options, name, None):
+            from ..sessions.files import check_kind
+
+            check_kind(Path(path))
+    if isinstance(options, VerifyOptions) and options.gate is not None:
+        from ..verify.gate_file import read_gate
+
+        read_gate(options.gate)
+
+
+def require_ranges(options: CalibrateOptions) -> None:
+    """Raise UsageError unless there is one source of calibration data."""
+    if (options.data is not None) == options.random_data:
+        raise UsageError(
+            "calibration needs data"
+            if options.data is None
+            else "--data and --random-data exclude each other",
+            "give --data, or --random-data, which every report states",
+        )
+
+
+def deployed(options: DeployOptions) -> Recipe:
+    """The recipe of what `deploy` makes.
+
+    Raises:
+        UsageError: the options contradict each other, or calibration data are missing.
+    """
+    from ..quantize.recipe import preset, read_recipe
+
+    chosen = read_recipe(options.recipe) if options.recipe else preset(options.precision, options.base)
+    if options.precision not in ("fp32", chosen.precision):
+        raise UsageError(f"{options.recipe} is a recipe for {chosen.precision}, not for {options.precision}")
+    if chosen.needs_scales and options.calib is None and not options.random_data:
+        raise UsageError(
+            f"precision {chosen.precision} quantizes activations and needs calibration data",
+            "give --calib DATA (or --random-data, which every report states)",
+        )
+    return chosen

@@ -62,14 +62,9 @@ def calibrate(
         InputError: data or export are unusable.
     """
     from ..calibration import observers, sets
+    from .plan import require_ranges
 
-    if (options.data is not None) == options.random_data:
-        raise UsageError(
-            "calibration needs data"
-            if options.data is None
-            else "--data and --random-data exclude each other",
-            "give --data, or --random-data, which every report states",
-        )
+    require_ranges(options)
     run = RunFolder.of(run)
     chosen = sets.for_run(
         loaded,

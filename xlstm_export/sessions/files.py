@@ -267,6 +267,11 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is a folder", PICTURE)
     if not path.is_file():
         raise InputError(f"{path} does not exist", PICTURE)
+    check_kind(path)
+
+
+def check_kind(path: Path) -> None:
+    """Raise InputError for a file of a kind that is not read, by its name."""
     kind = OTHERS.get(path.suffix.lower())
     if kind is not None:
         raise InputError(f"{path} is a file of another kind than those that are read", ADVICE[kind])

@@ -209,6 +209,9 @@ def load_state(session: Session, path: Path) -> None:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
     except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
-        raise InputError(f"{path} is not a saved state: {error}", "save it again with save_state") from error
+        why = "it does not exist" if not path.exists() else "it is no archive of NumPy, or damaged"
+        raise InputError(
+            f"{path} is not a saved state: {why}", "name a file that save_state or --state wrote"
+        ) from error
     check_state(path, state)
     session.set_state(state)

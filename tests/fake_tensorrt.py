@@ -59,6 +59,7 @@ class Cudart:
         self.integrated = False  # whether its memory is the system's
         self.strategies: list[object] = []  # of memory, by context
         self.forgotten = 0  # errors that were taken back
+        self.pinned: dict[int, np.ndarray] = {}
         self.streams: set[int] = set()  # what was made and not given back
         self.captured: set[int] = set()
         self.executables: set[int] = set()
@@ -75,6 +76,7 @@ class Cudart:
         """How many of each thing were made and not given back; empty where nothing is left."""
         counts = {
             "blocks": len(self.memory.blocks),
+            "pinned blocks": len(self.pinned),
             "streams": len(self.streams),
             "captured graphs": len(self.captured),
             "executable graphs": len(self.executables),
@@ -144,10 +146,31 @@ class Cudart:
         return 0
 
     def cudaMemcpyAsync(self, to: Any, source: Any, size: Any, kind: int, stream: Any) -> int:  # noqa: N802
-        assert self.capture is None, "copies are not part of a step's graph"
         assert kind in (1, 2)
-        self.memory.view((to if kind == 1 else source).value, np.uint8, (size.value,))
-        ctypes.memmove(to.value, source.value, size.value)
+        device, host = (to, source) if kind == 1 else (source, to)
+        self.memory.view(device.value, np.uint8, (size.value,))
+
+        def copy(to: int = to.value, source: int = source.value, size: int = size.value) -> None:
+            ctypes.memmove(to, source, size)
+
+        if self.capture is None:
+            copy()
+        else:
+            assert host.value in self.pinned, "a graph copies pinned memory only"
+            self.capture.append(copy)
+        return 0
+
+    def cudaHostAlloc(self, pointer: Any, size: Any, flags: int) -> int:  # noqa: N802
+        assert self.capture is None, "allocated while capturing"
+        if status := self._status("cudaHostAlloc"):
+            return status
+        block = np.full(size.value, 0xFF, dtype=np.uint8)
+        pointer._obj.value = block.ctypes.data
+        self.pinned[block.ctypes.data] = block
+        return 0
+
+    def cudaFreeHost(self, pointer: Any) -> int:  # noqa: N802
+        del self.pinned[pointer.value]
         return 0
 
     def cudaStreamBeginCapture(self, stream: Any, mode: int) -> int:  # noqa: N802

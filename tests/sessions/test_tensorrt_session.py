@@ -145,6 +145,37 @@ def test_errors_of_cuda_say_which_call(small_export: Path, tmp_path: Path) -> No
         board.session()
 
 
+def test_a_step_is_one_launch_with_its_copies(
+    small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once captured, nothing is enqueued beside the graph."""
+    board = Board(small_export, tmp_path)
+    stream = tokens(1, 6)
+    with board.session() as session:
+        for place in range(2):
+            session.step(cut(stream, board.io, place, place + 1))
+        for name in ("cudaMemcpyAsync", "cudaMemsetAsync", "cudaMalloc"):
+            monkeypatch.delattr(fake_tensorrt.Cudart, name)
+        monkeypatch.delattr(fake_tensorrt.Context, "execute_async_v3")
+        for place in range(2, 6):
+            session.step(cut(stream, board.io, place, place + 1))
+        assert board.cudart.launches == 6
+
+
+def test_what_a_step_returned_outlives_the_session(small_export: Path, tmp_path: Path) -> None:
+    """The next step overwrites it; closing the session does not free it under the caller."""
+    board = Board(small_export, tmp_path)
+    with board.session() as session:
+        logits = session.step(tokens(1, 1))["logits"]
+        before = logits.copy()
+    gc.collect()
+    assert board.cudart.left() == {"pinned blocks": 1}
+    np.testing.assert_array_equal(logits, before)
+    del logits
+    gc.collect()
+    assert board.cudart.left() == {}
+
+
 @pytest.mark.parametrize(
     "call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiateWithFlags"]
 )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import math
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,18 @@ class Cuda:
 
     def free(self, address: int) -> None:
         self._call("cudaFree", ctypes.c_void_p(address))
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array in memory that the device copies from and to by itself, so that a graph may.
+
+        It is freed with the last array that shares its memory, as a caller may keep what a session returned.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        pointer = ctypes.c_void_p()
+        self._call("cudaHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size), 0)
+        buffer = (ctypes.c_uint8 * size).from_address(int(pointer.value or 0))
+        weakref.finalize(buffer, self._lib.cudaFreeHost, pointer)
+        return np.ctypeslib.as_array(buffer).view(dtype).reshape(shape)
 
     def stream(self) -> int:
         pointer = ctypes.c_void_p()

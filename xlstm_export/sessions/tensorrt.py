@@ -2,8 +2,8 @@
 
 Device buffers are allocated once. States lie in two sets that swap roles at each call, which needs no
 preview feature of the builder; those that only a recurrence plugin reads and writes may have one buffer
-instead, which it updates in place. A step is a CUDA graph for each direction of the swap, so nothing is
-allocated, shaped or enqueued one by one.
+instead, which it updates in place. A step is a CUDA graph for each direction of the swap, with the copies of
+its inputs and outputs in it: one launch, and nothing is allocated, shaped or enqueued one by one.
 
 Everything that is allocated on the device is pushed on one stack, with the function that frees it. Closing
 the session, or failing to open it, unwinds that stack.
@@ -128,7 +128,10 @@ class TensorRtSession(Session):
         for profile in (DECODE, PREFILL):
             self._contexts.append(self._context(profile))
         self._buffers = self._allocate(owned)
-        self._hosts = {x.name: self._empty(x, 1) for x in (*self.io.inputs, *self.io.outputs)}
+        self._hosts = {
+            x.name: self._cuda.pinned(x.sized(self.batch, 1), np.dtype(numpy_type(x.dtype)))
+            for x in (*self.io.inputs, *self.io.outputs)
+        }
         self._clear(np.arange(self.batch))
 
     def _longest(self) -> int:
@@ -198,20 +201,29 @@ class TensorRtSession(Session):
         held = {spec.name: np.asarray(inputs[spec.name], order="C") for spec in self.io.inputs}
         for name, array in held.items():
             self._cuda.upload(self._buffers[name][0], array, self._stream)
-        self._enqueue(PREFILL, length)
+        self._execute(self._bound(PREFILL, length))
         found = {spec.name: self._empty(spec, length) for spec in self.io.outputs}
+        for name, array in found.items():
+            self._cuda.download(array, self._buffers[name][0], self._stream)
         return self._finish(found)
 
     def _step(self, inputs: Arrays) -> Arrays:
         for spec in self.io.inputs:
             self._hosts[spec.name][...] = inputs[spec.name]
-            self._cuda.upload(self._buffers[spec.name][0], self._hosts[spec.name], self._stream)
         graph = self._captured() if self._capture else None
         if graph is None:
-            self._enqueue(DECODE, 1)
+            self._copied_step(self._bound(DECODE, 1))
         else:
             self._cuda.launch(graph, self._stream)
         return self._finish({spec.name: self._hosts[spec.name] for spec in self.io.outputs})
+
+    def _copied_step(self, context: TensorRt) -> None:
+        """Enqueue a step with the copies of its inputs and outputs."""
+        for spec in self.io.inputs:
+            self._cuda.upload(self._buffers[spec.name][0], self._hosts[spec.name], self._stream)
+        self._execute(context)
+        for spec in self.io.outputs:
+            self._cuda.download(self._hosts[spec.name], self._buffers[spec.name][0], self._stream)
 
     def _captured(self) -> int | None:
         """The graph of a step in the current direction of the swap; None if the engine cannot be captured."""
@@ -220,14 +232,14 @@ class TensorRtSession(Session):
             # into the other set of states, which the next step overwrites; states that are updated in place
             # are restored.
             before = self._state() if self._in_place else {}
-            self._enqueue(DECODE, 1)
+            context = self._bound(DECODE, 1)  # before the capture, which a shape may not be set in
+            self._copied_step(context)
             self._cuda.synchronize(self._stream)
             for name in self._in_place:
                 self._store(name, before[name])
-            context = self._bound(DECODE, 1)
             try:
                 with self._cuda.capturing(self._stream, self._keep):
-                    self._execute(context)  # nothing else: setting a shape may not be captured
+                    self._copied_step(context)
             except BuildError as error:
                 log.warning("steps are enqueued layer by layer, without a CUDA graph: %s", error.message)
                 self._cuda.forget_error()
@@ -238,9 +250,6 @@ class TensorRtSession(Session):
     def _keep(self, graph: int) -> None:
         self._owned.callback(self._cuda.destroy_graph, graph)
         self._graphs[self._now] = graph
-
-    def _enqueue(self, profile: int, length: int) -> None:
-        self._execute(self._bound(profile, length))
 
     def _bound(self, profile: int, length: int) -> TensorRt:
         """The context of a profile, with shapes and addresses of the next call."""
@@ -262,8 +271,6 @@ class TensorRtSession(Session):
             raise BuildError("TensorRT could not run the engine: see its message above", "deploy.py doctor")
 
     def _finish(self, outputs: Arrays) -> Arrays:
-        for name, array in outputs.items():
-            self._cuda.download(array, self._buffers[name][0], self._stream)
         self._cuda.synchronize(self._stream)
         self._now = 1 - self._now
         return outputs
@@ -294,6 +301,7 @@ class TensorRtSession(Session):
     def _close(self) -> None:
         self._graphs.clear()
         self._buffers.clear()
+        self._hosts.clear()
         self._owned.close()
 
 

@@ -153,6 +153,34 @@ def test_everything_is_told(run: Path) -> None:
     assert json.loads((run / "report.json").read_text())["bench"]["threads"] == 2
 
 
+@pytest.mark.parametrize(
+    ("drop", "words"), [(0.0125, "+1.250% worse"), (-0.0125, "1.250% better"), (-1e-9, "no change")]
+)
+def test_a_change_of_the_metric_in_words(drop: float, words: str, run: Path) -> None:
+    verdict = json.loads((run / "verify" / "report.json").read_text())
+    verdict["metric"]["drop"] = drop
+    atomic.write_json(run / "verify" / "report.json", verdict)
+    write_report(run)
+    assert f"exported 0.81 ({words})." in (run / "report.md").read_text()
+
+
+def test_an_export_without_states_has_no_drift_and_no_metric(run: Path) -> None:
+    """It is not told to do what `verify` refuses for it."""
+    io = json.loads((run / "io.json").read_text())
+    atomic.write_json(run / "io.json", {**io, "states": []})
+    manifest = runfolder.read_manifest(run)
+    verdict = json.loads((run / "verify" / "report.json").read_text())
+    manifest["files"]["io.json"] = runfolder.hashes(run)["io.json"]
+    atomic.write_json(run / "manifest.json", manifest)
+    verdict |= {"metric": {}, "precision": {"reference": "FP32 export"}, "files": runfolder.hashes(run)}
+    atomic.write_json(run / "verify" / "report.json", verdict)
+    write_report(run)
+    said = (run / "report.md").read_text()
+    assert "there is no stream along which errors could add up" in said
+    assert "not measured: `xlstm-export verify" not in said
+    assert "Nothing yet" not in said
+
+
 def test_hostile_text_stays_text(run: Path) -> None:
     write_report(run)
     html = (run / "report.html").read_text(encoding="utf-8")

@@ -109,4 +109,4 @@ def test_what_was_not_touched_is_said(small_export: Path, small_loaded: Loaded) 
     assert found["positions"] == [1, 2, 64, 65]
     assert found["sentence"] == sentence(found)
     assert "Calls of 1, 2, 64, 65 positions and of 1, 3, 5, 8 rows were tried" in found["sentence"]
-    assert "Tokens: 236 of 256 occurred; not 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …." in found["sentence"]
+    assert "Tokens: 236 of 256 occurred; not 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …" in found["sentence"]

@@ -37,6 +37,8 @@ def _inputs(run: RunData) -> str:
 
 def _metric(run: RunData) -> str:
     metric = (run.evidence or {}).get("metric") or {}
+    if not metric and not run.folder.io.states:
+        return ""  # an export that starts every call fresh is not run along data
     if not metric:
         return "" if run.evidence is None else "not measured: `xlstm-export verify --data` does it"
     against = (
@@ -46,7 +48,11 @@ def _metric(run: RunData) -> str:
     text = f"{metric['name']} on {scored(metric)} held-out positions: {against} {precise(expected)}"
     text += f", exported {precise(metric['exported'])}"
     drop = metric.get("drop")
-    return text + (f" ({drop:+.3%} worse)." if isinstance(drop, float) else ".")
+    if not isinstance(drop, float):
+        return f"{text}."
+    change = round(drop, 5)  # as many digits as are shown
+    words = f"{change:+.3%} worse" if change > 0 else f"{-change:.3%} better" if change else "no change"
+    return f"{text} ({words})."
 
 
 def precise(value: object) -> str:

@@ -43,12 +43,13 @@ def drift(run: RunData) -> Section:
     """Errors along one stream."""
     found = ((run.verification or {}).get("precision") or {}).get("drift")
     if not found:
-        why = "An FP32 export is held to the same limit at any length, so no drift is measured."
-        return (
-            Section("Drift", (why,))
-            if run.precision == "fp32"
-            else missing(run.folder.path, "Drift", "verify")
-        )
+        if run.precision == "fp32":
+            why = "An FP32 export is held to the same limit at any length, so no drift is measured."
+            return Section("Drift", (why,))
+        if not run.folder.io.states:
+            why = "Every call starts fresh, so there is no stream along which errors could add up."
+            return Section("Drift", (why,))
+        return missing(run.folder.path, "Drift", "verify")
     plots = tuple(
         LinePlot(
             f"Drift, {mode}",

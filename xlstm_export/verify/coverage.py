@@ -205,8 +205,8 @@ def sentence(found: JsonMapping) -> str:
     if tokens:
         text += f" Tokens: {tokens['touched']:,} of {tokens['of']:,} occurred"
         left = ", ".join(map(str, tokens["untouched"]))
-        more = ", …" if tokens["of"] - tokens["touched"] > len(tokens["untouched"]) else ""
-        text += f"; not {left}{more}." if left else "."
+        end = ", …" if tokens["of"] - tokens["touched"] > len(tokens["untouched"]) else "."
+        text += f"; not {left}{end}" if left else "."
     return text
 
 

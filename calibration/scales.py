@@ -175,7 +175,7 @@ class Scales:
                 tensors=tensors,
                 channel_amax=channels,
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{folder / SCALES} does not hold scales: {error!r}", "calibrate again"
             ) from error

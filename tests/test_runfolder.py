@@ -189,3 +189,11 @@ def test_a_misspelt_run_folder_is_told_what_is_there(tmp_path: Path) -> None:
         runfolder.RunFolder.open(tmp_path / "uot" / "austen")
     with refused(InputError, "is not a run folder: manifest.json is missing"):
         runfolder.RunFolder.open(tmp_path / "zzz")
+
+
+def test_an_integer_beyond_every_float(tmp_path: Path) -> None:
+    output = {"name": "y", "dtype": "float32", "shape": ["B", "S", 1], "quantiles": [10**400]}
+    io = {"schema": runfolder.SCHEMA, "inputs": [], "outputs": [output], "states": []}
+    (tmp_path / runfolder.IO).write_text(json.dumps(io))
+    with refused(InputError, "does not describe a graph"):
+        runfolder.read_io(tmp_path)

@@ -257,7 +257,7 @@ def read_io(folder: Path) -> IoSpec:
     data = _read_json(folder, IO)
     try:
         return IoSpec.from_json(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{folder / IO} does not describe a graph: {error!r}", "export again") from error
 
 

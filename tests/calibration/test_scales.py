@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -52,6 +53,35 @@ def test_read_gives_what_was_written(scales: Scales, tmp_path: Path) -> None:
     assert found.channels("grows").dtype == np.float32
     assert found.all_amax()["shrinks"] == 1.0
     assert set(found.all_channels()) == set(found.all_amax()) == set(scales.tensors)
+
+
+@pytest.mark.parametrize("value", [10**400, "1e", None, [1]])
+def test_numbers_that_are_none(scales: Scales, tmp_path: Path, value: object) -> None:
+    """An integer beyond every float too."""
+    scales.write(tmp_path)
+    data = json.loads((tmp_path / SCALES).read_text())
+    data["tensors"]["grows"]["amax"] = value
+    (tmp_path / SCALES).write_text(json.dumps(data))
+    with refused(InputError, "does not hold scales"):
+        Scales.read(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_pair(
+    scales: Scales, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two files belong together: neither takes its name before both are complete."""
+    scales.write(tmp_path)
+    old = (tmp_path / CHANNELS).read_bytes()
+
+    def full(data: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("xlstm_export.calibration.scales.json_text", full)
+    scales.channel_amax["once"][:] = 9
+    with refused(SetupError, "full"):
+        scales.write(tmp_path)
+    assert (tmp_path / CHANNELS).read_bytes() == old
+    Scales.read(tmp_path)
 
 
 def test_writing_again_gives_the_same_bytes(scales: Scales, tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ VALUES: tuple[Any, ...] = (
     -1,
     0,
     10**30,
+    10**400,
+    2**63,
+    -0.5,
+    "1",
+    [1, [2]],
+    {"a": {}},
     1e308,
     float("nan"),
     "",
@@ -93,10 +99,14 @@ VALUES: tuple[Any, ...] = (
 
 def restructure(path: Path, rng: np.random.Generator) -> None:
     """One value of a JSON or YAML file is another, is gone, or has another name."""
+    path.write_text(restructured(path.read_text(), rng, is_json=path.suffix == ".json"))
+
+
+def restructured(text: str, rng: np.random.Generator, *, is_json: bool) -> str:
+    """The same for the text of such a file; unchanged where it has no values."""
     import yaml
 
-    is_json = path.suffix == ".json"
-    data = json.loads(path.read_text()) if is_json else yaml.safe_load(path.read_text())
+    data = json.loads(text) if is_json else yaml.safe_load(text)
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -108,6 +118,8 @@ def restructure(path: Path, rng: np.random.Generator) -> None:
             walk(value[key])
 
     walk(data)
+    if not places:
+        return text
     holder, key = places[int(rng.integers(len(places)))]
     choice = int(rng.integers(4))
     if choice == 0:
@@ -116,7 +128,7 @@ def restructure(path: Path, rng: np.random.Generator) -> None:
         holder[f"{key}x"] = holder.pop(key)
     else:
         holder[key] = VALUES[int(rng.integers(len(VALUES)))]
-    path.write_text(json.dumps(data) if is_json else yaml.safe_dump(data))
+    return json.dumps(data) if is_json else yaml.safe_dump(data)
 
 
 def nest(path: Path, rng: np.random.Generator) -> None:

@@ -46,6 +46,7 @@ def test_a_pattern_without_a_check_is_an_error(tmp_path: Path) -> None:
         "limits: {a: .nan}",
         "limits: {a: .inf}",
         "limits: {a: -1}",
+        f"limits: {{a: {10**400}}}",
         "limits: {1: 1}",
         "limits: {}\nmore: 1",
         "{",

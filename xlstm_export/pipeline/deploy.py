@@ -158,7 +158,7 @@ def _variant(outcome: Outcome, done: list[Outcome]) -> Variant:
         path = outcome.folder / VERDICT
         try:
             verdict = Verdict.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{path} cannot be read: {error!r}", "verify again") from error
     timed = [o.result for o in done if o.variant == outcome.variant and isinstance(o.result, BenchReport)]
     return Variant(outcome.variant, outcome.folder, verdict, timed[0] if timed else None)

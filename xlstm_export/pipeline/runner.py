@@ -221,7 +221,7 @@ class _Run:
                 self._before = hashlib.sha256(
                     json.dumps([self._before, record["inputs"], record["outputs"]], sort_keys=True).encode()
                 ).hexdigest()
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return
 
     def _record(self, step: Step) -> Path:

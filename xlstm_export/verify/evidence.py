@@ -82,7 +82,7 @@ def standing(run: RunFolder) -> Verdict | None:
     """The verdict of a run folder; None if there is none, or if it is about files that have changed since."""
     try:
         verdict = Verdict.from_json(json.loads(run.verdict.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     return verdict if verdict.files == run.hashes() else None
 

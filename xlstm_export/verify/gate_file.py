@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +67,8 @@ def read_gate(path: Path) -> Gate:
         InputError: it cannot be read, or has another form.
     """
     try:
+        data: Any = read_mapping(path)  # which bounds the size
         content = path.read_bytes()
-        data: Any = read_mapping(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read: {error}", f"a gate file looks like this: {EXAMPLE}"
@@ -80,7 +80,7 @@ def read_gate(path: Path) -> Gate:
     limits = {}
     for pattern, limit in data["limits"].items():
         number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
-        if not isinstance(pattern, str) or not number or not 0 <= limit < math.inf:
+        if not isinstance(pattern, str) or not number or not 0 <= limit <= sys.float_info.max:
             raise InputError(f"{path}: the limit of {pattern!r} is {limit!r}", "a number, at least 0")
         limits[pattern] = float(limit)
     return Gate(str(path), hashlib.sha256(content).hexdigest(), limits)

@@ -251,6 +251,11 @@ def eps(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     return f"{chosen[0].name}.{chosen[1].name}"
 
 
+def overflow(model: onnx.ModelProto, name: str, reached: float) -> str:
+    """A memory has room for four times what it has `reached`: it is full some thousand positions later."""
+    return _bounded(model, name, 4 * reached)
+
+
 def saturated(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     """A memory cannot grow beyond what it has after some steps."""
     names = [present for _, present in _states(model) if present.endswith(("_C", "_n", "_c"))]

@@ -17,6 +17,7 @@ from xlstm_export.checks import Verdict
 from xlstm_export.load.loaded import Loaded, Range
 from xlstm_export.options import Context, VerifyOptions
 from xlstm_export.runfolder import RunFolder
+from xlstm_export.sessions import OrtSession
 from xlstm_export.verify import coverage
 from xlstm_export.verify.coverage import BORDERS, ROWS, calls, every_token, sentence
 from xlstm_export.verify.fp32 import verify
@@ -55,6 +56,23 @@ def test_a_small_fault_in_the_shortest_calls_alone(
             "positions of logits",
             "prefill of other rows and lengths",
         }
+
+
+@pytest.mark.slow
+def test_a_memory_that_is_full_after_thousands_of_positions(own_export: Path, small_loaded: Loaded) -> None:
+    """The streams of the checks do not get that far, so one starts from a large memory."""
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 700))
+    with OrtSession(own_export, 3, 1) as session:
+        session.prefill({"tokens": tokens})
+        name, value = next((n, x) for n, x in session.state().items() if n.endswith("_C"))
+    present, reached = name.replace("past", "present"), float(np.abs(value).max())
+    tamper_with(own_export, lambda m: mutations.overflow(m, present, reached) and None)
+    verdict = verify(own_export, small_loaded, context=Context(threads=1))
+    assert {name.split(":")[0] for name in failed(verdict)} <= {
+        "long stream from a large memory",
+        "positions of logits",
+    }
+    assert not verdict.passed
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from ..measure.data import PIECE, EvalData
 from ..options import Context, VerifyOptions
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, TorchSession
-from ..specs import Json
+from ..specs import CHUNK, Json
 from .base import Verification, require_same_model
 from .coverage import along, calls, check_shapes, coverage, every_token
 from .evidence import evidence, keep
@@ -52,6 +53,8 @@ from .positions import Positions, with_ill_conditioned
 from .ways import BATCH, RAGGED
 
 log = logging.getLogger(__name__)
+# A matrix memory that forgets nothing grows with the positions: from a few hundred to some ten thousand.
+FAR = 64.0
 
 
 def verify(
@@ -135,6 +138,7 @@ class _Fp32(Verification):
         if self.io.states:
             progress("long stream")
             checks += self.check_long()
+            checks += self.check_far()
         else:
             checks += self.check_other_calls()
         checks = self._conditioned(checks + self.streams.positions.checks())
@@ -215,6 +219,23 @@ class _Fp32(Verification):
         if most > length:
             self._long = (inputs, *expected[most])
         return checks + check_shapes(self.streams, expected, inputs, self.calls)
+
+    def check_far(self) -> list[Check]:
+        """A call from memories as large as after far more positions: of what is bounded, some has no room."""
+        grown = {
+            spec.past: (FAR if spec.kind in ("C", "n", "c") else 1.0) * self._long[2][spec.past]
+            for spec in self.io.states
+            if self._long is not None
+        }
+        start = {name: value.astype(np.float32) for name, value in grown.items()}
+        inputs = self.source.cut(self.inputs, 0, CHUNK + 1)
+        self.reference.set_state(start)
+        reference = self.reference.prefill(inputs)
+        state = self.reference.state()
+        self.candidate.set_state(start)
+        outputs = self.candidate.prefill(inputs)
+        again = self.streams.replay(inputs, CHUNK + 1)
+        return self.streams.compare("long stream from a large memory", again, outputs, reference, state)
 
     def check_other_calls(self) -> list[Check]:
         """Calls of other lengths and batches, of a model without states."""

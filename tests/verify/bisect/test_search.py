@@ -30,7 +30,9 @@ from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.trace import export as trace
+from xlstm_export.verify.bisect import search
 from xlstm_export.verify.bisect.place import Bisection, Place
+from xlstm_export.verify.bisect.replay import Run, open_onnxruntime
 from xlstm_export.verify.bisect.search import bisect
 from xlstm_export.verify.limits import LIMITS
 
@@ -189,6 +191,30 @@ def test_where_no_value_is_wrong_the_check_is_named(
     assert found.place is not None
     assert "“prefill 9: logits” fails" in found.sentence()
     assert found.to_json()["block"] is not None
+
+
+@pytest.mark.slow
+def test_a_wrong_kernel(
+    small_export: Path, small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is right; what runs in its place is not."""
+
+    def wrong(model: ir.Model, folder: Path, threads: int) -> Run:
+        node = next((node for node in model.graph if node.op_type == MLSTM), None)
+        if node is not None:
+            i, f = node.inputs[3], node.inputs[4]
+            node.replace_input_with(3, f)
+            node.replace_input_with(4, i)
+        return open_onnxruntime(model, folder, threads)
+
+    monkeypatch.setattr(search, "open_fused", wrong)
+    io = RunFolder.open(small_export).io
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 9))
+    replay = Replay({"tokens": tokens}, (4, 5), lambda arrays, start, end: cut(arrays, io, start, end))
+    check = Check("fused 1+63: logits", 1e-2, 5e-6, replay=replay)
+    found = bisect(small_export, small_loaded, Context(threads=1), failed=[check])
+    assert (place(found).op_type, found.against) == (MLSTM, "the graph without fused kernels")
+    assert "the compiled kernels are not" in found.sentence()
 
 
 @pytest.mark.slow

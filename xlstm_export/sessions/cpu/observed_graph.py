@@ -134,8 +134,14 @@ def add_outputs(model: ir.Model, names: Sequence[str]) -> dict[str, str]:
     return given_as
 
 
-def open_graph(model: ir.Model, folder: Path, threads: int) -> OrtObject:
+def open_graph(model: ir.Model, folder: Path, threads: int, kernels: Path | None = None) -> OrtObject:
     """An onnxruntime.InferenceSession over a graph, lowered where it must be, on the weights of a folder.
+
+    Args:
+        model: the graph.
+        folder: folder of its weights.
+        threads: threads of one operator; all cores by default.
+        kernels: library of operators that have no function bodies in the graph.
 
     Raises:
         InputError: the runtime does not take it.
@@ -145,6 +151,8 @@ def open_graph(model: ir.Model, folder: Path, threads: int) -> OrtObject:
         options = session_options(threads)
     except ImportError as error:
         raise SetupError(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime") from error
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels))
     # As prefill does it: weights are read from the mapped file, not packed into a copy.
     try:
         if lower.needs_lowering(model):

@@ -96,7 +96,7 @@ class Bisection:
             return f"“{self.failed}” fails: {self.place.sentence()}{note}"
         if self.place is None:
             return f"no block by itself differs from {self.against}{note}"
-        return f"first difference from {self.against}: {self.place.sentence()}"
+        return f"first difference from {self.against}: {self.place.sentence()}{note}"
 
 
 def located(

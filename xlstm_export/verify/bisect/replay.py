@@ -18,8 +18,10 @@ from ...graph.element_types import typed_nodes
 from ...inputs import Arrays
 from ...runfolder import MODEL
 from ...sessions.arrays import numpy_type
+from ...sessions.cpu.fused import drop_bodies, library
 from ...sessions.cpu.observed_graph import add_outputs, open_graph
 from ...sessions.cpu.round_half import HALF
+from ...sessions.cpu_graph import OrtObject
 from ...specs import IoSpec
 
 FLOATS = frozenset((ir.DataType.FLOAT, *HALF))
@@ -39,7 +41,16 @@ def open_onnxruntime(model: ir.Model, folder: Path, threads: int) -> Run:
         BuildError: the runtime failed.
         InputError: the runtime cannot load the graph.
     """
-    session = open_graph(model, folder, threads)
+    return _opened(open_graph(model, folder, threads))
+
+
+def open_fused(model: ir.Model, folder: Path, threads: int) -> Run:
+    """The same with the fused kernels, which have to be built, in place of the function bodies."""
+    drop_bodies(model)
+    return _opened(open_graph(model, folder, threads, library()))
+
+
+def _opened(session: OrtObject) -> Run:
     names = [x.name for x in session.get_outputs()]
     wanted = {x.name for x in session.get_inputs()}
 

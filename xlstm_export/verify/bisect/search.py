@@ -43,10 +43,11 @@ from ...specs import IoSpec
 from ...trace import export as trace
 from ...trace.capture import MODULE
 from ..coverage import BORDERS
+from ..limits import LIMITS
 from .graphs import EXACT, GraphSearch, Names
 from .modules import ModuleSearch
 from .place import Bisection, Place, of_check
-from .replay import Runner, Side, open_onnxruntime, require_same_parts
+from .replay import Runner, Side, open_fused, open_onnxruntime, require_same_parts
 
 WARM = 64  # positions after which states are taken
 LENGTH = 32  # positions that are replayed
@@ -177,9 +178,26 @@ class _Search:
             return replace(found, place=wrong, against="the same made again", note="")
         if not self.failed:
             return found
+        kernels = self._of_kernels()
+        if kernels is not None:
+            return kernels
         check = next((check for check in self.failed if check.replay is not None), self.failed[0])
         near = max(found.blocks, key=lambda one: one.error, default=None)
         return replace(found, place=of_check(check, near), failed=check.name)
+
+    def _of_kernels(self) -> Bisection | None:
+        """The first value that the fused kernels compute wrongly, where a check of them has failed."""
+        fused = [one.replay for one in self.failed if one.replay and one.name.startswith("fused ")]
+        if not fused or self.source.options.precision is not None:
+            return None
+        with_kernels = Side(self.source.path, self.source.io, self.context.threads, open_fused)
+        bodies = Side(self.source.path, self.source.io, self.context.threads)
+        against = "the graph without fused kernels"
+        search = GraphSearch(
+            with_kernels, bodies, self.names, against, LIMITS["state"], self.context.progress
+        )
+        found = search.search(fused[0], "the file is right, the compiled kernels are not")
+        return found if found.place is not None else None
 
     def _of_mismatch(self, mismatch: Mismatch, again: Side) -> Place:
         """What differs in the file, where no value of a replayed call shows it."""

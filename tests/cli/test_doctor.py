@@ -43,6 +43,15 @@ def test_extras_are_shown_as_written(capsys: pytest.CaptureFixture[str]) -> None
     assert "xlstm-export[models]" in capsys.readouterr().out
 
 
+def test_a_machine_where_all_is_well_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each for what is there, and one more for what to do about the rest."""
+    cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 2 * len(doctor.examine())
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if "torch" in line).startswith("ok")
+
+
 def found(name: str) -> doctor.Finding:
     return {f.name: f for f in doctor.examine()}[name]
 

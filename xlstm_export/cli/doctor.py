@@ -11,6 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from ..errors import SetupError
+from ..load.hub import INSTALL as INSTALL_HUB
 from ..plugins import inventory, locate, toolchain
 from ..sessions.cpu_graph import INSTALL, too_old
 
@@ -24,7 +25,8 @@ PACKAGES = {
     "transformers": ("transformers", "load Hugging Face models", "pip install transformers", False),
     "tirex-ts": ("tirex", "load TiRex forecasters", "pip install tirex-ts", False),
     "distributed": ("distributed", "sensitivity search on a Dask cluster", "pip install distributed", False),
-    "tokenizers": ("tokenizers", "calibration text of Hugging Face models", "pip install tokenizers", False),
+    "tokenizers": ("tokenizers", "text of models that are not byte-level", "pip install tokenizers", False),
+    "huggingface_hub": ("huggingface_hub", "models by their name on the Hub", INSTALL_HUB, False),
     "tensorrt": ("tensorrt", "build engines", "on a Jetson it comes with JetPack", False),
 }
 

@@ -161,7 +161,7 @@ def doctor(as_json: bool) -> None:
     findings = examine()
     emit([asdict(f) for f in findings], as_json, lambda console: tables.show_doctor(console, findings))
     if any(f.status == "missing" for f in findings):
-        raise SetupError("something needed is missing", "see the last column above")
+        raise SetupError("something needed is missing", "see the lines marked missing")
 
 
 cli.add("All stages", deploy, cli_flow.run)

@@ -118,7 +118,7 @@ def _facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
         scores = f"{against} {expected:.6f}, exported {m['exported']:.6f}"
         yield "metric", f"{m['name']} on {scored(m)} held-out positions: {scores}"
     if verdict.identity:
-        yield "identity", verdict.identity["sentence"]
+        yield "proof", verdict.identity["sentence"]
     if verdict.coverage:
         yield "tried", verdict.coverage["sentence"]
     if verdict.reference:
@@ -194,9 +194,11 @@ def show_states(console: Console, outcomes: Sequence[Outcome]) -> None:
 def show_doctor(console: Console, findings: list[Finding]) -> None:
     """What was found on this machine, and what to do."""
     colors = {"ok": "green", "missing": "bold red", "optional": "yellow"}
-    table = Table("", "status", "found", "do")
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for f in findings:
-        table.add_row(f.name, f"[{colors[f.status]}]{f.status}[/]", escape(f.detail), escape(f.action))
+        table.add_row(f"[{colors[f.status]}]{f.status}[/]", f.name, escape(f.detail))
+        if f.action:
+            table.add_row("", "", escape(f"→ {f.action}"))
     console.print(table)
 
 

@@ -50,6 +50,18 @@ def test_what_is_imported_from_the_users_own_tree() -> None:
     ]
 
 
+def test_folders_without_init_in_a_package(folder: Path) -> None:
+    """As test helpers are often kept, and imported by a function only."""
+    inner = folder / "proj_a" / "data" / "sets"
+    inner.mkdir(parents=True)
+    (inner / "late.py").write_text("")
+    with (folder / "proj_a" / "build.py").open("a") as file:
+        file.write(
+            "def more():\n    from proj_a.data.sets.late import x\n    from proj_a.data.gone.late import y\n"
+        )
+    assert "proj_a.data.sets.late" in code_hashes("proj_a.build:factory")
+
+
 @pytest.mark.parametrize("file", ["proj_a/shapes.py", "proj_a/__init__.py", "proj_b.py", "proj_a/build.py"])
 def test_a_change_changes_one_hash(folder: Path, file: str) -> None:
     before = code_hashes("proj_a.build:factory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import sysconfig
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -65,7 +66,14 @@ def _find(name: str) -> ModuleSpec | None:
     package = _find(above)
     if package is None or package.submodule_search_locations is None:
         return None
-    return PathFinder.find_spec(name, list(package.submodule_search_locations))
+    folders = list(package.submodule_search_locations)
+    try:
+        return PathFinder.find_spec(name, folders)
+    except KeyError:  # a folder without __init__.py, in a package that is not imported
+        spec = ModuleSpec(name, None, is_package=True)
+        inner = [os.path.join(folder, name.rpartition(".")[2]) for folder in folders]
+        spec.submodule_search_locations = [folder for folder in inner if os.path.isdir(folder)]
+        return spec
 
 
 def _imports(path: Path, name: str) -> Iterator[str]:

@@ -137,12 +137,14 @@ def test_rows_and_streams(rows: Rows) -> None:
 
 
 def test_a_step_loop_is_one_sequence_in_the_graph(tmp_path: Path) -> None:
-    """One recurrence per cell, for any number of positions."""
+    """One recurrence per cell, for any number of positions; the ends of the blocks have names."""
     import onnx
 
     out = trace.export(loaded(called.Loop), tmp_path / "out")
-    nodes = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
+    graph = onnx.load(out / "model.onnx").graph
+    nodes = [node.op_type for node in graph.node]
     assert nodes.count("XlstmMlstm") == nodes.count("XlstmSlstm") == 1
+    assert {"hidden_0", "hidden_1"} <= {name for node in graph.node for name in node.output}
 
 
 class OwnCell(nn.Module):

@@ -59,6 +59,7 @@ class TorchSession(Session):
         self.paths = tuple(path for path, _ in lifted.module.named_modules() if path)
         self._given: dict[str, Tensor] = {}  # inputs of the last call
         self._paths: tuple[str, ...] = ()  # modules whose results are kept
+        self._steps = False  # and those of their `step`
         self._results: Results = []
         self._past = lifted.fresh_state(self.batch, self._dtype)
 
@@ -96,20 +97,22 @@ class TorchSession(Session):
             past = {name: x.to(state) for name, x in self._past.items()}
             self._given = dict(zip(self._loaded.inputs, given, strict=True))
             args, kwargs = self._loaded.call(given)
-            with kept_results(module, self._paths) as self._results:
+            with kept_results(module, self._paths, steps=self._steps) as self._results:
                 return run_lifted(module, args, past, kwargs=kwargs)
 
         if self._precise is None:
             return call(self._module, tuple(tensors), self._dtype)
         return self._precise.run(call, tensors)
 
-    def traced(self, paths: Sequence[str], inputs: Mapping[str, np.ndarray]) -> tuple[Results, Arrays]:
+    def traced(
+        self, paths: Sequence[str], inputs: Mapping[str, np.ndarray], *, steps: bool = False
+    ) -> tuple[Results, Arrays]:
         """As `prefill`, and also returns the results of the modules at `paths`; see `kept_results`."""
-        self._paths = tuple(paths)
+        self._paths, self._steps = tuple(paths), steps
         try:
             outputs = self.prefill(inputs)
         finally:
-            self._paths = ()
+            self._paths, self._steps = (), False
         return self._results, outputs
 
     def _state(self) -> Arrays:
@@ -125,10 +128,15 @@ class TorchSession(Session):
 
 
 @contextlib.contextmanager
-def kept_results(module: nn.Module, paths: Sequence[str]) -> Iterator[Results]:
+def kept_results(module: nn.Module, paths: Sequence[str], *, steps: bool = False) -> Iterator[Results]:
     """The results of the modules at `paths`, with their paths, in the order in which calls end in the block.
 
     Of a nest it is the first tensor; a call that returns none is left out.
+
+    Args:
+        module: it is called in the block.
+        paths: of modules in it.
+        steps: keep what their `step` returns, too, where they have one.
     """
     import torch
     from torch.utils._pytree import tree_leaves
@@ -143,9 +151,24 @@ def kept_results(module: nn.Module, paths: Sequence[str]) -> Iterator[Results]:
 
         return hook
 
-    hooks = [module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    parts = {path: module.get_submodule(path) for path in paths}
+    hooks = [part.register_forward_hook(keep(path)) for path, part in parts.items()]
+    stepped = {path: part for path, part in parts.items() if steps and callable(getattr(part, "step", None))}
+    for path, part in stepped.items():
+        vars(part)["step"] = _kept_step(part.step, keep(path))
     try:
         yield results
     finally:
         for hook in hooks:
             hook.remove()
+        for part in stepped.values():
+            del vars(part)["step"]
+
+
+def _kept_step(step: Any, keep: Any) -> Any:
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        keep(None, None, result)
+        return result
+
+    return kept

@@ -222,6 +222,12 @@ def _mark_boundaries(module: nn.Module) -> None:
         return  # a block that is called twice has no single place in the graph
     for index, block in enumerate(stack):
         block.register_forward_hook(partial(_mark, index))
+        if callable(step := getattr(block, "step", None)):  # of a forward that takes one position at a time
+            vars(block)["step"] = partial(_marked_step, index, block, step)
+
+
+def _marked_step(index: int, block: nn.Module, step: Any, *args: Any, **kwargs: Any) -> Any:
+    return _mark(index, block, args, step(*args, **kwargs))
 
 
 def _mark(index: int, block: nn.Module, inputs: Any, result: Any) -> Any:

@@ -221,7 +221,7 @@ class ModuleSearch:
 
 def _given(session: TorchSession, paths: Sequence[str], inputs: Arrays) -> Arrays:
     """Outputs, block results and present states of one call, by the names of the graph."""
-    results, outputs = session.traced(paths, inputs)
+    results, outputs = session.traced(paths, inputs, steps=True)
     hidden = {f"{PREFIX}{paths.index(path)}": x for path, x in results}
     return {**hidden, **outputs, **{s.present: session.state()[s.past] for s in session.io.states}}
 

@@ -41,13 +41,13 @@ from xlstm_export.calibration.scales import Scales  # noqa: E402
 from xlstm_export.bench.environment import environment  # noqa: E402
 from xlstm_export.checks import Verdict  # noqa: E402
 from xlstm_export.errors import ExportError  # noqa: E402
+from xlstm_export.lift.model import lift_model  # noqa: E402
 from xlstm_export.load import checkpoint  # noqa: E402
 from xlstm_export.load.loaded import Loaded  # noqa: E402
 from xlstm_export.options import CalibrateOptions, Context, ExportOptions, VerifyOptions  # noqa: E402
 from xlstm_export.quantize import quantize  # noqa: E402
 from xlstm_export.quantize.recipe import preset  # noqa: E402
 from xlstm_export.runfolder import RunFolder  # noqa: E402
-from xlstm_export.sessions import TorchSession  # noqa: E402
 from xlstm_export.trace import export as trace  # noqa: E402
 from xlstm_export.verify import fp32  # noqa: E402
 from xlstm_export.verify.bisect.place import Bisection  # noqa: E402
@@ -155,6 +155,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, traced_once():
             for trial in of_model(name, Path(scratch), kinds, seeds):
                 trials.append(trial)
+                write(args.out, trials)
                 mark = "missed" if not trial.caught else "right" if trial.right else "WRONG"
                 print(
                     f"{trial.model:22} {trial.kind:20} {trial.seed} {mark:6} {trial.seconds:5.1f} s",
@@ -162,7 +163,6 @@ def main() -> None:
                 )
                 if trial.caught and not trial.right:
                     print(f"    planted {trial.planted}\n    {trial.sentence}", flush=True)
-        write(args.out, trials)
 
 
 @contextlib.contextmanager
@@ -259,10 +259,11 @@ def of_adapters(folder: Path) -> Iterator[Trial]:
     """Every cell of some models with a wrong adapter."""
     for name in ("mixed stack", "standard recurrences", "stack and LSTM", "float32 forward"):
         loaded = MODELS[name](folder / name.replace(" ", "_"))
-        with TorchSession(loaded, 1, "float32") as session:
-            cells, kinds = session.cells, {s.kind for s in session.io.states}
-        faults = [WrongAdapter(path) for path in cells]
-        faults += [WrongAdapter(path, kind) for path in cells for kind in sorted(kinds)]
+        lifted = lift_model(loaded)
+        faults = [WrongAdapter(block.path) for block in lifted.blocks]
+        # The last state of a cell stands for all.
+        kept = {lifted.blocks[state.block].path: state.kind for state in lifted.states if state.kind != "m"}
+        faults += [WrongAdapter(path, kind) for path, kind in kept.items()]
         for index, fault in enumerate(faults):
             out = folder / f"{name.replace(' ', '_')}.{index}"
             with fault.planted(), traced_once():
@@ -333,7 +334,6 @@ def write(path: Path, trials: list[Trial]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['right']} of {result['caught']} right, {result['planted']} planted", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ...checks import Replay
 from ...graph.cut import PREFIX
 from ...inputs import Arrays, batch_of, length_of
 from .place import Bisection, BlockError, Place, located
-from .replay import Side, block_errors, error, pairs
+from .replay import STAND_INS, Side, block_errors, error, pairs
 from .why import explain
 
 EXACT = 1e-6  # the same operators on the same values
@@ -32,7 +32,9 @@ class Names:
         return "head" if blocks else "the whole"
 
     def place(self, place: Place, base: str) -> Place:
-        """The place with the module that computes the value `base` of the FP32 graph."""
+        """The place with the module that computes a value, which in the FP32 graph may have another name."""
+        while base not in self.modules and base.endswith(STAND_INS):
+            base = base.rpartition(".")[0]
         return replace(place, module=self.modules.get(base, ""))
 
 
@@ -146,6 +148,7 @@ class GraphSearch:
         }
         found = self.candidate.values(index, own, list(both))
         expected = self.reference.values(index, feed, sorted(set(both.values())))
+        both = {a: b for a, b in both.items() if a in found and b in expected}
         errors = {a: error(found[a], expected[b]) for a, b in both.items()}
         beyond = [a for a in both if errors[a] > self.limit]
         if not errors:

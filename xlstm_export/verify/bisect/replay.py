@@ -125,11 +125,15 @@ class Side:
         return self._opened[index](feed)
 
     def values(self, index: int | None, feed: Feed, names: Sequence[str]) -> Arrays:
-        """The named inner values of a block, in FP32."""
+        """The named inner values of a block, in FP32.
+
+        One is missing where the runtime makes one of two that are equal, such as an output in half and the
+        same as FP32.
+        """
         model = self.part(index)
         given_as = add_outputs(model, names)
         found = self.open(model, self.folder, self.threads)(feed)
-        return {name: found[given_as[name]] for name in names}
+        return {name: found[given_as[name]] for name in names if given_as[name] in found}
 
     def fresh(self, rows: int) -> Arrays:
         """The states at the start of a stream."""

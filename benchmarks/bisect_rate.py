@@ -30,6 +30,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import called_models  # noqa: E402
 import models  # noqa: E402
 import own_models  # noqa: E402
 import own_recurrences  # noqa: E402
@@ -80,18 +81,6 @@ class Recurrences(nn.Module):
         return self.out(self.second(self.first(x)[0])[0])
 
 
-class Step(nn.Module):
-    """One position per call, the state in and out by the cell's own module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inp, self.body = nn.Linear(5, own_models.WIDTH), own_models.stack(2)
-        self.out = nn.Linear(own_models.WIDTH, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.body(self.inp(x)[:, None])[:, 0])
-
-
 def language_model(folder: Path) -> Loaded:
     return checkpoint.load_checkpoint(models.make(folder / "checkpoint", embedding_dim=32, vocab_size=64))
 
@@ -115,7 +104,8 @@ MODELS: dict[str, Callable[[Path], Loaded]] = {
     "stack called twice": lambda folder: _own(own_models.Twice(), own_models.WIDTH),
     "float32 forward": lambda folder: checkpoint.load_module("pinned_models:float_cast"),
     "policy": lambda folder: own_models.policy(),
-    "step": lambda folder: own_models.loaded(Step(), inputs={"x": torch.randn(2, 5)}, dims={"x": ("B", 5)}),
+    "steps in a loop": lambda folder: called_models.load(called_models.Loop),
+    "channels as rows": lambda folder: called_models.load(called_models.Channels),
     "vision": lambda folder: own_models.vision(),
     "mixed stack": lambda folder: _own(mixed_stack(), 32),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from pathlib import Path
@@ -65,6 +66,14 @@ def test_safetensors_header_that_contradicts_itself(folder: Path, old: bytes, ne
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("weight_map", [{}, [], {"a": 10**300}, {"a": {"b": 1}}, {"a": "x" * 300}])
+def test_index_of_shards_that_names_no_files(tmp_path: Path, weight_map: object) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    with refused(InputError, str(tmp_path)):
+        weights.open_weights(path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_torch_files(tmp_path: Path, zipped: bool) -> None:
     """Cut anywhere, or with some bytes changed: an InputError, or tensors where nobody could tell."""

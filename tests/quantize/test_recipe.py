@@ -80,6 +80,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ("schema: 2\nprecision: int8", "no recipe of schema 1"),
         ("schema: 1\nprecision: int9", "precision 'int9' is unknown"),
         ("schema: 1\nprecision: int8\nsmoth: 1", "unknown smoth"),
+        ("schema: 1\nprecision: int8\non: 1\nsmoth: 1\n3: 1", "unknown 3, True, smoth"),
         ("schema: 1\nprecision: int8\nsmooth: 2", "smooth is 2"),
         ("schema: 1\nprecision: int8\nrules: [{match: '(', to: float}]", "no regular expression"),
         ("schema: 1\nprecision: int8\nrules: [{match: x, to: int2}]", "'int2' is unknown"),

@@ -96,12 +96,8 @@ def bundle(
 
     def fill(made: Path) -> None:
         _copy(run.path, made)
-        context.progress("graphs for ONNX Runtime")
-        write_prepared(run, made)
-        _write_stripped(run.model, made)
-        _copy_plugins(made)
+        _fill(run, made, context)
         goldens = write_goldens(run, loaded, made, options, context, calibration=calibration)
-        write_deploy(made / "deploy.py")
         about = _about(run, loaded, options, context.command)
         described = readme(about, goldens, text=(made / TOKENIZER).is_file())
         (made / "README.md").write_text(described, encoding="utf-8")
@@ -119,6 +115,15 @@ def bundle(
         context.progress("packing")
         archive.pack(made, out)
     return out
+
+
+def _fill(run: RunFolder, made: Path, context: Context) -> None:
+    """Write what is derived from the run folder's graph, and the code."""
+    context.progress("graphs for ONNX Runtime")
+    write_prepared(run, made)
+    _write_stripped(run.model, made)
+    _copy_plugins(made)
+    write_deploy(made / "deploy.py")
 
 
 def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str) -> Json:

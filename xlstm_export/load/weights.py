@@ -69,6 +69,8 @@ class Weight:
 
 Weights = dict[str, Weight]
 
+LONGEST = 255  # bytes of a file's name
+
 
 def open_weights(path: Path) -> Weights:
     """The tensors of a weight file or, given an index (`*.index.json`), of its shards, by their names there.
@@ -97,6 +99,8 @@ def _open_shards(index: Path) -> Weights:
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): str(file) for name, file in placed.items()}
+        if not places or max(map(len, places.values())) > LONGEST:
+            raise ValueError("weight_map names no files")
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{index} is not an index of weight shards: {error!r}", "copy it again from the source"

@@ -134,7 +134,7 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise InputError(f"{path} is no recipe of schema {SCHEMA}", "see the docstring of recipe.py")
     known = set(Recipe.__dataclass_fields__)
-    unknown = sorted(set(data) - known)
+    unknown = sorted(str(key) for key in data if key not in known)
     if unknown:
         raise InputError(f"{path}: unknown {', '.join(unknown)}", f"a recipe has {', '.join(sorted(known))}")
     try:

@@ -43,6 +43,13 @@ def test_a_limit_follows_the_error_of_pytorch() -> None:
     assert not broken.passed
 
 
+def test_a_short_call_stays_wider_by_the_same_factor() -> None:
+    """One position that is ill-conditioned is all of a call; in a usual one it is a small part."""
+    check = Check("prefill of other rows and lengths: y", 1e-4, 6.5e-5, {"short_call": 13.0})
+    assert wider_by_own_error(check, OwnError(1.4e-5, 0.0)).limit == OWN_ERRORS * 13.0 * 1.4e-5
+    assert wider_by_own_error(check, OwnError(1.0, 0.0)).limit == 13.0 * MOST_OWN
+
+
 def test_a_limit_of_positions_follows_their_own_quantile() -> None:
     own = OwnError(0.5, 0.5, {("y", 50): 1e-4, ("y", 100): 5e-4})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -125,6 +126,7 @@ def check_shapes(
         theirs = streams_of(outputs, io, rows, BATCH)
         usual, more = streams.limits["output"], fewer_values(length * count)
         one = [output_check(n, ours[n], theirs[n], more * output_limit(usual, theirs[n])) for n in ours]
+        one = [replace(check, detail={**check.detail, "short_call": more}) for check in one]
         if streams.positions is not None:
             for name in ours:
                 call, again = f"prefill of {length} positions of {count} rows", streams.replay(given, length)

@@ -108,7 +108,12 @@ MOST_OWN = 1e-3
 
 def most_own(check: Check) -> float:
     """The widest limit that PyTorch's own error can give a check."""
-    return MOST_OWN * (10 if check.detail.get("quantile") == 100 else 1)
+    return MOST_OWN * (10.0 if check.detail.get("quantile") == 100 else _short(check))
+
+
+def _short(check: Check) -> float:
+    """How much wider the limit of a call of few positions is (`coverage.fewer_values`)."""
+    return float(check.detail.get("short_call", 1.0))
 
 
 def wider_by_own_error(check: Check, own: OwnError) -> Check:
@@ -122,7 +127,7 @@ def wider_by_own_error(check: Check, own: OwnError) -> Check:
         own: error of PyTorch's own FP32.
     """
     times = OWN_POSITIONS.get(check.detail.get("quantile", 0), OWN_ERRORS)
-    limit = min(most_own(check), times * own.of(check))
+    limit = min(most_own(check), times * _short(check) * own.of(check))
     if not limit > check.limit:
         return check
     detail = {**check.detail, "pytorch_fp32": own.of(check), "usual_limit": check.limit}

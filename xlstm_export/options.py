@@ -27,6 +27,7 @@ BASES = ("fp32", "bf16", "fp16")
 SEARCHED = ("int8", "int8-wo", "int4-wo")
 GENERATOR = re.compile(r"[\w.]+:\w+")  # package.module:generator
 METRICS = ("bits-per-byte", "perplexity", "accuracy", "auroc", "mae", "mase", "quantile-loss")
+POSITIONS = "positions scored per held-out sequence; default 16384, 0: all (small models: 2 min per 250,000)"
 METHODS = ("max", "percentile", "entropy", "mse")
 COMPILE_AT = ("none", "first", "all")
 FILES: tuple[Kind, ...] = ("file", "path", "output")
@@ -117,9 +118,8 @@ def option(
     return field(default=default, metadata={"about": about})
 
 
-def _positions() -> int | None:
-    text = "positions scored per held-out sequence; default 16384, 0: all (small models: 2 min per 250,000)"
-    return option(None, text, "int", bounds=Bounds(0))
+def _number(text: str, least: int, only: Literal["cli"] | None = None) -> int | None:
+    return option(None, text, "int", bounds=Bounds(least), only=only)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,14 +248,14 @@ class VerifyOptions(Options):
     data: Path | None = option(None, "held-out data for the task metric", "path", only="cli")
     calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
     metric: str | None = option(None, "task metric; default: by the data", "text", choices=METRICS)
-    positions: int | None = _positions()
+    positions: int | None = _number(POSITIONS, 0)
     gate: Path | None = option(None, "YAML file with your own limits", "file")
     num_blocks: int | None = option(None, "verify only the first so many blocks, with all checks", "int")
     per_block: bool = option(False, "verify block by block, for models larger than the memory", "flag")
     bisect: bool = option(True, "on failure, find the first value that is wrong", "flag", off="no-bisect")
-    horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
-    free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
-    seed: int | None = option(None, "seed of inputs and cuts; default 0", "int", only="cli")
+    horizon: int | None = _number("positions along which drift is measured; default 16000", 1)
+    free_horizon: int | None = _number("the same for the free-running mode; default: as horizon", 1)
+    seed: int | None = _number("seed of inputs and cuts; default 0", 0, only="cli")
     repeat: bool = option(
         True, "take what is not given from the recorded verification", "flag", off="anew", only="cli"
     )
@@ -296,7 +296,7 @@ class BundleOptions(Options):
     target: str | None = option(None, "board that the bundle is for", "text")
     data: Path | None = option(None, "held-out data for the recorded streams", "path", only="cli")
     calib: str | None = option(None, "calibration data, used if there is no --data", "data", only="cli")
-    horizon: int = option(2048, "positions of the recorded stream", "int")
+    horizon: int = option(2048, "positions of the recorded stream", "int", bounds=Bounds(1))
     repeat: bool = option(
         True, "without either, take those of the recorded verification", "flag", off="anew", only="cli"
     )
@@ -329,12 +329,12 @@ class DeployOptions(Options):
     calib: str | None = option(None, "calibration data, as for `calibrate --data`", "data")
     random_data: bool = option(False, "calibrate on made-up data; every report states it", "flag")
     data: Path | None = option(None, "held-out data for the task metric", "path")
-    positions: int | None = _positions()
+    positions: int | None = _number(POSITIONS, 0)
     target: str | None = option(None, "board to make a bundle for", "text")
     license: str | None = option(None, "license of the weights, recorded in the bundle", "text")
     sign: Path | None = option(None, "PEM file of an Ed25519 key to sign the bundle with", "file")
-    horizon: int | None = option(None, "positions along which drift is measured; default 16000", "int")
-    free_horizon: int | None = option(None, "the same for the free-running mode; default: as horizon", "int")
+    horizon: int | None = _number("positions along which drift is measured; default 16000", 1)
+    free_horizon: int | None = _number("the same for the free-running mode; default: as horizon", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +368,7 @@ class GenerateOptions(Options):
         "number",
         bounds=Bounds(0, 1, above=True),
     )
-    seed: int = option(0, "seed of the draw; equal seeds give equal texts", "int")
+    seed: int = option(0, "seed of the draw; equal seeds give equal texts", "int", bounds=Bounds(0))
     stop: tuple[str, ...] = option((), "text to stop before; may be repeated", "texts")
     eos: bool = option(True, "stop at the model's end-of-text token", "flag", off="no-eos")
 

@@ -35,6 +35,24 @@ def test_what_is_given_arrives() -> None:
         options_of(BuildOptions, parsed("build --max-batch 0"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bench --steps 0", "argument --steps: 0 is not at least 1"),
+        ("bench --prefill -2", "argument --prefill: -2 is not at least 1"),
+        ("bench --hz 0", "argument --hz: 0 is not above 0"),
+        ("bench --steps many", "argument --steps: 'many' is no number of the kind int"),
+        ("verify --horizon 0", "argument --horizon: 0 is not at least 1"),
+        ("run --threads -1", "argument --threads: -1 is not at least 0"),
+    ],
+)
+def test_numbers_out_of_range(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parsed(line)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         _parser().parse_args(["run", "--help"])

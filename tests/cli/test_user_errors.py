@@ -118,3 +118,30 @@ def test_a_fault_of_ours_is_ours(fails: Fails, monkeypatch: pytest.MonkeyPatch) 
     said = fails("inspect", "--module", "pinned_models:float_cast")
     assert "unexpected ZeroDivisionError: in the cell" in said
     assert "bug in xlstm-export" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "verify x --seed -1",
+            "verify x --horizon 0",
+            "verify x --free-horizon -7",
+            "verify x --threads -1",
+        ),
+        *("generate x --prompt a --seed -1", "calibrate x --data pyproject.toml --seed -1"),
+        *(
+            "bundle x --horizon 0",
+            "bundle x --horizon -4",
+            "deploy x -o y --horizon -1",
+            "bisect x --seed -1",
+        ),
+        *("sensitivity x --data pyproject.toml --seed -1", "plugins test --seed -1"),
+    ],
+)
+def test_numbers_out_of_range_are_told_at_once(
+    fails: Fails, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A negative seed or length used to be found out by a library, after minutes, or to mean the default."""
+    monkeypatch.chdir(ROOT)
+    assert "is not in the range x>=" in fails(*line.split())

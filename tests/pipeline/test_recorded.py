@@ -57,6 +57,24 @@ def test_from_another_folder(project: Path, outside: Path, monkeypatch: pytest.M
     assert load_recorded(run).name == run.manifest["model"]
 
 
+def test_a_path_of_two_parts_is_no_model_of_the_hub(
+    project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "models").mkdir()
+    (project / "checkpoint").rename(project / "models" / "lm")
+    manifest = json.loads((project / "runs/lm/manifest.json").read_text())
+    manifest["origin"], manifest["origin_absolute"] = (
+        {"checkpoint": "models/lm"},
+        {"checkpoint": str(project / "models/lm")},
+    )
+    (project / "runs/lm/manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(outside)
+    assert locate(RunFolder.open("project/runs/lm"), "checkpoint") == project / "models" / "lm"
+    (project / "models" / "lm").rename(project / "models" / "gone")
+    with refused(InputError, "is no longer at models/lm", "give its path after the run folder"):
+        locate(RunFolder.open("project/runs/lm"), "checkpoint")
+
+
 def test_a_project_that_was_moved(project: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(outside)
     moved = project.rename(outside / "elsewhere")

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-from ..options import Options
+from ..options import Bounds, Options
 
 O = TypeVar("O", bound=Options)  # noqa: E741
+N = TypeVar("N", int, float)
 TYPES = {"int": int, "number": float, "file": Path, "path": Path}
+
+
+def within(bounds: Bounds, kind: Callable[[str], N]) -> Callable[[str], N]:
+    """A type of argparse: numbers within bounds."""
+
+    def number(text: str) -> N:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of the kind {kind.__name__}") from None
+        if value not in bounds:
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return number
 
 
 def add_options(parser: argparse._ActionsContainer, kind: type[Options], leave: tuple[str, ...] = ()) -> None:

@@ -18,16 +18,18 @@ from typing import Any
 
 from ..atomic import of_the_system, write_json
 from ..errors import ExportError, GateError, SetupError, UsageError
-from ..options import BuildOptions
+from ..options import Bounds, BuildOptions
 from ..runfolder import RunFolder
 from ..sessions import timing
 from ..sessions.protocol import Session
 from . import integrity, replay, signature
 from . import run as runs
-from .arguments import add_options, options_of
+from .arguments import add_options, options_of, within
 
 BACKENDS = ("tensorrt", "onnxruntime")
 INTERRUPTED = 130
+FROM_0, FROM_1 = (within(Bounds(least), int) for least in (0, 1))
+RATE = within(Bounds(0, above=True), float)
 
 
 def main(bundle: Path, arguments: Sequence[str] | None = None) -> int:
@@ -69,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     build = add("build", _build, "build the engine, or the fused operators for ONNX Runtime")
     add_options(build.add_argument_group("TensorRT"), BuildOptions)
     verify = add("verify", _verify, "make the recorded calls; exit code 1 where a result is off")
-    verify.add_argument("--horizon", type=int, help="positions of the stream; default: all recorded ones")
+    verify.add_argument("--horizon", type=FROM_1, help="positions of the stream; default: all recorded ones")
     bench = add("bench", _bench, "latency of steps and prefill")
-    bench.add_argument("--steps", type=int, default=1000)
-    bench.add_argument("--prefill", type=int, default=512, help="positions")
-    bench.add_argument("--hz", type=float, help="also call at this rate, and measure how late the calls are")
+    bench.add_argument("--steps", type=FROM_1, default=1000, help="calls to time")
+    bench.add_argument("--prefill", type=FROM_1, default=512, help="positions")
+    bench.add_argument("--hz", type=RATE, help="also call at this rate, and measure how late the calls are")
     runs.add_arguments(add("run", _run, "run data through the model, or continue text"))
     return parser
 
@@ -83,7 +85,7 @@ def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) ->
     made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     made.set_defaults(command=run)
     made.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where it is installed")
-    made.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; all cores by default")
+    made.add_argument("--threads", type=FROM_0, default=0, help="of ONNX Runtime; all cores by default")
     made.add_argument(
         "--in-place", action="store_true", help="TensorRT: states in one buffer (half the memory)"
     )

@@ -28,7 +28,8 @@ out_option = click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="run folder to create"
 )
 force_option = click.option("--force", is_flag=True, help="replace an existing run folder")
-threads_option = click.option("--threads", default=0, help="CPU threads; all cores by default")
+FROM_0 = click.IntRange(0)
+threads_option = click.option("--threads", type=FROM_0, default=0, help="CPU threads; all cores by default")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def context_options(*, seed: str = "") -> Callable[[Command], Command]:
             return command(*args, context=context, **others)
 
         added = threads_option(wrapped)
-        added = click.option("--seed", default=0, help=seed)(added) if seed else added
+        added = click.option("--seed", type=FROM_0, default=0, help=seed)(added) if seed else added
         return added
 
     return decorate

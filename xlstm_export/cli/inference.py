@@ -44,13 +44,15 @@ def generate(
     """Continue a prompt with the language model in RUN; text is printed as it is generated."""
     from ..inference.generate import codec_for
     from ..inference.open import open_session
-    from ..sessions.protocol import resume, save_state
+    from ..sessions.protocol import read_state, resume, save_state
     from ..sessions.text import Writer
 
     opened = RunFolder.open(run)
     codec = codec_for(run, opened.io)
     if state is not None:
         require_writable(state)
+        if state.exists():  # else it is made
+            read_state(state)  # before the graph is loaded
     with open_session(run, backend, lambda: RECORDED.load_for(opened), threads) as session:
         resume(session, state)
         text = sys.stdin.read() if prompt == "-" else prompt

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import GateError
+from .common import FROM_0
 from .console import emit, progress_bar
 
 json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable result on stdout")
@@ -58,7 +59,7 @@ def list_(as_json: bool) -> None:
 
 @plugins.command()
 @only_option
-@click.option("--seed", default=0, help="seed of the random calls")
+@click.option("--seed", type=FROM_0, default=0, help="seed of the random calls")
 @json_option
 def test(only: str | None, seed: int, as_json: bool) -> None:
     """Compare the built libraries that can run here with the recurrence in float64."""

@@ -10,6 +10,7 @@ import click
 from ..options import CalibrateOptions, Context, QuantizeOptions, SensitivityOptions
 from ..runfolder import RunFolder
 from .common import (
+    FROM_0,
     RECORDED,
     Source,
     command_line,
@@ -77,7 +78,7 @@ def quantize(run: Path, options: QuantizeOptions, out: Path | None, force: bool,
 @run_argument
 @source_options
 @stage_options(SensitivityOptions, required=("data",))
-@click.option("--seed", default=0, help="seed of the sampled positions")
+@click.option("--seed", type=FROM_0, default=0, help="seed of the sampled positions")
 @json_option
 def sensitivity(run: Path, source: Source, options: SensitivityOptions, seed: int, as_json: bool) -> None:
     """Find out which weights can be integers, by task metric and drift; writes recipe.yaml."""

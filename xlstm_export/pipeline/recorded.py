@@ -154,10 +154,10 @@ def locate(run: RunFolder, name: str) -> Path:
         InputError: it is in none of these places.
     """
     given = Path(run.origin[name])
-    if name == "checkpoint" and hub_id(run.origin[name]) is not None:
-        return given  # a model of the Hub, with its commit
     recorded = run.manifest.get("origin_absolute")
     absolute = recorded.get(name) if isinstance(recorded, dict) else None
+    if name == "checkpoint" and absolute is None and hub_id(run.origin[name]) is not None:
+        return given  # a model of the Hub, with its commit; `models/lm` from another folder looks like one
     _, *places = _places(run, given, absolute)
     others = [path for path in places if path.exists() and not (given.exists() and path.samefile(given))]
     # Hashes are of files of many gigabytes: they decide only where there is a choice.

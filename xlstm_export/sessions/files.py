@@ -56,11 +56,11 @@ class Found:
         """The only part.
 
         Raises:
-            InputError: the file has several series below each other.
+            InputError: the file has several series.
         """
         if len(self.parts) > 1:
             raise InputError(
-                f"{path} holds {len(self.parts)} series below each other", "give a file for each of them"
+                f"{path} holds {len(self.parts)} series", "give a file for each; a forecast takes all (--csv)"
             )
         return self.parts[0]
 

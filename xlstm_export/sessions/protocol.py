@@ -205,6 +205,15 @@ def load_state(session: Session, path: Path) -> None:
         InputError: the file is missing or damaged, its state is not finite, or it belongs to another model or
             batch.
     """
+    session.set_state(read_state(path))
+
+
+def read_state(path: Path) -> Arrays:
+    """The state in a file of `save_state`.
+
+    Raises:
+        InputError: the file is missing or damaged, or its state is not finite.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
@@ -214,4 +223,4 @@ def load_state(session: Session, path: Path) -> None:
             f"{path} is not a saved state: {why}", "name a file that save_state or --state wrote"
         ) from error
     check_state(path, state)
-    session.set_state(state)
+    return state

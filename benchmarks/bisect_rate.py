@@ -142,7 +142,7 @@ def main() -> None:
     seeds = range(args.first, args.first + args.seeds)
     trials = [Trial(**one) for path in args.add for one in json.loads(path.read_text())["trials"]]
     for name in chosen:
-        with tempfile.TemporaryDirectory() as scratch, traced_once():
+        with tempfile.TemporaryDirectory() as scratch:
             for trial in of_model(name, Path(scratch), kinds, seeds):
                 trials.append(trial)
                 write(args.out, trials)
@@ -191,10 +191,11 @@ def of_model(name: str, folder: Path, kinds: list[str], seeds: range) -> Iterato
         cases = [
             (kind, seed, wrong) for kind in kinds for seed in seeds if (wrong := planted(right, kind, seed))
         ]
-        for kind, seed, wrong in cases:
-            out = folder / "wrong"
-            shutil.rmtree(out, ignore_errors=True)
-            yield tried(Trial(name, kind, seed, True, False), (right, wrong), (export, out), loaded)
+        with traced_once():
+            for kind, seed, wrong in cases:
+                out = folder / "wrong"
+                shutil.rmtree(out, ignore_errors=True)
+                yield tried(Trial(name, kind, seed, True, False), (right, wrong), (export, out), loaded)
 
 
 def quantized(export: Path, precision: str) -> Path:
@@ -250,7 +251,7 @@ def of_adapters(folder: Path) -> Iterator[Trial]:
     for name in ("mixed stack", "standard recurrences", "stack and LSTM", "float32 forward"):
         loaded = MODELS[name](folder / name.replace(" ", "_"))
         lifted = lift_model(loaded)
-        faults = [WrongAdapter(block.path) for block in lifted.blocks]
+        faults = [WrongAdapter(path) for path in lifted.replaced]
         # The last state of a cell stands for all.
         kept = {lifted.blocks[state.block].path: state.kind for state in lifted.states if state.kind != "m"}
         faults += [WrongAdapter(path, kind) for path, kind in kept.items()]
@@ -264,7 +265,10 @@ def of_adapters(folder: Path) -> Iterator[Trial]:
                 passed, found, seconds = judged(export, loaded)
             kind = f"adapter, {fault.state or 'result'}"
             place = None if found is None else found.place
-            good = place is not None and place.module == fault.path
+            owner = max(
+                (path for path in lifted.replaced if f"{fault.path}.".startswith(f"{path}.")), key=len
+            )
+            good = place is not None and place.module == owner
             sentence = "" if found is None else found.sentence()
             named = "" if place is None else place.module
             yield Trial(name, kind, index, not passed, good, fault.path, named, sentence, seconds)

@@ -14,8 +14,7 @@ from planted import planted, right_places
 @pytest.mark.slow
 def test_planted_faults_are_named(tmp_path: Path) -> None:
     kinds = ["row", "not_carried", "state_unread", "per_batch"]
-    with bisect_rate.traced_once():
-        trials = list(bisect_rate.of_model("lm", tmp_path, kinds, range(5, 6)))
+    trials = list(bisect_rate.of_model("lm", tmp_path, kinds, range(5, 6)))
     assert [trial.kind for trial in trials] == kinds
     assert [trial for trial in trials if trial.caught and not trial.right] == []
     assert sum(trial.caught for trial in trials) >= 3

@@ -95,6 +95,17 @@ def test_a_fault_that_some_calls_show(
     assert f"of {shows[0]} row" in place.call or f"{shows[0]} row" in place.call
 
 
+def test_a_state_that_depends_on_nothing_belongs_to_its_block(small_export: Path, tmp_path: Path) -> None:
+    def stabilizer(model: onnx.ModelProto) -> None:
+        _hand_over(model, "present_1_m")
+        model.graph.node.append(helper.make_node("Identity", ["past_1_m"], ["present_1_m"], "fault"))
+
+    wrong = tamper(small_export, tmp_path / "wrong", stabilizer)
+    side = Side(wrong, RunFolder.open(wrong).io, 1)
+    assert [side.homes[f"present_{block}_m"] for block in range(3)] == [0, 1, 2]
+    assert side.homes["logits"] == 3
+
+
 def test_the_first_wrong_row_and_position(small_export: Path, tmp_path: Path) -> None:
     """One entry of the embedding is wrong, of a token that occurs twice: the earlier one is named."""
 

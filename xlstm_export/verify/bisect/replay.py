@@ -88,7 +88,12 @@ class Side:
 
     def __post_init__(self) -> None:
         self.blocks = len(graph_cut.boundaries(self.graph()))
-        self.homes = graph_cut.homes(self.graph())
+        found = graph_cut.homes(self.graph())
+        # A state that is wired through depends on no block: it belongs to the others of its cell.
+        cells: dict[int, int] = {}
+        for s in self.io.states:
+            cells[s.block] = max(cells.get(s.block, 0), found.get(s.present, 0))
+        self.homes = found | {s.present: cells[s.block] for s in self.io.states if s.present in found}
 
     def graph(self) -> ir.Model:
         return files.load_graph(self.folder / MODEL)

@@ -454,6 +454,14 @@ def test_saving_fails_whole(make: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["state.npz"]
 
 
+def test_a_state_file_that_stands_for_gigabytes(make: Any, tmp_path: Path) -> None:
+    """It is refused by the sizes that it names, before anything is unpacked."""
+    np.savez_compressed(tmp_path / "state.npz", x=np.zeros(100 << 20, np.uint8))
+    assert (tmp_path / "state.npz").stat().st_size < 1 << 20
+    with pytest.raises(InputError, match="stands for 105 MB"):
+        load_state(make("ort"), tmp_path / "state.npz")
+
+
 def test_damaged_state_files(make: Any, tmp_path: Path) -> None:
     """Cut, changed, or something else altogether: an InputError, and the session keeps its state."""
     session = make("ort")

@@ -9,6 +9,7 @@ owns what it opens, so it is used in a `with` block, or closed by `close`:
 
 from __future__ import annotations
 
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from ..specs import IoSpec
 from .arrays import Rows, check_state, checked_inputs, checked_state, row_numbers
 
 SomeSession = TypeVar("SomeSession", bound="Session")
+LEAST_BOUND = 64 << 20  # bytes that a saved state may always have in memory
+MOST_EXPANSION = 20  # of a saved state, which is not compressed
 
 
 class Session(ABC):
@@ -212,11 +215,20 @@ def read_state(path: Path) -> Arrays:
     """The state in a file of `save_state`.
 
     Raises:
-        InputError: the file is missing or damaged, or its state is not finite.
+        InputError: the file is missing or damaged, its state is not finite, or it stands for far more bytes
+            than it has, which saved states do not.
     """
     try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(entry.file_size for entry in packed.infolist())
+        if size > max(LEAST_BOUND, MOST_EXPANSION * path.stat().st_size):
+            raise InputError(
+                f"{path} stands for {size / 1e6:.0f} MB", "name a file that save_state or --state wrote"
+            )
         with np.load(path, allow_pickle=False) as file:
             state = {name: file[name] for name in file.files}
+    except InputError:
+        raise
     except Exception as error:  # NumPy and zipfile raise many types for a damaged archive
         why = "it does not exist" if not path.exists() else "it is no archive of NumPy, or damaged"
         raise InputError(

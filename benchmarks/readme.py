@@ -257,6 +257,30 @@ def answers(result: dict[str, Any]) -> str:
     )
 
 
+def gate(result: dict[str, Any]) -> str:
+    """How often `verify` is wrong: good models that fail, and planted faults that pass."""
+    by_precision = result["by_precision"]
+    alarms = sum(counts["false_alarms"] for counts in by_precision.values())
+    overflowed = sum(counts["overflowed"] for counts in by_precision.values())
+    verified = ", ".join(f"{counts['verified']} {name}" for name, counts in by_precision.items())
+    refused = f" {overflowed} gave Inf in FP16 and failed, which is no false alarm." if overflowed else ""
+    planted = result["planted"]
+    missed: dict[str, int] = {}
+    for fault in result["missed"]:
+        missed[fault["kind"]] = missed.get(fault["kind"], 0) + 1
+    which = ", ".join(f"{count} of {kind}" for kind, count in missed.items())
+    moved = max((fault["moved"] for fault in result["missed"]), default=0.0)
+    most = f" The missed ones ({which}) move an output by at most {moved:.0e}." if missed else ""
+    return (
+        f"{result['models']} good models, on calibration data ({verified} exports): "
+        f"{alarms} false alarm{'' if alarms == 1 else 's'}.{refused}\n\n"
+        f"Faults in FP32 exports of {result['fault_models']} of the models, {len(result['by_kind'])} kinds, "
+        f"made by seed, which move an output by more than ten times its rounding: behaviour alone finds "
+        f"{result['caught']} of {planted} ({result['caught'] / max(1, planted):.1%}).{most} "
+        f"Identity, which compares bytes, is left out here."
+    )
+
+
 def bisect(result: dict[str, Any]) -> str:
     """How often bisect names the place of a planted fault."""
     caught, right = result["caught"], result["right"]
@@ -281,6 +305,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "precision": (("precision.json",), precision),
     "scale": (("scale.json",), scale),
     "answers": (("answers.json",), answers),
+    "gate": (("gate.json",), gate),
     "bisect": (("bisect.json",), bisect),
 }
 

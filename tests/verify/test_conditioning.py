@@ -45,9 +45,12 @@ def test_a_limit_follows_the_error_of_pytorch() -> None:
 
 def test_a_short_call_stays_wider_by_the_same_factor() -> None:
     """One position that is ill-conditioned is all of a call; in a usual one it is a small part."""
-    check = Check("prefill of other rows and lengths: y", 1e-4, 6.5e-5, {"short_call": 13.0})
+    about = {"short_call": 13.0, "positions": 2, "rows": 2}
+    check = Check("prefill of other rows and lengths: y", 1e-4, 6.5e-5, about)
     assert wider_by_own_error(check, OwnError(1.4e-5, 0.0)).limit == OWN_ERRORS * 13.0 * 1.4e-5
     assert wider_by_own_error(check, OwnError(1.0, 0.0)).limit == 13.0 * MOST_OWN
+    one = wider_by_own_error(check, OwnError(1e-6, 0.0, {("y", 100): 2e-4}))
+    assert one.limit == OWN_POSITIONS[100] * 2e-4 / 2  # one of four positions
 
 
 def test_a_limit_of_positions_follows_their_own_quantile() -> None:

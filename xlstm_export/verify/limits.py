@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -116,6 +117,14 @@ def _short(check: Check) -> float:
     return float(check.detail.get("short_call", 1.0))
 
 
+def _of_one_position(check: Check, own: OwnError) -> float:
+    """Relative L2 of a short call in which one position is at its limit, and all others are exact."""
+    if "short_call" not in check.detail:
+        return 0.0
+    worst = own.positions.get((check.name.rpartition(": ")[2], 100), 0.0)
+    return OWN_POSITIONS[100] * worst / math.sqrt(check.detail["positions"] * check.detail["rows"])
+
+
 def wider_by_own_error(check: Check, own: OwnError) -> Check:
     """A check against the reference that fails, with the limit that an ill-conditioned model needs.
 
@@ -127,7 +136,7 @@ def wider_by_own_error(check: Check, own: OwnError) -> Check:
         own: error of PyTorch's own FP32.
     """
     times = OWN_POSITIONS.get(check.detail.get("quantile", 0), OWN_ERRORS)
-    limit = min(most_own(check), times * _short(check) * own.of(check))
+    limit = min(most_own(check), max(times * _short(check) * own.of(check), _of_one_position(check, own)))
     if not limit > check.limit:
         return check
     detail = {**check.detail, "pytorch_fp32": own.of(check), "usual_limit": check.limit}

@@ -308,7 +308,7 @@ def block_of(export: Path, nodes: list[str]) -> set[int]:
 def write(path: Path, trials: list[Trial]) -> None:
     """The trials, and how many were right by form of model."""
     caught = [trial for trial in trials if trial.caught]
-    times = sorted(trial.seconds for trial in caught)
+    times = sorted(trial.seconds for trial in caught if trial.seconds)
     result = {
         "environment": environment(1),
         "planted": len(trials),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from large_models import train_tokenizer
+from refusals import refused
 
+from xlstm_export.errors import InputError
 from xlstm_export.load.checkpoint import Loaded, load, load_checkpoint
 from xlstm_export.load.tokenizer import with_tokenizer
 from xlstm_export.sessions.codec import Tokenizer
@@ -96,3 +98,14 @@ def test_a_sentencepiece_model_is_converted(small_loaded: Loaded, tmp_path: Path
         assert note in loaded.notes[-1]
         if loaded.tokenizer is not None:
             assert Tokenizer(loaded.tokenizer).encode(WORDS, special=False) == plain.encode(WORDS)
+
+
+def test_a_vocabulary_without_its_unknown_token(tmp_path: Path) -> None:
+    """The package reads it and raises a plain Exception when a word is missing."""
+    model = {"type": "WordLevel", "vocab": {"is": 0, "it": 1}, "unk_token": "[UNK]"}
+    made = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("it is") == [1, 0]
+    with refused(InputError, "cannot encode", "UNK", "vocabulary"):
+        tokenizer.encode("it was")

@@ -92,7 +92,15 @@ class Tokenizer:
         self.begin(())
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except (
+            Exception
+        ) as error:  # the package raises plain Exception, for a vocabulary without [UNK] for one
+            raise InputError(
+                f"the tokenizer cannot encode {text[:40]!r}: {error}",
+                f"check the vocabulary of its {TOKENIZER}",
+            ) from error
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens = list(tokens[-BEFORE:])

@@ -438,8 +438,9 @@ def forecasters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 @pytest.fixture
 def exported_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export refuses what does not stream; verification must not depend on that."""
+    """Export refuses what does not stream, and rows that meet; verification must not depend on that."""
     monkeypatch.setattr(trace, "check_streams", lambda loaded: None)
+    monkeypatch.setattr(trace, "check_apart", lambda loaded: None)
 
 
 @pytest.mark.usefixtures("exported_unchecked")
@@ -454,6 +455,7 @@ def test_module_that_looks_ahead(forecasters: Callable[[str], checkpoint.Loaded]
     assert {"step: y", "resumed: y"} <= set(failed(report))
 
 
+@pytest.mark.usefixtures("exported_unchecked")
 def test_module_that_mixes_rows(forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path) -> None:
     """Rows are independent streams, in the user's code too."""
     loaded = forecasters("mixes_rows")
@@ -499,6 +501,7 @@ def test_what_does_not_stream_passes_without_states(
     assert {"row 2 alone", "rows beside another row 1"} <= {check.name for check in report.checks}
 
 
+@pytest.mark.usefixtures("exported_unchecked")
 def test_stateless_module_that_mixes_rows(
     forecasters: Callable[[str], checkpoint.Loaded], tmp_path: Path
 ) -> None:

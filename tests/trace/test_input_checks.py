@@ -10,6 +10,7 @@ import own_models
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from xlstm_export.errors import BuildError
 from xlstm_export.load import checkpoint
@@ -56,6 +57,13 @@ class RepairsOutside(own_models.Twice):
         return super().forward(x)
 
 
+class Policy(own_models.Twice):
+    """A distribution over actions, which torch checks for what is not a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Categorical(logits=super().forward(x)).logits
+
+
 def exported(cls: type[own_models.Twice], out: Path) -> None:
     torch.manual_seed(0)
     module = cls().eval()
@@ -70,7 +78,7 @@ def exported(cls: type[own_models.Twice], out: Path) -> None:
     np.testing.assert_allclose(session.run(["y"], feed)[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", [Checks, RepairsOutside])
+@pytest.mark.parametrize("cls", [Checks, RepairsOutside, Policy])
 def test_checks_of_the_inputs_are_left_out(cls: type[own_models.Twice], tmp_path: Path) -> None:
     exported(cls, tmp_path / "out")
 

@@ -1,13 +1,16 @@
 """Checks of the inputs in a user's forward (`assert`, `if ...: raise`), which a graph leaves out.
 
 Such a statement decides on values, which torch's exporter refuses, but no value depends on it. So while the
-module is traced, it is answered as it was on the example inputs. Every other decision is still refused.
+module is traced, it is answered as it was on the example inputs. The checks of `torch.distributions`, which
+policies return, are answered in the same way. Every other decision is still refused.
 """
 
 from __future__ import annotations
 
 import ast
 import linecache
+import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,7 +47,7 @@ class InputChecks(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        place = instruction_here() if func is Tensor.__bool__ else None
+        place = (_in_distributions() or instruction_here()) if func is Tensor.__bool__ else None
         if place is None or not _only_checks(*place[:2]):
             return func(*args, **(kwargs or {}))
         if self._recording:
@@ -53,6 +56,17 @@ class InputChecks(TorchFunctionMode):
             return answer
         answers = self._answers.get(place, set())
         return next(iter(answers)) if len(answers) == 1 else func(*args)
+
+
+def _in_distributions() -> tuple[str, int, int] | None:
+    """File, line and instruction where torch.distributions checks what it was given; None elsewhere."""
+    for frame, line in traceback.walk_stack(sys._getframe(2)):
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith("torch.distributions."):
+            return frame.f_code.co_filename, line, frame.f_lasti
+        if not name.startswith("torch."):
+            return None
+    return None
 
 
 def _only_checks(file: str, line: int) -> bool:

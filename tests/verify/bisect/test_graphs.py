@@ -15,6 +15,8 @@ from onnx import helper, numpy_helper
 
 from xlstm_export.checks import Replay
 from xlstm_export.inputs import cut
+from xlstm_export.quantize import quantize
+from xlstm_export.quantize.recipe import preset
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.verify.bisect.graphs import EXACT, GraphSearch, Names, _origin, call_name
 from xlstm_export.verify.bisect.place import Bisection
@@ -136,6 +138,21 @@ def test_an_error_is_named_where_it_begins() -> None:
     errors = {"first": 1e-7, "second": 0.0, "third": 1e-5}
     assert _origin("third", errors, producers) == "first"
     assert _origin("third", {**errors, "first": 0.0}, producers) == "third"
+
+
+@pytest.mark.slow
+def test_an_output_that_is_there_in_two_types(small_export: Path, tmp_path: Path) -> None:
+    """The runtime makes one value of logits in half and as FP32."""
+
+    def turned(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name.startswith("lm_head"))
+        values = numpy_helper.to_array(tensor)[::-1]
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+    right = quantize.quantize(small_export, preset("fp16"), out=tmp_path / "fp16")
+    place = searched(right, tamper(right, tmp_path / "wrong", turned), call(right, 2, 9)).place
+    assert place is not None
+    assert (place.block, place.op_type) == (3, "MatMul")
 
 
 def test_an_output_that_is_missing_is_named(small_export: Path, tmp_path: Path) -> None:

@@ -45,8 +45,6 @@ LIMITS = {  # seconds per stage; what a stage leaves is there for the others
 CHECKED = ("mlstm_step", "mlstm_chunkwise", "slstm")
 PEERS = ("mlstm_kernels", "torch.compile", "flashrnn")
 MOST_FAILURES = 20  # that are printed; all of them are in the result file
-THREADS = "4"  # of a stage on the CPU, unless OMP_NUM_THREADS says otherwise
-LEAST_SECONDS = 5.0  # with less a stage is not begun
 ENVIRONMENT_ERROR, CHECK_FAILED = 3, 1
 
 Record = dict[str, Any]
@@ -161,7 +159,7 @@ class Session:
         now = time.monotonic()
         kind = "checks" if name.startswith("check-") else name
         end = min(now + LIMITS[kind], self.deadline)
-        if kind in self.options.skip or end - now < LEAST_SECONDS:
+        if kind in self.options.skip or end - now < 5.0:  # seconds: too few to begin
             status = "skipped" if kind in self.options.skip else "no time left"
             self.result["stages"][name] = {"seconds": 0.0, "status": status}
             return Started(None, now, end)
@@ -170,8 +168,7 @@ class Session:
         if self.options.emulated:
             command += ["--emulated", str(self.options.emulated)]
         say(f"--- {name}")
-        # Several stages run at once, and each would start a thread for every core.
-        environment = {"OMP_NUM_THREADS": THREADS, **os.environ}
+        environment = {"OMP_NUM_THREADS": "4", **os.environ}  # several stages run at once
         return Started(subprocess.Popen(command, start_new_session=True, env=environment), now, end)
 
     def collect(self, name: str, started: Started) -> list[Record]:

@@ -32,7 +32,7 @@ from ..load.loaded import Loaded
 from ..load.remembered import key_of_model, remember
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
-from ..options import Context, ExportOptions
+from ..options import Context, ExportOptions, Progress
 from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
@@ -86,13 +86,7 @@ def export(
     with atomic.staged(out, marker=runfolder.MANIFEST, force=force, bytes_needed=int(needed)) as folder:
         try:
             if loaded.weights is None:
-                progress("memory")
-                check_chance(loaded)
-                check_memory(loaded)
-                check_apart(loaded)
-            if not options.stateless and loaded.weights is None:
-                progress("streaming")
-                check_streams(loaded)
+                _check_own(loaded, bool(options.stateless), progress)
             progress("tracing")
             model, spec = trace(loaded, options)
         except BuildError as error:
@@ -111,6 +105,21 @@ def export(
         runfolder.write_manifest(folder, {**about, "left_out": model.meta["left_out"]})
         remember(key, runfolder.read_manifest(folder)["files"])
     return Path(out)
+
+
+def _check_own(loaded: Loaded, stateless: bool, progress: Progress) -> None:
+    """Look for what a user's own module may do and a graph cannot.
+
+    Raises:
+        BuildError: it does one of these.
+    """
+    progress("memory")
+    check_chance(loaded)
+    check_memory(loaded)
+    check_apart(loaded)
+    if not stateless:
+        progress("streaming")
+        check_streams(loaded)
 
 
 def _about(loaded: Loaded) -> Json:

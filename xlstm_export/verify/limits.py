@@ -56,7 +56,7 @@ def _type_of(values: np.ndarray) -> str:
 
 # Quantiles over the positions of a call of their errors (`positions.Positions`): a fault in most positions
 # moves the lowest one, even where a few positions are ill-conditioned and decide the relative L2. Measured on
-# 112 models: 50: 1.3e-7 … 1.1e-6; 99: up to 2e-6 and 100: up to 9e-6 where nothing is ill-conditioned.
+# 50 models: 50: 1.3e-7 … 1.1e-6; 99: up to 2e-6 and 100: up to 9e-6 where nothing is ill-conditioned.
 POSITIONS = {50: 2e-6, 99: 5e-6, 100: 1e-5}
 
 # Where the user's code does not run in float64, the reference rounds too, and the export is judged by the
@@ -65,8 +65,11 @@ POSITIONS = {50: 2e-6, 99: 5e-6, 100: 1e-5}
 # its error may be zero. On seven models, two of them ill-conditioned, the export's outputs had 0.7 to 1.6
 # times that error, its states 0.1 to 1.2 times.
 OWN_ERRORS = 2.0
-# Of positions, the same by quantile: what the worst position has differs more from one order of additions to
-# another than what all of them have. Measured: 1.0, 1.6 and 2.9.
+# Of a model that float64 shows to be ill-conditioned: a few positions decide, and differ from one order of
+# additions to another. 3.2 (outputs) and 2.6 (states) times were measured of two good models with weights
+# three times as large. Half of the positions stay at 2.
+ILL_CONDITIONED = 4.0
+# Of positions, the same by quantile. Measured: 1.0, 1.6 and 2.9.
 OWN_POSITIONS = {50: 2.0, 99: 4.0, 100: 8.0}
 # An error below these says nothing: 8 and 16 units of the last place of FP32 (1.2e-7). Measured on the same
 # models were 2e-7 … 9e-7 and 1e-7 … 1.5e-6.
@@ -102,7 +105,7 @@ def limits_by_own_error(own: OwnError) -> dict[str, float]:
 
 
 # A model whose own FP32 is further off than this cannot be judged by it: it would hide a wrong gate. Twenty
-# times the worst of 112 models (5e-5: sLSTMs with very long memories). Of a single position ten times that:
+# times the worst of 50 models (5e-5: sLSTMs with very long memories). Of a single position ten times that:
 # measured up to 5e-4, and all other positions still have the limits of the other quantiles.
 MOST_OWN = 1e-3
 
@@ -135,7 +138,7 @@ def wider_by_own_error(check: Check, own: OwnError) -> Check:
         check: one of outputs, states, rows or positions.
         own: error of PyTorch's own FP32.
     """
-    times = OWN_POSITIONS.get(check.detail.get("quantile", 0), OWN_ERRORS)
+    times = OWN_POSITIONS.get(check.detail.get("quantile", 0), ILL_CONDITIONED)
     limit = min(most_own(check), max(times * _short(check) * own.of(check), _of_one_position(check, own)))
     if not limit > check.limit:
         return check

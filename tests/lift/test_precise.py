@@ -13,6 +13,7 @@ from own_models import WIDTH, loaded, stack
 from torch import Tensor, nn
 
 from xlstm_export.distance import difference
+from xlstm_export.lift import precise
 from xlstm_export.lift.adapter import ADAPTERS, RecurrentCell
 from xlstm_export.lift.precise import CELLS, FLOAT32, FLOAT64
 from xlstm_export.load import checkpoint
@@ -150,3 +151,23 @@ def test_a_branch_that_computes_in_float32_is_seen_at_its_first_call() -> None:
     reference.prefill({"x": x[:, :1]})
     assert reference.reference == CELLS
     assert "tests/lift/test_precise.py:" in reference.reason
+
+
+def test_what_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shape once, and no call that is much longer than one that was watched: it is the same code again."""
+    watched: list[bool] = []
+
+    class Watch(precise._Watch):
+        def __init__(self) -> None:
+            super().__init__()
+            watched.append(True)
+
+    monkeypatch.setattr(precise, "_Watch", Watch)
+    model = pinned_models.Around().eval()
+    reference = TorchSession(checkpoint.load_live(model, {"x": torch.randn(2, 9, 5)}), 2)
+    x = np.random.default_rng(0).standard_normal((2, 40, 5)).astype(np.float32)
+    counts = []
+    for length in (9, 9, 18, 40, 1):
+        reference.prefill({"x": x[:, :length]})
+        counts.append(len(watched))
+    assert counts == [1, 1, 2, 2, 3]

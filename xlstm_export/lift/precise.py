@@ -25,6 +25,7 @@ Call = Callable[[nn.Module, tuple[Tensor, ...], torch.dtype], T]
 
 FLOAT64, CELLS, FLOAT32 = "float64", "float64 cells in a float32 forward", "float32"
 REFERENCES = (FLOAT64, CELLS, FLOAT32)  # the best first
+LONGER = 2  # times the largest call that was watched, from where calls are not
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.complex64})
 # They change the type of values, or copy them, and compute nothing.
@@ -52,6 +53,7 @@ class Precise:
         self.module = self._form(FLOAT64)
         self._trusted = trusted
         self._examined: set[tuple[torch.Size, ...]] = set()
+        self._largest = 0  # elements of the inputs of the largest call that was examined
 
     def run(self, call: Call[T], inputs: Sequence[Tensor]) -> T:
         """The result of a call in the most exact form that it runs in.
@@ -87,13 +89,16 @@ class Precise:
         if reference != FLOAT64:
             return call(module, tuple(inputs), state), ""
         given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        # Once for each shape is enough, because watching takes time: forward may branch on sizes.
+        # Watching doubles the time of a call. Once for each shape is enough, as forward may branch on sizes, and
+        # not for calls that are much longer than one that was watched: they are longer loops over the same code.
         shapes = tuple(x.shape for x in inputs)
-        if self._trusted or shapes in self._examined:
+        size = sum(x.numel() for x in inputs)
+        if self._trusted or shapes in self._examined or size > LONGER * self._largest > 0:
             return call(module, given, state), ""
         with _Watch() as watch:
             result = call(module, given, state)
         self._examined.add(shapes)
+        self._largest = max(self._largest, size)
         return result, watch.found
 
     def _form(self, reference: str) -> nn.Module:
@@ -139,6 +144,12 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = ""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here. By default torch imports its compiler at the first operator, 0.7 s, and asks
+        # it at each.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

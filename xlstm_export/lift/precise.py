@@ -89,8 +89,8 @@ class Precise:
         if reference != FLOAT64:
             return call(module, tuple(inputs), state), ""
         given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        # Watching doubles the time of a call. Once for each shape is enough, as forward may branch on sizes, and
-        # not for calls that are much longer than one that was watched: they are longer loops over the same code.
+        # Watching doubles the time of a call. Once for each shape is enough, as forward may branch on sizes,
+        # and not for calls much longer than one that was watched: they are longer loops over the same code.
         shapes = tuple(x.shape for x in inputs)
         size = sum(x.numel() for x in inputs)
         if self._trusted or shapes in self._examined or size > LONGER * self._largest > 0:
@@ -147,8 +147,8 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here. By default torch imports its compiler at the first operator, 0.7 s, and asks
-        # it at each.
+        # Nothing is compiled here. By default torch imports its compiler at the first operator, 0.7 s, and
+        # asks it at each.
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -72,12 +72,12 @@ COMMANDS = {
     "bench": Task(words("bench {}/run {}/checkpoint --steps 1 --length 4")),
     "report": Task(words("report {}/run"), ("run",), degrades="activations keep their names"),
     "bundle": Task(
-        words("bundle {}/run {}/checkpoint -o {}/bundle --force --horizon 8"),
+        words("bundle {}/run {}/checkpoint -o {}/bundle --force --horizon 8 --anew"),
         ("checkpoint", "run", "bundle"),
         whole=("bundle",),
     ),
     "archive": Task(
-        words("bundle {}/run {}/checkpoint -o {}/bundle.tar.gz --force --horizon 8"),
+        words("bundle {}/run {}/checkpoint -o {}/bundle.tar.gz --force --horizon 8 --anew"),
         ("checkpoint", "run", "bundle.tar.gz"),
     ),
     "verify archive": Task(words("bundle verify {}/bundle.tar.gz"), ("bundle.tar.gz",)),

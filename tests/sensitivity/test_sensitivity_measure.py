@@ -115,7 +115,8 @@ def test_what_is_wrong_with_the_export_is_an_error(setup: Setup, tmp_path: Path)
 
 
 def test_a_broken_candidate_is_no_number(setup: Setup) -> None:
-    nan = replace(setup, data=replace(setup.data, score=lambda outputs: math.nan))
+    scoring = replace(setup.data.scoring, of=lambda *given: math.nan)
+    nan = replace(setup, data=replace(setup.data, scoring=scoring))
     found = measure(nan, Recipe("fp16", base="fp16", rules=(Rule(".*", "float"),)))
     assert math.isnan(found.metric)
     assert Measured.from_json(found.to_json()).metric == math.inf  # JSON knows neither; both are too much

@@ -309,7 +309,8 @@ def test_inputs_that_do_not_fit(export: Path, scales: Scales, data: Path, tmp_pa
 
 
 def test_a_metric_that_says_nothing(export: Path, scales: Scales, data: Path, tmp_path: Path) -> None:
-    loaded = replace(evaluation.load(data, runfolder.read_io(export)), score=lambda outputs: 0.0)
+    loaded = evaluation.load(data, runfolder.read_io(export))
+    loaded = replace(loaded, scoring=replace(loaded.scoring, of=lambda *given: 0.0))
     with pytest.raises(InputError, match="has MAE 0"):
         sensitivity(export, QUICK, search=COARSE, scales=scales, data=loaded, out=tmp_path)
     assert not list(tmp_path.glob(".scratch*"))

@@ -270,7 +270,7 @@ def test_a_failure_without_a_place_names_the_check_and_the_file(
         def to_json(self) -> dict[str, object]:
             return {"block": None, "sentence": "no block by itself differs"}
 
-    monkeypatch.setattr(verify_module.search, "bisect", lambda *given: Nowhere())
+    monkeypatch.setattr(verify_module.search, "bisect", lambda *given, **more: Nowhere())
     failed = Verdict((Check("step: y", 1.0, 0.5),), {}, {})
     failed = Identity("differs", "the manifest", differences=("io.json has other bytes",)).judged(failed)
     found = verify_module._place(RunFolder.open(own_export), small_loaded, Context(), failed)

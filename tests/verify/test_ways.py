@@ -39,14 +39,18 @@ class OnGrid(nn.Module):
 
 @pytest.mark.parametrize("stateless", [False, True])
 @pytest.mark.parametrize("mix", [False, True])
-def test_batch_on_another_axis(tmp_path: Path, stateless: bool, mix: bool) -> None:
+def test_batch_on_another_axis(
+    tmp_path: Path, stateless: bool, mix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Export refuses rows that meet; verification must not depend on that."""
+    monkeypatch.setattr(trace, "check_apart", lambda loaded: None)
     torch.manual_seed(0)
     loaded = checkpoint.load_live(WithHidden(mix).eval(), torch.randn(2, 12, 3))
     run = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=stateless))
     report = verify(run, loaded, context=Context(threads=1))
     assert report.passed == (not mix)
-    failed = {check.name for check in report.checks if not check.passed}
-    assert all("row" in name for name in failed)
+    failed = {check.name: check.detail.get("call", "") for check in report.checks if not check.passed}
+    assert all("row" in f"{name} {call}" for name, call in failed.items())
     assert ("row 0 alone" in failed) == mix
 
 

@@ -160,7 +160,8 @@ class _Run:
             step.seed,
             dict(self._pipeline.source),
             versions(),
-            {file: sha256_of_all(Path(file)) for file in files},
+            # A name of the Hub is no file; its commit counts.
+            {file: sha256_of_all(Path(file)) for file in files if Path(file).exists()},
             code_hashes(factory) if factory else {},
             self._before,
             *([self._commit] if step.stage == "export" and self._commit else []),

@@ -18,7 +18,7 @@ from ..graph.files import load_graph, save
 from ..graph.sites import Site, find_sites, weight_input
 from ..quantize.quantize import RECIPE
 from ..quantize.recipe import Choice, Recipe, read_recipe
-from ..runfolder import IO, MANIFEST, RunFolder
+from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder
 
 LARGEST = {"int8": 127.0, "int8-wo": 127.0, "int4-wo": 7.0}
 EPS = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
@@ -38,7 +38,9 @@ def moved_export(base: Path, run: RunFolder, out: Path, seed: int = 0) -> RunFol
     """
     out.mkdir(parents=True)
     shutil.copyfile(base / IO, out / IO)
-    shutil.copyfile(run.path / MANIFEST, out / MANIFEST)
+    for name in (MANIFEST, *run.files):  # a tokenizer, for one, which reads the held-out data
+        if name not in (IO, MODEL, MODEL_DATA):
+            shutil.copyfile(run.path / name, out / name)
     model = load_graph(RunFolder.open(base).model)
     _Mover(model, read_recipe(run.path / RECIPE), np.random.default_rng(seed)).move()
     save(model, out)

@@ -292,7 +292,10 @@ def test_wrong_kernels_fail_and_nothing_else_does(
     report = verify(shutil.copytree(tiny[0], tmp_path / "copy"), tiny[1])
     assert not report.passed
     failed = {check.name.split()[0] for check in report.checks if not check.passed}
-    assert failed == {"fused"}
+    assert failed == {"fused", "positions"}  # the second of all calls, these among them
+    worst = [check.detail["call"] for check in report.checks if not check.passed and "call" in check.detail]
+    assert worst
+    assert all(call.startswith("fused") for call in worst)
     assert any(check.name.startswith("fused step") for check in report.checks if not check.passed)
 
 

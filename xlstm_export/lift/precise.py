@@ -25,7 +25,8 @@ Call = Callable[[nn.Module, tuple[Tensor, ...], torch.dtype], T]
 
 FLOAT64, CELLS, FLOAT32 = "float64", "float64 cells in a float32 forward", "float32"
 REFERENCES = (FLOAT64, CELLS, FLOAT32)  # the best first
-LONGER = 2  # times the largest call that was watched, from where calls are not
+# After so many shapes, a call that is so many times larger than these is not watched.
+SHAPES, LONGER = 3, 2
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.complex64})
 # They change the type of values, or copy them, and compute nothing.
@@ -90,10 +91,11 @@ class Precise:
             return call(module, tuple(inputs), state), ""
         given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
         # Watching doubles the time of a call. Once for each shape is enough, as forward may branch on sizes,
-        # and not for calls much longer than one that was watched: they are longer loops over the same code.
+        # and, after a few shapes, not for calls much longer than these: they are longer loops over the same code.
         shapes = tuple(x.shape for x in inputs)
         size = sum(x.numel() for x in inputs)
-        if self._trusted or shapes in self._examined or size > LONGER * self._largest > 0:
+        longer = len(self._examined) >= SHAPES and size > LONGER * self._largest
+        if self._trusted or shapes in self._examined or longer:
             return call(module, given, state), ""
         with _Watch() as watch:
             result = call(module, given, state)

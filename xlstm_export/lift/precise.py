@@ -91,7 +91,7 @@ class Precise:
             return call(module, tuple(inputs), state), ""
         given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
         # Watching doubles the time of a call. Once for each shape is enough, as forward may branch on sizes,
-        # and, after a few shapes, not for calls much longer than these: they are longer loops over the same code.
+        # and, after a few of them, not for much longer calls: they are longer loops over the same code.
         shapes = tuple(x.shape for x in inputs)
         size = sum(x.numel() for x in inputs)
         longer = len(self._examined) >= SHAPES and size > LONGER * self._largest

@@ -90,6 +90,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 $(TESTING): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps tirex-2 flashrnn # without Triton, 1 GB that only CUDA uses
 	touch $(INSTALLED) $@
 
 clean:

@@ -24,6 +24,7 @@ PACKAGES = {
     "xlstm": ("xlstm", "load checkpoints of the xlstm package", "pip install xlstm", True),
     "transformers": ("transformers", "load Hugging Face models", "pip install transformers", False),
     "tirex-ts": ("tirex", "load TiRex forecasters", "pip install tirex-ts", False),
+    "tirex-2": ("tirex2", "load TiRex-2 forecasters", "pip install tirex-2", False),
     "distributed": ("distributed", "sensitivity search on a Dask cluster", "pip install distributed", False),
     "tokenizers": ("tokenizers", "text of models that are not byte-level", "pip install tokenizers", False),
     "huggingface_hub": ("huggingface_hub", "models by their name on the Hub", INSTALL_HUB, False),

@@ -46,6 +46,8 @@ from .cells import large as large_cells  # noqa: F401 - they register their cell
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
+from .cells import tirex2 as tirex2_cells  # noqa: F401 - they register their cells
+from .cells import tirex2_forecast  # noqa: F401 - it registers what it replaces
 from .copies import Copies
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows

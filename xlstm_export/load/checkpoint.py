@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..options import Context, Progress
-from .families import blocks, huggingface, large, tirex
+from .families import blocks, huggingface, large, tirex, tirex2
 from .families.own import load_live, load_module
 from .hub import download, hub_id
 from .loaded import Loaded
@@ -91,6 +91,8 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
 
 
 def _load_family(path: Path, stateless: bool | None) -> Loaded:
+    if tirex2.matches(path):
+        return tirex2.load(path)
     if tirex.matches(path):
         return tirex.load(path, streaming=stateless is False)
     if huggingface.matches(path):

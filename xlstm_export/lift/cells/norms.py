@@ -78,6 +78,7 @@ HUGGING_FACE = "transformers.models.xlstm.modeling_xlstm"
 @register(f"{LARGE}.RMSNorm")
 @register(f"{HUGGING_FACE}.xLSTMRMSNorm")
 @register("tirex.models.slstm.block.RMSNorm")
+@register("tirex2.model.component.norm.RMSNorm")
 def _rms_norm(norm: nn.Module) -> nn.Module:
     return RmsNorm(norm)
 
@@ -94,5 +95,6 @@ def _layer_norm(norm: nn.Module) -> nn.Module:
 
 @register(f"{LARGE}.MultiHeadLayerNorm")
 @register(f"{HUGGING_FACE}.xLSTMMultiHeadLayerNorm")
+@register("tirex2.model.component.norm.MultiHeadLayerNorm")
 def _head_layer_norm(norm: nn.Module) -> nn.Module:
     return HeadLayerNorm(norm)

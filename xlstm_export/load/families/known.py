@@ -17,7 +17,7 @@ from ...specs import Meaning
 from ..example import POSITIONAL, parameters, result_of, shadow
 from ..loaded import Dims
 from ..signature import Signature, Slot, UserValue
-from . import tirex
+from . import tirex, tirex2
 from .large import full_precision_norms
 
 LENGTH = 16  # positions of a made-up example
@@ -94,6 +94,19 @@ def _tirex(module: nn.Module) -> Known:
     )
 
 
+def _tirex2(module: nn.Module) -> Known:
+    return Known(
+        tirex2.Forecaster(module),
+        Signature((Slot("context"),)),
+        {"context": tirex2.example(module)},
+        "quantiles",
+        exact=tirex2.exact,
+        streams=False,
+        dims={"context": ("B", "S")},
+        meanings=tirex2.meanings(module),
+    )
+
+
 _PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
     "xlstm.xLSTMLMModel": _language_model,
     "xlstm.xLSTMBlockStack": _stack,
@@ -101,6 +114,7 @@ _PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
     "transformers.xLSTMForCausalLM": _hugging_face,
     "transformers.xLSTMModel": _hugging_face,
     "tirex.TiRexZero": _tirex,
+    "tirex2.TiRex2": _tirex2,
 }
 
 

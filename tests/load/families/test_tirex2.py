@@ -1,0 +1,201 @@
+"""TiRex-2: the graph against upstream's own `predict`, and what a checkpoint may be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import tirex2_models
+import torch
+from refusals import refused
+from tirex2_models import CONTEXT, FUTURE, QUANTILES, predict
+from torch import Tensor
+
+from xlstm_export.distance import difference
+from xlstm_export.errors import InputError, SetupError
+from xlstm_export.lift.lift import lift, run_lifted
+from xlstm_export.load import checkpoint
+from xlstm_export.load.families import tirex2
+from xlstm_export.load.loaded import Loaded
+from xlstm_export.options import ExportOptions
+from xlstm_export.trace import export as trace
+from xlstm_export.verify import fp32 as verify
+
+# Both sides in float64, computed in another order: measured 1.4e-15.
+FLOAT64 = 1e-12
+# FP32 against upstream in FP32, through two blocks and sinh: measured 4e-7.
+FLOAT32 = 5e-6
+# What upstream's rounding to bfloat16 does under autocast in these models: measured 1e-2.
+BFLOAT16 = (1e-4, 1e-1)
+
+
+def series(length: int) -> Tensor:
+    """Rows (8, length): a walk, far from zero, gaps, two trends, 0 and 1, constant, nothing."""
+    x = torch.randn(8, length, generator=torch.Generator().manual_seed(1))
+    time = torch.arange(length)
+    x[:2] = x[:2].cumsum(-1)
+    x[1] = 1000 + 30 * x[1]
+    x[2] += 5 * torch.sin(time / 3)
+    x[2, length // 4 : length // 2] = torch.nan
+    x[2, -2:] = torch.nan
+    x[3] = 0.7 * time + x[3]
+    x[4] = 50 - 0.9 * time + x[4]
+    x[4, ::5] = torch.nan
+    x[4, -1] = torch.nan
+    x[5] = (x[5] > 0).float()
+    x[6] = 0.1
+    x[7] = torch.nan
+    return x
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tirex2_models.make(tmp_path_factory.mktemp("tirex2") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Loaded:
+    return checkpoint.load_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def run(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trace.export(loaded, tmp_path_factory.mktemp("out") / "run", ExportOptions(stateless=True))
+
+
+def lifted_forecast(model: Any, x: Tensor) -> Tensor:
+    """What is exported in place of upstream's forecast, in the type of the model."""
+    module = tirex2.Forecaster(model).eval()
+    done = lift(module, (x,), dims=[("B", "S")], stateless=True)
+    with torch.no_grad():
+        return run_lifted(done.module, (x,), done.fresh_state(len(x), x.dtype))[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tta_sign_flip": True},
+        {"tta_diff": False},
+        {"scaler_cfg": {"use_arcsinh": False}, "stack_out_norm_config": {"use_rmsnorm": False}},
+        {"context_len": 30, "stack_out_norm_config": None},  # no whole number of patches
+    ],
+    ids=["default", "sign flip", "no differences", "plain scaler", "odd context"],
+)
+@pytest.mark.parametrize("length", [CONTEXT // 2 + 1, CONTEXT * 2 + 3])
+def test_equals_upstream_in_float64(changes: dict[str, Any], length: int) -> None:
+    """Each series by itself, in upstream's own units; constant ones too."""
+    model = tirex2_models.build(**changes)
+    tirex2.exact(model)
+    model, x = model.double(), series(length).double()
+    found, expected = lifted_forecast(model, x), predict(model, x)
+    assert found.shape == (8, len(QUANTILES), FUTURE)
+    scale = expected.abs().amax((1, 2), keepdim=True).clamp(min=1.0)
+    assert float(((found - expected) / scale).abs().max()) < FLOAT64
+
+
+def test_a_series_with_a_trend_is_forecast_by_its_differences() -> None:
+    model, x = tirex2_models.build(), series(CONTEXT)
+    plain, summed = (predict(model, x, tta_diff=way) for way in (False, True))
+    changed = [bool((a != b).any()) for a, b in zip(plain, summed, strict=True)]
+    assert changed == [False, False, False, True, True, False, False, False]
+
+
+def test_export_equals_upstream(run: Path, folder: Path) -> None:
+    session = onnxruntime.InferenceSession(str(run / "model.onnx"))
+    model = tirex2_models.build()
+    for length in (3, CONTEXT, 2 * CONTEXT + 1):
+        x = series(length)
+        (found,) = session.run(["quantiles"], {"context": x.numpy()})
+        assert difference(found, predict(model, x).numpy()).relative_l2 < FLOAT32
+    # A shorter horizon is the beginning of this one.
+    assert difference(found[:, :, :5], predict(model, x, 5).numpy()).relative_l2 < FLOAT32
+
+
+def test_distance_from_upstream_under_autocast(run: Path) -> None:
+    """On a GPU upstream computes in bfloat16; the export is far nearer to it in FP32."""
+    x = series(CONTEXT)[:5]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = predict(tirex2_models.build(), x).numpy()
+    session = onnxruntime.InferenceSession(str(run / "model.onnx"))
+    (found,) = session.run(["quantiles"], {"context": x.numpy()})
+    assert BFLOAT16[0] < difference(found, rounded).relative_l2 < BFLOAT16[1]
+
+
+@pytest.mark.slow
+def test_whole_of_verify(run: Path, loaded: Loaded) -> None:
+    """Its reference is upstream's own code in float64."""
+    report = verify.verify(run, loaded)
+    assert report.passed, report
+
+
+def test_older_format(tmp_path: Path, loaded: Loaded) -> None:
+    old = checkpoint.load_checkpoint(tirex2_models.make(tmp_path / "old", old=True))
+    x = series(CONTEXT)
+    assert torch.equal(old.module(x), loaded.module(x))
+    assert old.sha256.keys() == {"model-config.yaml", "model.ckpt"}
+
+
+def test_a_weight_file_with_its_config(folder: Path, loaded: Loaded) -> None:
+    x = series(CONTEXT)
+    assert torch.equal(tirex2.load(folder / "model.safetensors").module(x), loaded.module(x))
+
+
+def test_model_in_memory_is_known() -> None:
+    from xlstm_export.load.families.known import known
+
+    found = known(tirex2_models.build())
+    assert found is not None
+    assert isinstance(found.module, tirex2.Forecaster)
+    assert not found.streams
+
+
+def test_package_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tirex2.model", None)
+    with refused(SetupError, "tirex-2", "pip install tirex-2"):
+        tirex2.load(folder)
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tirex2_models.config()))
+    assert tirex2.matches(tmp_path)
+    with refused(InputError, str(tmp_path), "config.json and model.safetensors"):
+        tirex2.load(tmp_path)
+    assert not tirex2.matches(tmp_path / "other")
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("quantiles"), ["tirex2 package refuses", "quantiles"]),
+        (lambda c: c.update(depth=3), ["tirex2 package refuses", "depth"]),
+        (lambda c: c.update(future_len=13), ["tirex2 package refuses", "future_len"]),
+        (lambda c: c.update(context_len=0), ["context_len and future_len must be above 0"]),
+        (lambda c: c["tokenizer_cfg"].update(input_patch_stride=2), ["overlap (stride 2)", "side by side"]),
+        (lambda c: c.update(input_ff_dim=41), ["does not fit the config config.json", "hidden_layer"]),
+    ],
+)
+def test_config_that_does_not_fit(tmp_path: Path, folder: Path, change: Change, words: list[str]) -> None:
+    config = copy.deepcopy(tirex2_models.config())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with refused(InputError, "config.json", *words):
+        checkpoint.load_checkpoint(tmp_path)
+
+
+def test_io_json(run: Path) -> None:
+    io = json.loads((run / "io.json").read_text())
+    assert io["inputs"][0]["shape"] == ["B", "S"]
+    assert io["inputs"][0]["gaps"]
+    assert io["outputs"][0]["shape"] == ["B", len(QUANTILES), FUTURE]
+    assert io["outputs"][0]["quantiles"] == QUANTILES

@@ -60,6 +60,14 @@ class Needs(nn.Module):
     forward = One.forward
 
 
+class Places(nn.Module):
+    """Takes anything, and reads it by position."""
+
+    def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
+        (x,) = inputs
+        return x
+
+
 @pytest.mark.parametrize(
     "result",
     [
@@ -101,6 +109,7 @@ def test_no_example(result: Any) -> None:
         (Open(), (X, Z), ["args_0", "args_1"], 2, []),
         (Open(), {"a": X, "b": Z}, ["a", "b"], 0, ["a", "b"]),
         (Open(), {"args": (X, Z)}, ["args_0", "args_1"], 2, []),
+        (Places(), {"x": X}, ["x"], 1, []),
     ],
 )
 def test_readings(module: nn.Module, example: Any, names: list[str], args: int, kwargs: list[str]) -> None:

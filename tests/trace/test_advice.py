@@ -38,6 +38,17 @@ class MeetsRowsCell(Cell):
         return nn.functional.instance_norm(x.transpose(0, 2)).transpose(0, 2).cumsum(1)
 
 
+class TableCell(Cell):
+    """A table of positions, with an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.table[: x.shape[1]]).cumsum(1)
+
+
 class Around(nn.Module):
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
@@ -67,6 +78,13 @@ def test_why_it_does_not_work_without_states_is_said() -> None:
     assert found.hint.startswith("register an adapter for it")
     assert "--stateless" not in found.hint
     assert "not export without states either: forward decides on values: model.py:410" in found.hint
+
+
+def test_a_window_is_recommended_where_a_table_of_positions_ends() -> None:
+    found = advice(TableCell())
+    assert "the example's number of positions, but not for 256; declare it" in found.hint
+    assert '{"x": ("B", 6, 5)}' in found.hint
+    assert "export with --stateless" not in found.hint
 
 
 def test_rows_that_meet_are_the_reason() -> None:

@@ -247,12 +247,12 @@ def _require_clear(
     fixed = ("B", *inputs[name].shape[1:])
     if len(found) == 1 and (axis == 1 or inputs[name].shape[axis] >= max(inputs[name].shape[1:axis])):
         return
-    options = "; ".join(f'"{name}": {_shown(d[name])}' for d in found)
+    options = " or ".join(f'{{"{name}": {_shown(d[name])}}}' for d in found)
     raise InputError(
         f"{label}: it is not clear which axis of input {name} {tuple(inputs[name].shape)} has the positions: "
         f"forward takes axis 1 only at {inputs[name].shape[1]}, and axis {axis} at other lengths",
         f'return dims as the third element: {{"{name}": {_shown(fixed)}}} where every call has exactly that '
-        f"shape (a fixed window), or {{{options}}} where that axis is time",
+        f"shape (a fixed window), or {options} where that axis is time",
     )
 
 

@@ -186,6 +186,8 @@ def _readings(module: nn.Module, example: UserValue) -> Iterator[dict[Place, Use
     known = parameters(module)
     if isinstance(example, Mapping) and _by_name(module, example):
         yield _named(known, example)
+        if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in known):
+            yield {(i, name): value for i, (name, value) in enumerate(example.items())}
         return
     named_tuple = hasattr(example, "_fields")
     if isinstance(example, (tuple, list)) and not named_tuple:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BuildError, CannotStreamError, ExportError
+from ..lift.model import lift_model
+from ..lift.passes import watch_calls
 from ..load.loaded import Dims, Loaded
 from ..specs import TensorSpec
 from .apart import APART, SECOND, called, met_at, rows_are_apart, second_axis
@@ -44,7 +46,8 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
         return BuildError(f"{error.message}; and {memory.message}", memory.hint)
     dims = _fixed(loaded)
     fixed = replace(loaded, dims={**loaded.dims, **dims})
-    problem = _problem(loaded, trace) if _any_length(loaded) else "forward does not take other lengths"
+    lengths = _lengths(loaded)
+    problem = _problem(loaded, trace) if not lengths else "forward does not take other lengths"
     if not problem:
         hint = (
             error.hint
@@ -54,7 +57,7 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
     elif dims and not _one_position(loaded) and not (problem := _problem(fixed, trace)):
         declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
         hint = (
-            "forward works for the example's number of positions only; declare it: the factory returns "
+            f"forward works for {lengths or ONLY}; declare it: the factory returns "
             f"{{{declared}}} as its third element (dims= in Python), and every call has so many and starts "
             "fresh"
         )
@@ -90,8 +93,12 @@ def _problem(loaded: Loaded, trace: Works) -> str:
     return second_axis(loaded) or f"{met_at(loaded) or ROWS}: {APART}"
 
 
-def _any_length(loaded: Loaded) -> bool:
-    """Whether forward takes one position, and twice as many as the example has."""
+LONG = 256  # positions; more than the longest call of `verify`
+ONLY = "the example's number of positions only"
+
+
+def _lengths(loaded: Loaded) -> str:
+    """Which numbers of positions forward takes; empty where it takes one, twice the example's, and many."""
 
     def one(x: Tensor, spec: TensorSpec) -> Tensor:
         known = loaded.ranges.get(spec.name)
@@ -103,10 +110,31 @@ def _any_length(loaded: Loaded) -> bool:
         return x if spec.time_axis is None else torch.cat([x, x], spec.time_axis)
 
     specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
-    return all(
-        called(loaded, {name: change(x, specs[name]) for name, x in loaded.inputs.items()}) is not None
-        for change in (one, twice)
-    )
+
+    def long(x: Tensor, spec: TensorSpec) -> Tensor:
+        if spec.time_axis is None:
+            return x
+        times = -(-LONG * spec.steps // x.shape[spec.time_axis])
+        return torch.cat([x] * times, spec.time_axis).narrow(spec.time_axis, 0, LONG * spec.steps)
+
+    def taken(change: Callable[[Tensor, TensorSpec], Tensor]) -> bool:
+        return called(loaded, {n: change(x, specs[n]) for n, x in loaded.inputs.items()}) is not None
+
+    if not (taken(one) and taken(twice)):
+        return ONLY
+    many = {n: long(x, specs[n]) for n, x in loaded.inputs.items()}
+    return "" if _lifted_runs(loaded, many) else f"the example's number of positions, but not for {LONG}"
+
+
+def _lifted_runs(loaded: Loaded, inputs: dict[str, Tensor]) -> bool:
+    """Whether forward runs with the cells of an export, which know no context length."""
+    try:
+        with torch.no_grad():
+            watch_calls(lift_model(loaded).module, loaded.call(inputs), inputs[loaded.batched])
+    except Exception:
+        log.debug("forward does not run on many positions", exc_info=True)
+        return False
+    return True
 
 
 def _fixed(loaded: Loaded) -> dict[str, Dims]:

@@ -22,7 +22,7 @@ from ..load.user_code import described, line_in, place_of
 from ..ops import bodies as functions
 from ..specs import StateSpec
 from .assumptions import assumed
-from .input_checks import InputChecks
+from .input_checks import decisions_answered
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +68,13 @@ def torch_to_ir(
             which it can be.
     """
 
-    checks: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     programs: list[ExportedProgram] = []
 
     def traced(dims: Mapping[str, Dims]) -> ir.Model:
         dynamic = torch.export.Dim.DYNAMIC
         free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
         named = [dict.fromkeys(axes, dynamic) for axes in free]
-        with quiet(), torch.no_grad(), _decomposed_where_needed(programs), checks:
+        with quiet(), torch.no_grad(), _decomposed_where_needed(programs):
             program = torch.onnx.export(
                 wrapper,
                 (*example, *past),
@@ -99,13 +98,21 @@ def torch_to_ir(
     except BuildError:
         raise
     except Exception as error:
-        if not isinstance(_cause(error), GuardOnDataDependentSymNode):
-            raise _without_form(error, programs) or _refused(error, traced, example, dims) from error
-    checks = InputChecks(lambda: wrapper(*example, *past))
-    try:
-        return traced(dims)
-    except Exception as error:
-        raise _without_form(error, programs) or _refused(error, traced, example, dims) from error
+        log.debug("not traced at once", exc_info=True)
+        failed = error
+    if _decides(_cause(failed)):
+        try:
+            with decisions_answered(wrapper, (*example, *past)):
+                return traced(dims)
+        except Exception as error:
+            log.debug("not traced with answers", exc_info=True)
+            failed = error
+    raise _without_form(failed, programs) or _refused(failed, traced, example, dims) from failed
+
+
+def _decides(cause: BaseException) -> bool:
+    """Whether a trace ended where forward wanted the value of a tensor."""
+    return isinstance(cause, GuardOnDataDependentSymNode) or "SymFloat" in str(cause)
 
 
 class _Assumes(ValueError):
@@ -179,6 +186,13 @@ def _untraceable(cause: BaseException) -> BuildError:
             f"forward decides on a size that is to stay free, and a graph cannot: {cause}",
             "compute in the same way for every size; or declare the size as a number, in the dims that the "
             "factory returns as its third element",
+        )
+    if ".numpy()" in str(cause):
+        return BuildError(
+            "forward computes with NumPy, which leaves no trace"
+            + (place_of(cause) and f": {place_of(cause)}"),
+            "use torch's function of the same name (np.log1p is torch.log1p) on the tensor itself; NumPy may "
+            "make constants, in __init__ or in forward",
         )
     return BuildError(
         f"tracing failed: {described(cause)}",

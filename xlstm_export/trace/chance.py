@@ -38,8 +38,8 @@ def check_chance(loaded: Loaded) -> None:
         return
     raise BuildError(
         f"forward draws random numbers in eval mode, and what it returns depends on them: {draws.found}",
-        "draw in training only, `if self.training: ...`, and take the mean otherwise; or take the noise as "
-        "an input of forward",
+        "draw in training only, `if self.training: ...`, and take the mean otherwise "
+        "(F.dropout(x, p, training=self.training)); or take the noise as an input of forward",
     )
 
 

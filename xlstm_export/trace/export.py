@@ -41,7 +41,7 @@ from .capture import note_modules, quiet, torch_to_ir
 from .chance import check_chance
 from .dimensions import name_dimensions
 from .memory import check_memory
-from .narrow import refuse_narrow
+from .narrow import check_narrow, refuse_narrow
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
@@ -90,6 +90,8 @@ def export(
             progress("tracing")
             model, spec = trace(loaded, options)
         except BuildError as error:
+            if loaded.weights is None:
+                check_narrow(loaded)
             if options.stateless or not wants_advice(error):
                 raise
             progress("trying other forms")

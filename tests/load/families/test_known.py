@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import xlstm_export as xe
 from xlstm_export.distance import difference
 from xlstm_export.errors import InputError, UsageError
+from xlstm_export.lift.model import lift_model
 from xlstm_export.load.families.known import known
 from xlstm_export.load.families.own import load_live
 
@@ -120,3 +122,41 @@ def test_hints_for_other_models(tmp_path: Path) -> None:
     assert load_live(Around(), {"series": torch.zeros(2, 16, 7)}).streams
     with refused(InputError, "takes no inputs"):
         load_live(type("Nothing", (nn.Module,), {"forward": lambda self: None})())
+
+
+class Compiled(nn.Module):
+    """torch.compile in each of its forms: a part, a bound method, a decorated one, and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(stack())
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.head.compile()
+        self.run = torch.compile(self.through)
+
+    def through(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    @torch.compile
+    def last(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.compile])
+def test_no_stage_compiles_what_the_user_compiled(
+    wrap: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("compiled")
+
+    module, x = Compiled(), torch.randn(2, 6, WIDTH)
+    monkeypatch.setattr("torch._dynamo.convert_frame.ConvertFrame.__call__", compiles)
+    loaded = load_live(wrap(module), x)
+    assert loaded.name == "Compiled"
+    assert not any("_orig_mod" in name for name, _ in loaded.module.named_parameters())
+    lifted = lift_model(loaded)  # the cells are found behind the method, in the copy
+    assert {state.kind for state in lifted.states} >= {"C", "n", "m"}
+    assert type(module.body).__name__ == "OptimizedModule"  # the user's own stays as it is

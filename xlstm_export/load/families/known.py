@@ -6,6 +6,7 @@ So it is for a module around them whose first input is tokens: it goes into an e
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +127,37 @@ def _vocabulary(module: nn.Module) -> int:
 def _tokens(vocabulary: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {"tokens": torch.randint(0, vocabulary, (2, LENGTH), generator=generator)}
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module without torch.compile, which is undone in all its parts.
+
+    A compiled part would be compiled again for every shape that a stage calls it with. A compiled method
+    stays that of the module it was made for, in copies too.
+    """
+    module = _original(module)
+    for part in module.modules():
+        vars(part).pop("_compiled_call_impl", None)  # of module.compile()
+        for name, child in part._modules.items():
+            part._modules[name] = None if child is None else _original(child)
+        methods = {name: f for kind in type(part).__mro__[::-1] for name, f in vars(kind).items()}
+        for name, method in methods.items():
+            if callable(plain := getattr(method, _PLAIN, None)):
+                vars(part)[name] = types.MethodType(plain, part)
+        for name, value in vars(part).items():
+            if callable(plain := getattr(value, _PLAIN, None)):
+                own = isinstance(part, type(getattr(plain, "__self__", None)))
+                vars(part)[name] = types.MethodType(plain.__func__, part) if own else plain
+    return module
+
+
+_PLAIN = "_torchdynamo_orig_callable"  # where torch keeps what it compiled
+
+
+def _original(module: nn.Module) -> nn.Module:
+    while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"] or module
+    return module
 
 
 def without_cache(module: nn.Module) -> None:

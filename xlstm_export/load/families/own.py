@@ -22,7 +22,7 @@ from ..slstm_backends import call_factory, without_cuda
 from ..source import factory_parts
 from ..user_code import described, load_function, refuse_exit
 from ..weights import check_finite
-from .known import Known, known, without_cache
+from .known import Known, known, uncompiled, without_cache
 from .own_weights import load_weights
 
 
@@ -116,7 +116,7 @@ def _left_behind(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 def _loaded(made: Given, label: str, origin: dict[str, str], weights: Path | None = None) -> Loaded:
     """A module with its example inputs and their dims, checked."""
     # Tracing happens on the CPU in float32, whatever device and type the factory chose.
-    module = made.module
+    module = uncompiled(made.module)
     module.eval()  # not chained: a `train` of the user's own may return nothing
     module = module.cpu()
     for part, name, _ in list(_left_behind(module)):

@@ -71,9 +71,6 @@ def torch_to_ir(
     programs: list[ExportedProgram] = []
 
     def traced(dims: Mapping[str, Dims]) -> ir.Model:
-        dynamic = torch.export.Dim.DYNAMIC
-        free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
-        named = [dict.fromkeys(axes, dynamic) for axes in free]
         with quiet(), torch.no_grad(), _decomposed_where_needed(programs):
             program = torch.onnx.export(
                 wrapper,
@@ -81,7 +78,7 @@ def torch_to_ir(
                 dynamo=True,
                 optimize=False,
                 opset_version=functions.OPSET,
-                dynamic_shapes=((*named, *({0: dynamic} for _ in past)),),
+                dynamic_shapes=((*_free(dims), *({0: torch.export.Dim.DYNAMIC} for _ in past)),),
                 input_names=[*dims, *(s.past for s in states)],
                 output_names=[*output_names, *(s.present for s in states)],
                 custom_translation_table={torch.ops.aten.to.dtype: _cast},
@@ -108,6 +105,12 @@ def torch_to_ir(
             log.debug("not traced with answers", exc_info=True)
             failed = error
     raise _without_form(failed, programs) or _refused(failed, traced, example, dims) from failed
+
+
+def _free(dims: Mapping[str, Dims]) -> list[dict[int, Any]]:
+    """The axes of each input that stay free, as torch's exporter takes them."""
+    free = [[axis for axis, dim in enumerate(d) if isinstance(dim, str)] for d in dims.values()]
+    return [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free]
 
 
 def _decides(cause: BaseException) -> bool:

@@ -6,6 +6,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from xlstm_export.ops import bodies as functions
+from xlstm_export.ops.operands import MLSTM, SLSTM
 from xlstm_export.specs import OP_DOMAIN
 
 BODIES = {
@@ -14,11 +15,11 @@ BODIES = {
     "mlstm step": functions.mlstm_function("step"),
     "mlstm step cast": functions.mlstm_function("step", cast=True),
     "slstm": functions.slstm_function(),
-    "slstm clamp": functions.slstm_function(clamp=True),
-    "slstm clamp cast": functions.slstm_function(clamp=True, cast=True),
+    "slstm clamp": functions.slstm_function(given=frozenset({"forget_max"})),
+    "slstm clamp cast": functions.slstm_function(given=frozenset({"forget_max"}), cast=True),
     "slstm step": functions.slstm_function("step"),
-    "slstm step clamp": functions.slstm_function("step", clamp=True),
-    "slstm step clamp cast": functions.slstm_function("step", clamp=True, cast=True),
+    "slstm step clamp": functions.slstm_function("step", given=frozenset({"forget_max"})),
+    "slstm step clamp cast": functions.slstm_function("step", given=frozenset({"forget_max"}), cast=True),
 }
 # Symbolic dimensions as an exported graph has them: the body sees neither B nor S.
 SHAPES = {
@@ -46,7 +47,23 @@ def build(
     body: str, types: tuple[tuple[str, int], ...] = (), attributes: tuple[tuple[str, float], ...] = ()
 ) -> onnx.ModelProto:
     """A graph of one operator node with its body; `types` names the inputs that are not FP32."""
-    kind = body.split()[0]
+    return _graph(body.split()[0], BODIES[body], types, dict(attributes))
+
+
+def build_with(kind: str, form: functions.Form, attributes: dict[str, float]) -> onnx.ModelProto:
+    """As `build`, with the body that these attributes need."""
+    function, operator = (
+        (functions.mlstm_function, MLSTM) if kind == "mlstm" else (functions.slstm_function, SLSTM)
+    )
+    return _graph(kind, function(form, given=operator.given(attributes)), (), attributes)
+
+
+def _graph(
+    kind: str,
+    function: onnx.FunctionProto,
+    types: tuple[tuple[str, int], ...],
+    attributes: dict[str, float],
+) -> onnx.ModelProto:
     inputs = [
         helper.make_tensor_value_info(name, dict(types).get(name, TensorProto.FLOAT), shape)
         for name, shape in SHAPES[kind].items()
@@ -59,10 +76,10 @@ def build(
         for name, source, shape in zip(OUTPUTS[kind], (first, *states), shapes, strict=True)
     ]
     node = helper.make_node(
-        BODIES[body].name, list(SHAPES[kind]), list(OUTPUTS[kind]), domain=OP_DOMAIN, **dict(attributes)
+        function.name, list(SHAPES[kind]), list(OUTPUTS[kind]), domain=OP_DOMAIN, **attributes
     )
     imports = [helper.make_opsetid("", functions.OPSET), helper.make_opsetid(OP_DOMAIN, 1)]
     graph = helper.make_graph([node], "single", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=imports, functions=[BODIES[body]], ir_version=10)
+    model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model

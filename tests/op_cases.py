@@ -43,3 +43,31 @@ HELD_IN_CHUNKS = 5 * 157 * UNIT
 def single(data: oracle.Arrays, names: str) -> float:
     """What FP32 can achieve: sixteen roundings in a chain, and exponents made of two sums of size a."""
     return UNIT * (16 + 2 * max(float(np.abs(data[name]).max()) for name in names))
+
+
+# FP64 of functions that attributes select: the oracle rounds m at every position, which nothing compensates.
+EXACT = 1e-12
+
+
+def mlstm_limit(data: oracle.Arrays, options: dict[str, Any]) -> float:
+    """As `single`, for a function that attributes select.
+
+    The logarithm of an exponential forget gate has both signs. So a sum over a chunk of 64 positions is rounded
+    at the size of its terms, three times with its difference to the stabilizer, and what is carried from chunk
+    to chunk keeps that, as a factor.
+    """
+    limit = single(data, "ifm")
+    if not options.get("forget_exp"):
+        return limit
+    f = np.abs(np.asarray(data["f"], dtype=np.float64))  # (B, S, H)
+    chunks = [float(f[:, t : t + 64].sum(1).max()) for t in range(0, f.shape[1], 64)]
+    return limit + 3 * UNIT * float(np.linalg.norm(chunks))
+
+
+def slstm_limit(data: oracle.Arrays, options: dict[str, Any]) -> float:
+    """As `mlstm_limit`: every position rounds a pre-activation, and an exponential gate keeps its error."""
+    limit = single(data, "xm")
+    if not options.get("forget_exp"):
+        return limit
+    f = np.abs(np.asarray(data["x"][:, :, 1], dtype=np.float64))  # (B, S, H, D)
+    return limit + UNIT * float(np.linalg.norm(2 + f.max((0, 2, 3))))

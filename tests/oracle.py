@@ -23,39 +23,53 @@ def log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0.0, -x)
 
 
-def mlstm(q, k, v, i, f, C, n, m, *, scale, eps):
+def mlstm(q, k, v, i, f, C, n, m, *, scale, eps, forget_exp=False, input_sigmoid=False, normalize=True):
     """q, k (B,S,H,Dk), v (B,S,H,Dv), i, f (B,S,H), C (B,H,Dk,Dv), n (B,H,Dk), m (B,H) → h, C, n, m."""
     outputs = []
-    for numerator, qn, *state in _mlstm_steps(q, k, v, i, f, C, n, m, scale=scale):
-        outputs.append(numerator / _normalizer(qn, state[2], eps))
+    gates = {"forget_exp": forget_exp, "input_sigmoid": input_sigmoid}
+    for numerator, qn, *state in _mlstm_steps(q, k, v, i, f, C, n, m, scale=scale, **gates):
+        normalizer, _ = _normalizer(qn, state[2], eps, input_sigmoid, normalize)
+        outputs.append(numerator / normalizer)
     return np.stack(outputs, axis=1), *state
 
 
-def mlstm_scale(q, k, v, i, f, C, n, m, *, scale, eps):
+def mlstm_scale(q, k, v, i, f, C, n, m, *, scale, eps, forget_exp=False, input_sigmoid=False, normalize=True):
     """Bounds per element of h, C, n (to be multiplied with a rounding unit): sums of absolute values."""
-    values = _mlstm_steps(q, k, v, i, f, C, n, m, scale=scale)
+    gates = {"forget_exp": forget_exp, "input_sigmoid": input_sigmoid}
+    values = _mlstm_steps(q, k, v, i, f, C, n, m, scale=scale, **gates)
     q, k, v, C, n = (np.abs(np.asarray(x, dtype=np.float64)) for x in (q, k, v, C, n))
-    bounds = _mlstm_steps(q, k, v, i, f, C, n, m, scale=abs(scale))
+    bounds = _mlstm_steps(q, k, v, i, f, C, n, m, scale=abs(scale), **gates)
     outputs = []
     for (numerator, qn, _, _, m), (numerator_bound, qn_bound, *state_bound) in zip(
         values, bounds, strict=True
     ):
-        normalizer = _normalizer(qn, m, eps)
-        outputs.append((numerator_bound + np.abs(numerator / normalizer) * qn_bound[..., None]) / normalizer)
+        normalizer, of_n = _normalizer(qn, m, eps, input_sigmoid, normalize)
+        own = np.abs(numerator / normalizer) * qn_bound[..., None] if of_n else 0.0
+        outputs.append((numerator_bound + own) / normalizer)
         C, n = state_bound[:2]
     return np.stack(outputs, axis=1), C, n
 
 
-def _normalizer(qn: np.ndarray, m: np.ndarray, eps: float) -> np.ndarray:
+def _normalizer(
+    qn: np.ndarray, m: np.ndarray, eps: float, input_sigmoid: bool = False, normalize: bool = True
+) -> tuple[np.ndarray, bool]:
+    """In units of eᵐ, as C, n and qn are; and whether it depends on n."""
     with np.errstate(over="ignore"):
-        return (np.maximum(np.abs(qn), np.exp(-m)) + eps)[..., None]
+        one = np.maximum(np.exp(-m), np.finfo(np.float64).tiny)
+        if not normalize:
+            return one[..., None], False
+        return (np.maximum(np.abs(qn), one) + eps * (one if input_sigmoid else 1.0))[..., None], True
 
 
-def _mlstm_steps(q, k, v, i, f, C, n, m, *, scale) -> Iterator[tuple[np.ndarray, ...]]:
+def _mlstm_steps(
+    q, k, v, i, f, C, n, m, *, scale, forget_exp=False, input_sigmoid=False
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Per position: (scale·q)ᵀC', (scale·q)ᵀn', C', n', m'."""
     q, k, v, i, f, C, n, m = (np.asarray(x, dtype=np.float64) for x in (q, k, v, i, f, C, n, m))
+    if input_sigmoid:
+        i = log_sigmoid(i)
     for t in range(q.shape[1]):
-        lf = log_sigmoid(f[:, t])
+        lf = f[:, t] if forget_exp else log_sigmoid(f[:, t])
         m_new = np.maximum(lf + m, i[:, t])
         with np.errstate(under="ignore"):
             forget = np.exp(lf + m - m_new)
@@ -68,7 +82,7 @@ def _mlstm_steps(q, k, v, i, f, C, n, m, *, scale) -> Iterator[tuple[np.ndarray,
         yield np.einsum("bhk,bhkv->bhv", query, C), np.einsum("bhk,bhk->bh", query, n), C, n, m
 
 
-def slstm(x, R, bias, y, c, n, m, *, forget_max=np.inf):
+def slstm(x, R, bias, y, c, n, m, *, forget_max=np.inf, forget_exp=False, normalizer_min=0.0):
     """x (B,S,4,H,D), R (H,D,4,D), bias (4,H,D), y, c, n, m (B,H,D) → ys, y, c, n, m."""
     x, R, bias, y, c, n, m = (np.asarray(a, dtype=np.float64) for a in (x, R, bias, y, c, n, m))
     outputs = []
@@ -76,12 +90,13 @@ def slstm(x, R, bias, y, c, n, m, *, forget_max=np.inf):
         for t in range(x.shape[1]):
             raw = x[:, t] + np.einsum("bhd,hdge->bghe", y, R) + bias
             i, f, z, o = (raw[:, g] for g in range(4))
-            lf = log_sigmoid(np.minimum(f, forget_max))
+            f = np.minimum(f, forget_max)
+            lf = f if forget_exp else log_sigmoid(f)
             m_new = np.where(n == 0, i, np.maximum(i, lf + m))
             insert = np.minimum(np.exp(i - m_new), 1.0)
             forget = np.minimum(np.exp(lf + m - m_new), 1.0)
             c = forget * c + insert * np.tanh(z)
-            n = forget * n + insert
+            n = np.maximum(forget * n + insert, normalizer_min)
             m = m_new
             y = 1.0 / (1.0 + np.exp(-o)) * c / n
             outputs.append(y)

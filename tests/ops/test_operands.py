@@ -7,9 +7,11 @@ import inspect
 import pytest
 
 from xlstm_export import specs
+from xlstm_export.errors import UsageError
 from xlstm_export.ops import bodies, reference
 from xlstm_export.ops.operands import MLSTM, OPERATORS, SLSTM, Operator
 
+NAN = float("nan")
 BOTH = pytest.mark.parametrize("operator", [MLSTM, SLSTM], ids=lambda x: x.cell)
 BODIES = {MLSTM.name: bodies.mlstm_function, SLSTM.name: bodies.slstm_function}
 
@@ -82,7 +84,11 @@ def test_bodies(operator: Operator, form: bodies.Form) -> None:
     assert list(body.input) == [f"{operator.name}_{x.name}" for x in operator.required]
     assert list(body.output) == [x.name for x in operator.outputs]
     held = {a.name: a.f for a in body.attribute_proto if not a.name.startswith("plugin_")}
-    assert held == pytest.approx(dict(operator.attributes))
+    assert held == pytest.approx({x.name: x.default for x in operator.attributes if x.declared})
+    every = operator.given([x.name for x in operator.attributes])
+    body = BODIES[operator.name](form, given=every)
+    held = {a.name: a.f for a in body.attribute_proto if not a.name.startswith("plugin_")}
+    assert held == pytest.approx({x.name: x.default for x in operator.attributes})
 
 
 def test_reference_takes_the_operands_in_this_order() -> None:
@@ -91,4 +97,32 @@ def test_reference_takes_the_operands_in_this_order() -> None:
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         assert positional == [*(x.name for x in operator.required if x.state is None), "state"]
-        assert options == [name for name, _ in operator.attributes]
+        assert options == [x.name for x in operator.attributes]
+        for attribute in operator.attributes:
+            default = inspect.signature(function).parameters[attribute.name].default
+            assert attribute.required == (default is inspect.Parameter.empty)
+            assert attribute.required or default == attribute.default
+            assert attribute.flag == isinstance(default, bool)
+
+
+def test_a_node_has_what_is_required_and_what_is_no_default() -> None:
+    plain = {x.name: x.default for x in MLSTM.attributes}
+    assert MLSTM.written(plain) == {"scale": 1.0, "eps": 1e-6}
+    assert MLSTM.written({**plain, "forget_exp": True}) == {"scale": 1.0, "eps": 1e-6, "forget_exp": 1.0}
+    assert SLSTM.written({x.name: x.default for x in SLSTM.attributes}) == {}
+    assert MLSTM.given({"scale", "normalize", "plugin_version"}) == {"normalize"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "value"),
+    [
+        (MLSTM, "eps", -1.0),
+        (MLSTM, "normalize", 2.0),
+        (SLSTM, "normalizer_min", 1.5),
+        (SLSTM, "forget_max", NAN),
+    ],
+)
+def test_a_value_out_of_range_is_refused(operator: Operator, name: str, value: float) -> None:
+    values = {x.name: x.default for x in operator.attributes}
+    with pytest.raises(UsageError, match=rf"{name} of {operator.name} is {value:g}, expected"):
+        operator.written({**values, name: value})

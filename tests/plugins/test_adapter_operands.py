@@ -42,7 +42,7 @@ def test_tensorrt_adapter(operator: Operator) -> None:
     aliases = {after: before for before, after in operator.states}
     assert past == [aliases.get(index) for index in range(len(operator.outputs))]
     attributes = re.findall(r"\bk[A-Z]\w+", table)
-    assert [_attribute(symbol) for symbol in attributes] == [name for name, _ in operator.attributes]
+    assert [_attribute(symbol) for symbol in attributes] == [x.name for x in operator.attributes]
 
 
 @BOTH
@@ -88,7 +88,7 @@ def test_calls_hold_every_operand(structure: type, operator: Operator) -> None:
     fields: tuple[tuple[str, type], ...] = structure._fields_  # type: ignore[attr-defined]
     pointers = {name for name, kind in fields if kind is native.ctypes.c_void_p}
     assert pointers == {x.name for x in (*operator.inputs, *operator.outputs)}
-    assert {name for name, _ in operator.attributes} <= {name for name, _ in fields}
+    assert {x.name for x in operator.attributes} <= {name for name, _ in fields}
 
 
 def _attribute(symbol: str) -> str:

@@ -17,6 +17,7 @@ compare each with the FP64 recurrence.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal
 
@@ -36,40 +37,56 @@ Form = Literal["sequence", "step"]
 
 
 @cache
-def mlstm_function(form: Form = "sequence", *, cast: bool = False, rows: bool = False) -> onnx.FunctionProto:
+def mlstm_function(
+    form: Form = "sequence",
+    *,
+    given: frozenset[str] = frozenset(),
+    cast: bool = False,
+    rows: bool = False,
+) -> onnx.FunctionProto:
     """FunctionProto of `XlstmMlstm`; see `reference.mlstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.
+        given: attributes that any call has; without them the body computes what their default values mean.
         cast: whether q, k, v or the state may be of another type than FP32.
         rows: whether calls differ in their batch, see `attach`.
     """
-    body = mlstm.STEP if form == "step" else mlstm.sequence()
-    return _function(MLSTM, _any_batch(body) if rows else body, cast)
+    body = mlstm.step(given) if form == "step" else mlstm.sequence(given)
+    return _function(MLSTM, _any_batch(body) if rows else body, given, cast)
 
 
 @cache
 def slstm_function(
-    form: Form = "sequence", *, clamp: bool = False, cast: bool = False, rows: bool = False
+    form: Form = "sequence",
+    *,
+    given: frozenset[str] = frozenset(),
+    cast: bool = False,
+    rows: bool = False,
 ) -> onnx.FunctionProto:
     """FunctionProto of `XlstmSlstm`; see `reference.slstm` for what it computes, `operands.py` for shapes.
 
     Args:
         form: which body.
-        clamp: whether any call sets `forget_max`; without it the body saves an operator per position.
+        given: attributes that any call has; without them the body saves operators per position.
         cast: whether x, R or the state may be of another type than FP32.
         rows: whether calls differ in their batch, see `attach`.
     """
-    body = slstm.STEP if form == "step" else slstm.SEQUENCE
-    # The bodies hold the negated forget pre-activation, so its maximum becomes a minimum.
-    operator = "Max(minus_f, minus_forget_max)" if clamp else "Identity(minus_f)"
-    body = body.replace("CLAMP(minus_f)", operator)
-    if clamp:
-        body = (
-            "forget_max = Constant <value_float: float = @forget_max> ()\n"
-            "minus_forget_max = Neg(forget_max)\n" + body
-        )
-    return _function(SLSTM, _any_batch(body) if rows else body, cast)
+    body = slstm.step(given) if form == "step" else slstm.sequence(given)
+    return _function(SLSTM, _any_batch(body) if rows else body, given, cast)
+
+
+def functions_of(
+    nodes: Iterable[ir.Node], form: Form = "sequence", *, cast: bool = False, rows: bool = False
+) -> list[onnx.FunctionProto]:
+    """The bodies that recurrence operators of a graph need; other nodes count for nothing."""
+    calls = [node for node in nodes if node.domain == OP_DOMAIN]
+    bodies = []
+    for operator, function in ((MLSTM, mlstm_function), (SLSTM, slstm_function)):
+        names = [set(node.attributes) for node in calls if node.op_type == operator.name]
+        if names:
+            bodies.append(function(form, given=operator.given(set().union(*names)), cast=cast, rows=rows))
+    return bodies
 
 
 def attach(model: ir.Model, *, cast: bool = False, rows: bool = False) -> None:
@@ -82,15 +99,7 @@ def attach(model: ir.Model, *, cast: bool = False, rows: bool = False) -> None:
             Bodies that the graph has for this already are replaced by such ones.
     """
     rows = rows or any(map(_takes_any_batch, model.functions.values()))
-    nodes = [node for node in model.graph if node.domain == OP_DOMAIN]
-    kinds = {node.op_type for node in nodes}
-    clamp = any("forget_max" in node.attributes for node in nodes)
-    bodies = []
-    if MLSTM.name in kinds:
-        bodies.append(mlstm_function(cast=cast, rows=rows))
-    if SLSTM.name in kinds:
-        bodies.append(slstm_function(clamp=clamp, cast=cast, rows=rows))
-    for proto in bodies:
+    for proto in functions_of(model.graph, cast=cast, rows=rows):
         function = ir.serde.deserialize_function(proto)
         # Nothing a body uses has changed its meaning since OPSET, only the types it may have.
         function.opset_imports[""] = model.opset_imports.get("") or OPSET
@@ -114,7 +123,7 @@ def _takes_any_batch(function: ir.Function) -> bool:
     return any(not isinstance(shape[0], int) and shape[0].value is None for shape in shapes)
 
 
-def _function(operator: Operator, body: str, cast: bool) -> onnx.FunctionProto:
+def _function(operator: Operator, body: str, given: frozenset[str], cast: bool) -> onnx.FunctionProto:
     if not cast:
         body = re.sub(r"Cast <to = 1> \((\w+)\)", r"Identity(\1)", body)
         body = re.sub(r"CastLike\((\w+), \w+\)", r"Identity(\1)", body)
@@ -125,8 +134,11 @@ def _function(operator: Operator, body: str, cast: bool) -> onnx.FunctionProto:
     )
     function = _finish_body(function)
     # Attached here and not in the text, which cannot express an infinite default.
-    attributes: dict[str, float | str] = dict(operator.attributes)
-    attributes |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
+    attributes: dict[str, float | str] = {
+        "plugin_version": PLUGIN_VERSION,
+        "plugin_namespace": PLUGIN_NAMESPACE,
+    }
+    attributes |= {x.name: x.default for x in operator.attributes if x.declared or x.name in given}
     for key, value in sorted(attributes.items()):
         function.attribute_proto.append(onnx.helper.make_attribute(key, value))
     return function

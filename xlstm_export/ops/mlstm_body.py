@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from ..specs import CHUNK
@@ -14,7 +16,8 @@ def _matrix(rows: np.ndarray) -> str:
     return f"Constant <value = float[{rows.shape[0]}, {rows.shape[1]}] {{{values}}}> ()"
 
 
-def sequence() -> str:
+def sequence(given: frozenset[str]) -> str:
+    """The body for any S; `given`: attributes that a node of the graph has."""
     ones = np.ones((CHUNK, CHUNK), dtype=np.float32)
     first = ones[:, :1]
     triangle = np.tril(ones)
@@ -23,7 +26,67 @@ def sequence() -> str:
     return (
         f"triangle_all = {_matrix(triangle)}\n"
         f"strict_all = {_matrix(strict)}\n"
-        f"mask_all = {_matrix(mask)}\n" + _SEQUENCE
+        f"mask_all = {_matrix(mask)}\n" + _selected(_SEQUENCE, given)
+    )
+
+
+def step(given: frozenset[str]) -> str:
+    """The body for S = 1; `given` as for `sequence`."""
+    return _selected(_STEP, given)
+
+
+def _selected(body: str, given: frozenset[str]) -> str:
+    """A body that also computes what these attributes select."""
+    if "forget_exp" in given:
+        body = select_forget_gate(body)
+    if "input_sigmoid" in given:
+        body = body.replace("(i, ", "(li, ").replace(
+            "minus_f = Neg(f)\n",
+            """minus_f = Neg(f)
+    minus_i = Neg(i)
+    minus_li = Softplus(minus_i)
+    li_sigmoid = Neg(minus_li)
+    li = Where(input_sigmoid, li_sigmoid, i)
+""",
+        )
+        body = body.replace(
+            "normalizer = Add(bounded, eps)",
+            """eps_of_floor = Mul(eps, floor)
+    eps_here = Where(input_sigmoid, eps_of_floor, eps)
+    normalizer = Add(bounded, eps_here)""",
+        )
+    if "normalize" in given:
+        # exp(-m) alone gives the numerator back in its true units.
+        body = re.sub(
+            r"normalizer = (Add\(bounded, \w+\))",
+            r"normalizer_of_n = \1\n    normalizer = Where(normalize, normalizer_of_n, floor)",
+            body,
+        )
+    if given & {"input_sigmoid", "normalize"}:
+        # Nothing may be divided by zero where eps is none or scaled.
+        body = re.sub(
+            r"(\w+) = Exp\(minus_m\)",
+            r"floor_exp = Exp(minus_m)\n"
+            r"    least = Constant <value = float {1.17549435e-38}> ()\n"
+            r"    \1 = Max(floor_exp, least)",
+            body,
+        )
+    return "".join(flag(name) for name in sorted(given)) + body
+
+
+def select_forget_gate(body: str) -> str:
+    """A body that holds -f and -log of the forget gate, with exp(f) as the gate where `forget_exp` is 1."""
+    return re.sub(
+        r"(\w+) = Softplus\((minus_f\w*)\)",
+        r"minus_log_sigmoid = Softplus(\2)\n    \1 = Where(forget_exp, \2, minus_log_sigmoid)",
+        body,
+    )
+
+
+def flag(name: str) -> str:
+    """The attribute of this name as a bool."""
+    return (
+        f"{name}_value = Constant <value_float: float = @{name}> ()\n{name} = Cast <to = 9> ({name}_value)\n"
     )
 
 
@@ -158,7 +221,7 @@ _SEQUENCE = f"""
     m = CastLike(m_end, m0)
 """
 
-STEP = """
+_STEP = """
     one = Constant <value = int64[1] {1}> ()
     last = Constant <value = int64[1] {-1}> ()
     axes12 = Constant <value = int64[2] {-2, -1}> ()

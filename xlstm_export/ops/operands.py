@@ -1,17 +1,21 @@
-"""The operands of the two recurrence operators: names, order, shapes, types, and which of them are states.
+"""The operands and attributes of the two recurrence operators.
 
-This table is the only place in Python where operands have positions: function bodies, graph rewrites, the
-audit of cell gates and the calls of native libraries use it. The C++ adapters (`plugins/adapters`) declare
-the same operands; tests compare the two.
+Operands: names, order, shapes, types, and which of them are states. This table is the only place in Python
+where operands have positions: function bodies, graph rewrites, the audit of cell gates and the calls of
+native libraries use it. The C++ adapters (`plugins/adapters`) declare the same operands and attributes; tests
+compare the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
+
+from ..errors import UsageError
 
 # All operands of one kind have one element type. "f32": always FP32. "io": inputs and outputs of each
 # position. "state": a state that may be stored in 16 bits. "weight": a matrix, int8 where its scale is given.
@@ -48,6 +52,28 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """An attribute of a recurrence operator. All are FP32 in a file; a flag is 0 or 1.
+
+    Attributes:
+        name: as in the signatures of `ops/reference.py`, in the function bodies and in `common/call.h`.
+        default: what a node without it means. Such a node, and its body, are the same bytes in every version.
+        low, high: the smallest and the largest value.
+        flag: whether it has two values, and is a bool in Python.
+        required: whether an exported node has it even where it has the default value.
+        declared: whether every body declares it; others are in a body where a node of the graph has them.
+    """
+
+    name: str
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    flag: bool = False
+    required: bool = False
+    declared: bool = False
+
+
+@dataclass(frozen=True)
 class Operator:
     """One of the two recurrence operators.
 
@@ -55,14 +81,14 @@ class Operator:
         name: ONNX op_type, in the domain `specs.OP_DOMAIN`.
         cell: the kind of cell, as in `specs.BlockSpec`.
         inputs, outputs: in their order.
-        attributes: numeric attributes, each with the value that a function body uses where a node has none.
+        attributes: what selects the function, in the order of the reference's keywords.
     """
 
     name: str
     cell: str
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
-    attributes: tuple[tuple[str, float], ...]
+    attributes: tuple[Attribute, ...]
 
     def index(self, name: str) -> int:
         """Position of an input.
@@ -106,6 +132,27 @@ class Operator:
         """Position of the input that is a weight matrix."""
         return next((index for index, x in enumerate(self.inputs) if x.kind == "weight"), None)
 
+    def written(self, values: Mapping[str, object]) -> dict[str, float]:
+        """The attributes that a node with these values has: what it must have, and what is no default.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        written = {}
+        for attribute in self.attributes:
+            value = float(cast(float, values[attribute.name]))
+            known = value in (0.0, 1.0) if attribute.flag else attribute.low <= value <= attribute.high
+            if not known:
+                span = "0 or 1" if attribute.flag else f"{attribute.low:g} to {attribute.high:g}"
+                raise UsageError(f"{attribute.name} of {self.name} is {value:g}, expected {span}")
+            if attribute.required or value != attribute.default:
+                written[attribute.name] = value
+        return written
+
+    def given(self, names: Collection[str]) -> frozenset[str]:
+        """Those of the names that are attributes which a body only has where a node has them."""
+        return frozenset(x.name for x in self.attributes if not x.required and x.name in names)
+
     def source(self, output: Operand) -> Operand | None:
         """The input whose shape and type an output has; None where no input has both."""
         if output.state is not None:
@@ -144,8 +191,14 @@ MLSTM = Operator(
         Operand("n", _VECTOR, state="n"),
         Operand("m", _SCALAR, state="m"),
     ),
-    # A body cannot compute Dk^-0.5, the scale of the contract. Every exported node has both.
-    attributes=(("scale", 1.0), ("eps", 1e-6)),
+    attributes=(
+        # A body cannot compute Dk^-0.5, the scale of the contract, so every exported node has it.
+        Attribute("scale", 1.0, low=-math.inf, required=True, declared=True),
+        Attribute("eps", 1e-6, required=True, declared=True),
+        Attribute("forget_exp", 0.0, flag=True),
+        Attribute("input_sigmoid", 0.0, flag=True),
+        Attribute("normalize", 1.0, flag=True),
+    ),
 )
 
 SLSTM = Operator(
@@ -170,7 +223,11 @@ SLSTM = Operator(
         Operand("n_n", _UNITS, state="n"),
         Operand("m_n", _UNITS, state="m"),
     ),
-    attributes=(("forget_max", float("inf")),),
+    attributes=(
+        Attribute("forget_max", math.inf, low=-math.inf, declared=True),
+        Attribute("forget_exp", 0.0, flag=True),
+        Attribute("normalizer_min", 0.0, high=1.0),
+    ),
 )
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType({op.name: op for op in (MLSTM, SLSTM)})

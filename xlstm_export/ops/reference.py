@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from .operands import MLSTM, SLSTM, Operator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Means "no contribution" in log space. Finite, so that the difference of two such values is not NaN.
 LOG_ZERO = -1e30
@@ -30,8 +34,27 @@ SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]  # y, c, n, m, each (B,H,D)
 # --- mLSTM ------------------------------------------------------------------------------------------
 
 
+class MlstmGates(TypedDict, total=False):
+    """Keywords of every form of the mLSTM that select its function; what is absent is as in `mlstm`."""
+
+    forget_exp: bool
+    input_sigmoid: bool
+    normalize: bool
+
+
 def mlstm(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    scale: float,
+    eps: float,
+    forget_exp: bool = False,
+    input_sigmoid: bool = False,
+    normalize: bool = True,
 ) -> tuple[Tensor, MlstmState]:
     """mLSTM over a sequence; the form is chosen from S, the ONNX symbol is emitted while exporting.
 
@@ -42,24 +65,38 @@ def mlstm(
         state: C (B, H, Dk, Dv), n (B, H, Dk), m (B, H).
         scale: multiplies q; Dk^-0.5 in the paper.
         eps: added to the normalizer.
+        forget_exp: the forget gate is exp(f) in place of sigmoid(f).
+        input_sigmoid: the input gate is sigmoid(i) in place of exp(i). No gate needs a stabilizer then, so
+            eps is added to the normalizer as it is without one: to max(|qᵀn|·eᵐ, 1).
+        normalize: whether there is a normalizer; without one, h is (scale·q)ᵀC·eᵐ, whatever n and eps.
 
     Returns:
         h (B, S, H, Dv) and the state after the last position.
     """
+    gates: MlstmGates = {"forget_exp": forget_exp, "input_sigmoid": input_sigmoid, "normalize": normalize}
+    attributes = MLSTM.written({"scale": scale, "eps": eps, **gates})
     if torch.onnx.is_in_onnx_export():
-        return _mlstm_symbol(q, k, v, i, f, state, scale, eps)
-    if q.shape[1] == 1:
-        return mlstm_step(q, k, v, i, f, state, scale=scale, eps=eps)
-    return mlstm_chunkwise(q, k, v, i, f, state, scale=scale, eps=eps)
+        return _mlstm_symbol((q, k, v, i, f, *state), attributes)
+    form = mlstm_step if q.shape[1] == 1 else mlstm_chunkwise
+    return form(q, k, v, i, f, state, scale=scale, eps=eps, **gates)
 
 
 def mlstm_step(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    scale: float,
+    eps: float,
+    **gates: Unpack[MlstmGates],
 ) -> tuple[Tensor, MlstmState]:
     """One position (S = 1) of `mlstm`, exactly as the recurrence is written."""
     C, n, m = state
     q, k, v, i, f = (x[:, 0] for x in (q, k, v, i, f))
-    lf = F.logsigmoid(f)  # (B, H)
+    lf, i = _log_gates(f, i, gates)  # (B, H)
     m_new = torch.maximum(lf + m, i)
     # lf + (m - m') rather than (lf + m) - m': where m' = lf + m was rounded, the difference contains the
     # rounding error, and the decay compensates it. So the errors do not add up over the stream.
@@ -69,18 +106,27 @@ def mlstm_step(
     n_new = forget * n + kI
     q = scale * q
     numerator = (q[..., None, :] @ C_new)[..., 0, :]  # (B, H, Dv)
-    normalizer = torch.maximum((q * n_new).sum(-1).abs(), torch.exp(-m_new)) + eps
+    normalizer = _normalizer((q * n_new).sum(-1), m_new, eps, gates)
     return (numerator / normalizer[..., None])[:, None], (C_new, n_new, m_new)
 
 
 def mlstm_sequence(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MlstmState,
+    *,
+    scale: float,
+    eps: float,
+    **gates: Unpack[MlstmGates],
 ) -> tuple[Tensor, MlstmState]:
     """`mlstm` as S single steps: slow, and the reference for all other forms."""
     outputs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t, i_t, f_t = (x[:, t : t + 1] for x in (q, k, v, i, f))
-        h, state = mlstm_step(q_t, k_t, v_t, i_t, f_t, state, scale=scale, eps=eps)
+        h, state = mlstm_step(q_t, k_t, v_t, i_t, f_t, state, scale=scale, eps=eps, **gates)
         outputs.append(h)
     return torch.cat(outputs, dim=1), state
 
@@ -96,6 +142,7 @@ def mlstm_chunkwise(
     scale: float,
     eps: float,
     chunk: int = CHUNK,
+    **gates: Unpack[MlstmGates],
 ) -> tuple[Tensor, MlstmState]:
     """`mlstm` with a parallel form inside chunks of `chunk` positions and a recurrence between them.
 
@@ -104,15 +151,40 @@ def mlstm_chunkwise(
     outputs = []
     for start in range(0, q.shape[1], chunk):
         q_c, k_c, v_c, i_c, f_c = (x[:, start : start + chunk].transpose(1, 2) for x in (q, k, v, i, f))
-        h, state = _mlstm_chunk(q_c, k_c, v_c, i_c, f_c, state, scale=scale, eps=eps)
+        h, state = _mlstm_chunk(scale * q_c, k_c, v_c, *_log_gates(f_c, i_c, gates), state, eps, gates)
         outputs.append(h.transpose(1, 2))
     return torch.cat(outputs, dim=1), state
 
 
+def _log_gates(f: Tensor, i: Tensor, gates: MlstmGates) -> tuple[Tensor, Tensor]:
+    """Logarithms of the forget and the input gate."""
+    lf = f if gates.get("forget_exp", False) else F.logsigmoid(f)
+    return lf, F.logsigmoid(i) if gates.get("input_sigmoid", False) else i
+
+
+def _normalizer(qn: Tensor, m: Tensor, eps: float, gates: MlstmGates) -> Tensor:
+    """What (scale·q)ᵀC is divided by, where C, n and (scale·q)ᵀn are in units of eᵐ."""
+    one = torch.exp(-m)
+    least = torch.finfo(one.dtype).tiny  # so that nothing is divided by zero where eps is none or scaled
+    if not gates.get("normalize", True):
+        return one.clamp(min=least)
+    if gates.get("input_sigmoid", False):
+        one = one.clamp(min=least)
+        return torch.maximum(qn.abs(), one) + eps * one
+    return torch.maximum(qn.abs(), one) + eps
+
+
 def _mlstm_chunk(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, *, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lf: Tensor,
+    i: Tensor,
+    state: MlstmState,
+    eps: float,
+    gates: MlstmGates,
 ) -> tuple[Tensor, MlstmState]:
-    """One chunk, heads first: q, k (B, H, L, Dk), v (B, H, L, Dv), i, f (B, H, L).
+    """One chunk, heads first: scaled q, k (B, H, L, Dk), v (B, H, L, Dv), log gates lf, i (B, H, L).
 
     The incoming state is column 0 of the decay matrix, position j is column j + 1: what is left of it
     at position t is exp(sum of lf over j+1..t). The sums are taken over their own terms, never as a
@@ -125,7 +197,6 @@ def _mlstm_chunk(
     strict = torch.cat([ones[:, :1], ones.tril(-1)], dim=1)  # (L, L+1): lf of l decays columns j < l
     allowed = torch.cat([ones[:, :1], triangle], dim=1) > 0  # (L, L+1)
 
-    lf = F.logsigmoid(f)
     decay = triangle @ (lf[..., None] * strict)  # (B, H, L, L+1)
     decay = decay.masked_fill(~allowed, LOG_ZERO)
     weight = torch.cat([m[..., None], i], dim=-1)[..., None, :]  # (B, H, 1, L+1)
@@ -133,11 +204,10 @@ def _mlstm_chunk(
     W = torch.exp(decay + (weight - m_new))  # (B, H, L, L+1)
     carried, W = W[..., :1], W[..., 1:]
 
-    q = scale * q
     E = (q @ k.transpose(-1, -2)) * W  # (B, H, L, L)
     numerator = E @ v + carried * (q @ C)  # (B, H, L, Dv)
     qn = E.sum(-1, keepdim=True) + carried * (q @ n[..., None])  # (B, H, L, 1)
-    h = numerator / (torch.maximum(qn.abs(), torch.exp(-m_new)) + eps)
+    h = numerator / _normalizer(qn, m_new, eps, gates)
 
     last, kept = W[..., -1, :, None], carried[..., -1, :]  # (B, H, L, 1), (B, H, 1)
     kW = k * last
@@ -146,20 +216,31 @@ def _mlstm_chunk(
     return h, (C_new, n_new, m_new[..., -1, 0])
 
 
-def _mlstm_symbol(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: MlstmState, scale: float, eps: float
-) -> tuple[Tensor, MlstmState]:
-    C0, n0, m0 = state
-    operands = {"q": q, "k": k, "v": v, "i": i, "f": f, "C0": C0, "n0": n0, "m0": m0}
-    h, C, n, m = _symbol(MLSTM, operands, {"scale": float(scale), "eps": float(eps)})
+def _mlstm_symbol(operands: Sequence[Tensor], attributes: Mapping[str, float]) -> tuple[Tensor, MlstmState]:
+    h, C, n, m = _symbol(MLSTM, operands, attributes)
     return h, (C, n, m)
 
 
 # --- sLSTM ------------------------------------------------------------------------------------------
 
 
+class SlstmGates(TypedDict, total=False):
+    """Keywords of every form of the sLSTM that select its function; what is absent is as in `slstm`."""
+
+    forget_max: float
+    forget_exp: bool
+    normalizer_min: float
+
+
 def slstm(
-    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+    x: Tensor,
+    R: Tensor,
+    bias: Tensor,
+    state: SlstmState,
+    *,
+    forget_max: float = math.inf,
+    forget_exp: bool = False,
+    normalizer_min: float = 0.0,
 ) -> tuple[Tensor, SlstmState]:
     """sLSTM over a sequence; the ONNX symbol is emitted while exporting.
 
@@ -169,23 +250,33 @@ def slstm(
         bias: (4, H, D).
         state: y, c, n, m, each (B, H, D).
         forget_max: the forget pre-activation is clamped to at most this.
+        forget_exp: the forget gate is exp(f) in place of sigmoid(f).
+        normalizer_min: n is at least this, between 0 and 1. From a fresh start n ≥ 1 without it, because one
+            of the two gates is 1 at every position; so it acts on a state from outside with a smaller n.
 
     Returns:
         y (B, S, H, D) and the state after the last position.
     """
+    gates: SlstmGates = {
+        "forget_max": forget_max,
+        "forget_exp": forget_exp,
+        "normalizer_min": normalizer_min,
+    }
+    attributes = SLSTM.written(gates)
     if torch.onnx.is_in_onnx_export():
-        return _slstm_symbol(x, R, bias, state, forget_max)
-    return slstm_sequence(x, R, bias, state, forget_max=forget_max)
+        return _slstm_symbol((x, R, bias, *state), attributes)
+    return slstm_sequence(x, R, bias, state, **gates)
 
 
 def slstm_step(
-    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, **gates: Unpack[SlstmGates]
 ) -> SlstmState:
     """One position: x (B, 4, H, D); returns the new y, c, n, m, each (B, H, D)."""
     y, c, n, m = state
     recurrent = torch.einsum("bhd,hdge->bghe", y, R)  # (B, 4, H, D)
     i, f, z, o = (x + recurrent + bias).unbind(1)
-    lf = F.logsigmoid(f.clamp(max=forget_max))
+    f = f.clamp(max=gates.get("forget_max", math.inf))
+    lf = f if gates.get("forget_exp", False) else F.logsigmoid(f)
     # n = 0 marks a fresh unit: its m is no stabilizer yet and must not enter the maximum.
     m_new = torch.where(n == 0, i, torch.maximum(i, lf + m))
     input_gate = torch.exp(i - m_new)
@@ -194,26 +285,35 @@ def slstm_step(
     forget_gate = torch.where(n == 0, 0.0, torch.exp(lf + (m - m_new)))
     c_new = forget_gate * c + input_gate * torch.tanh(z)
     n_new = forget_gate * n + input_gate
+    if (normalizer_min := gates.get("normalizer_min", 0.0)) > 0:
+        n_new = torch.where(n < normalizer_min, n_new.clamp(min=normalizer_min), n_new)
+        c_new, n_new, m_new = _raised(c_new, n_new, m_new, normalizer_min)
     return torch.sigmoid(o) * c_new / n_new, c_new, n_new, m_new
 
 
+def _raised(c: Tensor, n: Tensor, m: Tensor, normalizer_min: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same state with n of at least `normalizer_min`, which it only lacks by the rounding of m.
+
+    A minimum acts on a state from outside alone: an n that has reached it once stays above it. In FP32 it
+    falls below nevertheless, where it compensates the rounding of m. A minimum there would take that back; so
+    the state is given in other units, with twice the minimum, which is out of the reach of rounding for long.
+    """
+    factor = torch.where(n < normalizer_min, 2 * normalizer_min / n, torch.ones_like(n))
+    return c * factor, n * factor, m - factor.log()
+
+
 def slstm_sequence(
-    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, *, forget_max: float = math.inf
+    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, **gates: Unpack[SlstmGates]
 ) -> tuple[Tensor, SlstmState]:
     """`slstm` as S single steps. Memory mixing (R·y) leaves no parallel form."""
     outputs = []
     for x_t in x.unbind(1):
-        state = slstm_step(x_t, R, bias, state, forget_max=forget_max)
+        state = slstm_step(x_t, R, bias, state, **gates)
         outputs.append(state[0])
     return torch.stack(outputs, dim=1), state
 
 
-def _slstm_symbol(
-    x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, forget_max: float
-) -> tuple[Tensor, SlstmState]:
-    y0, c0, n0, m0 = state
-    operands = {"x": x, "R": R, "bias": bias, "y0": y0, "c0": c0, "n0": n0, "m0": m0}
-    attributes = {"forget_max": float(forget_max)} if math.isfinite(forget_max) else {}
+def _slstm_symbol(operands: Sequence[Tensor], attributes: Mapping[str, float]) -> tuple[Tensor, SlstmState]:
     ys, y, c, n, m = _symbol(SLSTM, operands, attributes)
     return ys, (y, c, n, m)
 
@@ -222,10 +322,10 @@ def _slstm_symbol(
 
 
 def _symbol(
-    operator: Operator, operands: Mapping[str, Tensor], attributes: Mapping[str, float]
+    operator: Operator, inputs: Sequence[Tensor], attributes: Mapping[str, float]
 ) -> Sequence[Tensor]:
-    """The node of an operator in the graph that is being exported."""
-    inputs = [operands[x.name] for x in operator.required]
+    """The node of an operator, with the operands in their order, in the graph that is being exported."""
+    operands = {x.name: tensor for x, tensor in zip(operator.required, inputs, strict=True)}
     sizes = dict(zip(operator.inputs[0].axes, inputs[0].shape, strict=True))
     dtypes, shapes = [], []
     for output in operator.outputs:

@@ -2,7 +2,75 @@
 
 from __future__ import annotations
 
+from .mlstm_body import flag, select_forget_gate
+
 LOG_ZERO = "-1e30"  # as reference.LOG_ZERO
+
+
+def sequence(given: frozenset[str]) -> str:
+    """The body for any S; `given`: attributes that a node of the graph has."""
+    return _selected(_SEQUENCE, given)
+
+
+def step(given: frozenset[str]) -> str:
+    """The body for S = 1; `given` as for `sequence`."""
+    return _selected(_STEP, given)
+
+
+def _selected(body: str, given: frozenset[str]) -> str:
+    """A body that also computes what these attributes select."""
+    if "normalizer_min" in given:
+        for plain, with_minimum in _MINIMUM:
+            body = body.replace(plain, with_minimum)
+    if "forget_exp" in given:
+        body = flag("forget_exp") + select_forget_gate(body)
+    # The bodies hold the negated forget pre-activation, so its maximum becomes a minimum.
+    if "forget_max" not in given:
+        return body.replace("CLAMP(minus_f)", "Identity(minus_f)")
+    return (
+        "forget_max = Constant <value_float: float = @forget_max> ()\n"
+        "minus_forget_max = Neg(forget_max)\n"
+        + body.replace("CLAMP(minus_f)", "Max(minus_f, minus_forget_max)")
+    )
+
+
+# What changes where n has a minimum; the Scan has one state more, and a step has none.
+#
+# The minimum acts on the first position of a call alone: from then on n stays above it, but for the rounding
+# of m that it compensates (`reference._raised`). So it is a state of the loop that is zero from the second
+# position on, and what a call returns is given in other units where n has fallen below it.
+_MINIMUM = (
+    (
+        "m_u = Unsqueeze(m_start, minus_2)",
+        """m_u = Unsqueeze(m_start, minus_2)
+    normalizer_min = Constant <value_float: float = @normalizer_min> ()
+    is_short = Less(n_0, normalizer_min)
+    minimum = Where(is_short, normalizer_min, zero_f)
+    minimum_u = Unsqueeze(minimum, minus_2)""",
+    ),
+    ("m_c = Identity(m_u)", "m_c = Identity(m_u)\n    minimum_c = Identity(minimum_u)"),
+    ("float[B, H, 1, D] m_c,", "float[B, H, 1, D] m_c, float[B, H, 1, D] minimum_c,"),
+    ("float[B, H, 1, D] m_e,", "float[B, H, 1, D] m_e, float[B, H, 1, D] minimum_e,"),
+    ("n_end, m_end, ys = Scan", "n_end, m_end, minimum_end, ys = Scan"),
+    ("(y_u, c_u, n_u, m_u, xs)", "(y_u, c_u, n_u, m_u, minimum_u, xs)"),
+    ("y_out = Squeeze", "minimum_e = Mul(minimum_c, zero_f)\n            y_out = Squeeze"),
+    ("n_e = Add(n_kept, I)", "n_sum = Add(n_kept, I)\n            n_e = Max(n_sum, minimum_c)"),
+    ("c_n32 = Squeeze(c_end, minus_2)", "c_out = Squeeze(c_end, minus_2)"),
+    ("n_n32 = Squeeze(n_end, minus_2)", "n_out = Squeeze(n_end, minus_2)"),
+    (
+        "m_n32 = Squeeze(m_end, minus_2)",
+        """m_out = Squeeze(m_end, minus_2)
+    one_f = Constant <value = float {1.0}> ()
+    has_fallen = Less(n_out, normalizer_min)
+    twice = Add(normalizer_min, normalizer_min)
+    ratio = Div(twice, n_out)
+    factor = Where(has_fallen, ratio, one_f)
+    log_factor = Log(factor)
+    c_n32 = Mul(c_out, factor)
+    n_n32 = Mul(n_out, factor)
+    m_n32 = Sub(m_out, log_factor)""",
+    ),
+)
 
 # The forget pre-activation is negated once for the whole sequence (in x, R and bias, which is exact),
 # because log sigmoid(f) = -softplus(-f). The rule "m' = i where n = 0" needs no test inside the loop:
@@ -72,7 +140,7 @@ _RESULT = """
     m_n = CastLike(m_n32, m0)
 """
 
-SEQUENCE = f"""
+_SEQUENCE = f"""
     x_flat = Constant <value = int64[5] {{0, 0, 0, 1, -1}}> ()
     {_SETUP}
     x_heads = Transpose <perm = [1, 0, 3, 2, 4]> (x_bias)
@@ -95,7 +163,7 @@ SEQUENCE = f"""
     {_RESULT}
 """
 
-STEP = f"""
+_STEP = f"""
     x_flat = Constant <value = int64[4] {{0, 0, 1, -1}}> ()
     one = Constant <value = int64[1] {{1}}> ()
     {_SETUP}

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from ...ops import bodies as functions
-from ...ops.operands import MLSTM, SLSTM
 from ...specs import OP_DOMAIN, multiple_of, steps_of
 from .fused import drop_bodies
 from .merge_static_views import merge_static_views
@@ -62,12 +61,7 @@ def _see_one_position(model: ir.Model) -> bool:
 
 
 def _use_step_bodies(model: ir.Model) -> None:
-    calls = [node for node in model.graph if node.domain == OP_DOMAIN]
-    clamp = any("forget_max" in node.attributes for node in calls)
-    bodies = {
-        MLSTM.name: functions.mlstm_function("step"),
-        SLSTM.name: functions.slstm_function("step", clamp=clamp),
-    }
+    bodies = {proto.name: proto for proto in functions.functions_of(model.graph, "step")}
     for identifier, function in list(model.functions.items()):
         if function.domain == OP_DOMAIN and function.name in bodies:
             body = ir.serde.deserialize_function(bodies[function.name])

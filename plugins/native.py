@@ -8,7 +8,6 @@ checks that they are contiguous and have the shapes and types of the operator's 
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
@@ -17,6 +16,9 @@ from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
+
+    from xlstm_export.ops.reference import MlstmGates, SlstmGates
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
 
@@ -31,7 +33,7 @@ class MlstmCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "length", "heads", "dk", "dv", "io", "state")),
         *((name, ctypes.c_float) for name in ("scale", "eps")),
-        ("processors", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("forget_exp", "input_sigmoid", "normalize", "processors")),
         *(
             (name, ctypes.c_void_p)
             for name in ("q", "k", "v", "i", "f", "C0", "n0", "m0", "h", "C", "n", "m")
@@ -45,6 +47,8 @@ class SlstmCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("batch", "length", "heads", "dim", "io", "weight")),
         ("forget_max", ctypes.c_float),
+        ("forget_exp", ctypes.c_int32),
+        ("normalizer_min", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("x", "R", "R_scale", "bias", "y0", "c0", "n0", "m0")),
         *((name, ctypes.c_void_p) for name in ("y", "y_n", "c_n", "n_n", "m_n")),
     )
@@ -93,12 +97,13 @@ class NativeLibrary:
         eps: float,
         workspace: Array | None = None,
         context: int | None = None,
+        **gates: Unpack[MlstmGates],
     ) -> None:
         """Run `XlstmMlstm`.
 
         Args:
             tensors: q, k, v, i, f, C0, n0, m0 and the results h, C, n, m, which are written.
-            scale, eps: as for `ops.reference.mlstm`.
+            scale, eps, gates: as for `ops.reference.mlstm`.
             workspace: tensor of at least `mlstm_workspace` bytes, where the kernels run on a GPU; host
                 memory is allocated when None.
             context: an address, see common/call.h; of a GPU's stream for instance.
@@ -106,28 +111,28 @@ class NativeLibrary:
         Raises:
             NativeError: a shape or type does not fit, the library refuses the call or fails.
         """
-        call = mlstm_call(tensors, scale=scale, eps=eps)
+        call = mlstm_call(tensors, scale=scale, eps=eps, **gates)
         self._run("mlstm", call, workspace, context)
 
     def slstm(
         self,
         tensors: Tensors,
         *,
-        forget_max: float = math.inf,
         workspace: Array | None = None,
         context: int | None = None,
+        **gates: Unpack[SlstmGates],
     ) -> None:
         """Run `XlstmSlstm`.
 
         Args:
             tensors: x, R, R_scale (int8 only), bias, y0, c0, n0, m0 and the results y, y_n, c_n, n_n, m_n.
-            forget_max: as for `ops.reference.slstm`.
+            gates: as for `ops.reference.slstm`.
             workspace, context: as for `mlstm`.
 
         Raises:
             NativeError: as `mlstm`.
         """
-        call = slstm_call(tensors, forget_max=forget_max)
+        call = slstm_call(tensors, **gates)
         self._run("slstm", call, workspace, context)
 
     def mlstm_workspace(self, call: MlstmCall) -> int:
@@ -156,7 +161,7 @@ class NativeLibrary:
 _FUNCTIONS = ("check", "workspace", "run")
 
 
-def mlstm_call(tensors: Tensors, *, scale: float, eps: float) -> MlstmCall:
+def mlstm_call(tensors: Tensors, *, scale: float, eps: float, **gates: Unpack[MlstmGates]) -> MlstmCall:
     """The call of `NativeLibrary.mlstm` as a structure; the tensors must outlive it."""
     bound = _bind(MLSTM, tensors)
     return MlstmCall(
@@ -169,11 +174,12 @@ def mlstm_call(tensors: Tensors, *, scale: float, eps: float) -> MlstmCall:
         state=bound.types["state"],
         scale=scale,
         eps=eps,
+        **_given(MLSTM, gates),
         **bound.addresses,
     )
 
 
-def slstm_call(tensors: Tensors, *, forget_max: float = math.inf) -> SlstmCall:
+def slstm_call(tensors: Tensors, **gates: Unpack[SlstmGates]) -> SlstmCall:
     """The call of `NativeLibrary.slstm` as a structure; the tensors must outlive it."""
     bound = _bind(SLSTM, tensors)
     return SlstmCall(
@@ -183,9 +189,16 @@ def slstm_call(tensors: Tensors, *, forget_max: float = math.inf) -> SlstmCall:
         dim=bound.sizes["D"],
         io=bound.types["io"],
         weight=bound.types["weight"],
-        forget_max=forget_max,
+        **_given(SLSTM, gates),
         **bound.addresses,
     )
+
+
+def _given(operator: Operator, gates: Mapping[str, object]) -> dict[str, float | int]:
+    """The attributes that nobody must give as fields of a call; what is absent has its default."""
+    optional = (x for x in operator.attributes if not x.required)
+    values = {x: cast(float, gates.get(x.name, x.default)) for x in optional}
+    return {x.name: int(value) if x.flag else value for x, value in values.items()}
 
 
 class _Bound(NamedTuple):

@@ -23,6 +23,14 @@ inline const Attribute kForgetMax{
     "forget_max", false, std::numeric_limits<float>::infinity(), "a number or +infinity",
     [](float value) { return value > -std::numeric_limits<float>::infinity(); }};
 
+inline bool is_flag(float value) { return value == 0 || value == 1; }
+
+inline const Attribute kForgetExp{"forget_exp", false, 0.0F, "0 or 1", is_flag};
+inline const Attribute kInputSigmoid{"input_sigmoid", false, 0.0F, "0 or 1", is_flag};
+inline const Attribute kNormalize{"normalize", false, 1.0F, "0 or 1", is_flag};
+inline const Attribute kNormalizerMin{"normalizer_min", false, 0.0F, "a number from 0 to 1",
+                                      [](float value) { return value >= 0 && value <= 1; }};
+
 // What q is multiplied with.
 inline float scale_of(float given, int dk) {
     return std::isnan(given) ? 1.0F / std::sqrt(static_cast<float>(dk)) : given;

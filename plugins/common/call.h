@@ -18,6 +18,9 @@ struct Mlstm {
     Dtype state;                           // C0, C: f32, f16 or bf16; n and m are always f32
     float scale;                           // multiplies q
     float eps;                             // added to the normalizer
+    int32_t forget_exp;                    // 1: the forget gate is exp(f), 0: sigmoid(f)
+    int32_t input_sigmoid;                 // 1: the input gate is sigmoid(i), 0: exp(i)
+    int32_t normalize = 1;                 // 0: h is (scale·q)ᵀC·eᵐ, without a normalizer
     int32_t processors;                    // that scratch memory is shared out to; 0: those of the device
     const void *q, *k;                     // (B, S, H, Dk)
     const void *v;                         // (B, S, H, Dv)
@@ -30,11 +33,18 @@ struct Mlstm {
     float *n, *m;
 };
 
+// Whether the function is that of a call without the attributes that select another one.
+inline bool is_plain(const Mlstm &call) {
+    return call.forget_exp == 0 && call.input_sigmoid == 0 && call.normalize == 1;
+}
+
 struct Slstm {
     int32_t batch, length, heads, dim;  // B, S, H, D
     Dtype io;                           // x, y: f32, f16 or bf16
     Dtype weight;                       // R: f32, f16, bf16 or i8
     float forget_max;                   // the forget pre-activation is at most this; +inf: no bound
+    int32_t forget_exp;                 // 1: the forget gate is exp(f), 0: sigmoid(f)
+    float normalizer_min;               // n is at least this, 0 to 1
     const void *x;                      // (B, S, 4, H, D) pre-activations in the order i, f, z, o
     const void *R;                      // (H, D, 4, D): from unit (axis 1) to gate and unit
     const float *R_scale;               // (H, 4, D) for i8: R = R_scale * integers; else null
@@ -43,6 +53,23 @@ struct Slstm {
     void *y;                            // (B, S, H, D)
     float *y_n, *c_n, *n_n, *m_n;       // (B, H, D) after the last position
 };
+
+inline bool is_plain(const Slstm &call) { return call.forget_exp == 0 && call.normalizer_min == 0; }
+
+// Null, or what is wrong with the attributes that select a function: a value that is not known is refused and
+// not taken for another.
+inline const char *check_function(const Mlstm &call) {
+    const auto flag = [](int32_t value) { return value == 0 || value == 1; };
+    if (!flag(call.forget_exp) || !flag(call.input_sigmoid) || !flag(call.normalize))
+        return "forget_exp, input_sigmoid and normalize must be 0 or 1";
+    return nullptr;
+}
+
+inline const char *check_function(const Slstm &call) {
+    if (call.forget_exp != 0 && call.forget_exp != 1) return "forget_exp must be 0 or 1";
+    if (!(call.normalizer_min >= 0 && call.normalizer_min <= 1)) return "normalizer_min must be 0 to 1";
+    return nullptr;
+}
 
 }  // namespace xlstm
 

@@ -27,7 +27,7 @@ XLSTM_EXPORT const char *xlstm_mlstm_check(const xlstm::Mlstm *call) {
     }
     if (call->io != Dtype::f32 || call->state != Dtype::f32)
         return "the CPU operator computes in float32 only";
-    return nullptr;
+    return xlstm::check_function(*call);
 }
 
 XLSTM_EXPORT size_t xlstm_mlstm_workspace(const xlstm::Mlstm *) { return 0; }

@@ -4,6 +4,7 @@
 // the parallel form within 64 positions (ops._mlstm_chunk), as products of small matrices that stay in the caches.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <initializer_list>
 
@@ -19,6 +20,19 @@ constexpr float kLogZero = -1e30f;  // "no contribution" in log space, finite so
 constexpr size_t kTasks = 4;        // fewer heads than this are cut into strips of columns
 
 inline float log_sigmoid_scalar(float x) { return (x < 0 ? x : 0) - std::log1p(std::exp(-std::fabs(x))); }
+
+// Logarithms of the gates.
+inline float log_forget(const Mlstm &call, float f) { return call.forget_exp ? f : log_sigmoid_scalar(f); }
+inline float log_input(const Mlstm &call, float i) { return call.input_sigmoid ? log_sigmoid_scalar(i) : i; }
+
+// What the numerator is divided by; C, n and qn are in units of exp(m).
+inline float normalizer_of(const Mlstm &call, float qn, float m) {
+    const float one = std::exp(-m), size = std::fabs(qn);
+    if (call.normalize && !call.input_sigmoid) return (size > one ? size : one) + call.eps;
+    const float floor = one > FLT_MIN ? one : FLT_MIN;  // nothing may be divided by zero
+    if (!call.normalize) return floor;
+    return (size > floor ? size : floor) + call.eps * floor;
+}
 
 inline float dot(const float *a, const float *b, size_t count) {
     Vec sums[4] = {};
@@ -54,7 +68,7 @@ inline void step_head(const Mlstm &call, size_t head, StepHead &out) {
     const float *k = static_cast<const float *>(call.k) + head * dk;
     const float *n0 = call.n0 + head * dk;
     float *n = call.n + head * dk;
-    const float lf = log_sigmoid_scalar(call.f[head]), i = call.i[head], m0 = call.m0[head];
+    const float lf = log_forget(call, call.f[head]), i = log_input(call, call.i[head]), m0 = call.m0[head];
     const float m = lf + m0 > i ? lf + m0 : i;
     const float forget = std::exp(lf + (m0 - m));  // in this order: see ops.mlstm_step
     const float input = std::exp(i - m);
@@ -75,10 +89,9 @@ inline void step_head(const Mlstm &call, size_t head, StepHead &out) {
         n[at] = forget * n0[at] + out.kI[at];
         total += out.q[at] * n[at];
     }
-    const float floor = std::exp(-m), size = std::fabs(total);
     call.m[head] = m;
     out.forget = forget;
-    out.normalizer = (size > floor ? size : floor) + call.eps;
+    out.normalizer = normalizer_of(call, total, m);
 }
 
 constexpr size_t kAhead = 768;     // floats: 3 KB, what arrives from memory while that much is computed
@@ -146,17 +159,17 @@ struct Chunk {
     float *panel;
 };
 
-inline void chunk_decay(const Chunk &chunk, const float *i, const float *f, size_t step, size_t length,
-                        float m_in) {
+inline void chunk_decay(const Mlstm &call, const Chunk &chunk, const float *i, const float *f, size_t step,
+                        size_t length, float m_in) {
     const size_t width = Scratch::rounded(kChunk + 1);
     for (size_t j = 0; j < width; ++j) chunk.decay[j] = 0, chunk.weight[j] = kLogZero;
     chunk.weight[0] = m_in;
     for (size_t t = 0; t < length; ++t) {
-        const Vec lf = all(log_sigmoid_scalar(f[t * step]));
+        const Vec lf = all(log_forget(call, f[t * step]));
         // Running sums over their own terms, never a difference of two sums, which would cancel.
         for (size_t j = 0; j <= t; j += kLanes) store(chunk.decay + j, load(chunk.decay + j) + lf);
         chunk.decay[t + 1] = 0;
-        chunk.weight[t + 1] = i[t * step];
+        chunk.weight[t + 1] = log_input(call, i[t * step]);
         Vec largest = all(kLogZero);
         for (size_t j = 0; j <= t + 1; j += kLanes) {
             largest = max(largest, load(chunk.decay + j) + load(chunk.weight + j));
@@ -205,7 +218,7 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
     }
     for (size_t start = 0; start < length; start += kChunk) {
         const size_t L = length - start < kChunk ? length - start : kChunk;
-        chunk_decay(chunk, i, f, heads, L, *m);
+        chunk_decay(call, chunk, i, f, heads, L, *m);
         for (size_t t = 0; t < L; ++t) {
             const float left = chunk.W[(L - 1) * kChunk + t];
             for (size_t d = 0; d < dk; ++d) {
@@ -224,8 +237,7 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
                 total += e;
             }
             const float qn = sum(total) + call.scale * chunk.carried[t] * dot(q + t * qk_stride, n, dk);
-            const float floor = std::exp(-chunk.m[t]), size = std::fabs(qn);
-            chunk.normalizer[t] = (size > floor ? size : floor) + call.eps;
+            chunk.normalizer[t] = normalizer_of(call, qn, chunk.m[t]);
         }
         gemm(L, width, dk, {q, qk_stride, 1}, C, dv, chunk.numerator, width, 0, chunk.panel);
         for (size_t t = 0; t < L; ++t) {

@@ -12,10 +12,26 @@ constexpr unsigned WARP = 0xffffffffu;
 
 __device__ __forceinline__ float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
+// Logarithms of the gates.
+__device__ __forceinline__ float log_forget(const Mlstm &call, float f) {
+    return call.forget_exp ? f : log_sigmoid(f);
+}
+__device__ __forceinline__ float log_input(const Mlstm &call, float i) {
+    return call.input_sigmoid ? log_sigmoid(i) : i;
+}
+
+// What the numerator is divided by; C, n and qn are in units of exp(m).
+__device__ __forceinline__ float normalizer_of(const Mlstm &call, float qn, float m) {
+    const float one = expf(-m);
+    if (call.normalize && !call.input_sigmoid) return fmaxf(fabsf(qn), one) + call.eps;
+    const float floor = fmaxf(one, 1.17549435e-38f);  // nothing may be divided by zero
+    return call.normalize ? fmaxf(fabsf(qn), floor) + call.eps * floor : floor;
+}
+
 // Results of gate_scan in scratch memory. Per head (B·H of them), S padded to whole blocks; padded positions
 // neither decay nor insert. "Before" and "after" a position do not leave its block.
 struct Gates {
-    float *i, *lf;    // (B·H, blocks, 64) the gates again, heads first: input pre-activation, log forget
+    float *i, *lf;    // (B·H, blocks, 64) logarithms of the gates, heads first
     float *m;         // stabilizer of the recurrence after this position
     float *to_start;  // sum of lf up to and including this position
     float *to_end;    // sum of lf after this position
@@ -53,8 +69,8 @@ __global__ void __launch_bounds__(SCAN_WARPS * 32) gate_scan(Mlstm call, Gates g
         for (int x = 0; x < 2; ++x) {
             const int t = block * BLOCK + 2 * lane + x;
             const bool real = t < call.length;
-            i[x] = real ? call.i[source + size_t(t) * call.heads] : -INFINITY;
-            lf[x] = real ? log_sigmoid(call.f[source + size_t(t) * call.heads]) : 0.0f;
+            i[x] = real ? log_input(call, call.i[source + size_t(t) * call.heads]) : -INFINITY;
+            lf[x] = real ? log_forget(call, call.f[source + size_t(t) * call.heads]) : 0.0f;
         }
         // Inclusive scan from the left, and the plain sum from the right.
         const Span first{lf[0], i[0]};

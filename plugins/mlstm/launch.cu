@@ -68,6 +68,7 @@ const char *check(const Mlstm &call) {
     if (!floating(call.io))
         return refuse("q, k, v and h have type %d, must be f32, f16 or bf16", int(call.io));
     if (!floating(call.state)) return refuse("C has type %d, must be f32, f16 or bf16", int(call.state));
+    if (const char *refusal = check_function(call)) return refusal;
     if (call.length == 1) return nullptr;
     const int needed = with_type(call.io, [&](auto io) { return least_shared<decltype(io)>(call); });
     if (needed > shared_limit())

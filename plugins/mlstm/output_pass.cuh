@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(OUTPUT_THREADS, 2)
             if (position >= call.length) continue;
             const float m = row_m[t], carried = call.scale * expf(since_start + row_start[t] + (m_0 - m));
             const float total = row_sums[t] + row_sums[BLOCK + t] + carried * row_qn[t];
-            const float normalizer = fmaxf(fabsf(total), expf(-m)) + call.eps;
+            const float normalizer = normalizer_of(call, total, m);
             Io *const h = static_cast<Io *>(call.h) + (token + size_t(position) * call.heads) * call.dv;
 #pragma unroll
             for (int j = 0; j < N; ++j) {

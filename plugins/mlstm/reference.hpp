@@ -16,8 +16,10 @@ Real log_sigmoid(Real x) {
 // One position of one head: q, k (Dk), v, h (Dv); C (Dk, Dv), n (Dk) and m are updated in place.
 template <class Real>
 void mlstm_position(const Real *q, const Real *k, const Real *v, Real i, Real f, Real *C, Real *n, Real &m,
-                    Real *h, int Dk, int Dv, Real scale, Real eps) {
-    const Real lf = log_sigmoid(f);
+                    Real *h, int Dk, int Dv, Real scale, Real eps, bool forget_exp = false,
+                    bool input_sigmoid = false, bool normalize = true) {
+    const Real lf = forget_exp ? f : log_sigmoid(f);
+    if (input_sigmoid) i = log_sigmoid(i);
     const Real m_new = std::max(lf + m, i);
     // Not (lf + m) - m': what was rounded off in m' comes back in the decay and does not add up.
     const Real forget = std::exp(lf + (m - m_new));
@@ -35,7 +37,9 @@ void mlstm_position(const Real *q, const Real *k, const Real *v, Real i, Real f,
             h[e] += query * c;
         }
     }
-    const Real normalizer = std::max(std::abs(qn), std::exp(-m)) + eps;
+    const Real one = std::exp(-m);  // in units of C and n
+    Real normalizer = std::max(std::abs(qn), one) + (input_sigmoid ? eps * one : eps);
+    if (!normalize) normalizer = one;
     for (int e = 0; e < Dv; ++e) h[e] /= normalizer;
 }
 

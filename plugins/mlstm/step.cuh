@@ -19,7 +19,7 @@ struct StepGates {
 };
 
 __device__ __forceinline__ StepGates step_gates(const Mlstm &call, int head) {
-    const float lf = log_sigmoid(call.f[head]), i = call.i[head], m_0 = call.m0[head];
+    const float lf = log_forget(call, call.f[head]), i = log_input(call, call.i[head]), m_0 = call.m0[head];
     const float m = fmaxf(lf + m_0, i);
     // Not (lf + m_0) - m: what was rounded off in m comes back in the decay and does not add up.
     return {expf(lf + (m_0 - m)), expf(i - m), m};
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(STEP_THREADS) step(Mlstm call, bool writes_nor
         if (c >= call.dv) continue;
         float total = 0.0f, numerator = 0.0f;
         for (int w = 0; w < WARPS; ++w) total += qn_sums[w], numerator += sums[w * COLUMNS + x];
-        const float normalizer = fmaxf(fabsf(total), expf(-gates.m)) + call.eps;
+        const float normalizer = normalizer_of(call, total, gates.m);
         static_cast<Io *>(call.h)[size_t(head) * call.dv + c] = from_float<Io>(numerator / normalizer);
     }
 }

@@ -27,7 +27,7 @@ XLSTM_EXPORT const char *xlstm_slstm_check(const xlstm::Slstm *call) {
     }
     if (call->io != Dtype::f32 || call->weight != Dtype::f32)
         return "the CPU operator computes in float32 only";
-    return nullptr;
+    return xlstm::check_function(*call);
 }
 
 XLSTM_EXPORT size_t xlstm_slstm_workspace(const xlstm::Slstm *) { return 0; }

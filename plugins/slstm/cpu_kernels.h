@@ -94,8 +94,23 @@ struct Row {
     float *y, *c, *n, *m, *gates;
 };
 
-// The pointwise part: gates to the new state. Padding lanes compute on zeros and stay finite.
-inline void point(const Row &row, size_t dim, float forget_max) {
+// n at least `normalizer_min` where it was not before; else it can only be less by the rounding of m that it
+// compensates, and the state is given in other units, out of its reach (ops._raised).
+inline void keep_minimum(float normalizer_min, Vec n, Vec &c_new, Vec &n_new, Vec &m_new) {
+    const Vec least = all(normalizer_min);
+    n_new = n < least ? max(n_new, least) : n_new;
+    const IntVec fallen = n_new < least;
+    c_new = fallen ? c_new + c_new : c_new;
+    n_new = fallen ? n_new + n_new : n_new;
+    m_new = fallen ? m_new - all(0.693147181f) : m_new;
+}
+
+// The pointwise part: gates to the new state. Padding lanes compute on zeros and stay finite. `plain`: the
+// attributes select no other function.
+template <bool plain>
+inline void point(const Slstm &call, const Row &row) {
+    const size_t dim = call.dim;
+    const float forget_max = call.forget_max;
     const float *i_gate = row.gates, *f_gate = i_gate + dim, *z_gate = f_gate + dim, *o_gate = z_gate + dim;
     for (size_t d = 0; d < dim; d += kLanes) {
         const size_t some = dim - d;
@@ -105,14 +120,15 @@ inline void point(const Row &row, size_t dim, float forget_max) {
         const Vec i = read(i_gate), f = min(read(f_gate), all(forget_max)), z = read(z_gate),
                   o = read(o_gate);
         const Vec c = load(row.c + d), n = load(row.n + d), m = load(row.m + d);
-        const Vec lf = log_sigmoid(f);
+        const Vec lf = !plain && call.forget_exp ? f : log_sigmoid(f);
         const IntVec fresh = n == 0.f;
         // A fresh unit has nothing to keep, and its m is no stabilizer yet.
-        const Vec m_new = fresh ? i : max(i, lf + m);
+        Vec m_new = fresh ? i : max(i, lf + m);
         const Vec input = exp(i - m_new);
         const Vec forget = fresh ? Vec{} : exp(lf + (m - m_new));  // in this order: see ops.slstm_step
-        const Vec c_new = forget * c + input * tanh(z);
-        const Vec n_new = forget * n + input;
+        Vec c_new = forget * c + input * tanh(z);
+        Vec n_new = forget * n + input;
+        if (!plain && call.normalizer_min > 0) keep_minimum(call.normalizer_min, n, c_new, n_new, m_new);
         store(row.c + d, c_new);
         store(row.n + d, n_new);
         store(row.m + d, m_new);
@@ -148,6 +164,7 @@ bool scan_head(const Slstm &call, size_t head, size_t first_row) {
         }
         for (size_t j = columns; j < Scratch::rounded(padded); ++j) row.gates[j] = 0;
     }
+    const bool plain = is_plain(call);
     for (size_t t = 0; t < S; ++t) {
         for (int r = 0; r < rows; ++r) {
             const float *x = static_cast<const float *>(call.x) + ((first_row + r) * S + t) * columns * H;
@@ -159,7 +176,7 @@ bool scan_head(const Slstm &call, size_t head, size_t first_row) {
         }
         mix<rows>(weights, states[0].y, line, states[0].gates, Scratch::rounded(padded));
         for (int r = 0; r < rows; ++r) {
-            point(states[r], D, call.forget_max);
+            plain ? point<true>(call, states[r]) : point<false>(call, states[r]);
             float *y = static_cast<float *>(call.y) + (((first_row + r) * S + t) * H + head) * D;
             std::memcpy(y, states[r].y, D * sizeof(float));
         }

@@ -112,7 +112,7 @@ const char *check(const Slstm &call) {
     if (!floating(call.weight) && call.weight != Dtype::i8)
         return refuse("R has type %d, must be f32, f16, bf16 or i8", int(call.weight));
     if (std::isnan(call.forget_max)) return refuse("forget_max is no number");
-    return nullptr;
+    return check_function(call);
 }
 
 }  // namespace

@@ -10,16 +10,17 @@ namespace xlstm::reference {
 
 // One position of one unit: its gates' pre-activations, and its state, which is updated in place.
 template <class Real>
-void slstm_unit(Real i, Real f, Real z, Real o, Real forget_max, Real &y, Real &c, Real &n, Real &m) {
+void slstm_unit(Real i, Real f, Real z, Real o, Real forget_max, Real &y, Real &c, Real &n, Real &m,
+                bool forget_exp = false, Real normalizer_min = 0) {
     f = std::min(f, forget_max);
-    const Real lf = std::min(f, Real(0)) - std::log1p(std::exp(-std::abs(f)));
+    const Real lf = forget_exp ? f : std::min(f, Real(0)) - std::log1p(std::exp(-std::abs(f)));
     const bool fresh = n == 0;  // then m is no stabilizer yet
     const Real m_new = fresh ? i : std::max(i, lf + m);
     const Real insert = std::exp(i - m_new);
     // Not (lf + m) - m': what was rounded off in m' comes back in the decay and does not add up.
     const Real forget = fresh ? Real(0) : std::exp(lf + (m - m_new));
     c = forget * c + insert * std::tanh(z);
-    n = forget * n + insert;
+    n = std::max(forget * n + insert, normalizer_min);
     m = m_new;
     y = c / (n * (1 + std::exp(-o)));
 }

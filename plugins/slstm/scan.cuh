@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(threads, 1) scan(Slstm call, Plan plan) {
             const float raw[4] = {
                 fmaf(sum[u][0], factor.x, in(0) + b.x), fmaf(sum[u][1], factor.y, in(1) + b.y),
                 fmaf(sum[u][2], factor.z, in(2) + b.z), fmaf(sum[u][3], factor.w, in(3) + b.w)};
-            const float y = advance(cell[u], raw, call.forget_max);
+            const float y = advance(cell[u], raw, call);
             Y::put(y_present, plan.y_pitch, row, e, y, scale);
             store(call.y, y_at + e, y, call.io);
             if (last) {

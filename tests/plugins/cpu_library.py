@@ -15,12 +15,17 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
+from typing_extensions import Unpack
 from xlstm_export.plugins.locate import OWN, cache_folder
 from xlstm_export.plugins.native import NativeLibrary
+
+from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
+from xlstm_export.ops.reference import MlstmGates, SlstmGates
 
 # Instruction set → lanes, the compiler's options, what the processor must have.
 VARIANTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
@@ -96,17 +101,20 @@ class EmulatedLibrary:
             [emulator, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
         )
 
-    def mlstm(self, tensors: Mapping[str, np.ndarray], *, scale: float, eps: float) -> None:
+    def mlstm(
+        self, tensors: Mapping[str, np.ndarray], *, scale: float, eps: float, **gates: Unpack[MlstmGates]
+    ) -> None:
         sizes = (*tensors["q"].shape, tensors["v"].shape[-1], tensors["C"] is tensors["C0"])
         inputs = [tensors[name] for name in ("q", "k", "v", "i", "f", "C0", "n0", "m0")]
-        self._call(0, sizes, (scale, eps), inputs, [tensors[name] for name in ("h", "C", "n", "m")])
+        attributes = (scale, eps, *_optional(MLSTM, gates))
+        self._call(0, sizes, attributes, inputs, [tensors[name] for name in ("h", "C", "n", "m")])
 
-    def slstm(self, tensors: Mapping[str, np.ndarray], *, forget_max: float) -> None:
+    def slstm(self, tensors: Mapping[str, np.ndarray], **gates: Unpack[SlstmGates]) -> None:
         B, S, _, H, D = tensors["x"].shape
         sizes = (B, S, H, D, tensors["y_n"] is tensors["y0"])
         inputs = [tensors[name] for name in ("x", "R", "bias", "y0", "c0", "n0", "m0")]
         outputs = [tensors[name] for name in ("y", "y_n", "c_n", "n_n", "m_n")]
-        self._call(1, sizes, (forget_max,), inputs, outputs)
+        self._call(1, sizes, _optional(SLSTM, gates), inputs, outputs)
 
     def apply(self, function: int, x: np.ndarray, y: np.ndarray) -> None:
         self._call(2, (function, x.size), (), [x], [y])
@@ -131,6 +139,10 @@ class EmulatedLibrary:
             data = received.read(array.nbytes)
             assert len(data) == array.nbytes, f"the program ended with status {self._process.wait()}"
             array[...] = np.frombuffer(data, np.float32).reshape(array.shape)
+
+
+def _optional(operator: Operator, gates: Mapping[str, Any]) -> list[float]:
+    return [float(gates.get(x.name, x.default)) for x in operator.attributes if not x.required]
 
 
 @functools.cache
@@ -172,6 +184,7 @@ def run_mlstm(
     scale: float,
     eps: float,
     in_place: bool = False,
+    **gates: Unpack[MlstmGates],
 ) -> tuple[np.ndarray, ...]:
     """h, C, n, m; results start as NaN where they are not the incoming state."""
     tensors = {name: np.ascontiguousarray(data[name]) for name in "qkvif"}
@@ -179,7 +192,7 @@ def run_mlstm(
     tensors["h"] = np.full_like(data["v"], np.nan)
     for kind in oracle.MLSTM_STATE:
         tensors[kind] = tensors[f"{kind}0"] if in_place else np.full_like(data[kind], np.nan)
-    library.mlstm(tensors, scale=scale, eps=eps)
+    library.mlstm(tensors, scale=scale, eps=eps, **gates)
     return tuple(tensors[name] for name in ("h", *oracle.MLSTM_STATE))
 
 
@@ -187,8 +200,8 @@ def run_slstm(
     library: NativeLibrary | EmulatedLibrary,
     data: oracle.Arrays,
     *,
-    forget_max: float = float("inf"),
     in_place: bool = False,
+    **gates: Unpack[SlstmGates],
 ) -> tuple[np.ndarray, ...]:
     """ys, y, c, n, m; results start as NaN where they are not the incoming state."""
     tensors = {name: np.ascontiguousarray(data[name]) for name in ("x", "R", "bias")}
@@ -197,5 +210,5 @@ def run_slstm(
     tensors["y"] = np.full((batch, length, heads, dim), np.nan, dtype=np.float32)
     for kind in oracle.SLSTM_STATE:
         tensors[f"{kind}_n"] = tensors[f"{kind}0"] if in_place else np.full_like(data[kind], np.nan)
-    library.slstm(tensors, forget_max=forget_max)
+    library.slstm(tensors, **gates)
     return tuple(tensors[name] for name in ("y", *(f"{kind}_n" for kind in oracle.SLSTM_STATE)))

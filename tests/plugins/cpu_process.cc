@@ -39,14 +39,15 @@ struct State {
 
 int run_mlstm() {
     int32_t sizes[6];  // B, S, H, Dk, Dv, in place
-    float attributes[2];
-    if (!read(sizes, 6) || !read(attributes, 2)) return 2;
+    float attributes[5];
+    if (!read(sizes, 6) || !read(attributes, 5)) return 2;
     const size_t heads = size_t(sizes[0]) * sizes[2], positions = heads * sizes[1], dk = sizes[3],
                  dv = sizes[4];
     xlstm::Mlstm call{};
     call.batch = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dk = sizes[3],
     call.dv = sizes[4];
-    call.scale = attributes[0], call.eps = attributes[1];
+    call.scale = attributes[0], call.eps = attributes[1], call.forget_exp = attributes[2] != 0;
+    call.input_sigmoid = attributes[3] != 0, call.normalize = attributes[4] != 0;
     const auto q = tensor(positions * dk), k = tensor(positions * dk), v = tensor(positions * dv);
     const auto i = tensor(positions), f = tensor(positions);
     State C(heads * dk * dv, sizes[5] != 0), n(heads * dk, sizes[5] != 0), m(heads, sizes[5] != 0);
@@ -61,12 +62,12 @@ int run_mlstm() {
 
 int run_slstm() {
     int32_t sizes[5];  // B, S, H, D, in place
-    float forget_max;
-    if (!read(sizes, 5) || !read(&forget_max, 1)) return 2;
+    float attributes[3];
+    if (!read(sizes, 5) || !read(attributes, 3)) return 2;
     const size_t units = size_t(sizes[2]) * sizes[3], state = sizes[0] * units;
     xlstm::Slstm call{};
     call.batch = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dim = sizes[3];
-    call.forget_max = forget_max;
+    call.forget_max = attributes[0], call.forget_exp = attributes[1] != 0, call.normalizer_min = attributes[2];
     const auto x = tensor(state * sizes[1] * 4), R = tensor(units * 4 * sizes[3]), bias = tensor(4 * units);
     const bool in_place = sizes[4] != 0;
     State y(state, in_place), c(state, in_place), n(state, in_place), m(state, in_place);

@@ -6,13 +6,17 @@ Imports neither PyTorch nor pytest's fixtures, which do not run under AddressSan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import emulated
 import ml_dtypes
 import numpy as np
 import oracle
+from typing_extensions import Unpack
 from xlstm_export.plugins.native import NativeLibrary
+
+if TYPE_CHECKING:
+    from xlstm_export.ops.reference import SlstmGates
 
 UNIT = 2.0**-24  # one rounding to FP32
 IO: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -36,9 +40,9 @@ def run(
     library: NativeLibrary,
     data: oracle.Arrays,
     *,
-    forget_max: float = np.inf,
     in_place: bool = False,
     offset: int = 0,
+    **gates: Unpack[SlstmGates],
 ) -> tuple[np.ndarray, ...]:
     """ys, y, c, n, m as they were written. With an `offset` in elements, no tensor is aligned to 16 bytes."""
 
@@ -54,7 +58,7 @@ def run(
     tensors["y"] = placed(np.full((*x.shape[:2], *x.shape[3:]), np.nan, dtype=x.dtype))
     for kind in oracle.SLSTM_STATE:
         tensors[f"{kind}_n"] = tensors[f"{kind}0"] if in_place else placed(np.full_like(data[kind], np.nan))
-    library.slstm(tensors, forget_max=forget_max)
+    library.slstm(tensors, **gates)
     for name in ("x", "R", "bias", *(() if in_place else (f"{kind}0" for kind in oracle.SLSTM_STATE))):
         np.testing.assert_array_equal(tensors[name], data[name.removesuffix("0")])
     return tuple(tensors[name] for name in ("y", *(f"{kind}_n" for kind in oracle.SLSTM_STATE)))

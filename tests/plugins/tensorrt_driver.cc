@@ -294,11 +294,11 @@ void identity(const Plugins &plugins) {
         REQUIRE(std::strcmp(creator->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0);
     }
     const PluginFieldCollection *names = plugins.mlstm->getFieldNames();
-    REQUIRE(names->nbFields == 4 && std::strcmp(names->fields[0].name, "scale") == 0);
-    REQUIRE(std::strcmp(names->fields[2].name, "aliased") == 0);
-    REQUIRE(std::strcmp(names->fields[3].name, "processors") == 0);
-    REQUIRE(names->fields[2].type == PluginFieldType::kINT32 &&
-            names->fields[3].type == PluginFieldType::kINT32);
+    REQUIRE(names->nbFields == 7 && std::strcmp(names->fields[0].name, "scale") == 0);
+    REQUIRE(std::strcmp(names->fields[5].name, "aliased") == 0);
+    REQUIRE(std::strcmp(names->fields[6].name, "processors") == 0);
+    REQUIRE(names->fields[5].type == PluginFieldType::kINT32 &&
+            names->fields[6].type == PluginFieldType::kINT32);
     REQUIRE(std::strcmp(plugins.slstm->getFieldNames()->fields[0].name, "forget_max") == 0);
     Instance made = plugins.make_slstm();
     REQUIRE(std::strcmp(made.core->getPluginName(), "XlstmSlstm") == 0);
@@ -329,7 +329,10 @@ void bad_fields(const Plugins &plugins) {
     plugins.refused(plugins.mlstm, {good, {"scale", &nan, fp32, 1}}, {"scale is", "finite"});
     plugins.refused(plugins.mlstm, {good, {"scale", &infinite, fp32, 1}}, {"scale is inf"});
     plugins.refused(plugins.mlstm, {good, {"forget_max", &eps, fp32, 1}},
-                    {"no field \"forget_max\"", "scale, eps, aliased, processors"});
+                    {"no field \"forget_max\"",
+                     "scale, eps, forget_exp, input_sigmoid, normalize, aliased, processors"});
+    plugins.refused(plugins.mlstm, {good, {"input_sigmoid", &eps, fp32, 1}}, {"input_sigmoid is", "0 or 1"});
+    plugins.refused(plugins.slstm, {{"normalizer_min", &bound, fp32, 1}}, {"normalizer_min is 15", "0 to 1"});
     plugins.refused(plugins.mlstm, {good, {nullptr, &eps, fp32, 1}}, {"no field \"\""});
     plugins.refused(plugins.mlstm, {good, {"aliased", &two, PluginFieldType::kINT32, 1}}, {"aliased is 2"});
     plugins.refused(plugins.mlstm, {good, {"aliased", &eps, fp32, 1}}, {"aliased", "type 1"});
@@ -346,12 +349,42 @@ void bad_fields(const Plugins &plugins) {
 void default_fields(const Plugins &plugins) {
     Instance mlstm = plugins.make(plugins.mlstm, {{"eps", &eps, PluginFieldType::kFLOAT32, 1}});
     REQUIRE(mlstm.shapes(mlstm_tensors()) == 0);
-    REQUIRE(plugins.fake->mlstm.scale == 0.25F);  // 16 ^ -0.5
+    const xlstm::Mlstm &m = plugins.fake->mlstm;
+    REQUIRE(m.scale == 0.25F);  // 16 ^ -0.5
+    REQUIRE(m.forget_exp == 0 && m.input_sigmoid == 0 && m.normalize == 1);
     Instance slstm = plugins.make(plugins.slstm, {});
     REQUIRE(slstm.shapes(slstm_tensors()) == 0);
     REQUIRE(plugins.fake->slstm.forget_max == std::numeric_limits<float>::infinity());
+    REQUIRE(plugins.fake->slstm.forget_exp == 0 && plugins.fake->slstm.normalizer_min == 0);
     const float infinite = std::numeric_limits<float>::infinity();
     plugins.make(plugins.slstm, {{"forget_max", &infinite, PluginFieldType::kFLOAT32, 1}});
+}
+
+// The function of a node, as given and as restored from an engine.
+void functions(const Plugins &plugins) {
+    constexpr auto fp32 = PluginFieldType::kFLOAT32;
+    const float zero = 0, one = 1, half = 0.5F;
+    Instance mlstm = plugins.make(plugins.mlstm, {{"eps", &eps, fp32, 1},
+                                                  {"forget_exp", &one, fp32, 1},
+                                                  {"input_sigmoid", &one, fp32, 1},
+                                                  {"normalize", &zero, fp32, 1}});
+    Instance slstm = plugins.make(
+        plugins.slstm, {{"forget_exp", &one, fp32, 1}, {"normalizer_min", &half, fp32, 1}});
+    const auto restored = [](IPluginCreatorV3One *creator, Instance &made) {
+        return Instance(creator->createPlugin("layer", made.run->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+    };
+    Instance mlstm_again = restored(plugins.mlstm, mlstm), slstm_again = restored(plugins.slstm, slstm);
+    for (Instance *made : {&mlstm, &mlstm_again}) {
+        plugins.fake->mlstm = {};
+        REQUIRE(made->shapes(mlstm_tensors()) == 0);
+        const xlstm::Mlstm &m = plugins.fake->mlstm;
+        REQUIRE(m.forget_exp == 1 && m.input_sigmoid == 1 && m.normalize == 0);
+    }
+    for (Instance *made : {&slstm, &slstm_again}) {
+        plugins.fake->slstm = {};
+        REQUIRE(made->shapes(slstm_tensors()) == 0);
+        REQUIRE(plugins.fake->slstm.forget_exp == 1 && plugins.fake->slstm.normalizer_min == half);
+    }
 }
 
 void copies(const Plugins &plugins) {
@@ -371,7 +404,7 @@ void copies(const Plugins &plugins) {
         attached = made.run->attachToContext(nullptr);
         REQUIRE(copy != made.plugin.get() && attached != made.plugin.get() && attached != copy);
         const PluginFieldCollection *stored = made.run->getFieldsToSerialize();
-        REQUIRE(stored->nbFields == 4);
+        REQUIRE(stored->nbFields == 7);
         restored = plugins.mlstm->createPlugin("layer", stored, TensorRTPhase::kRUNTIME);
     }  // the copies outlive the original
     is_same(Instance(copy));
@@ -758,6 +791,7 @@ void check_plugins(Registry &registry, void *library) {
         {"default_fields", default_fields},
         {"copies", copies},
         {"power_modes", power_modes},
+        {"functions", functions},
         {"aliasing", aliasing},
         {"formats", formats},
         {"output_types", output_types},

@@ -14,7 +14,22 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from op_cases import EPS, MLSTM_CASES, SCALE, SLSTM_CASES, single
+from op_cases import (
+    EPS,
+    MLSTM_CASES,
+    MLSTM_FUNCTIONS,
+    MLSTM_INPUTS,
+    SCALE,
+    SLSTM_CASES,
+    SLSTM_FUNCTIONS,
+    SLSTM_INPUTS,
+    mlstm_inputs,
+    mlstm_limit,
+    single,
+    slstm_errors,
+    slstm_inputs,
+    slstm_limit,
+)
 
 from xlstm_export.ops import reference as ops
 
@@ -100,6 +115,32 @@ def test_forget_gate_with_a_bound(variant: str) -> None:
     assert max(errors.values()) <= single(data, "xm"), errors
     free = oracle.slstm(*data.values(), forget_max=math.inf)
     assert np.abs(free[0] - found[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("function", MLSTM_FUNCTIONS)
+@pytest.mark.parametrize("variant", cpu_library.HERE)
+def test_mlstm_functions(variant: str, function: str) -> None:
+    library, gates = cpu_library.library(variant), MLSTM_FUNCTIONS[function]
+    for name in MLSTM_INPUTS:
+        for S in (1, 65, 130):
+            data = mlstm_inputs(name, S, gates)
+            options = {"scale": SCALE, "eps": EPS, **gates}
+            found = cpu_library.run_mlstm(library, data, in_place=bool(S % 2), **options)
+            exact, bounds = (f(*data.values(), **options) for f in (oracle.mlstm, oracle.mlstm_scale))
+            errors = oracle.mlstm_errors(found, exact, bounds)
+            assert max(errors.values()) <= mlstm_limit(data, gates), (name, S, errors)
+
+
+@pytest.mark.parametrize("function", SLSTM_FUNCTIONS)
+@pytest.mark.parametrize("variant", cpu_library.HERE)
+def test_slstm_functions(variant: str, function: str) -> None:
+    library, gates = cpu_library.library(variant), SLSTM_FUNCTIONS[function]
+    for name in SLSTM_INPUTS:
+        for S in (1, 65):
+            data = slstm_inputs(name, S)
+            found = cpu_library.run_slstm(library, data, in_place=bool(S % 2), **gates)
+            errors = slstm_errors(found, oracle.slstm(*data.values(), **gates), gates)
+            assert max(errors.values()) <= slstm_limit(data, gates), (name, S, errors)
 
 
 @pytest.mark.parametrize("variant", cpu_library.HERE)

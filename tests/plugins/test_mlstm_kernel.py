@@ -10,15 +10,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import emulated
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from op_cases import HELD, HELD_IN_CHUNKS, HOLDING, single
+from op_cases import (
+    HELD,
+    HELD_IN_CHUNKS,
+    HOLDING,
+    MLSTM_FUNCTIONS,
+    MLSTM_INPUTS,
+    mlstm_inputs,
+    mlstm_limit,
+    single,
+)
+from typing_extensions import Unpack
 from xlstm_export.plugins.native import MlstmCall, NativeError, NativeLibrary, mlstm_call
+
+if TYPE_CHECKING:
+    from xlstm_export.ops.reference import MlstmGates
 
 SCALE, EPS = 0.3, 1e-6
 TYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -48,7 +61,12 @@ def operands(seed: int, io: str, state: str, **options: Any) -> oracle.Arrays:
 
 
 def run(
-    library: NativeLibrary, data: oracle.Arrays, *, in_place: bool = False, offset: int = 0
+    library: NativeLibrary,
+    data: oracle.Arrays,
+    *,
+    in_place: bool = False,
+    offset: int = 0,
+    **gates: Unpack[MlstmGates],
 ) -> tuple[np.ndarray, ...]:
     """h, C, n, m as float64. With an `offset` in elements, no tensor is aligned to 16 bytes."""
 
@@ -64,11 +82,11 @@ def run(
     tensors["h"] = placed(np.full_like(data["v"], np.nan))
     for kind in oracle.MLSTM_STATE:
         tensors[kind] = tensors[f"{kind}0"] if in_place else placed(np.full_like(data[kind], np.nan))
-    size = library.mlstm_workspace(mlstm_call(tensors, scale=SCALE, eps=EPS))
+    size = library.mlstm_workspace(mlstm_call(tensors, scale=SCALE, eps=EPS, **gates))
     # Exactly as large as asked for, so that AddressSanitizer sees what lies behind it.
     scratch = np.full((size + 256) // 4, np.nan, dtype=np.float32)
     start = -scratch.ctypes.data % 256 // 4
-    library.mlstm(tensors, scale=SCALE, eps=EPS, workspace=scratch[start : start + size // 4])
+    library.mlstm(tensors, scale=SCALE, eps=EPS, workspace=scratch[start : start + size // 4], **gates)
     if not in_place:
         for kind in oracle.MLSTM_STATE:
             np.testing.assert_array_equal(tensors[f"{kind}0"], data[kind])
@@ -242,6 +260,18 @@ def test_no_nan_where_the_recurrence_has_none(library: NativeLibrary, m: float, 
         assert all(np.isfinite(x).all() for x in run(library, positions(data, slice(1)))), (
             f"step, gate {gate}"
         )
+
+
+@pytest.mark.parametrize("function", MLSTM_FUNCTIONS)
+def test_functions(library: NativeLibrary, function: str) -> None:
+    gates = MLSTM_FUNCTIONS[function]
+    options = {"scale": SCALE, "eps": EPS, **gates}
+    for name in MLSTM_INPUTS:
+        for S in (1, 130):
+            data = mlstm_inputs(name, S, gates)
+            exact, bounds = (f(*data.values(), **options) for f in (oracle.mlstm, oracle.mlstm_scale))
+            errors = oracle.mlstm_errors(run(library, data, in_place=S == 1, **gates), exact, bounds)
+            assert max(errors.values()) <= mlstm_limit(data, gates), (name, S, errors)
 
 
 def test_gates_that_are_shut(library: NativeLibrary) -> None:

@@ -21,6 +21,7 @@ import onnxruntime as ort
 import oracle
 import pytest
 from onnx import TensorProto, helper
+from op_cases import slstm_errors
 from xlstm_export.plugins import locate
 
 FLOATS = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -142,6 +143,25 @@ def test_forget_bound_is_an_attribute() -> None:
     assert not np.array_equal(bound[0], run(session("XlstmSlstm", "f32", "f32"), data)[0])
 
 
+@needs_slstm
+def test_functions_are_attributes() -> None:
+    data = held(oracle.mlstm_operands(4, S=70, Dk=16, Dv=16), {})
+    gates = {"forget_exp": 1.0, "input_sigmoid": 1.0, "normalize": 0.0}
+    data["f"] = -np.abs(data["f"])
+    result = run(session("XlstmMlstm", "f32", "f32", tuple({**ATTRIBUTES, **gates}.items())), data)
+    options = {**ATTRIBUTES, "forget_exp": True, "input_sigmoid": True, "normalize": False}
+    errors = oracle.mlstm_errors(
+        result, oracle.mlstm(*data.values(), **options), oracle.mlstm_scale(*data.values(), **options)
+    )
+    assert max(errors.values()) <= 512 * UNIT["f32"]
+    data = held(oracle.slstm_operands(4, S=5, D=16), {})
+    data["n"], data["c"] = 0.2 * data["n"], 0.2 * data["c"]
+    gates = {"forget_exp": 1.0, "normalizer_min": 1.0}
+    result = run(session("XlstmSlstm", "f32", "f32", tuple(gates.items())), data)
+    errors = slstm_errors(result, oracle.slstm(*data.values(), **gates), gates)
+    assert max(errors.values()) <= 64 * UNIT["f32"]
+
+
 def test_one_session_takes_any_length_and_batch() -> None:
     opened = session("XlstmMlstm", "f32", "f32", tuple(ATTRIBUTES.items()))
     for B, S in ((1, 1), (3, 130), (1, 1), (2, 5)):
@@ -179,6 +199,7 @@ def test_what_the_kernels_refuse_says_why() -> None:
         ({"eps": -1.0}, "eps is -1, expected a finite number of at least 0"),
         ({"eps": 1e-6, "scale": math.inf}, "scale is inf, expected a finite number"),
         ({"eps": 1}, "eps is an integer"),
+        ({"eps": 1e-6, "forget_exp": 2.0}, "forget_exp is 2, expected 0 or 1"),
     ],
 )
 def test_attributes_outside_the_contract_are_refused(attributes: dict[str, Any], words: str) -> None:

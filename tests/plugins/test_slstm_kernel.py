@@ -14,7 +14,7 @@ import emulated
 import numpy as np
 import oracle
 import pytest
-from op_cases import HELD, HOLDING
+from op_cases import HELD, HOLDING, SLSTM_FUNCTIONS, SLSTM_INPUTS, slstm_errors, slstm_inputs, slstm_limit
 from slstm_cases import IO, WEIGHTS, check, dequantized, operands, run
 from xlstm_export.plugins.native import NativeError, NativeLibrary
 
@@ -44,6 +44,17 @@ def small_device() -> Iterator[None]:
 
 
 # --- Shapes and types -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", SLSTM_FUNCTIONS)
+def test_functions(library: NativeLibrary, function: str) -> None:
+    gates = SLSTM_FUNCTIONS[function]
+    for name in SLSTM_INPUTS:
+        for S in (1, 65):
+            data = slstm_inputs(name, S)
+            found = run(library, data, in_place=S == 1, **gates)
+            errors = slstm_errors(found, oracle.slstm(*data.values(), **gates), gates)
+            assert max(errors.values()) <= slstm_limit(data, gates), (name, S, errors)
 
 
 @pytest.mark.parametrize(("weight", "io"), TYPES)

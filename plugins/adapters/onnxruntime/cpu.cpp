@@ -83,10 +83,15 @@ struct MlstmKernel {
     static constexpr size_t kInputs = 8, kOutputs = 4;
 
     const Api *api;
-    float scale, eps;
+    float scale, eps, forget_exp, input_sigmoid, normalize;
 
     MlstmKernel(const Api *api, Attributes &attributes)
-        : api(api), scale(attributes(kScale)), eps(attributes(kEps)) {}
+        : api(api),
+          scale(attributes(kScale)),
+          eps(attributes(kEps)),
+          forget_exp(attributes(kForgetExp)),
+          input_sigmoid(attributes(kInputSigmoid)),
+          normalize(attributes(kNormalize)) {}
 
     Status *compute(KernelContext *context) const {
         Tensors tensors(api, context);
@@ -113,6 +118,8 @@ struct MlstmKernel {
         call.batch = B, call.length = S, call.heads = H, call.dk = Dk, call.dv = Dv;
         call.io = call.state = Dtype::f32;
         call.scale = scale_of(scale, Dk), call.eps = eps;
+        call.forget_exp = forget_exp != 0, call.input_sigmoid = input_sigmoid != 0;
+        call.normalize = normalize != 0;
         if (!tensors.ok()) return tensors.status();
         if (const char *refusal = xlstm_mlstm_check(&call))
             return CreateStatus::call(api, kInvalidArgument, refusal);
@@ -128,9 +135,13 @@ struct SlstmKernel {
     static constexpr size_t kInputs = 7, kOutputs = 5;
 
     const Api *api;
-    float forget_max;
+    float forget_max, forget_exp, normalizer_min;
 
-    SlstmKernel(const Api *api, Attributes &attributes) : api(api), forget_max(attributes(kForgetMax)) {}
+    SlstmKernel(const Api *api, Attributes &attributes)
+        : api(api),
+          forget_max(attributes(kForgetMax)),
+          forget_exp(attributes(kForgetExp)),
+          normalizer_min(attributes(kNormalizerMin)) {}
 
     Status *compute(KernelContext *context) const {
         Tensors tensors(api, context);
@@ -154,7 +165,8 @@ struct SlstmKernel {
         call.m_n = tensors.output(4, state);
         call.batch = B, call.length = S, call.heads = H, call.dim = D;
         call.io = call.weight = Dtype::f32;
-        call.forget_max = forget_max;
+        call.forget_max = forget_max, call.forget_exp = forget_exp != 0;
+        call.normalizer_min = normalizer_min;
         if (!tensors.ok()) return tensors.status();
         if (const char *refusal = xlstm_slstm_check(&call))
             return CreateStatus::call(api, kInvalidArgument, refusal);

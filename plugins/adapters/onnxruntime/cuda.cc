@@ -138,10 +138,17 @@ struct MlstmKernel {
 
     const Api *api;
     Dtype io, state;
-    float scale, eps;
+    float scale, eps, forget_exp, input_sigmoid, normalize;
 
     MlstmKernel(const Op &op, const Api *api, Attributes &attributes)
-        : api(api), io(op.io), state(op.second), scale(attributes(kScale)), eps(attributes(kEps)) {}
+        : api(api),
+          io(op.io),
+          state(op.second),
+          scale(attributes(kScale)),
+          eps(attributes(kEps)),
+          forget_exp(attributes(kForgetExp)),
+          input_sigmoid(attributes(kInputSigmoid)),
+          normalize(attributes(kNormalize)) {}
 
     static Dtype input(const Op &op, size_t index) {
         return index < 3 ? op.io : index == 5 ? op.second : Dtype::f32;
@@ -162,6 +169,8 @@ struct MlstmKernel {
         call.batch = int32_t(B), call.length = int32_t(S), call.heads = int32_t(H);
         call.dk = int32_t(Dk), call.dv = int32_t(Dv), call.io = io, call.state = state;
         call.scale = scale_of(scale, int(Dk)), call.eps = eps;
+        call.forget_exp = forget_exp != 0, call.input_sigmoid = input_sigmoid != 0;
+        call.normalize = normalize != 0;
         tensors.input(0, q, call.q);
         tensors.input(1, q, call.k);
         tensors.input(2, values, call.v);
@@ -184,10 +193,15 @@ struct SlstmKernel {
 
     const Api *api;
     Dtype io, weight;
-    float forget_max;
+    float forget_max, forget_exp, normalizer_min;
 
     SlstmKernel(const Op &op, const Api *api, Attributes &attributes)
-        : api(api), io(op.io), weight(op.second), forget_max(attributes(kForgetMax)) {}
+        : api(api),
+          io(op.io),
+          weight(op.second),
+          forget_max(attributes(kForgetMax)),
+          forget_exp(attributes(kForgetExp)),
+          normalizer_min(attributes(kNormalizerMin)) {}
 
     static Dtype input(const Op &op, size_t index) {
         return index == 0 ? op.io : index == 1 ? op.second : Dtype::f32;
@@ -204,6 +218,7 @@ struct SlstmKernel {
         Slstm call{};
         call.batch = int32_t(B), call.length = int32_t(S), call.heads = int32_t(H), call.dim = int32_t(D);
         call.io = io, call.weight = weight, call.forget_max = forget_max;
+        call.forget_exp = forget_exp != 0, call.normalizer_min = normalizer_min;
         tensors.input(0, x, call.x);
         tensors.input(1, R, call.R);
         tensors.input(2, bias, call.bias);

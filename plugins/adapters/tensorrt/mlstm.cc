@@ -4,7 +4,7 @@
 namespace xlstm::tensorrt {
 namespace {
 
-enum { scale, eps };
+enum { scale, eps, forget_exp, input_sigmoid, normalize };
 
 Mlstm call_of(const Request &request) {
     Mlstm call{};
@@ -15,6 +15,9 @@ Mlstm call_of(const Request &request) {
     call.processors = request.processors;
     call.scale = scale_of(request.attributes[scale], call.dk);
     call.eps = request.attributes[eps];
+    call.forget_exp = request.attributes[forget_exp] != 0;
+    call.input_sigmoid = request.attributes[input_sigmoid] != 0;
+    call.normalize = request.attributes[normalize] != 0;
     if (const void *const *in = request.inputs) {
         call.q = in[0], call.k = in[1], call.v = in[2];
         call.i = static_cast<const float *>(in[3]), call.f = static_cast<const float *>(in[4]);
@@ -62,7 +65,7 @@ const Op &mlstm_op() {
          {"C", "BHKV", Kind::state, 5},
          {"n", "BHK", Kind::f32, 6},
          {"m", "BH", Kind::f32, 7}},
-        {kScale, kEps},
+        {kScale, kEps, kForgetExp, kInputSigmoid, kNormalize},
         check,
         workspace,
         run,

@@ -4,6 +4,7 @@
 namespace xlstm::tensorrt {
 namespace {
 
+enum { forget_max, forget_exp, normalizer_min };
 constexpr size_t R_scale = 7;
 
 Slstm call_of(const Request &request) {
@@ -11,7 +12,9 @@ Slstm call_of(const Request &request) {
     const Sizes &sizes = request.sizes;
     call.batch = sizes['B'], call.length = sizes['S'], call.heads = sizes['H'], call.dim = sizes['D'];
     call.io = request.io, call.weight = request.weight;
-    call.forget_max = request.attributes[0];
+    call.forget_max = request.attributes[forget_max];
+    call.forget_exp = request.attributes[forget_exp] != 0;
+    call.normalizer_min = request.attributes[normalizer_min];
     if (const void *const *in = request.inputs) {
         const auto f32 = [in](size_t index) { return static_cast<const float *>(in[index]); };
         call.x = in[0], call.R = in[1], call.bias = f32(2);
@@ -61,7 +64,7 @@ const Op &slstm_op() {
          {"c_n", "BHD", Kind::f32, 4},
          {"n_n", "BHD", Kind::f32, 5},
          {"m_n", "BHD", Kind::f32, 6}},
-        {kForgetMax},
+        {kForgetMax, kForgetExp, kNormalizerMin},
         check,
         workspace,
         run,

@@ -12,6 +12,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from op_bodies import build_with
+from op_cases import mlstm_inputs, slstm_inputs
 from places import ROOT
 from xlstm_export.plugins import locate
 from xlstm_export.plugins.build import build
@@ -225,9 +227,32 @@ def test_attributes_outside_the_contract_are_refused(library: Path) -> None:
         ({"scale": 0.5}, "the attribute eps is missing"),
         ({"eps": -1.0}, "eps is -1"),
         ({"eps": 1e-6, "scale": float("nan")}, "scale is nan"),
+        ({"eps": 1e-6, "forget_exp": 2.0}, "forget_exp is 2, expected 0 or 1"),
+        ({"eps": 1e-6, "normalize": 0.5}, "normalize is 0.5, expected 0 or 1"),
     ):
         with pytest.raises(Exception, match=words):
             open_one(library, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates"),
+    [
+        ("mlstm", {"forget_exp": 1.0, "input_sigmoid": 1.0}),
+        ("mlstm", {"input_sigmoid": 1.0, "normalize": 0.0}),
+        ("slstm", {"forget_exp": 1.0, "normalizer_min": 1.0}),
+    ],
+)
+def test_functions_that_attributes_select(library: Path, kind: str, gates: dict[str, float]) -> None:
+    """The operator of a node without a body is the function of its body."""
+    attributes = gates if kind == "slstm" else {**gates, "eps": 1e-6, "scale": 0.5}
+    model = build_with(kind, "sequence", attributes)
+    data = slstm_inputs("plain", 20) if kind == "slstm" else mlstm_inputs("plain", 70, {})
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, data)
+    del model.functions[:]
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    found = onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, data)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-4 * np.abs(expected[0]).max())
 
 
 # --- Where the library comes from -------------------------------------------------------------------

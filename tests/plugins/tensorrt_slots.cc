@@ -92,7 +92,7 @@ std::string misplaced_slot(void *creator) {
     EXPECT(same(call<const char *>(creator, 7), "1"));
     EXPECT(same(call<const char *>(creator, 8), "xlstm"));
     const auto *names = call<const RawFields *>(creator, 5);
-    EXPECT(names->count == 4 && same(names->fields[1].name, "eps") && names->fields[1].type == 1);
+    EXPECT(names->count == 7 && same(names->fields[1].name, "eps") && names->fields[1].type == 1);
 
     const RawField field{"eps", &kEps, 1, 1};
     const RawFields fields{1, 0, &field};
@@ -170,7 +170,7 @@ std::string misplaced_slot(void *creator) {
     EXPECT(attached != nullptr && attached != plugin && is(attached, "PLUGIN", 1));
     call<void>(attached, kDelete);
     const auto *stored = call<const RawFields *>(runtime, 8);
-    EXPECT(stored->count == 3 && same(stored->fields[0].name, "eps") && stored->fields[0].length == 1);
+    EXPECT(stored->count == 6 && same(stored->fields[0].name, "eps") && stored->fields[0].length == 1);
     EXPECT(*static_cast<const float *>(stored->fields[0].data) == kEps);
     call<void>(plugin, kDelete);
     return "";

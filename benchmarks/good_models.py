@@ -38,9 +38,9 @@ class Good:
     load: Callable[[Path], Loaded]
 
 
-def zoo() -> Iterator[Good]:
-    """All good models, in an order in which any beginning has some of every kind."""
-    seeds = itertools.count()
+def zoo(first: int = 0) -> Iterator[Good]:
+    """All good models, in an order in which any beginning has some of every kind; seeds from `first` on."""
+    seeds = itertools.count(first)
     for round_ in range(ROUNDS):
         for family, make in FAMILIES.items():
             kinds = TWISTS if family in TWISTED else {"as built": _as_built}

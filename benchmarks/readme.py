@@ -264,21 +264,33 @@ def gate(result: dict[str, Any]) -> str:
     overflowed = sum(counts["overflowed"] for counts in by_precision.values())
     verified = ", ".join(f"{counts['verified']} {name}" for name, counts in by_precision.items())
     refused = f" {overflowed} gave Inf in FP16 and failed, which is no false alarm." if overflowed else ""
-    planted = result["planted"]
-    missed: dict[str, int] = {}
-    for fault in result["missed"]:
-        missed[fault["kind"]] = missed.get(fault["kind"], 0) + 1
-    which = ", ".join(f"{count} of {kind}" for kind, count in missed.items())
-    moved = max((fault["moved"] for fault in result["missed"]), default=0.0)
-    most = f" The missed ones ({which}) move an output by at most {moved:.0e}." if missed else ""
-    return (
+    found, changed = result["identity"]
+    text = [
         f"{result['models']} good models, on calibration data ({verified} exports): "
-        f"{alarms} false alarm{'' if alarms == 1 else 's'}.{refused}\n\n"
-        f"Faults in FP32 exports of {result['fault_models']} of the models, {len(result['by_kind'])} kinds, "
-        f"made by seed, which move an output by more than ten times its rounding: behaviour alone finds "
-        f"{result['caught']} of {planted} ({result['caught'] / max(1, planted):.1%}).{most} "
-        f"Identity, which compares bytes, is left out here."
-    )
+        f"{alarms} false alarm{'' if alarms == 1 else 's'}.{refused}",
+        f"Faults in FP32 exports that move an output by more than ten times its rounding: "
+        f"{_found(result['fp32'])}",
+        f"Faults in half and quantized exports that move an output by more than the error of the precision "
+        f"itself: {_found(result['lower'])} By precision: "
+        + "; ".join(
+            f"{name} {x['caught']} of {x['planted']}" for name, x in result["lower_by_precision"].items()
+        )
+        + ".",
+        f"Identity, of the graph alone, as if the manifest had been changed with it: {found} of {changed} "
+        f"({found / max(1, changed):.1%}), those that move no output among them. The faults are in "
+        f"{result['fault_models']} of the models and of {result['kinds']} kinds, made by seed.",
+    ]
+    return "\n\n".join(text)
+
+
+def _found(counted: dict[str, Any]) -> str:
+    """How many faults behaviour finds, and which it misses."""
+    planted, caught = counted["planted"], counted["caught"]
+    missed = Counter(fault["kind"] for fault in counted["missed"])
+    which = ", ".join(f"{count} of {kind}" for kind, count in missed.items())
+    times = max((fault["moved"] / max(fault["own"], 1e-30) for fault in counted["missed"]), default=0.0)
+    most = f" The missed ones ({which}) move it by at most {times:.1f} times that." if missed else ""
+    return f"behaviour alone finds {caught} of {planted} ({caught / max(1, planted):.1%}).{most}"
 
 
 def bisect(result: dict[str, Any]) -> str:

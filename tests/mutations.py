@@ -26,7 +26,7 @@ def some(rng: np.random.Generator, values: list) -> object | None:  # type: igno
 
 
 def floats(model: onnx.ModelProto, least: int = 1) -> list[TensorProto]:
-    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     tensors = [t for t in model.graph.initializer if t.data_type in kinds]
     return [t for t in tensors if np.prod(t.dims) >= least and t.dims]
 
@@ -331,6 +331,43 @@ def per_batch(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
     return _at_size(model, 0, int(rng.integers(1, 9)))
 
 
+def integer(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """One weight that is stored as an integer is another one."""
+
+    def change(x: np.ndarray) -> np.ndarray:
+        flat = x.astype(np.int8).ravel()
+        at, most = int(rng.integers(flat.size)), 7 if "int4" in x.dtype.name else 127
+        flat[at] = -most if flat[at] > 0 else most
+        return flat.reshape(x.shape)
+
+    return _integers(model, rng, change)
+
+
+def integer_row(model: onnx.ModelProto, rng: np.random.Generator) -> str | None:
+    """One row of weights that are stored as integers has the other sign."""
+
+    def change(x: np.ndarray) -> np.ndarray:
+        values = x.astype(np.int8)
+        values[int(rng.integers(x.shape[0]))] *= -1
+        return values
+
+    return _integers(model, rng, change)
+
+
+def _integers(
+    model: onnx.ModelProto, rng: np.random.Generator, change: Callable[[np.ndarray], np.ndarray]
+) -> str | None:
+    kinds = (TensorProto.INT8, TensorProto.INT4)
+    tensors = [t for t in model.graph.initializer if t.data_type in kinds and len(t.dims) == 2]
+    tensor = some(rng, tensors)
+    if not isinstance(tensor, TensorProto):
+        return None
+    before = numpy_helper.to_array(tensor)
+    after = change(before)
+    put(tensor, after)
+    return None if np.array_equal(before.astype(np.int8), after) else tensor.name
+
+
 KINDS: dict[str, Mutation] = {
     f.__name__: f
     for f in (
@@ -338,6 +375,7 @@ KINDS: dict[str, Mutation] = {
         *(gate_order, attribute, not_carried, other_state, clamped, operator, negated),
         *(per_length, per_batch, per_row),
         *(eps, saturated, shifted, slstm_gates),
+        *(integer, integer_row),
     )
 }
 

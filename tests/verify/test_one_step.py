@@ -11,7 +11,7 @@ import torch
 from bisect_faults import tamper_with
 from onnx import ModelProto, load, numpy_helper
 
-from xlstm_export.checks import Check
+from xlstm_export.checks import Check, Replay
 from xlstm_export.distance import difference
 from xlstm_export.load import checkpoint
 from xlstm_export.options import Context, VerifyOptions
@@ -20,8 +20,16 @@ from xlstm_export.quantize.recipe import preset
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace import export as trace
+from xlstm_export.verify import one_call
 from xlstm_export.verify.fp32 import verify
-from xlstm_export.verify.limits import GROWTHS, MOST_RELATIVE, STEPS, wider_by_sensitivity
+from xlstm_export.verify.limits import (
+    GROWTHS,
+    MOST_RELATIVE,
+    STEPS,
+    steps_of_a_state,
+    wider_by_sensitivity,
+    wider_way,
+)
 from xlstm_export.verify.one_step import EPS, moved_export
 from xlstm_export.verify.precision import verify_precision
 
@@ -54,8 +62,55 @@ def test_limits_follow_the_sensitivity() -> None:
     growth = wider_by_sensitivity(Check("teacher-forced: y: growth", 1.6, 1.5), 1.2)
     assert growth.limit == pytest.approx(GROWTHS * 1.2)
     assert wider_by_sensitivity(Check("teacher-forced: y: KL", 1.0, 0.1), 0.05).limit == STEPS**2 * 0.05
+    state = wider_by_sensitivity(Check("teacher-forced: block 1 states: level", 57.0, 0.3), 0.8)
+    assert state.limit == pytest.approx(1.8**STEPS - 1)  # a memory is a sum of exponentials
+    assert steps_of_a_state(1e-4) == pytest.approx(STEPS * 1e-4, rel=1e-3)
     unchanged = Check("memory length: block 0", 0.2, 0.1)
     assert wider_by_sensitivity(unchanged, 0.001) is unchanged
+
+
+def test_a_way_of_calling_follows_the_activations_alone(small_export: Path, tmp_path: Path) -> None:
+    """An export that is called in two ways has the same weights in both."""
+    run = RunFolder.open(quantize(small_export, preset("int4-wo"), out=tmp_path / "int4"))
+    tokens = {"tokens": np.arange(40).reshape(1, 40)}
+    far = {}
+    for weights in (True, False):
+        moved = moved_export(small_export, run, tmp_path / str(weights), weights=weights)
+        with OrtSession(small_export, 1, 1) as a, OrtSession(moved.path, 1, 1) as b:
+            far[weights] = difference(b.prefill(tokens)["logits"], a.prefill(tokens)["logits"]).relative_l2
+    assert far[False] < 3e-3 < 3e-2 < far[True]
+    limit = wider_way(Check("step: states", 6.6e-3, 5e-3), 0.01)
+    assert (limit.passed, limit.limit, limit.detail["usual_limit"]) == (True, 0.01, 5e-3)
+    assert wider_way(Check("step: states", 9.0, 5e-3), 50.0).limit == MOST_RELATIVE
+
+
+def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: Path) -> None:
+    """What rounding hardly moves has narrow limits; a decision that falls otherwise gets more draws."""
+    outputs, replay = RunFolder.open(small_export).io.outputs, Replay({}, (), lambda x, a, b: x)
+    right = {"logits": np.random.default_rng(0).normal(size=(3, 199, 256)).astype(np.float32)}
+    near = {"logits": right["logits"] * np.float32(1.001)}
+    token = {"logits": right["logits"].copy()}
+    token["logits"][1, 7] *= -1
+    moved = one_call.errors(outputs, right, near)
+    assert moved["logits", None] == pytest.approx(1e-3, rel=1e-3)
+    found = one_call.checks(moved, lambda seed: moved, 1e-3, replay)
+    assert all(check.passed for check in found)
+    wrong = one_call.checks(one_call.errors(outputs, right, token), lambda seed: moved, 1e-3, replay)
+    assert [x.name for x in wrong if not x.passed] == [
+        "one call against FP32: logits",
+        "one call against FP32: logits, quantile 100",
+    ]
+    other = one_call.errors(outputs, right, token)
+    draws: list[int] = []
+
+    def drawn(seed: int) -> one_call.Errors:
+        draws.append(seed)
+        return other if seed == 2 else moved
+
+    assert all(check.passed for check in one_call.checks(other, drawn, 1e-3, replay))
+    assert draws == [0, 1, 2]
+    classes = {"logits": np.ones((3, 199, 256), np.float32)}
+    assert one_call.errors(outputs, classes, classes) == {}
 
 
 @pytest.mark.slow

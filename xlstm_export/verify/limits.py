@@ -191,8 +191,21 @@ PRECISION_LIMITS = {
 STEPS = 8.0
 FREE = 2.0  # times as much where a model reads its own text: that of the moved export is another one
 GROWTHS = 1.5  # of growth, which is a ratio already
-# Errors relative to the values themselves: from here on, little of them is left.
+# Errors of outputs relative to the values themselves: from here on, little of them is left.
 MOST_RELATIVE = 0.7
+# Of the outputs of one call against FP32 (`one_call`) and of its positions, by quantile.
+CALL_STEPS = {None: 3.0, 50: 2.0, 99: 4.0, 100: 8.0}
+
+
+def limit_of_one_call(own: float, step: float, quantile: int | None = None) -> float:
+    """Limit of an output of one call of a half or quantized export against FP32.
+
+    Args:
+        own: that error of the moved FP32 export.
+        step: of the type of what is not quantized, relative: the outputs themselves are rounded to it.
+        quantile: of the positions; None for relative L2.
+    """
+    return max(step, CALL_STEPS[quantile] * own)
 
 
 def wider_by_sensitivity(check: Check, own: float) -> Check:
@@ -209,8 +222,35 @@ def wider_by_sensitivity(check: Check, own: float) -> Check:
         limit = steps**2 * own  # it grows with the square of an error
     elif check.name.startswith("memory") or check.name.endswith("on held-out data"):
         limit = steps * own
+    elif check.name.endswith(" states: level"):
+        limit = steps_of_a_state(own, steps)
     else:
         limit = min(MOST_RELATIVE, steps * own)
+    return _by_sensitivity(check, own, limit)
+
+
+def steps_of_a_state(own: float, steps: float = STEPS) -> float:
+    """Error of a state that so many errors of size `own` make.
+
+    A memory is a sum of exp(pre-activations). So errors multiply: where gates are steep, half a step makes it
+    several times as large. The outputs divide by its size, and have limits of their own.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.expm1(steps * np.log1p(own)))
+
+
+def wider_way(check: Check, own: float) -> Check:
+    """A check of a way of calling that fails, with the limit by the model's own sensitivity.
+
+    Args:
+        check: two ways of calling a half or quantized export, whose values may be rounded in the one
+            direction or the other.
+        own: error from FP32, called in this way, if every activation is rounded in another direction.
+    """
+    return _by_sensitivity(check, own, min(MOST_RELATIVE, own))
+
+
+def _by_sensitivity(check: Check, own: float, limit: float) -> Check:
     if not limit > check.limit:
         return check
     return replace(check, limit=limit, detail={**check.detail, "one_step": own, "usual_limit": check.limit})

@@ -24,13 +24,15 @@ LARGEST = {"int8": 127.0, "int8-wo": 127.0, "int4-wo": 7.0}
 EPS = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 
 
-def moved_export(base: Path, run: RunFolder, out: Path, seed: int = 0) -> RunFolder:
+def moved_export(base: Path, run: RunFolder, out: Path, *, weights: bool = True, seed: int = 0) -> RunFolder:
     """Write the moved FP32 export.
 
     Args:
         base: FP32 run folder that `run` was made from.
         run: the candidate, whose recipe says what is stored how.
         out: created.
+        weights: move weights too. Activations alone are what differs between two ways of calling an export:
+            the last bit of a value decides in which direction it is rounded.
         seed: of the moves.
 
     Returns:
@@ -42,7 +44,7 @@ def moved_export(base: Path, run: RunFolder, out: Path, seed: int = 0) -> RunFol
         if name not in (IO, MODEL, MODEL_DATA):
             shutil.copyfile(run.path / name, out / name)
     model = load_graph(RunFolder.open(base).model)
-    _Mover(model, read_recipe(run.path / RECIPE), np.random.default_rng(seed)).move()
+    _Mover(model, read_recipe(run.path / RECIPE), np.random.default_rng(seed)).move(weights)
     save(model, out)
     return RunFolder.open(out)
 
@@ -53,14 +55,15 @@ class _Mover:
         self._sites = find_sites(model)
         self._moved: dict[str, ir.Value] = {}
 
-    def move(self) -> None:
-        """Move weights, activations and results of every product with a stored weight."""
+    def move(self, weights: bool) -> None:
+        """Move what every product with a stored weight reads: activations and, if asked for, weights."""
         by_output = {node.outputs[0].name: node for node in self._graph}
         for site in self._sites:
             node, choice = by_output[site.output], self._recipe.choice(site)
             index = weight_input(node)
             assert index is not None
-            self._move_weight(site, choice)
+            if weights:
+                self._move_weight(site, choice)
             if site.op_type not in ("MatMul", "Gemm"):
                 continue
             value = node.inputs[1 - index]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,21 @@ from ..quantize.legality import check_legality, of_both
 from ..runfolder import MODEL_DATA, RunFolder
 from ..sessions import OrtSession, Session, TorchSession
 from ..specs import Json
+from . import one_call
 from .base import Verification
 from .coverage import Call, along, calls, check_shapes, coverage
 from .drift_gate import drift_checks
 from .evidence import evidence, keep
 from .gate_file import read_gate
-from .limits import PRECISION_LIMITS, drift_limits, wider_by_sensitivity
-from .one_step import moved_export
+from .limits import PRECISION_LIMITS, drift_limits, wider_by_sensitivity, wider_way
+from .one_step import EPS, moved_export
 from .parts import GATE_POSITIONS, Proof, audited, judged, metric_checks, streamed
 from .verdict import require_verified
 from .ways import BATCH
 
 DRIFT_ROWS = 2  # streams that drift is measured on
 MADE_UP_DRIFT = 4096  # positions of a made-up stream, which is then repeated
+MOST_MOVED = 1 << 30  # bytes of weights of an FP32 export that is written once more, moved
 
 
 def verify_precision(
@@ -133,6 +135,10 @@ class _Precision(Verification):
         self.followed: Replay | None = None  # the stream that drift was measured on
         self.calibration = calibration
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
+        self._moved: dict[tuple[bool, int], RunFolder] = {}
+        self._opened = ExitStack()  # scratch folders of the moved exports
+        self.tried: tuple[Call, ...] = ()  # calls of other lengths and batches
+        self.ways: frozenset[str] = frozenset()
         ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
         super().__init__(run, loaded, options, context, calibration, ways)
         self.reference = fp32_reference(run, loaded, context.threads)
@@ -141,7 +147,7 @@ class _Precision(Verification):
         """Run all checks; the drift is also kept as `drift`."""
         run = self.run
         self.context.progress("fences and rules of TensorRT")
-        compared, tried, gates, measured = self.compare()
+        compared, gates, measured = self.compare()
         checks = self.check_graph() + self.of_this_model(compared)
         about = self.describe(self.drift)
         covered = [self.streams.inputs, *([] if self.data is None else [self.data.inputs])]
@@ -152,7 +158,7 @@ class _Precision(Verification):
             self.source.name,
             gates=gates,
             precision=about,
-            coverage=coverage(self.io, self.loaded, tried, self.streams.lengths, covered),
+            coverage=coverage(self.io, self.loaded, self.tried, self.streams.lengths, covered),
         )
 
     def of_this_model(self, checks: list[Check]) -> list[Check]:
@@ -162,25 +168,71 @@ class _Precision(Verification):
         step of the precision (`one_step`).
         """
         failed = [check for check in checks if not check.passed]
-        base = self.reference.folder
-        if not failed or base is None or not all(math.isfinite(x.value) and x.limit for x in failed):
+        if not failed or self.reference.folder is None:
+            return checks
+        if not all(math.isfinite(x.value) and x.limit for x in failed):
             return checks
         self.context.progress("the model's own sensitivity")
-        with tempfile.TemporaryDirectory(prefix="xlstm-step.") as scratch:
-            run = moved_export(base, self.run, Path(scratch) / "moved")
-            context = Context(threads=self.threads, seed=self.context.seed)
-            moved = _Precision(run, self.loaded, self.options, context, self.calibration)
-            moved.reference = self.reference
-            with closing(moved):
-                own = {check.name: check.value for check in moved.compare()[0]}
-        return [x if x.passed else wider_by_sensitivity(x, own.get(x.name, 0.0)) for x in checks]
+        of_ways = any(check.name in self.ways for check in failed)
+        ways = self.moved_checks(weights=False) if of_ways else {}
+        steps = [x for name, x in ways.items() if name.startswith("step: ") and name != "step: states"]
+        others = any(check.name not in self.ways for check in failed)
+        own = self.moved_checks() if others else {}
 
-    def compare(self) -> tuple[list[Check], tuple[Call, ...], Json, Json]:
-        """Checks of the candidate's values; the other calls that were tried, cell gates and task metric."""
+        def judged(check: Check) -> Check:
+            if check.passed:
+                return check
+            if check.name in self.ways:  # checks of rows have an error from other rows, not from FP32
+                value = ways.get(check.name, 0.0)
+                return wider_way(check, value if ": " in check.name else max([value, *steps]))
+            return wider_by_sensitivity(check, own.get(check.name, 0.0))
+
+        return [judged(check) for check in checks]
+
+    def moved(self, *, weights: bool = True, seed: int = 0) -> RunFolder:
+        """The FP32 export moved by half a step; with `weights` unset, its activations alone."""
+        base = self.reference.folder
+        assert base is not None
+        if (weights, seed) not in self._moved:
+            scratch = self._opened.enter_context(tempfile.TemporaryDirectory(prefix="xlstm-step."))
+            out = Path(scratch) / "moved"
+            self._moved[weights, seed] = moved_export(base, self.run, out, weights=weights, seed=seed)
+        return self._moved[weights, seed]
+
+    def moved_checks(self, *, weights: bool = True) -> dict[str, float]:
+        """Values of the checks of the moved export; of its ways of calling alone without `weights`."""
+        context = Context(threads=self.threads, seed=self.context.seed)
+        run = self.moved(weights=weights)
+        moved = _Moved(run, self.loaded, self.options, context, self.calibration)
+        moved.reference = self.reference
+        with closing(moved):
+            checks = moved.compare()[0] if weights else moved.check_ways()
+        return {check.name: check.value for check in checks}
+
+    def check_one_call(self) -> list[Check]:
+        """One call against FP32, with limits by the model's own sensitivity: narrow where that is low."""
+        base, length = self.reference.folder, max(self.streams.lengths)
+        if base is None or (base / MODEL_DATA).stat().st_size > MOST_MOVED:
+            return []
+        self.context.progress(one_call.NAME)
+        inputs = self.source.cut(self.streams.inputs, 0, length)
+        with self.reference.open(BATCH) as session:
+            expected = session.prefill(inputs)
+
+        def moved(seed: int) -> one_call.Errors:
+            with OrtSession(self.moved(seed=seed).path, BATCH, self.threads, fused=False) as session:
+                return one_call.errors(self.io.outputs, expected, session.prefill(inputs))
+
+        found = one_call.errors(self.io.outputs, expected, self.expected(length)[0])
+        step = EPS[self.run.options.base or "fp32"]
+        return one_call.checks(found, moved, step, self.streams.replay(self.streams.inputs, length))
+
+    def compare(self) -> tuple[list[Check], Json, Json]:
+        """Checks of the candidate's values; cell gates and task metric."""
         run = self.run
-        checks = self.check_streams()
-        tried = tuple(call for call in calls(self.io, self.rng) if call[0] <= max(self.streams.lengths))
-        checks += self.check_other_calls(tried)
+        checks = self.check_ways()
+        self.ways = frozenset(check.name for check in checks)
+        checks += self.check_one_call()
         if run.io.states and has_positions(run.io):
             self.drift = self.measure()
             drifted = drift_checks(self.drift, self.drift_limits)
@@ -194,7 +246,20 @@ class _Precision(Verification):
             self.context.progress("task metric")
             more, measured = self.check_metric(self.data)
             checks += more
-        return checks, tried, gates, measured
+        return checks, gates, measured
+
+    def check_ways(self) -> list[Check]:
+        """Checks that all ways of calling agree, of other lengths and batches too."""
+        checks = self.check_streams()
+        self.tried = tuple(call for call in calls(self.io, self.rng) if call[0] <= max(self.streams.lengths))
+        inputs = self.streams.inputs
+        with self.standard() as session:
+            expected = along(self.streams, session, inputs, [length for length, _ in self.tried])
+        return checks + check_shapes(self.streams, expected, inputs, self.tried)
+
+    def standard(self) -> AbstractContextManager[Session]:
+        """What the ways of calling are compared with: the candidate itself."""
+        return nullcontext(self.streams.candidate)
 
     def check_graph(self) -> list[Check]:
         """Check the written graph: its fences, and the rules of TensorRT's parser."""
@@ -208,12 +273,6 @@ class _Precision(Verification):
             Check("values below FP32 that feed back", float(len(fences.violations)), 0.0, detail),
             Check("rules of TensorRT 10.3 broken", float(len(added)), 0.0, broken),
         ]
-
-    def check_other_calls(self, tried: tuple[Call, ...]) -> list[Check]:
-        """Calls of other lengths and batches, compared with a stream."""
-        inputs = self.streams.inputs
-        expected = along(self.streams, self.streams.candidate, inputs, [length for length, _ in tried])
-        return check_shapes(self.streams, expected, inputs, tried)
 
     def measure(self) -> Drift:
         """Measure the error against FP32 along one stream, on real data if they are long enough."""
@@ -293,6 +352,27 @@ class _Precision(Verification):
                 outputs = session.prefill(self.source.cut(self.streams.inputs, 0, length))
                 self._own[length] = (outputs, session.state())
         return self._own[length]
+
+    def close(self) -> None:
+        super().close()
+        self._opened.close()
+
+
+class _Moved(_Precision):
+    """The FP32 export moved by half a step, as the candidate is verified; ways of calling against FP32."""
+
+    def expected(self, length: int) -> tuple[Arrays, Arrays]:
+        if length not in self._own:
+            with self.standard() as session:
+                outputs = session.prefill(self.source.cut(self.streams.inputs, 0, length))
+                self._own[length] = (outputs, session.state())
+        return self._own[length]
+
+    def standard(self) -> AbstractContextManager[Session]:
+        return self.reference.open(BATCH)
+
+    def check_one_call(self) -> list[Check]:
+        return []
 
 
 def _steps(horizon: int) -> tuple[int, ...]:

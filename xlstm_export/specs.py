@@ -25,6 +25,11 @@ CHUNK = 64
 _STEP = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|h|d|w)")
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}  # of a unit of `Meaning.step`
 
+# How a stream of TiRex-2 is scaled: by statistics of the context, which the caller gives, where values of 0
+# and 1 alone are taken as they are or not; or by those of all values until then, which the graph carries.
+FROZEN, FROZEN_BINARY, RUNNING = "frozen", "frozen, binary as it is", "running"
+SCALERS = (FROZEN, FROZEN_BINARY, RUNNING)
+
 STATE_KINDS = ("C", "n", "m", "y", "c", "conv", "h", "begun")
 
 
@@ -119,11 +124,13 @@ class Meaning:
         quantiles: their levels, ascending, where an axis of the output has quantiles; else empty.
         step: time from one row of a series to the next, such as "1h" or "15min".
         unit: of the values.
+        scaler: how a stream is scaled, one of `SCALERS`; empty where it is not told or as TiRex does it.
     """
 
     quantiles: tuple[float, ...] = ()
     step: str = ""
     unit: str = ""
+    scaler: str = ""
 
     def __post_init__(self) -> None:
         levels = self.quantiles
@@ -131,6 +138,8 @@ class Meaning:
             raise ValueError(f"quantiles {list(levels)} are not ascending numbers between 0 and 1")
         if self.step and _STEP.fullmatch(self.step) is None:
             raise ValueError(f"step {self.step!r} is not written as 1h, 15min, 30s, 1d or 1w")
+        if self.scaler and self.scaler not in SCALERS:
+            raise ValueError(f"scaler {self.scaler!r} is none of {', '.join(SCALERS)}")
 
     @property
     def seconds(self) -> float | None:
@@ -150,7 +159,12 @@ class Meaning:
 
     def to_json(self) -> Json:
         """The entries of io.json; none for what is not known."""
-        entries = {"quantiles": list(self.quantiles), "step": self.step, "unit": self.unit}
+        entries = {
+            "quantiles": list(self.quantiles),
+            "step": self.step,
+            "unit": self.unit,
+            "scaler": self.scaler,
+        }
         return {key: value for key, value in entries.items() if value}
 
     @staticmethod
@@ -160,10 +174,10 @@ class Meaning:
         Raises:
             ValueError, TypeError: a value is not what it should be.
         """
-        step, unit = entry.get("step", ""), entry.get("unit", "")
-        if not isinstance(step, str) or not isinstance(unit, str):
-            raise TypeError(f"step {step!r} and unit {unit!r} should be text")
-        return Meaning(tuple(float(level) for level in entry.get("quantiles", ())), step, unit)
+        step, unit, scaler = (entry.get(name, "") for name in ("step", "unit", "scaler"))
+        if not all(isinstance(text, str) for text in (step, unit, scaler)):
+            raise TypeError(f"step {step!r}, unit {unit!r} and scaler {scaler!r} should be text")
+        return Meaning(tuple(float(level) for level in entry.get("quantiles", ())), step, unit, scaler)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
 from .cells import tirex2 as tirex2_cells  # noqa: F401 - they register their cells
-from .cells import tirex2_forecast  # noqa: F401 - it registers what it replaces
+from .cells import tirex2_forecast, tirex2_streams  # noqa: F401 - they register what they replace
 from .copies import Copies
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows

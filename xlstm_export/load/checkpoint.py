@@ -92,7 +92,7 @@ def load_checkpoint(path: Path, *, stateless: bool | None = None) -> Loaded:
 
 def _load_family(path: Path, stateless: bool | None) -> Loaded:
     if tirex2.matches(path):
-        return tirex2.load(path)
+        return tirex2.load(path, streaming=stateless is False)
     if tirex.matches(path):
         return tirex.load(path, streaming=stateless is False)
     if huggingface.matches(path):

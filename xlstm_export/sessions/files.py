@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError, UsageError
 from ..inputs import Arrays, length_of, per_position
-from ..specs import IoSpec, Json, JsonMapping, TensorSpec
+from ..specs import FROZEN_BINARY, IoSpec, Json, JsonMapping, TensorSpec
 from .arrays import check_finite, check_tokens, token_input
 from .codec import read_text
 from .table import read_tables
@@ -210,7 +210,8 @@ class InputFiles:
     def _scaled(self, series: np.ndarray) -> Arrays:
         """The inputs of a series, with its location and scale where the model is told them."""
         name, *others = (spec.name for spec in self.io.inputs)
-        scales = location_and_scale(series) if others else ()
+        scaler = self.io.outputs[0].meaning.scaler if self.io.outputs else ""
+        scales = location_and_scale(series, scaler) if others else ()
         told = {other: np.array([value]) for other, value in zip(others, scales, strict=True)}
         return {name: series, **told}
 
@@ -236,17 +237,23 @@ def is_scaled(io: IoSpec) -> bool:
     return tuple(x.name for x in io.inputs[1:] if x.shape == ("B", 1)) == SCALES and len(io.inputs) == 3
 
 
-def location_and_scale(context: np.ndarray) -> tuple[float, float]:
+def location_and_scale(context: np.ndarray, scaler: str = "") -> tuple[float, float]:
     """Mean and standard deviation of the known values, as TiRex scales a series.
 
     Args:
         context: any shape, NaN where missing.
+        scaler: that of the model, one of `specs.SCALERS`; empty for TiRex. Those of TiRex-2 take values that
+            are all equal by a scale near 0, and a scale of 0 stands for values that are taken as they are.
     """
     known = context[~np.isnan(context)].astype(np.float64)
+    if scaler == FROZEN_BINARY and np.isin(known, (0.0, 1.0)).all():
+        return 0.0, 0.0
     if not known.size:
         return 0.0, 1.0
     loc = float(known.mean())
     scale = float(known.std())
+    if scaler:
+        return loc, max(scale, 1e-30) if (known != known[0]).any() else 1e-30
     # Where all values are equal, their spread is zero or a rounding error.
     return loc, scale if (known != known[0]).any() else abs(loc) + 1e-5
 

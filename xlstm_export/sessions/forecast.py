@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError, UsageError
 from ..inputs import per_position
-from ..specs import IoSpec, Json, TensorSpec
+from ..specs import RUNNING, IoSpec, Json, TensorSpec
 from .files import SCALES, is_scaled, location_and_scale
 from .protocol import Session
 from .table import Table, read_tables
@@ -33,6 +33,7 @@ class Layout:
         context: rows that a model with patches was trained with; 0 if that is not known.
         scaled: location and scale of the series are inputs of their own.
         gaps: a model without patches takes missing values, too.
+        streams: a model with patches carries states.
     """
 
     columns: int
@@ -40,6 +41,7 @@ class Layout:
     context: int = 0
     scaled: bool = False
     gaps: bool = False
+    streams: bool = False
 
 
 def layout(io: IoSpec, context_length: int | None = None) -> Layout:
@@ -56,14 +58,15 @@ def layout(io: IoSpec, context_length: int | None = None) -> Layout:
     scaled = is_scaled(io)
     real = len(io.inputs) == (3 if scaled else 1) and spec.dtype.startswith("float") and per_position(spec)
     size = spec.shape[3 - (spec.time_axis or 1)] if len(spec.shape) == 3 else 1
-    patches = len(shape) == 4 and shape[1] == "S" and shape[3] == size and (scaled or not io.states)
+    runs = io.outputs[0].meaning.scaler == RUNNING
+    patches = len(shape) == 4 and shape[1] == "S" and shape[3] == size and (scaled or runs or not io.states)
     if not real or len(spec.shape) > 3 or not isinstance(size, int) or (scaled and not patches):
         found = ", ".join(f"{x.name} {x.dtype} {list(x.shape)}" for x in io.inputs)
         raise UsageError(
             f"the model reads {found}", "a forecast needs one input of real numbers (B, S, F) or (B, S)"
         )
     if patches:
-        return Layout(1, size, size * (context_length or 0), scaled)
+        return Layout(1, size, size * (context_length or 0), scaled, streams=scaled or runs)
     return Layout(size, gaps=spec.gaps)
 
 
@@ -289,7 +292,7 @@ class _Patches:
         wanted = horizon or patch
         count = -(-wanted // patch)
         rows = self.series.values[:, 0]
-        if self.form.scaled:
+        if self.form.streams:
             parts, way = self._streamed(rows, count), "the state carried on"
         else:
             calls = (np.concatenate([rows, np.full(number * patch, np.nan)]) for number in range(count))
@@ -301,14 +304,16 @@ class _Patches:
         how = f"{wanted} of the {patch} rows of a patch"
         if count > 1:
             how = f"{count} patches of {patch} rows rolled out as missing values, {way}"
+        if self.output.meaning.scaler == RUNNING:
+            how += "; each patch is scaled with the values until then, not with those of the whole context"
         return Forecast(self.series, names, values, levels, how=how)
 
     def _streamed(self, rows: np.ndarray, count: int) -> list[np.ndarray]:
         context = self._context(rows)
-        loc, scale = location_and_scale(context)
-        scales = {
-            name: np.array([[value]], context.dtype) for name, value in zip(SCALES, (loc, scale), strict=True)
-        }
+        scales = {}
+        if self.form.scaled:
+            both = location_and_scale(context, self.output.meaning.scaler)
+            scales = {n: np.array([[x]], context.dtype) for n, x in zip(SCALES, both, strict=True)}
         missing = np.full((1, 1, self.form.patch), np.nan, context.dtype)
         calls = [context, *[missing] * (count - 1)]
         return [self._last({self.spec.name: x, **scales}) for x in calls]

@@ -11,6 +11,7 @@ import large_models
 import models
 import own_models
 import pytest
+import tirex2_models
 import tirex_models
 from nvidia_builder import check_builds
 from places import ROOT
@@ -32,6 +33,9 @@ FAMILIES: dict[str, Make] = {
     "Hugging Face": lambda p, stateless: checkpoint.load_checkpoint(large_models.make_hf(p / "model")),
     "TiRex": lambda p, stateless: checkpoint.load_checkpoint(
         tirex_models.make(p / "model"), stateless=stateless
+    ),
+    "TiRex-2": lambda p, stateless: checkpoint.load_checkpoint(
+        tirex2_models.make(p / "model"), stateless=stateless
     ),
     "nn.Module": lambda p, stateless: own_models.loaded(own_models.Classifier()),
     "nn.LSTM": lambda p, stateless: own_models.loaded(own_models.Beside()),

@@ -9,28 +9,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import tirex2_models
 import torch
 from refusals import refused
-from tirex2_models import CONTEXT, FUTURE, QUANTILES, predict
+from tirex2_models import CONTEXT, FUTURE, PATCH, QUANTILES, predict
 from torch import Tensor
 
+from xlstm_export import runfolder
 from xlstm_export.distance import difference
 from xlstm_export.errors import InputError, SetupError
 from xlstm_export.lift.lift import lift, run_lifted
 from xlstm_export.load import checkpoint
-from xlstm_export.load.families import tirex2
+from xlstm_export.load.families import tirex2, tirex2_streams
 from xlstm_export.load.loaded import Loaded
 from xlstm_export.options import ExportOptions
+from xlstm_export.sessions import forecast as forecasts
+from xlstm_export.sessions.cpu.session import OrtSession
+from xlstm_export.sessions.table import Table
+from xlstm_export.specs import FROZEN_BINARY, RUNNING
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
+
+tirex2_models.need()
 
 # Both sides in float64, computed in another order: measured 1.4e-15.
 FLOAT64 = 1e-12
 # FP32 against upstream in FP32, through two blocks and sinh: measured 4e-7.
 FLOAT32 = 5e-6
+# A stream is told location and scale as float64 rounded, upstream takes them in FP32: measured 4e-6.
+FROM_ROUNDED_SCALES = 5e-5
 # What upstream's rounding to bfloat16 does under autocast in these models: measured 1e-2.
 BFLOAT16 = (1e-4, 1e-1)
 
@@ -128,13 +138,6 @@ def test_distance_from_upstream_under_autocast(run: Path) -> None:
     assert BFLOAT16[0] < difference(found, rounded).relative_l2 < BFLOAT16[1]
 
 
-@pytest.mark.slow
-def test_whole_of_verify(run: Path, loaded: Loaded) -> None:
-    """Its reference is upstream's own code in float64."""
-    report = verify.verify(run, loaded)
-    assert report.passed, report
-
-
 def test_older_format(tmp_path: Path, loaded: Loaded) -> None:
     old = checkpoint.load_checkpoint(tirex2_models.make(tmp_path / "old", old=True))
     x = series(CONTEXT)
@@ -199,3 +202,87 @@ def test_io_json(run: Path) -> None:
     assert io["inputs"][0]["gaps"]
     assert io["outputs"][0]["shape"] == ["B", len(QUANTILES), FUTURE]
     assert io["outputs"][0]["quantiles"] == QUANTILES
+
+
+# --- Streams ------------------------------------------------------------------------------------------
+
+
+def patches(length: int = 24) -> Tensor:
+    """Streams (4, length, PATCH): a walk far from zero with gaps, 0 and 1, constant, nothing at first."""
+    x = torch.randn(4, length, PATCH, generator=torch.Generator().manual_seed(2)).cumsum(1)
+    x[0] = 300 + 5 * x[0]
+    x[0, :3], x[0, 10:12], x[0, 15, 2:], x[0, -3:] = torch.nan, torch.nan, torch.nan, torch.nan
+    x[1] = (x[1] > 0).float()
+    x[2] = 0.1
+    x[3, : length - 2] = torch.nan
+    return x
+
+
+FORMS = {"frozen": tirex2_streams.FrozenStream, "running": tirex2_streams.RunningStream}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("binary", [True, False])
+def test_stream_equals_upstream_in_float64(form: str, binary: bool) -> None:
+    """In one call, and in pieces that end inside and at the ends of blocks."""
+    model = tirex2_models.build(scaler_cfg={"use_arcsinh": True, "binaryaware": binary})
+    tirex2.exact(model)
+    x = patches(70).double()
+    module = FORMS[form](model).double().eval()
+    loc, scale, as_it_is = model.scaler.scale(x.flatten(1))[1]
+    told = (loc, torch.where(as_it_is, 0.0, scale) if binary else scale) if form == "frozen" else ()
+    dims = [("B", "S", PATCH), ("B", 1), ("B", 1)][: 1 + len(told)]
+    with torch.no_grad():
+        expected = module(x, *told)
+        done = lift(module, (x, *told), dims=dims)
+        parts, past = [], done.fresh_state(4, torch.float64)
+        for first, end in ((0, 1), (1, 2), (2, 66), (66, 70)):
+            y, present = run_lifted(done.module, (x[:, first:end], *told), past)
+            past = {name.replace("present", "past"): value for name, value in present.items()}
+            parts.append(y)
+    scaled = expected.abs().amax((1, 2, 3), keepdim=True)
+    assert float(((torch.cat(parts, 1) - expected) / scaled).abs().max()) < FLOAT64
+
+
+def test_frozen_stream_equals_the_whole_forecast() -> None:
+    """With the statistics of the context, the patches after it are those of upstream's `predict`."""
+    model = tirex2_models.build()
+    x = series(CONTEXT)[:3].double()
+    tirex2.exact(model)
+    loc, scale, _ = model.double().scaler.scale(x)[1]
+    rows = torch.nn.functional.pad(x, (0, FUTURE - PATCH), value=torch.nan).reshape(3, -1, PATCH)
+    with torch.no_grad():
+        y = tirex2_streams.FrozenStream(model)(rows, loc, scale)
+    found = y[:, -FUTURE // PATCH :].transpose(1, 2).flatten(2)
+    assert difference(found.numpy(), predict(model, x, tta_diff=False).numpy()).relative_l2 < FLOAT64
+
+
+@pytest.fixture(scope="module")
+def stream(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = checkpoint.load_checkpoint(folder, stateless=False)
+    return trace.export(loaded, tmp_path_factory.mktemp("out") / "stream")
+
+
+@pytest.mark.slow
+def test_forecast_by_a_stream(stream: Path) -> None:
+    """Beyond one patch, and beyond what upstream forecasts at all."""
+    io = runfolder.read_io(stream)
+    assert io.outputs[0].meaning.scaler == FROZEN_BINARY
+    form = forecasts.layout(io, CONTEXT // PATCH)
+    with OrtSession(stream, 1, 1) as session:
+        for row in series(CONTEXT + 9)[[0, 1, 3, 5]]:
+            table = Table("s.csv", ("a",), row.numpy().astype(np.float64)[:, None], (), {})
+            made = forecasts.forecast(session, io, table, form, FUTURE + 5)
+            expected = predict(tirex2_models.build(), row[None], tta_diff=False)[0].T.numpy()
+            assert made.values.shape == (FUTURE + 5, len(QUANTILES))
+            assert difference(made.values[:FUTURE], expected).relative_l2 < FROM_ROUNDED_SCALES
+
+
+@pytest.mark.slow
+def test_whole_of_verify_of_a_running_stream(folder: Path, tmp_path: Path) -> None:
+    module = tirex2_streams.RunningStream(tirex2.model_of(folder))
+    loaded = checkpoint.load_live(module)
+    out = trace.export(loaded, tmp_path / "run")
+    assert runfolder.read_io(out).outputs[0].meaning.scaler == RUNNING
+    report = verify.verify(out, loaded)
+    assert report.passed, report

@@ -96,15 +96,21 @@ def _tirex(module: nn.Module) -> Known:
 
 
 def _tirex2(module: nn.Module) -> Known:
+    return _tirex2_form(tirex2.Forecaster(module))
+
+
+def _tirex2_form(module: nn.Module) -> Known:
+    parts = tirex2.parts_of(module)
     return Known(
-        tirex2.Forecaster(module),
-        Signature((Slot("context"),)),
-        {"context": tirex2.example(module)},
+        module,
+        Signature(tuple(Slot(name) for name in parts.inputs)),
+        parts.inputs,
         "quantiles",
         exact=tirex2.exact,
-        streams=False,
-        dims={"context": ("B", "S")},
-        meanings=tirex2.meanings(module),
+        streams=parts.streams,
+        dims=parts.dims,
+        meanings=parts.meanings,
+        note="; ".join(parts.notes),
     )
 
 
@@ -116,6 +122,9 @@ _PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
     "transformers.xLSTMModel": _hugging_face,
     "tirex.TiRexZero": _tirex,
     "tirex2.TiRex2": _tirex2,
+    "xlstm_export.Forecaster": _tirex2_form,
+    "xlstm_export.FrozenStream": _tirex2_form,
+    "xlstm_export.RunningStream": _tirex2_form,
 }
 
 

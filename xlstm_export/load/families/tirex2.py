@@ -11,6 +11,7 @@ its place is in `lift/cells/tirex2_forecast.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, SetupError
-from ...specs import Json, Meaning
+from ...specs import FROZEN, FROZEN_BINARY, RUNNING, Json, Meaning
 from ..find import Candidate
-from ..loaded import CONFIG_ERRORS, Loaded, check_fit
+from ..loaded import CONFIG_ERRORS, Dims, Loaded, check_fit
 from ..mapping import check_blocks
 from ..match import match
 from ..place import read_config
 from ..weights import open_weights
 from .large import full_precision_norms
+from .tirex2_streams import FrozenStream
 
 # The names of today, then those of older checkpoints.
 CONFIGS = ("config.json", "model-config.yaml")
@@ -47,12 +49,13 @@ def matches(path: Path) -> bool:
     return "stack_config" in keys and "tokenizer_cfg" in keys
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path, *, streaming: bool = False) -> Loaded:
     """Load a `TiRex2` for forecasts of series of one variate.
 
     Args:
         path: folder with config.json and model.safetensors, or the older model-config.yaml and model.ckpt; or
             one of these weight files.
+        streaming: the graph that carries states, see `tirex2_streams.py`.
 
     Raises:
         InputError: a file is missing or damaged, or config and weights do not fit each other.
@@ -68,9 +71,11 @@ def load(path: Path) -> Loaded:
     model = build(config, config_file)
     matched = match((Candidate(open_weights(weight_file), (weight_file,)),), model)
     check_fit(model, matched.weights, weight_file, HINT, model=f"the config {config_file.name}")
+    module: nn.Module = FrozenStream(model) if streaming else Forecaster(model)
+    parts = parts_of(module)
     return Loaded(
-        skeleton=Forecaster(model).eval(),
-        inputs={"context": example(model)},
+        skeleton=module.eval(),
+        inputs=parts.inputs,
         output="quantiles",
         name="TiRex2",
         origin={"checkpoint": str(path)},
@@ -78,11 +83,19 @@ def load(path: Path) -> Loaded:
         config=config,
         weights={f"{PREFIX}{name}": weight for name, weight in matched.weights.items()},
         exact=exact,
-        dims={"context": ("B", "S")},
-        meanings=meanings(model),
-        notes=matched.notes,
-        streams=False,
+        dims=parts.dims,
+        meanings=parts.meanings,
+        notes=(*matched.notes, *parts.notes),
+        streams=parts.streams,
+        context_length=parts.context_length,
     )
+
+
+def model_of(path: Path | str) -> nn.Module:
+    """The `TiRex2` of a checkpoint with its weights, for a factory that builds another form of it."""
+    forecaster: Any = load(Path(path)).module
+    model: nn.Module = forecaster.forecast.model
+    return model
 
 
 # --- Upstream's forecast ------------------------------------------------------------------------------
@@ -125,10 +138,40 @@ class Univariate(nn.Module):
             return torch.cat(model.predict(series, model.future_len))
 
 
-def meanings(model: nn.Module) -> dict[str, Meaning]:
-    """What a `TiRex2` returns: the levels of its quantiles."""
-    levels: Any = model.quantiles
-    return {"quantiles": Meaning(tuple(round(float(level), 6) for level in levels))}
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a form of TiRex-2; see `Loaded`."""
+
+    inputs: dict[str, Tensor]
+    dims: dict[str, Dims]
+    meanings: dict[str, Meaning]
+    streams: bool = False
+    context_length: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """What is known of a `Forecaster`, `FrozenStream` or `RunningStream`."""
+    inner: Any = module
+    model = inner.forecast.model
+    levels = tuple(round(float(level), 6) for level in model.quantiles)
+    if isinstance(module, Forecaster):
+        return Parts({"context": example(model)}, {"context": ("B", "S")}, {"quantiles": Meaning(levels)})
+    patch = model.input_patch_size
+    x = nn.functional.pad(example(model), (-example(model).shape[1] % patch, 0), value=torch.nan)
+    inputs = {"x": x.reshape(2, -1, patch)}
+    dims: dict[str, Dims] = {"x": ("B", "S", patch)}
+    scaler = RUNNING
+    if isinstance(module, FrozenStream):
+        scaler = FROZEN_BINARY if model.scaler.binaryaware else FROZEN
+        loc, scale, _ = model.scaler.scale(x)[1]
+        inputs, dims = {**inputs, "loc": loc, "scale": scale}, {**dims, "loc": ("B", 1), "scale": ("B", 1)}
+    asked = [
+        text for text, on in (("differences", model.tta_diff), ("the other sign", model.tta_sign_flip)) if on
+    ]
+    notes = (f"a stream is forecast without {' and '.join(asked)}, which predict() uses",) if asked else ()
+    length = model.context_len // patch
+    return Parts(inputs, dims, {"quantiles": Meaning(levels, scaler=scaler)}, True, length, notes)
 
 
 def example(model: nn.Module) -> Tensor:

@@ -100,6 +100,18 @@ def slstm_inputs(name: str, S: int) -> oracle.Arrays:
     return data
 
 
+LONG = ("forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer")
+
+
+def long_mlstm_inputs(gates: float, options: Options) -> oracle.Arrays:
+    """100,000 positions of sums that nothing cancels in: what rounding does to them is a relative error."""
+    data = oracle.mlstm_operands(7, B=1, S=100_000, H=1, Dk=2, Dv=2, gates=gates, m=None, dtype="float32")
+    data["f"] -= 2.0
+    if not options.get("normalize", True):
+        data["f"], data["i"] = -np.abs(data["f"]), np.minimum(data["i"], 40)
+    return {name: np.abs(x) + (name in "qkv") if name in "qkvCn" else x for name, x in data.items()}
+
+
 def slstm_errors(result: Any, exact: Any, options: Options) -> dict[str, float]:
     """As `oracle.slstm_errors`; a state whose n has a minimum may be given in other units, with another m."""
     errors = oracle.slstm_errors(result, exact)

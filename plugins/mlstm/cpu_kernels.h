@@ -21,14 +21,22 @@ constexpr size_t kTasks = 4;        // fewer heads than this are cut into strips
 
 inline float log_sigmoid_scalar(float x) { return (x < 0 ? x : 0) - std::log1p(std::exp(-std::fabs(x))); }
 
-// Logarithms of the gates.
-inline float log_forget(const Mlstm &call, float f) { return call.forget_exp ? f : log_sigmoid_scalar(f); }
-inline float log_input(const Mlstm &call, float i) { return call.input_sigmoid ? log_sigmoid_scalar(i) : i; }
+// Logarithms of the gates. `plain`: the attributes select no other function (is_plain); its code is then without
+// their branches.
+template <bool plain>
+float log_forget(const Mlstm &call, float f) {
+    return !plain && call.forget_exp ? f : log_sigmoid_scalar(f);
+}
+template <bool plain>
+float log_input(const Mlstm &call, float i) {
+    return !plain && call.input_sigmoid ? log_sigmoid_scalar(i) : i;
+}
 
 // What the numerator is divided by; C, n and qn are in units of exp(m).
-inline float normalizer_of(const Mlstm &call, float qn, float m) {
+template <bool plain>
+float normalizer_of(const Mlstm &call, float qn, float m) {
     const float one = std::exp(-m), size = std::fabs(qn);
-    if (call.normalize && !call.input_sigmoid) return (size > one ? size : one) + call.eps;
+    if (plain || (call.normalize && !call.input_sigmoid)) return (size > one ? size : one) + call.eps;
     const float floor = one > FLT_MIN ? one : FLT_MIN;  // nothing may be divided by zero
     if (!call.normalize) return floor;
     return (size > floor ? size : floor) + call.eps * floor;
@@ -62,13 +70,15 @@ struct StepHead {
     float *q, *kI;
 };
 
-inline void step_head(const Mlstm &call, size_t head, StepHead &out) {
+template <bool plain>
+void step_head(const Mlstm &call, size_t head, StepHead &out) {
     const size_t dk = call.dk;
     const float *q = static_cast<const float *>(call.q) + head * dk;
     const float *k = static_cast<const float *>(call.k) + head * dk;
     const float *n0 = call.n0 + head * dk;
     float *n = call.n + head * dk;
-    const float lf = log_forget(call, call.f[head]), i = log_input(call, call.i[head]), m0 = call.m0[head];
+    const float lf = log_forget<plain>(call, call.f[head]), i = log_input<plain>(call, call.i[head]),
+                m0 = call.m0[head];
     const float m = lf + m0 > i ? lf + m0 : i;
     const float forget = std::exp(lf + (m0 - m));  // in this order: see ops.mlstm_step
     const float input = std::exp(i - m);
@@ -91,7 +101,7 @@ inline void step_head(const Mlstm &call, size_t head, StepHead &out) {
     }
     call.m[head] = m;
     out.forget = forget;
-    out.normalizer = normalizer_of(call, total, m);
+    out.normalizer = normalizer_of<plain>(call, total, m);
 }
 
 constexpr size_t kAhead = 768;     // floats: 3 KB, what arrives from memory while that much is computed
@@ -121,10 +131,11 @@ bool mlstm_step(const Mlstm &call, const Parallel *parallel) {
     Scratch scratch(heads * 2 * padded + heads * Scratch::rounded(sizeof(StepHead) / sizeof(float)));
     if (!scratch.ok()) return false;
     auto *ready = reinterpret_cast<StepHead *>(scratch.take(heads * sizeof(StepHead) / sizeof(float)));
+    const bool plain = is_plain(call);
     for (size_t head = 0; head < heads; ++head) {
         ready[head].q = scratch.take(dk);
         ready[head].kI = scratch.take(dk);
-        step_head(call, head, ready[head]);
+        plain ? step_head<true>(call, head, ready[head]) : step_head<false>(call, head, ready[head]);
     }
     const auto strip = [&](size_t index) {
         const StepHead &head = ready[index / strips];
@@ -159,17 +170,18 @@ struct Chunk {
     float *panel;
 };
 
-inline void chunk_decay(const Mlstm &call, const Chunk &chunk, const float *i, const float *f, size_t step,
-                        size_t length, float m_in) {
+template <bool plain>
+void chunk_decay(const Mlstm &call, const Chunk &chunk, const float *i, const float *f, size_t step,
+                 size_t length, float m_in) {
     const size_t width = Scratch::rounded(kChunk + 1);
     for (size_t j = 0; j < width; ++j) chunk.decay[j] = 0, chunk.weight[j] = kLogZero;
     chunk.weight[0] = m_in;
     for (size_t t = 0; t < length; ++t) {
-        const Vec lf = all(log_forget(call, f[t * step]));
+        const Vec lf = all(log_forget<plain>(call, f[t * step]));
         // Running sums over their own terms, never a difference of two sums, which would cancel.
         for (size_t j = 0; j <= t; j += kLanes) store(chunk.decay + j, load(chunk.decay + j) + lf);
         chunk.decay[t + 1] = 0;
-        chunk.weight[t + 1] = log_input(call, i[t * step]);
+        chunk.weight[t + 1] = log_input<plain>(call, i[t * step]);
         Vec largest = all(kLogZero);
         for (size_t j = 0; j <= t + 1; j += kLanes) {
             largest = max(largest, load(chunk.decay + j) + load(chunk.weight + j));
@@ -185,6 +197,7 @@ inline void chunk_decay(const Mlstm &call, const Chunk &chunk, const float *i, c
 }
 
 // One head, `width` columns of v from column `first`; n (Dk) and m in, out.
+template <bool plain>
 bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width, float *n, float *m) {
     const size_t heads = call.heads, dk = call.dk, dv = call.dv, length = call.length;
     const size_t depth = dk > kChunk ? dk : kChunk;
@@ -218,7 +231,7 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
     }
     for (size_t start = 0; start < length; start += kChunk) {
         const size_t L = length - start < kChunk ? length - start : kChunk;
-        chunk_decay(call, chunk, i, f, heads, L, *m);
+        chunk_decay<plain>(call, chunk, i, f, heads, L, *m);
         for (size_t t = 0; t < L; ++t) {
             const float left = chunk.W[(L - 1) * kChunk + t];
             for (size_t d = 0; d < dk; ++d) {
@@ -237,7 +250,7 @@ bool chunkwise_strip(const Mlstm &call, size_t head, size_t first, size_t width,
                 total += e;
             }
             const float qn = sum(total) + call.scale * chunk.carried[t] * dot(q + t * qk_stride, n, dk);
-            chunk.normalizer[t] = normalizer_of(call, qn, chunk.m[t]);
+            chunk.normalizer[t] = normalizer_of<plain>(call, qn, chunk.m[t]);
         }
         gemm(L, width, dk, {q, qk_stride, 1}, C, dv, chunk.numerator, width, 0, chunk.panel);
         for (size_t t = 0; t < L; ++t) {
@@ -278,11 +291,12 @@ bool mlstm_chunkwise(const Mlstm &call, const Parallel *parallel) {
         std::memcpy(state + task * line, call.n0 + task / strips * dk, dk * sizeof(float));
         state[task * line + Scratch::rounded(dk)] = call.m0[task / strips];
     }
+    const auto strip = is_plain(call) ? chunkwise_strip<true> : chunkwise_strip<false>;
     bool ok = true;
     parallel_for(parallel, heads * strips, [&](size_t task) {
         const size_t first = task % strips * width, columns = dv - first < width ? dv - first : width;
         float *n = state + task * line;
-        if (!chunkwise_strip(call, task / strips, first, columns, n, n + Scratch::rounded(dk))) ok = false;
+        if (!strip(call, task / strips, first, columns, n, n + Scratch::rounded(dk))) ok = false;
     });
     for (size_t head = 0; head < heads; ++head) {
         std::memcpy(call.n + head * dk, state + head * strips * line, dk * sizeof(float));

@@ -56,7 +56,7 @@ def test_normalizers_and_ranges_of_an_mlstm(scale: float) -> None:
     x = oracle.mlstm_operands(0, S=40, gates=30.0, m=None)
     x["i"][:, :20] -= 100.0
     x["f"][:, :20] -= 100.0
-    cell = gates._Mlstm(0, {name: name for name in "qkif"}, {}, scale=scale)
+    cell = gates._Mlstm(0, {name: name for name in "qkif"}, {}, {"scale": scale})
     for piece in (slice(0, 17), slice(17, 40)):
         cell.read({name: x[name][:, piece] for name in "qkif"})
     found = cell.result()
@@ -74,6 +74,37 @@ def test_normalizers_and_ranges_of_an_mlstm(scale: float) -> None:
         outside = np.isinf(bound) | (bound < 2.0**-14)
         assert head.fp16_share == pytest.approx(outside.mean())
         assert 0 < head.bf16_share < head.fp16_share  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "attributes", [{}, {"forget_exp": 1.0, "input_sigmoid": 1.0}, {"normalize": 0.0}], ids=str
+)
+def test_gates_of_an_mlstm_are_those_of_its_attributes(attributes: dict[str, float]) -> None:
+    x = oracle.mlstm_operands(1, S=30, gates=3.0, m=None)
+    cell = gates._Mlstm(0, {name: name for name in "qkif"}, {}, {"scale": 0.5, **attributes})
+    cell.read({name: x[name] for name in "qkif"})
+    flags = {name: bool(value) for name, value in attributes.items() if name != "normalize"}
+    steps = [*oracle._mlstm_steps(*(x[n] for n in "qkvifCnm"), scale=0.5, **flags)]
+    floor = [np.exp(-m) for *_, m in steps]
+    qn = [np.abs(step[1]) * attributes.get("normalize", 1.0) for step in steps]
+    lf = x["f"] if "forget_exp" in attributes else oracle.log_sigmoid(x["f"])
+    for h, head in enumerate(cell.result().heads):
+        assert head.m_max == pytest.approx(max(m[:, h].max() for *_, m in steps), rel=1e-12)
+        smallest = np.min([np.maximum(a, b)[:, h].min() for a, b in zip(qn, floor, strict=True)])
+        assert head.smallest_normalizer == pytest.approx(smallest, rel=1e-9)
+        assert head.half_life == pytest.approx(gates.half_life(-lf[..., h].mean()), rel=1e-9)
+
+
+def test_gates_of_an_slstm_are_those_of_its_attributes() -> None:
+    x = oracle.slstm_operands(2, S=30, m=None)
+    attributes = {"forget_exp": 1.0, "forget_max": 0.5, "normalizer_min": 0.5}
+    y, *_, m = oracle.slstm(*x.values(), **attributes)
+    cell = gates._Slstm(0, {name: name for name in ("x", "R", "bias", "y")}, {}, attributes)
+    cell.read({"x": x["x"], "R": x["R"], "bias": x["bias"], "y": y})
+    assert cell.state["m"] == pytest.approx(m, rel=1e-9)
+    plain = gates._Slstm(0, {name: name for name in ("x", "R", "bias", "y")}, {})
+    plain.read({"x": x["x"], "R": x["R"], "bias": x["bias"], "y": y})
+    assert cell.result().heads[0].half_life != plain.result().heads[0].half_life
 
 
 def test_half_life() -> None:

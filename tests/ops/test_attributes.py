@@ -21,12 +21,14 @@ from op_cases import (
     EXACT,
     HELD,
     HOLDING,
+    LONG,
     MLSTM_FUNCTIONS,
     MLSTM_INPUTS,
     SCALE,
     SLSTM_FUNCTIONS,
     SLSTM_INPUTS,
     Options,
+    long_mlstm_inputs,
     mlstm_inputs,
     mlstm_limit,
     slstm_errors,
@@ -258,24 +260,13 @@ def test_every_attribute_changes_the_result() -> None:
 # --- Long -----------------------------------------------------------------------------------------------
 
 
-def positive(gates: float) -> oracle.Arrays:
-    """100,000 positions of sums that nothing cancels in: what rounding does to them is a relative error."""
-    data = oracle.mlstm_operands(7, B=1, S=100_000, H=1, Dk=2, Dv=2, gates=gates, m=None, dtype="float32")
-    data["f"] -= 2.0
-    return {name: np.abs(x) + (name in "qkv") if name in "qkvCn" else x for name, x in data.items()}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "function", ["forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer"]
-)
+@pytest.mark.parametrize("function", LONG)
 @pytest.mark.parametrize("gates", [2.0, 40.0])
 def test_mlstm_over_a_hundred_thousand_positions(function: str, gates: float) -> None:
     """Against the chunkwise form in float64, which `test_mlstm` compares with the recurrence."""
     options = MLSTM_FUNCTIONS[function]
-    data = positive(gates)
-    if not options.get("normalize", True):
-        data["f"], data["i"] = -np.abs(data["f"]), np.minimum(data["i"], 40)
+    data = long_mlstm_inputs(gates, options)
     exact = run_mlstm(ops.mlstm, data, torch.float64, **options)
     errors = oracle.mlstm_errors(body("mlstm", "sequence", data, options), exact, [*map(np.abs, exact)])
     assert max(errors.values()) <= 2 * mlstm_limit(data, options), errors

@@ -67,7 +67,8 @@ int run_slstm() {
     const size_t units = size_t(sizes[2]) * sizes[3], state = sizes[0] * units;
     xlstm::Slstm call{};
     call.batch = sizes[0], call.length = sizes[1], call.heads = sizes[2], call.dim = sizes[3];
-    call.forget_max = attributes[0], call.forget_exp = attributes[1] != 0, call.normalizer_min = attributes[2];
+    call.forget_max = attributes[0], call.forget_exp = attributes[1] != 0,
+    call.normalizer_min = attributes[2];
     const auto x = tensor(state * sizes[1] * 4), R = tensor(units * 4 * sizes[3]), bias = tensor(4 * units);
     const bool in_place = sizes[4] != 0;
     State y(state, in_place), c(state, in_place), n(state, in_place), m(state, in_place);

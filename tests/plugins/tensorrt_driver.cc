@@ -328,9 +328,9 @@ void bad_fields(const Plugins &plugins) {
     plugins.refused(plugins.mlstm, {{"eps", &negative, fp32, 1}}, {"eps is -1"});
     plugins.refused(plugins.mlstm, {good, {"scale", &nan, fp32, 1}}, {"scale is", "finite"});
     plugins.refused(plugins.mlstm, {good, {"scale", &infinite, fp32, 1}}, {"scale is inf"});
-    plugins.refused(plugins.mlstm, {good, {"forget_max", &eps, fp32, 1}},
-                    {"no field \"forget_max\"",
-                     "scale, eps, forget_exp, input_sigmoid, normalize, aliased, processors"});
+    plugins.refused(
+        plugins.mlstm, {good, {"forget_max", &eps, fp32, 1}},
+        {"no field \"forget_max\"", "scale, eps, forget_exp, input_sigmoid, normalize, aliased, processors"});
     plugins.refused(plugins.mlstm, {good, {"input_sigmoid", &eps, fp32, 1}}, {"input_sigmoid is", "0 or 1"});
     plugins.refused(plugins.slstm, {{"normalizer_min", &bound, fp32, 1}}, {"normalizer_min is 15", "0 to 1"});
     plugins.refused(plugins.mlstm, {good, {nullptr, &eps, fp32, 1}}, {"no field \"\""});
@@ -368,10 +368,11 @@ void functions(const Plugins &plugins) {
                                                   {"forget_exp", &one, fp32, 1},
                                                   {"input_sigmoid", &one, fp32, 1},
                                                   {"normalize", &zero, fp32, 1}});
-    Instance slstm = plugins.make(
-        plugins.slstm, {{"forget_exp", &one, fp32, 1}, {"normalizer_min", &half, fp32, 1}});
+    Instance slstm =
+        plugins.make(plugins.slstm, {{"forget_exp", &one, fp32, 1}, {"normalizer_min", &half, fp32, 1}});
     const auto restored = [](IPluginCreatorV3One *creator, Instance &made) {
-        return Instance(creator->createPlugin("layer", made.run->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+        return Instance(
+            creator->createPlugin("layer", made.run->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
     };
     Instance mlstm_again = restored(plugins.mlstm, mlstm), slstm_again = restored(plugins.slstm, slstm);
     for (Instance *made : {&mlstm, &mlstm_again}) {

@@ -16,6 +16,7 @@ import pytest
 import torch
 from op_cases import (
     EPS,
+    LONG,
     MLSTM_CASES,
     MLSTM_FUNCTIONS,
     MLSTM_INPUTS,
@@ -23,6 +24,7 @@ from op_cases import (
     SLSTM_CASES,
     SLSTM_FUNCTIONS,
     SLSTM_INPUTS,
+    long_mlstm_inputs,
     mlstm_inputs,
     mlstm_limit,
     single,
@@ -150,6 +152,19 @@ def test_denormal_inputs(variant: str) -> None:
         data[name] *= np.float32(1e-39)
     for result in cpu_library.run_mlstm(cpu_library.library(variant), data, scale=SCALE, eps=EPS):
         assert np.isfinite(result).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", LONG)
+def test_mlstm_functions_over_a_hundred_thousand_positions(function: str) -> None:
+    library, gates = cpu_library.library(cpu_library.NATIVE[-1]), MLSTM_FUNCTIONS[function]
+    data = long_mlstm_inputs(40.0, gates)
+    x = [tensor.double() for tensor in tensors(data)]
+    h, state = ops.mlstm(*x[:5], (x[5], x[6], x[7]), scale=SCALE, eps=EPS, **gates)
+    exact = [tensor.numpy() for tensor in (h, *state)]
+    found = cpu_library.run_mlstm(library, data, scale=SCALE, eps=EPS, **gates)
+    errors = oracle.mlstm_errors(found, exact, [*map(np.abs, exact)])
+    assert max(errors.values()) <= 2 * mlstm_limit(data, gates), errors
 
 
 @functools.cache

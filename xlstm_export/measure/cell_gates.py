@@ -49,9 +49,10 @@ class HeadGates:
         m_min, m_max: range of the stabilizer over positions and, in an sLSTM, units.
         fp16_share, bf16_share: share of positions with exp(−m) outside the type's range; None in an sLSTM,
             which does not compute it.
-        smallest_normalizer: the smallest denominator: max(|qᵀn|, exp(−m)) in an mLSTM, n in an sLSTM.
+        smallest_normalizer: the smallest denominator: max(|qᵀn|, exp(−m)) in an mLSTM (exp(−m) where it has
+            no normalizer), n in an sLSTM.
         half_life: positions after which the forget gates have halved a memory, by the mean of their logarithm
-            (the median over an sLSTM's units); infinite if they never close.
+            (the median over an sLSTM's units); infinite if they never close, or on the whole make it grow.
     """
 
     m_min: float
@@ -161,8 +162,7 @@ class _Cell:
     block: int
     values: dict[str, str]  # operand → name of the value in the graph
     constants: Arrays
-    scale: float = 1.0
-    forget_max: float = math.inf
+    attributes: Mapping[str, float] = field(default_factory=dict)
     state: Arrays = field(default_factory=dict)
     seen: list[dict[str, np.ndarray]] = field(default_factory=list)
 
@@ -173,6 +173,10 @@ class _Cell:
     def operands(self, values: Mapping[str, np.ndarray]) -> Arrays:
         found = {operand: values[name].astype(np.float64) for operand, name in self.values.items()}
         return {**self.constants, **found}
+
+    def log_forget(self, f: np.ndarray) -> np.ndarray:
+        """Logarithm of the forget gate of a pre-activation."""
+        return f if self.attributes.get("forget_exp", 0.0) else log_sigmoid(f)
 
     def read(self, values: Mapping[str, np.ndarray]) -> None:
         raise NotImplementedError
@@ -187,8 +191,11 @@ class _Cell:
 class _Mlstm(_Cell):
     def read(self, values: Mapping[str, np.ndarray]) -> None:
         x = self.operands(values)
-        q, k = x["q"] * self.scale, x["k"]  # (B, S, H, Dk)
-        i, lf = x["i"], log_sigmoid(x["f"])  # (B, S, H)
+        q, k = x["q"] * self.attributes.get("scale", 1.0), x["k"]  # (B, S, H, Dk)
+        i, lf = x["i"], self.log_forget(x["f"])  # (B, S, H)
+        if self.attributes.get("input_sigmoid", 0.0):
+            i = log_sigmoid(i)
+        normalize = self.attributes.get("normalize", 1.0)
         batch, length, heads, dim = k.shape
         m = self.state.get("m", np.zeros((batch, heads)))
         n = self.state.get("n", np.zeros((batch, heads, dim)))
@@ -199,7 +206,7 @@ class _Mlstm(_Cell):
             m = m_new
             stabilizers.append(m)
             with np.errstate(over="ignore"):
-                normalizers.append(np.maximum(np.abs((q[:, t] * n).sum(-1)), np.exp(-m)))
+                normalizers.append(np.maximum(normalize * np.abs((q[:, t] * n).sum(-1)), np.exp(-m)))
         self.state = {"m": m, "n": n}
         self.seen.append(
             # (B·S, H)
@@ -236,12 +243,14 @@ class _Slstm(_Cell):
         previous = np.concatenate([self.state.get("y", zeros)[:, None], y[:, :-1]], 1)
         recurrent = np.einsum("bshd,hdge->bsghe", previous, x["R"])
         raw = x["x"] + recurrent + x["bias"]  # (B, S, 4, H, D)
-        i, lf = raw[:, :, 0], log_sigmoid(np.minimum(raw[:, :, 1], self.forget_max))
+        f = np.minimum(raw[:, :, 1], self.attributes.get("forget_max", math.inf))
+        i, lf = raw[:, :, 0], self.log_forget(f)
+        least = self.attributes.get("normalizer_min", 0.0)
         m, n = self.state.get("m", zeros), self.state.get("n", zeros)
         stabilizers, normalizers = [], []
         for t in range(length):
             m_new = np.maximum(lf[:, t] + np.where(n == 0, LOG_ZERO, m), i[:, t])
-            n = np.exp(lf[:, t] + m - m_new) * n + np.exp(i[:, t] - m_new)
+            n = np.maximum(np.exp(lf[:, t] + m - m_new) * n + np.exp(i[:, t] - m_new), least)
             m = m_new
             stabilizers.append(m)
             normalizers.append(n)
@@ -307,11 +316,9 @@ def _cells(model: ir.Model) -> list[_Cell]:
             else:
                 values[operand] = value.name or ""
         block = _block(node.inputs[operator.index("m0")], len(cells))
-        if mlstm:
-            cells.append(_Mlstm(block, values, constants, scale=_attribute(node, "scale", 1.0)))
-        else:
-            limit = _attribute(node, "forget_max", math.inf)
-            cells.append(_Slstm(block, values, constants, forget_max=limit))
+        known = {x.name for x in operator.attributes}
+        attributes = {name: x.as_float() for name, x in node.attributes.items() if name in known}
+        cells.append((_Mlstm if mlstm else _Slstm)(block, values, constants, attributes))
     return cells
 
 
@@ -329,7 +336,3 @@ def _block(past: ir.Value | None, number: int) -> int:
     """Index of the block whose state an operator carries; without states, its number in the graph."""
     match = re.fullmatch(r"past_(\d+)_m", (past.name if past is not None else None) or "")
     return int(match[1]) if match else number
-
-
-def _attribute(node: ir.Node, name: str, default: float) -> float:
-    return node.attributes[name].as_float() if name in node.attributes else default

@@ -14,6 +14,9 @@ from xlstm_export.ops.operands import MLSTM, SLSTM, Operator
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
+
+    from xlstm_export.ops.reference import MlstmGates, SlstmGates
 
 Tensors = dict[str, "torch.Tensor"]
 
@@ -53,7 +56,13 @@ class Case:
         }
 
 
-def mlstm_case(shape: tuple[int, int, int, int, int], io: torch.dtype, state: torch.dtype, seed: int) -> Case:
+def mlstm_case(
+    shape: tuple[int, int, int, int, int],
+    io: torch.dtype,
+    state: torch.dtype,
+    seed: int,
+    **gates: Unpack[MlstmGates],
+) -> Case:
     """A call of `XlstmMlstm`: shape is (B, S, H, Dk, Dv), `state` the type C is stored in."""
 
     B, S, H, Dk, Dv = shape
@@ -64,28 +73,35 @@ def mlstm_case(shape: tuple[int, int, int, int, int], io: torch.dtype, state: to
         "k": (1 + normal(B, S, H, Dk)).to(io),
         "v": normal(B, S, H, Dv).to(io),
         "i": 2 * normal(B, S, H),
-        "f": 2 + 2 * normal(B, S, H),
+        # A decay on the whole, with either gate: sums that exp(2) makes grow are rounded at their size.
+        "f": (-2 if gates.get("forget_exp") else 2) + 2 * normal(B, S, H),
         "C0": normal(B, H, Dk, Dv).to(state),
         "n0": 1 + normal(B, H, Dk),
         "m0": normal(B, H),
     }
     results = _empty(MLSTM, {"B": B, "S": S, "H": H, "Dk": Dk, "Dv": Dv}, {"io": io, "state": state})
-    options = {"scale": Dk**-0.5, "eps": EPS}
+    scale = Dk**-0.5
     q, k, v, i, f, C0, n0, m0 = (tensors[x.name].double() for x in MLSTM.inputs)
-    h, (C, n, m) = ops.mlstm_sequence(q, k, v, i, f, (C0, n0, m0), **options)
+    h, (C, n, m) = ops.mlstm_sequence(q, k, v, i, f, (C0, n0, m0), scale=scale, eps=EPS, **gates)
     return Case(
         tensors,
         results,
         {"h": h, "C": C, "n": n},
         ("m", m, ("C", "n")),
         lambda library, all_, scratch, stream: library.mlstm(
-            all_, **options, workspace=scratch, context=stream
+            all_, scale=scale, eps=EPS, workspace=scratch, context=stream, **gates
         ),
-        lambda library, all_: library.mlstm_workspace(mlstm_call(all_, **options)),
+        lambda library, all_: library.mlstm_workspace(mlstm_call(all_, scale=scale, eps=EPS, **gates)),
     )
 
 
-def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.dtype, seed: int) -> Case:
+def slstm_case(
+    shape: tuple[int, int, int, int],
+    io: torch.dtype,
+    weight: torch.dtype,
+    seed: int,
+    **gates: Unpack[SlstmGates],
+) -> Case:
     """A call of `XlstmSlstm`: shape is (B, S, H, D), `weight` the type of R, which may be int8."""
     import torch
 
@@ -97,7 +113,8 @@ def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.
         "x": (2 * normal(B, S, 4, H, D)).to(io),
         "bias": normal(4, H, D),
         "y0": normal(B, H, D).tanh(),
-        "n0": 1 + normal(B, H, D).abs(),
+        # Below a minimum of n, where there is one.
+        "n0": (0.1 if gates.get("normalizer_min") else 1.0) + normal(B, H, D).abs(),
         "m0": normal(B, H, D),
     }
     tensors["c0"] = tensors["n0"] * normal(B, H, D).tanh()
@@ -111,15 +128,17 @@ def slstm_case(shape: tuple[int, int, int, int], io: torch.dtype, weight: torch.
     results = _empty(SLSTM, {"B": B, "S": S, "H": H, "D": D}, {"io": io})
     y0, c0, n0, m0 = (tensors[name].double() for name in ("y0", "c0", "n0", "m0"))
     ys, (y, c, n, m) = ops.slstm_sequence(
-        tensors["x"].double(), R, tensors["bias"].double(), (y0, c0, n0, m0)
+        tensors["x"].double(), R, tensors["bias"].double(), (y0, c0, n0, m0), **gates
     )
     return Case(
         tensors,
         results,
         {"y": ys, "y_n": y, "c_n": c, "n_n": n},
         ("m_n", m, ("c_n", "n_n")),
-        lambda library, all_, scratch, stream: library.slstm(all_, workspace=scratch, context=stream),
-        lambda library, all_: library.slstm_workspace(slstm_call(all_)),
+        lambda library, all_, scratch, stream: library.slstm(
+            all_, workspace=scratch, context=stream, **gates
+        ),
+        lambda library, all_: library.slstm_workspace(slstm_call(all_, **gates)),
     )
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from xlstm_export.plugins.cases import Case
 
+    from xlstm_export.ops.reference import MlstmGates, SlstmGates
+
 log = logging.getLogger(__name__)
 
 # Relative L2: four times the largest rounding error of one value of the type; for float32 the limit of an
@@ -39,6 +41,12 @@ MLSTM_SHAPES = (
     (1, 300, 2, 128, 64),
 )  # B,S,H,Dk,Dv
 SLSTM_SHAPES = ((2, 1, 3, 64), (1, 33, 2, 24), (3, 40, 4, 128))  # B, S, H, D
+# Functions other than the usual one, in the first types.
+MLSTM_GATES: tuple[MlstmGates, ...] = (
+    {"forget_exp": True, "input_sigmoid": True},
+    {"input_sigmoid": True, "normalize": False},
+)
+SLSTM_GATES: tuple[SlstmGates, ...] = ({"forget_exp": True, "normalizer_min": 1.0},)
 # Types of the operands, and of the matrix memory or the recurrent weights.
 CPU_TYPES = {"mlstm": ("float32/float32",), "slstm": ("float32/float32",)}
 CUDA_TYPES = {
@@ -156,6 +164,12 @@ def _cases(types: Mapping[str, Sequence[str]], seed: int) -> Iterator[tuple[str,
         yield f"mlstm {'×'.join(map(str, mlstm))}", pair, mlstm_case(mlstm, *named(pair), seed)
     for pair, slstm in itertools.product(types["slstm"], SLSTM_SHAPES):
         yield f"slstm {'×'.join(map(str, slstm))}", pair, slstm_case(slstm, *named(pair), seed)
+    for gates in MLSTM_GATES:
+        pair = types["mlstm"][0]
+        yield f"mlstm {' '.join(gates)}", pair, mlstm_case(MLSTM_SHAPES[2], *named(pair), seed, **gates)
+    for cell in SLSTM_GATES:
+        pair = types["slstm"][0]
+        yield f"slstm {' '.join(cell)}", pair, slstm_case(SLSTM_SHAPES[1], *named(pair), seed, **cell)
 
 
 def _judged(kind: str, name: str, limit: float, library: NativeLibrary, case: Case, device: str) -> Check:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ MLSTM_KINDS: dict[str, dict[str, Any]] = {
     "small": {"size": 2.0**-20},
     "denormals": {"size": "denormal"},
     "large": {"size": 30.0},
+    "exp forget": {"gates": "uniform40", "function": {"forget_exp": True}},
+    "sigmoid input": {"gates": "uniform40", "function": {"input_sigmoid": True}},
+    "no normalizer": {"function": {"input_sigmoid": True, "normalize": False}},
 }
 SLSTM_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -44,6 +48,8 @@ SLSTM_KINDS: dict[str, dict[str, Any]] = {
     "large": {"size": 100.0},
     "forget bound 15": {"gates": "uniform40", "forget_max": 15.0},
     "strong recurrence": {"recurrent": 4.0},
+    "exp forget": {"gates": "uniform40", "function": {"forget_exp": True}},
+    "minimum": {"function": {"normalizer_min": 1.0}},
 }
 
 # Smallest normal numbers: sizes a little above give products and tails below them.
@@ -195,11 +201,12 @@ def operands(case: Case, device: str) -> Tensors:
     return {name: tensor.to(device) for name, tensor in make(case, generator, **case.traits).items()}
 
 
-def options(case: Case) -> dict[str, float]:
+def options(case: Case) -> dict[str, Any]:
     """Attributes of the operator."""
+    function = case.traits.get("function", {})
     if case.op == "slstm":
-        return {"forget_max": case.traits.get("forget_max", float("inf"))}
-    return {"scale": case.shape["Dk"] ** -0.5, "eps": 1e-6}
+        return {"forget_max": case.traits.get("forget_max", float("inf")), **function}
+    return {"scale": case.shape["Dk"] ** -0.5, "eps": 1e-6, **function}
 
 
 def _mlstm_operands(
@@ -210,7 +217,9 @@ def _mlstm_operands(
     gates: str = "normal",
     m: float = 1.0,
     fresh: bool = False,
+    function: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensors:
+    del function  # attributes, not operands
     B, S, H, Dk, Dv = (case.shape[name] for name in ("B", "S", "H", "Dk", "Dv"))
     io, state = getattr(torch, case.io), getattr(torch, case.second)
     factor = 4 * SMALLEST[case.io] if size == "denormal" else float(size)
@@ -249,6 +258,7 @@ def _slstm_operands(
     fresh: bool = False,
     recurrent: float = 1.0,
     forget_max: float = float("inf"),
+    function: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensors:
     del forget_max  # an attribute, not an operand
     B, S, H, D = (case.shape[name] for name in ("B", "S", "H", "D"))
@@ -274,6 +284,8 @@ def _slstm_operands(
     states = {name: torch.zeros(B, H, D) for name in ("y0", "c0", "n0", "m0")}
     if not fresh:
         states["n0"] = 1.0 + torch.rand((B, H, D), generator=generator)
+        if "normalizer_min" in function:
+            states["n0"] *= 0.3
         states["c0"] = states["n0"] * uniform(B, H, D)
         states["y0"] = uniform(B, H, D)
         states["m0"] = m * uniform(B, H, D)

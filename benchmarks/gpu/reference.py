@@ -20,19 +20,29 @@ SLSTM_RESULTS = ("y", "y_n", "c_n", "n_n", "m_n")
 TINY = {"float16": 2.0**-25, "bfloat16": 1e-36, "float32": 1e-36}
 
 
-def mlstm(x: Tensors, *, scale: float, eps: float) -> tuple[Tensors, Tensors]:
+def mlstm(
+    x: Tensors,
+    *,
+    scale: float,
+    eps: float,
+    forget_exp: bool = False,
+    input_sigmoid: bool = False,
+    normalize: bool = True,
+) -> tuple[Tensors, Tensors]:
     """Results h (B,S,H,Dv), C, n, m and, for all but m, their error scales.
 
     Args:
         x: q, k (B,S,H,Dk), v (B,S,H,Dv), i, f (B,S,H), C0 (B,H,Dk,Dv), n0 (B,H,Dk), m0 (B,H), any type.
-        scale, eps: see `xlstm_export.ops.reference.mlstm`.
+        scale, eps, forget_exp, input_sigmoid, normalize: see `xlstm_export.ops.reference.mlstm`.
     """
     x = {name: tensor.double() for name, tensor in x.items()}
     # Row 0 of the leading axis is the recurrence, row 1 the same over absolute values.
     q, k, v = (torch.stack((y, y.abs())) for y in (scale * x["q"], x["k"], x["v"]))
     C, n = (torch.stack((y, y.abs())) for y in (x["C0"], x["n0"]))
     m = x["m0"]
-    lf, i = torch.nn.functional.logsigmoid(x["f"]), x["i"]
+    log_sigmoid = torch.nn.functional.logsigmoid
+    lf = x["f"] if forget_exp else log_sigmoid(x["f"])
+    i = log_sigmoid(x["i"]) if input_sigmoid else x["i"]
     outputs, bounds = [], []
     for t in range(q.shape[2]):
         m_new = torch.maximum(lf[:, t] + m, i[:, t])  # (B, H)
@@ -43,20 +53,24 @@ def mlstm(x: Tensors, *, scale: float, eps: float) -> tuple[Tensors, Tensors]:
         m = m_new
         numerator = (q[:, :, t, :, None, :] @ C)[..., 0, :]  # (2, B, H, Dv)
         qn = (q[:, :, t] * n).sum(-1, keepdim=True)  # (2, B, H, 1)
-        normalizer = torch.maximum(qn[0].abs(), torch.exp(-m)[..., None]) + eps
+        one = torch.exp(-m)[..., None]
+        normalizer = torch.maximum(qn[0].abs(), one) + (eps * one if input_sigmoid else eps)
+        if not normalize:
+            normalizer, qn = one, torch.zeros_like(qn)
         outputs.append(numerator[0] / normalizer)
         bounds.append((numerator[1] + outputs[-1].abs() * qn[1]) / normalizer)
     results = {"h": torch.stack(outputs, 1), "C": C[0], "n": n[0], "m": m}
     return results, {"h": torch.stack(bounds, 1), "C": C[1], "n": n[1]}
 
 
-def slstm(x: Tensors, *, forget_max: float) -> Tensors:
+def slstm(x: Tensors, *, forget_max: float, forget_exp: bool = False, normalizer_min: float = 0.0) -> Tensors:
     """Results y (B,S,H,D), y_n, c_n, n_n, m_n (B,H,D).
 
     Args:
         x: x (B,S,4,H,D), R (H,D,4,D), R_scale (H,4,D) where R holds integers, bias (4,H,D), and
             y0, c0, n0, m0 (B,H,D), any type.
         forget_max: bound of the forget pre-activation.
+        forget_exp, normalizer_min: see `xlstm_export.ops.reference.slstm`.
     """
     x = {name: tensor.double() for name, tensor in x.items()}
     R = x["R"] * x["R_scale"][:, None] if "R_scale" in x else x["R"]
@@ -68,12 +82,13 @@ def slstm(x: Tensors, *, forget_max: float) -> Tensors:
     for t in range(pre.shape[1]):
         recurrent = torch.bmm(y.transpose(0, 1), flat).view(H, -1, 4, D).permute(1, 2, 0, 3)
         i, f, z, o = (pre[:, t] + recurrent).unbind(1)
-        kept = torch.nn.functional.logsigmoid(f.clamp(max=forget_max)) + m
+        f = f.clamp(max=forget_max)
+        kept = (f if forget_exp else torch.nn.functional.logsigmoid(f)) + m
         m = torch.where(n == 0, i, torch.maximum(i, kept))
         insert = torch.exp(i - m).clamp(max=1.0)
         forget = torch.exp(kept - m).clamp(max=1.0)
         c = forget * c + insert * torch.tanh(z)
-        n = forget * n + insert
+        n = (forget * n + insert).clamp(min=normalizer_min)
         y = torch.sigmoid(o) * c / n
         outputs.append(y)
     return {"y": torch.stack(outputs, 1), "y_n": y, "c_n": c, "n_n": n, "m_n": m}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -84,7 +85,8 @@ def test_wrong_libraries_fail(
     monkeypatch.setenv("XLSTM_EXPORT_ORT_CPU_LIBRARY", str(library(tmp_path, **options)))  # type: ignore[arg-type]
     checks = selftest.selftest(["ort-cpu"])
     calls = [check for check in checks if "lstm " in check.name]
-    assert len(calls) == len(selftest.MLSTM_SHAPES) + len(selftest.SLSTM_SHAPES)
+    functions = len(selftest.MLSTM_GATES) + len(selftest.SLSTM_GATES)
+    assert len(calls) == len(selftest.MLSTM_SHAPES) + len(selftest.SLSTM_SHAPES) + functions
     assert all(check.status == "fail" and says in check.detail for check in calls), calls
     registers = next(check for check in checks if "ONNX Runtime" in check.name)
     assert registers.status == "fail", "it has no RegisterCustomOps"
@@ -119,6 +121,10 @@ def test_cuda_is_skipped_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pyte
 # --- Random calls -------------------------------------------------------------------------------------
 
 
+def gates_of(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in ("workspace", "context")}
+
+
 class Perfect(NativeLibrary):
     """Computes with PyTorch in float64 and rounds what it writes."""
 
@@ -130,18 +136,20 @@ class Perfect(NativeLibrary):
 
     slstm_workspace = mlstm_workspace
 
-    def mlstm(self, tensors: cases.Tensors, *, scale: float, eps: float, **_: object) -> None:
+    def mlstm(self, tensors: cases.Tensors, *, scale: float, eps: float, **given: object) -> None:
         q, k, v, i, f, *past = (tensors[name].double() for name in (*"qkvif", "C0", "n0", "m0"))
-        h, state = ops.mlstm_sequence(q, k, v, i, f, (past[0], past[1], past[2]), scale=scale, eps=eps)
+        state = (past[0], past[1], past[2])
+        h, state = ops.mlstm_sequence(q, k, v, i, f, state, scale=scale, eps=eps, **gates_of(given))
         for name, value in zip("hCnm", (h, *state), strict=True):
             tensors[name].copy_(value)
 
-    def slstm(self, tensors: cases.Tensors, **_: object) -> None:
+    def slstm(self, tensors: cases.Tensors, **given: object) -> None:
         R = tensors["R"].double()
         if "R_scale" in tensors:
             R = R * tensors["R_scale"].double()[:, None]
         state = tuple(tensors[name].double() for name in ("y0", "c0", "n0", "m0"))
-        ys, last = ops.slstm_sequence(tensors["x"].double(), R, tensors["bias"].double(), state)
+        x, bias = (tensors[name].double() for name in ("x", "bias"))
+        ys, last = ops.slstm_sequence(x, R, bias, state, **gates_of(given))
         for name, value in zip(("y", "y_n", "c_n", "n_n", "m_n"), (ys, *last), strict=True):
             tensors[name].copy_(value)
 
@@ -159,7 +167,7 @@ def test_correctly_rounded_results_pass_with_room(types: dict[str, tuple[str, ..
     assert count == sum(
         len(pairs) * len(selftest.MLSTM_SHAPES if op == "mlstm" else selftest.SLSTM_SHAPES)
         for op, pairs in types.items()
-    )
+    ) + len(selftest.MLSTM_GATES + selftest.SLSTM_GATES)
 
 
 def test_exact_results_are_the_oracles() -> None:

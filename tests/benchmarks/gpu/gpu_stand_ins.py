@@ -21,18 +21,20 @@ class TorchLibrary:
         self.fault = fault
         self.calls = 0
 
-    def mlstm(self, tensors: Any, *, scale: float, eps: float, workspace: Any, context: Any) -> None:
+    def mlstm(
+        self, tensors: Any, *, scale: float, eps: float, workspace: Any, context: Any, **gates: Any
+    ) -> None:
         x = {name: tensor.float() for name, tensor in tensors.items()}
         state = (x["C0"], x["n0"], x["m0"])
         form = ops.mlstm_step if x["q"].shape[1] == 1 else ops.mlstm_chunkwise
-        h, state = form(*(x[name] for name in "qkvif"), state, scale=scale, eps=eps)
+        h, state = form(*(x[name] for name in "qkvif"), state, scale=scale, eps=eps, **gates)
         self.finish(tensors, {"h": h, **dict(zip("Cnm", state, strict=True))})
 
-    def slstm(self, tensors: Any, *, forget_max: float, workspace: Any, context: Any) -> None:
+    def slstm(self, tensors: Any, *, workspace: Any, context: Any, **gates: Any) -> None:
         x = {name: tensor.float() for name, tensor in tensors.items()}
         R = x["R"] * x["R_scale"][:, None] if "R_scale" in x else x["R"]
         state = tuple(x[past] for past, _ in SLSTM_PAIRS)
-        y, state = ops.slstm_sequence(x["x"], R, x["bias"], state, forget_max=forget_max)
+        y, state = ops.slstm_sequence(x["x"], R, x["bias"], state, **gates)
         names = [present for _, present in SLSTM_PAIRS]
         self.finish(tensors, {"y": y, **dict(zip(names, state, strict=True))})
 

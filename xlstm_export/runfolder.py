@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -147,6 +148,11 @@ class RunFolder:
         """Positions the model was trained for, where that is known."""
         length = self.manifest.get("context_length")
         return length if isinstance(length, int) else None
+
+    @property
+    def broken_rules(self) -> str:
+        """Rules of TensorRT that a quantized graph breaks as its FP32 graph does, as a sentence."""
+        return broken_rules(self.manifest)
 
     @property
     def verdict(self) -> Path:
@@ -286,3 +292,15 @@ def _read_json(folder: Path, name: str) -> Json:
             "use the version of xlstm-export that wrote it, or export again",
         )
     return data
+
+
+BROKEN = "rules_broken_in_fp32"  # entry of the manifest
+
+
+def broken_rules(manifest: JsonMapping) -> str:
+    """The entry of a manifest as a sentence: each operator with its rule, and how often; "" without one."""
+    found = Counter(map(str, manifest.get(BROKEN) or ()))
+    if not found:
+        return ""
+    listed = ", ".join(kind + (f" ({count} times)" if count > 1 else "") for kind, count in found.items())
+    return f"as in FP32, TensorRT 10.3 may not build this, or get it wrong: {listed}"

@@ -12,6 +12,7 @@ import pytest
 from xlstm_export.board import doctor
 from xlstm_export.board.doctor import Finding
 from xlstm_export.errors import SetupError
+from xlstm_export.runfolder import BROKEN
 from xlstm_export.sessions.cuda import Cuda
 
 
@@ -84,6 +85,14 @@ def test_one_backend_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = look(tmp_path, None)
     assert found["tensorrt"].status == "optional"
     assert found["onnxruntime"].status == "ok"
+
+
+def test_rules_that_the_fp32_graph_breaks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = {"model": "Net", "precision": "int8", BROKEN: ["CumSum: a loop [avoid-operator]"] * 2}
+    monkeypatch.setattr(doctor.integrity, "read", lambda bundle: manifest)
+    (found, *_) = [f for f in doctor._bundle(tmp_path, tmp_path, usable=False) if f.name == "graph"]
+    assert "CumSum: a loop [avoid-operator] (2 times)" in found.detail
+    assert "--backend onnxruntime" in found.action
 
 
 def test_memory_for_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from xlstm_export import runfolder
+from xlstm_export import atomic, runfolder
 from xlstm_export.cli import tables as report
+from xlstm_export.cli.common import emit_written
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.pipeline.runner import Outcome
@@ -65,3 +66,17 @@ def test_states_of_steps_take_a_line(capsys: pytest.CaptureFixture[str]) -> None
     ]
     report.show_states(Console(width=80), [*outcomes, Outcome("bench", "done", Path("out"))])
     assert capsys.readouterr().out == "unchanged: export; done: verify, bench\n"
+
+
+def test_rules_that_the_fp32_graph_breaks_are_told(
+    own_export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = runfolder.read_manifest(own_export)
+    emit_written(own_export, False)
+    assert "TensorRT" not in capsys.readouterr().err
+    atomic.write_json(
+        own_export / "manifest.json", {**manifest, runfolder.BROKEN: ["CumSum: a loop [rule]"] * 2}
+    )
+    emit_written(own_export, False)
+    said = "as in FP32, TensorRT 10.3 may not build this, or get it wrong: CumSum: a loop [rule] (2 times)"
+    assert said in capsys.readouterr().err

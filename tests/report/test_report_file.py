@@ -181,6 +181,15 @@ def test_an_export_without_states_has_no_drift_and_no_metric(run: Path) -> None:
     assert "Nothing yet" not in said
 
 
+def test_rules_that_the_fp32_graph_breaks_are_told(run: Path) -> None:
+    manifest = runfolder.read_manifest(run)
+    said = "As in FP32, TensorRT 10.3 may not build this, or get it wrong: CumSum: a loop [avoid-operator]."
+    for broken in ([], ["CumSum: a loop [avoid-operator]"]):
+        atomic.write_json(run / "manifest.json", {**manifest, runfolder.BROKEN: broken})
+        write_report(run)
+        assert (said in (run / "report.html").read_text(encoding="utf-8")) == bool(broken)
+
+
 def test_hostile_text_stays_text(run: Path) -> None:
     write_report(run)
     html = (run / "report.html").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import called_models
 import large_models
 import models
 import numpy as np
@@ -69,6 +70,13 @@ def test_other_families_by_block(tmp_path: Path, family: str) -> None:
     out = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=False))
     assert failed(verify_blocks.verify_per_block(out, loaded)) == []
     assert failed(first_blocks.verify_first_blocks(out, loaded, VerifyOptions(num_blocks=1))) == []
+
+
+def test_a_model_of_a_factory_is_verified_as_a_whole(large: tuple[checkpoint.Loaded, Path]) -> None:
+    """So are all that call `step` in a loop: they come from a factory, and their blocks take one position."""
+    loop = checkpoint.load_live(called_models.Loop().eval(), torch.randn(2, 6, 5))
+    with refused(UsageError, "was built in memory by a factory", "verify it as a whole, without --per-block"):
+        verify_blocks.verify_per_block(large[1], loop)
 
 
 def test_only_one_block_of_weights_is_alive(large: tuple[checkpoint.Loaded, Path]) -> None:

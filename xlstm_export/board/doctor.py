@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ExportError, SetupError
-from ..runfolder import MODEL_DATA
+from ..runfolder import MODEL_DATA, broken_rules
 from ..sessions.codec import TOKENIZER
 from ..sessions.cpu_graph import INSTALL, import_onnxruntime
 from ..sessions.cuda import Cuda
@@ -155,6 +155,8 @@ def _bundle(bundle: Path, root: Path, usable: bool) -> list[Finding]:
     except ExportError as error:
         return [Finding("bundle", "missing", error.message, error.hint)]
     findings = [Finding("bundle", "ok", f"{manifest['model']}, {manifest['precision']}")]
+    if broken := broken_rules(manifest):
+        findings.append(Finding("graph", "optional", broken, "run it with --backend onnxruntime"))
     if (bundle / TOKENIZER).is_file():
         there = find_spec("tokenizers") is not None
         status, detail = ("ok", "installed") if there else ("optional", "not installed; run --text needs it")

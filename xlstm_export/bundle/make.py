@@ -29,7 +29,7 @@ from ..load.loaded import Loaded
 from ..load.tokenizer import FILES, TOKENIZER
 from ..options import BundleOptions, Context
 from ..plugins import locate
-from ..runfolder import IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
+from ..runfolder import BROKEN, IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
 from ..specs import OP_DOMAIN, Json, TensorSpec
 from ..verify.verdict import require_verified
 from ..version import __version__
@@ -136,6 +136,7 @@ def _about(run: RunFolder, loaded: Loaded, options: BundleOptions, command: str)
         "vocab_size": loaded.vocab_size,
         "context_length": run.context_length,
         "recurrences": _recurrences(run.model),
+        **{name: run.manifest[name] for name in (BROKEN,) if name in run.manifest},
         "not_for_the_runner": [text for x in (*run.io.inputs, *run.io.outputs) if (text := _too_special(x))],
         "origin": dict(run.origin),
         "options": dict(run.recorded_options),

@@ -260,6 +260,8 @@ def emit_written(folder: Path, as_json: bool) -> None:
         return
     for value in opened.manifest.get("left_out", ()):
         click.echo(f"no tensor, so not in the graph: {value}", err=True)
+    if text := opened.broken_rules:
+        click.echo(text, err=True)
     click.echo(f"wrote {folder / MODEL} (+ {', '.join(file for file in files if file != MODEL)})", err=True)
 
 

@@ -112,7 +112,7 @@ def quantize(
         entries = _entries(run, out, recipe, applied, context.command)
         entries["calibration"] = scales.data if scales is not None else None
         if kept:
-            entries["rules_broken_in_fp32"] = kept
+            entries[runfolder.BROKEN] = kept
         runfolder.write_manifest(staging, entries)
         if judge is not None and recipe.state_dtype != "fp32":
             progress("drift of the state")

@@ -89,6 +89,8 @@ def exported(run: RunData) -> Section:
     ]
     if sites := run.folder.manifest.get("sites", {}):
         text.append("Weights: " + ", ".join(f"{count} in {kind}" for kind, count in sites.items()) + ".")
+    if broken := run.folder.broken_rules:
+        text.append(f"{broken[0].upper()}{broken[1:]}.")
     return Section("What was exported", tuple(text))
 
 

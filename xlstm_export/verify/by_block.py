@@ -21,7 +21,6 @@ from ..errors import UsageError
 from ..inputs import Arrays, piece
 from ..lift import lift as cells
 from ..lift.model import lift_model
-from ..lift.positions import OnePosition
 from ..lift.weights import LiftedWeights
 from ..load.loaded import Loaded
 from ..load.made_up import random_inputs
@@ -104,11 +103,6 @@ class _PerBlock:
             for path, blocks in cells.block_stacks(self.lifted.module)
             for index in range(len(blocks))
         ]
-        if isinstance(vars(self.lifted.module).get("forward"), OnePosition):
-            raise UsageError(
-                f"{loaded.name} takes one position at a time, through `step` of its blocks",
-                "verify it as a whole, without --per-block",
-            )
         self.candidate = Segments(run, BATCH, context.threads)
         if not self.stack or len(self.stack) != self.candidate.blocks:
             raise UsageError(

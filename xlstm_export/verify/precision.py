@@ -30,7 +30,7 @@ from ..measure.drift_result import TEACHER, Drift, token_feedback
 from ..options import Context, VerifyOptions
 from ..quantize.fences import check_fences
 from ..quantize.legality import check_legality, of_both
-from ..runfolder import MODEL_DATA, RunFolder
+from ..runfolder import BROKEN, MODEL_DATA, RunFolder
 from ..sessions import OrtSession, Session, TorchSession
 from ..specs import Json
 from . import one_call
@@ -267,7 +267,7 @@ class _Precision(Verification):
         fences = check_fences(load_graph(path), DTYPES[self.run.options.state_dtype])
         detail = {"proven": fences.proven, "violations": list(fences.violations[:20])}
         errors = [found for found in check_legality(path) if found.severity == "error"]
-        added, kept = of_both(errors, self.run.manifest.get("rules_broken_in_fp32", []))
+        added, kept = of_both(errors, self.run.manifest.get(BROKEN, []))
         broken = {"violations": [str(found) for found in added[:20]], **({"in_fp32": kept} if kept else {})}
         return [
             Check("values below FP32 that feed back", float(len(fences.violations)), 0.0, detail),

@@ -23,6 +23,9 @@ LENGTH, FIRST = 12, 5
 # Relative L2. FP32 rounding in the tested models is below 1e-6, and a model that looks ahead changes outputs
 # by more than 1e-2. `verify` decides in float64 about values in between.
 LIMIT = 1e-4
+# Of an ill-conditioned model, a multiple of its own FP32 error in one call, at most the least that looking
+# ahead changes. Measured were 0.8 and 0.9 times.
+OWN_ERRORS, MOST = 4.0, 1e-2
 HINT = "make a cell of what has to be remembered, with a state of its own (docs/adapters.md)"
 
 
@@ -52,17 +55,26 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
         whole = session.prefill(inputs)
     session.reset()
     pieces = [_call(session, inputs, 0, first), _call(session, inputs, first, length)]
+    limits: dict[str, float] = {}
     for name, expected in whole.items():
         found = _joined([piece[name] for piece in pieces], (first, length - first))
         if found.shape != expected.shape or np.isnan(expected).any():
             continue  # tracing and verification report it with clearer messages
         gap = difference(found, expected).relative_l2
-        if gap > LIMIT:
+        if gap > LIMIT and gap > (limits := limits or _by_own_error(loaded, inputs, whole))[name]:
             raise CannotStreamError(
                 f"output {name} does not stream: in two pieces it is {gap:.1e} off the whole; forward "
                 "looks ahead, or remembers more than the states of its cells",
                 HINT,
             )
+
+
+def _by_own_error(loaded: Loaded, inputs: Arrays, whole: Arrays) -> dict[str, float]:
+    """The limit of each output by the error of FP32 in one call, which is that from as much float64 as runs."""
+    with TorchSession(loaded, 2, "float64") as exact:
+        right = exact.prefill(inputs)
+    own = {name: difference(x, right[name]).relative_l2 for name, x in whole.items()}
+    return {name: min(MOST, max(LIMIT, OWN_ERRORS * error)) for name, error in own.items()}
 
 
 def _call(session: TorchSession, inputs: Arrays, start: int, end: int) -> Arrays:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from xlstm_export.errors import BuildError
 from xlstm_export.load import checkpoint
 from xlstm_export.load.loaded import Loaded
+from xlstm_export.options import ExportOptions
 from xlstm_export.trace.apart import check_apart
 from xlstm_export.trace.export import export
+from xlstm_export.verify.verify import verify_run
 
 
 class Plain(Around):
@@ -93,3 +95,35 @@ def test_rows_that_meet_are_refused_with_their_line(
 @pytest.mark.parametrize("cls", [Plain, Normed, ProductPerRow, Balance, Folded])
 def test_rows_that_stay_apart_are_taken(cls: type[Around], rows: int) -> None:
     check_apart(live(cls, rows))
+
+
+class OwnLSTMCell(nn.Module):
+    """No cell that is known, so it stays as it is with --stateless: a mean so far, of (S, B, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0) / torch.arange(1, x.shape[0] + 1)[:, None, None]
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = OwnLSTMCell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)
+
+
+class Swapped(SequenceFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return super().forward(x).transpose(0, 1)
+
+
+def test_a_batch_on_the_second_axis_is_refused_where_no_layer_names_it(tmp_path: Path) -> None:
+    options = ExportOptions(stateless=True)
+    words = ("rows must not meet", "cumsum", "the batch is the second axis of x", "x = x.transpose(0, 1)")
+    with refused(BuildError, *words):
+        export(checkpoint.load_live(SequenceFirst(), torch.randn(6, 3, 5)), tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+    swapped = checkpoint.load_live(Swapped(), torch.randn(3, 6, 5))
+    assert verify_run(export(swapped, tmp_path / "out", options), swapped).passed

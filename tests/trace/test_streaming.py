@@ -1,4 +1,4 @@
-"""A model that streams is told from one that looks ahead, also where FP32 alone gives other values in pieces."""
+"""A model that streams is told from one that looks ahead, also where FP32 rounds pieces in another way."""
 
 from __future__ import annotations
 

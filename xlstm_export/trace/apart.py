@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..distance import difference
-from ..errors import BuildError
+from ..errors import BuildError, ExportError
+from ..lift.model import lift_model
 from ..lift.passes import call_untouched
 from ..lift.rows import disturbed
 from ..lift.starts import tensors_of
@@ -40,9 +41,19 @@ def check_apart(loaded: Loaded) -> None:
     """
     if rows_are_apart(loaded, every=False) or not (met := met_at(loaded)):
         return  # without such an operator, the differences are those of rounding
-    if second_axis(loaded):
-        return  # rows are elsewhere; lifting names the layer that takes them for positions
-    raise BuildError(met, APART)
+    second = second_axis(loaded)
+    if second and not _lifts(loaded):
+        return  # lifting names the layer that takes rows for positions
+    raise BuildError(met, second or APART)
+
+
+def _lifts(loaded: Loaded) -> bool:
+    try:
+        lift_model(loaded)
+    except ExportError:
+        log.debug("the module is not lifted", exc_info=True)
+        return False
+    return True
 
 
 def rows_are_apart(loaded: Loaded, axis: int = 0, *, every: bool = True) -> bool:

@@ -70,7 +70,7 @@ def _check_pieces(session: TorchSession, loaded: Loaded) -> None:
 
 
 def _by_own_error(loaded: Loaded, inputs: Arrays, whole: Arrays) -> dict[str, float]:
-    """The limit of each output by the error of FP32 in one call, which is that from as much float64 as runs."""
+    """The limit of each output by the error of FP32 in one call, from float64 as far as that runs."""
     with TorchSession(loaded, 2, "float64") as exact:
         right = exact.prefill(inputs)
     own = {name: difference(x, right[name]).relative_l2 for name, x in whole.items()}

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mlstm_kernels.torch import get_mlstm_kernel
-from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
+from mlstm_kernels.torch import get_mlstm_step_kernel
 from refusals import refused
 from torch import Tensor, nn
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
@@ -77,10 +76,10 @@ def example() -> tuple[Tensor]:
 @pytest.mark.parametrize("known", [True, False], ids=["beside a known cell", "alone"])
 @pytest.mark.parametrize("backend", ["vanilla", "cuda_fused"])
 def test_flashrnn_is_named(flashrnn: Callable[..., Any], backend: str, known: bool) -> None:
-    """Its sLSTM is another function. Also where it does not run on this machine."""
-    part = Calls(lambda x: flashrnn(x[:, :, None], None, None, function="slstm", backend=backend)[0][0])
+    """Its other cells are other functions. Also where it does not run on this machine."""
+    part = Calls(lambda x: flashrnn(x[:, :, None], None, None, function="lstm", backend=backend)[0][0])
     with refused(
-        BuildError, "parts.1: forward calls flashrnn.flashrnn.flashrnn", "1 or more", "docs/adapters.md"
+        BuildError, "parts.1: forward calls flashrnn.flashrnn.flashrnn", '"slstm"', "docs/adapters.md"
     ):
         cells.lift(Model(part, known), example())
 
@@ -94,6 +93,13 @@ def merged(h: Tensor) -> Tensor:
     return h.transpose(1, 2).flatten(2)
 
 
+def of_one_step(x: Tensor) -> Tensor:
+    q, k, v, i, f = (part[:, :, 0] for part in heads(x))
+    c, n, m = q[..., None] * 0 * q[..., None, :], q * 0, i[..., None] * 0
+    h, _ = get_mlstm_step_kernel("native")(q, k, v, i[..., None], f[..., None], c, n, m)
+    return x + h.flatten(1)[:, None]
+
+
 def of_xlstm(x: Tensor) -> Tensor:
     q, k, v, i, f = heads(x)
     return merged(parallel_stabilized_simple(q, k, v, i[..., None], f[..., None]))
@@ -103,29 +109,12 @@ def of_xlstm(x: Tensor) -> Tensor:
     ("function", "words"),
     [
         (of_xlstm, "xlstm.blocks.mlstm.backends.parallel_stabilized_simple"),
-        (
-            lambda x: merged(get_mlstm_kernel("parallel--native_siging_autograd")(*heads(x))),
-            "sigmoid input gate",
-        ),
-        (lambda x: merged(get_mlstm_kernel("parallel--native_autograd")(*heads(x))), "mlstm_kernels.torch"),
+        (of_one_step, "mlstm_kernels.torch.recurrent.native_step.mlstm_recurrent_step__native"),
     ],
 )
 def test_kernels_called_from_a_layer_of_one_s_own(function: Callable[[Tensor], Tensor], words: str) -> None:
     with refused(BuildError, "parts.1: forward calls", words):
         cells.lift(Model(Calls(function)), example())
-
-
-def test_kernel_fetched_before_the_run() -> None:
-    kernel = get_mlstm_kernel("parallel--native_siging_autograd")
-    with refused(BuildError, "parts.1: forward calls mlstm_kernels.torch.", "sigmoid input gate"):
-        cells.lift(Model(Calls(lambda x: merged(kernel(*heads(x))))), example())
-
-
-@pytest.mark.parametrize("kernel", ["parallel--native_siging_autograd", "chunkwise--native_autograd"])
-def test_backend_module_of_mlstm_kernels(kernel: str) -> None:
-    part = mLSTMBackend(mLSTMBackendConfig(chunkwise_kernel=kernel, return_last_states=False))
-    with refused(BuildError, "parts.1: mlstm_kernels.torch.backend_module.mLSTMBackend is not supported"):
-        cells.lift(Model(part), example())
 
 
 def test_known_cells_and_other_code_pass() -> None:

@@ -55,7 +55,7 @@ def refuse(class_path: str, reason: str, hint: str) -> None:
         raise BuildError(f"{class_path} is not supported: {reason}", hint)
 
 
-def adapter_name(adapter: AdapterFunction) -> str:
+def adapter_name(adapter: Callable[..., UserValue]) -> str:
     """Where an adapter is defined, as package.module.function."""
     name = getattr(adapter, "__qualname__", type(adapter).__qualname__)
     return f"{getattr(adapter, '__module__', None) or '?'}.{name}"
@@ -74,6 +74,7 @@ class RecurrentCell(nn.Module):
     """
 
     cell = ""
+    dtype = torch.float32  # of the states, where the cell has no parameters
     positions_axis = 1  # axis of the positions in what forward returns; in its arguments it is 1
 
     def __init__(self, heads: int, head_dim: int, state_shapes: dict[str, tuple[int, ...]]) -> None:
@@ -288,7 +289,7 @@ class Scope:
 def fresh(cell: RecurrentCell, kind: str, rows: int, device: torch.device | None = None) -> Tensor:
     """The zero state of a cell with so many rows."""
     like = next(cell.parameters(), None)
-    dtype = torch.float32 if like is None else like.dtype
+    dtype = cell.dtype if like is None else like.dtype
     device = device or (None if like is None else like.device)
     return torch.zeros((rows, *cell.state_shapes[kind]), dtype=dtype, device=device)
 

@@ -21,6 +21,7 @@ from ..errors import BuildError, ExportError
 from ..load.signature import Call, rebuilt
 from ..load.user_code import described
 from .adapter import AdapterFunction, adapter_name
+from .functions import Call as FunctionCall
 from .passes import run_alone
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,19 @@ def check_adapters(
                 "its forward must take the same arguments as the original's",
             ) from error
         _compare(where, "", call.result, found)
+
+
+def check_functions(lifted: nn.Module, calls: Sequence[FunctionCall], like: Tensor) -> None:
+    """Compare what functions returned with what the cells of users' adapters return for the same arguments.
+
+    Raises:
+        BuildError: structure, shape, type or values of a result differ.
+    """
+    for call in calls:
+        cell: Any = lifted.get_submodule(call.path)
+        with torch.no_grad():
+            found = run_alone(cell, call.bound.args, call.bound.kwargs, like)
+        _compare(f"{call.path}: adapter {cell.adapter}", "", call.result, found)
 
 
 def original_calls(module: nn.Module, paths: Sequence[str], inputs: Call) -> list[OriginalCall]:

@@ -38,10 +38,11 @@ from .adapter import (
     adapter_name,
     register,
 )
-from .adapter_check import check_adapters, is_built_in
+from .adapter_check import check_adapters, check_functions, is_built_in
 from .calls import Example, Pass, run, settle
 from .carried import Carried
 from .cells import blocks as blocks_cells  # noqa: F401 - they register their cells
+from .cells import functions as function_cells  # noqa: F401 - they register their cells
 from .cells import large as large_cells  # noqa: F401 - they register their cells
 from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
@@ -49,13 +50,14 @@ from .cells import tirex as tirex_cells  # noqa: F401 - they register their cell
 from .cells import tirex2 as tirex2_cells  # noqa: F401 - they register their cells
 from .cells import tirex2_forecast, tirex2_streams  # noqa: F401 - they register what they replace
 from .copies import Copies
+from .functions import loaded_functions, placing, register_function
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows
 from .unknown import unknown
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "run_lifted"]
+__all__ = ["ADAPTERS", "Lifted", "RecurrentCell", "lift", "register", "register_function", "run_lifted"]
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,17 @@ def lift(
     if like is None:
         like = next((x for _, x in leaves(inputs) if isinstance(x, Tensor)), None)
     replacements, replaced, recurrent = _replacements(module, stateless, copies.aliases)
+    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
+    # (shared ones stay shared) and copies no weight.
+    lifted = copy_sharing_tensors(module, replacements)
+    lifted.eval()  # not chained: a `train` of the user's own may return nothing
+    if like is not None:
+        recurrent += _placed(lifted, inputs, like, stateless)
     cells = {path for path, cell in recurrent if cell.cell != "conv"}
     cells |= {path for path, (_, adapter) in replaced.items() if not is_built_in(adapter)}
     refusal = unknown(module, inputs, (set(replaced), cells), copies.others)
     if refusal is not None and not stateless:
         raise refusal
-    # With the cells and all tensors in the memo, deepcopy puts the replacements where the cells were
-    # (shared ones stay shared) and copies no weight.
-    lifted = copy_sharing_tensors(module, replacements)
-    lifted.eval()  # not chained: a `train` of the user's own may return nothing
     remember_original(lifted, module)
     if like is not None:
         check_adapters(module, lifted, replaced, inputs, like)
@@ -148,13 +152,36 @@ def lift(
     layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
     done = _observed(module, lifted, Example(inputs, dims, like), layers)
     calls = done.scope.calls
+    _require_reached(recurrent, calls)
+    return Lifted(lifted, _number(recurrent, calls), replaced, done.result)
+
+
+def _require_reached(recurrent: Sequence[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> None:
     missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
     if missing:
         raise BuildError(
             f"forward never reaches the cell(s) {', '.join(missing)}",
             "export a module whose forward uses every cell it holds",
         )
-    return Lifted(lifted, _number(recurrent, calls), replaced, done.result)
+
+
+def _placed(
+    lifted: nn.Module, inputs: Call, like: Tensor, stateless: bool
+) -> list[tuple[str, RecurrentCell]]:
+    """The cells of functions that forward calls, by an example run; see `functions.py`."""
+    if not loaded_functions():
+        return []
+    with placing(lifted, stateless) as place:
+        try:
+            with torch.no_grad():
+                watch_calls(lifted, inputs, like)
+        except Exception as error:
+            if isinstance(error, BuildError) and not isinstance(error, UserCodeError):
+                raise
+            # Reported later, by the run that observes the calls.
+            log.debug("the lifted module does not run on the example as it is", exc_info=True)
+    check_functions(lifted, place.calls, like)
+    return list(place.placed.items())
 
 
 def _replacements(

@@ -16,13 +16,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import BuildError
+from .functions import FILE
 
 # Package or module → why its functions cannot be exported.
 LIBRARIES = {
-    "flashrnn": "FlashRNN keeps the normalizer of its sLSTM at 1 or more, which is another function than the "
-    "operator's, and its other cells have no operator",
-    "mlstm_kernels": "its kernels are known through the layers of xlstm and transformers only, and those "
-    "called siging have a sigmoid input gate, which is another function than the operator's",
+    "flashrnn": 'only its function "slstm" is known, called with a config whose output_shape begins with S',
+    "mlstm_kernels": "its kernels for whole sequences are known, and mLSTMBackend; not this one",
     "xlstm.blocks.mlstm.backends": "the cells of xlstm are known, not the functions they are made of",
     "xlstm.blocks.slstm.src": "the cells of xlstm are known, not the functions they are made of",
     "fla.ops": "it has no operator here",
@@ -61,13 +60,18 @@ def watch() -> Iterator[Seen]:
     seen = Seen()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
-        if event != "call" or seen.function:  # first: this runs several times per operator
+        if (
+            event != "call" or seen.function or frame.f_code.co_filename == FILE
+        ):  # first: this runs several times per operator
             return
         name = frame.f_globals.get("__name__") or ""
         if name.partition(".")[0] not in _PACKAGES:
             return
         library = next((x for x in LIBRARIES if name == x or name.startswith(f"{x}.")), None)
-        if library is None or frame.f_code.co_name == "<module>":  # an import inside forward
+        # What an import inside forward runs, and what looks a function up, is no recurrence.
+        name_of = frame.f_code.co_name
+        looks_up = name_of.startswith("get_") or name_of.endswith("_registry")
+        if library is None or name_of == "<module>" or looks_up:
             return
         seen.library, seen.function = library, f"{name}.{frame.f_code.co_name}"
         seen.caller = _caller(frame)

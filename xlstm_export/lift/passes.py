@@ -16,6 +16,7 @@ from ..errors import ExportError, UserCodeError
 from ..load.signature import Call, UserValue, leaves, rebuilt
 from ..load.user_code import comes_from_us, described
 from .adapter import SCOPE, CheckingScope, CountingScope, Scope, current_scope, described_tensor
+from .functions import intercepted
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ def _run(
 ) -> UserValue:
     token = SCOPE.set(scope)
     try:
-        return module(*args, **(kwargs or {}))
+        with intercepted(module):
+            return module(*args, **(kwargs or {}))
     finally:
         SCOPE.reset(token)

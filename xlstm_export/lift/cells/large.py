@@ -96,13 +96,9 @@ def _large_layer(layer: nn.Module) -> nn.Module:
     return LiftedLargeLayer(layer)
 
 
-# The backend does not know its head sizes, so a user's layer that calls it is replaced as a whole.
-for _path in (
-    "mlstm_kernels.torch.backend_module.mLSTMBackend",
+# The backend of `transformers` does not know its head sizes, so a layer that calls it is replaced as a whole.
+refuse(
     "transformers.models.xlstm.modeling_xlstm.xLSTMBackend",
-):
-    refuse(
-        _path,
-        "it is called from a layer that is not known here",
-        "register an adapter for that layer (docs/adapters.md)",
-    )
+    "it is called from a layer that is not known here",
+    "register an adapter for that layer (docs/adapters.md)",
+)

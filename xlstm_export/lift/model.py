@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UsageError
+from ..load.example import shadow
 from ..load.loaded import Loaded
 from ..specs import ModelSpec
 from .copies import Copies, find_copies
@@ -24,6 +25,11 @@ def lift_model(loaded: Loaded, *, values: bool = True) -> Lifted:
     module = loaded.skeleton if meta else loaded.module
     fresh, copies = not loaded.streams, copies_in(loaded)
     return lift(module, args, kwargs, tensors[loaded.batched], dims, stateless=fresh, copies=copies)
+
+
+def lift_apart(loaded: Loaded) -> Lifted:
+    """As `lift_model`, but of a copy: what forward stores in buffers and attributes is stored there."""
+    return lift_model(replace(loaded, skeleton=shadow(loaded.skeleton)))
 
 
 def copies_in(loaded: Loaded) -> Copies:

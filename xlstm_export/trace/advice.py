@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BuildError, CannotStreamError, ExportError
-from ..lift.model import lift_model
+from ..lift.model import lift_apart
 from ..lift.passes import watch_calls
 from ..load.loaded import Dims, Loaded
 from ..specs import TensorSpec
@@ -130,7 +130,7 @@ def _lifted_runs(loaded: Loaded, inputs: dict[str, Tensor]) -> bool:
     """Whether forward runs with the cells of an export, which know no context length."""
     try:
         with torch.no_grad():
-            watch_calls(lift_model(loaded).module, loaded.call(inputs), inputs[loaded.batched])
+            watch_calls(lift_apart(loaded).module, loaded.call(inputs), inputs[loaded.batched])
     except Exception:
         log.debug("forward does not run on many positions", exc_info=True)
         return False

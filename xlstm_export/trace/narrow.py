@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import BuildError
-from ..lift.model import lift_model
+from ..lift.model import lift_apart
 from ..lift.passes import watch_calls
 from ..load.loaded import Loaded
 from ..load.user_code import place_here
@@ -76,7 +76,7 @@ def check_narrow(loaded: Loaded) -> None:
     Asked where an export was refused: autocast makes a model that streams look as if it did not.
     """
     try:
-        lifted = lift_model(loaded)
+        lifted = lift_apart(loaded)
         with _Narrow() as found, torch.no_grad():
             watch_calls(lifted.module, loaded.call(loaded.inputs), loaded.inputs[loaded.batched])
     except Exception:  # what was refused has a reason already

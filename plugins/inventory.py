@@ -9,6 +9,8 @@ from pathlib import Path
 
 from xlstm_export.plugins.locate import KINDS, OWN, Built, Sources
 
+from xlstm_export.ops.operands import OPERATORS
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -36,6 +38,23 @@ def inventory(sources: Sources = OWN) -> list[Entry]:
     """Every library in the cache, kind by kind, the newest first; `sources` decide which are current."""
     found = [built for kind in KINDS for built in sources.cached(kind)]
     return [Entry(built, built.problem or loading_problem(built.path)) for built in found]
+
+
+def unknown_attributes(path: Path) -> frozenset[str]:
+    """The attributes of the operators that a library for ONNX Runtime does not compute.
+
+    None for a library that does not load: whoever runs it is told.
+    """
+    try:
+        library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    except OSError:
+        return frozenset()
+    every = {x for operator in OPERATORS.values() for x in operator.attributes}
+    known = {x.name for x in every if x.declared}  # of a version before the function to ask
+    if hasattr(library, "xlstm_attributes"):
+        library.xlstm_attributes.restype = ctypes.c_char_p
+        known = set(library.xlstm_attributes().decode().split())
+    return frozenset(x.name for x in every) - known
 
 
 def loading_problem(path: Path) -> str:

@@ -16,6 +16,8 @@ JsonMapping: TypeAlias = Mapping[str, Any]
 OP_DOMAIN = "xlstm"
 OP_VERSION = 1
 PLUGIN_VERSION = "1"
+# Of nodes with an attribute that version 1 does not have: a plugin of then would leave it out without a word.
+PLUGIN_VERSION_WITH_FUNCTIONS = "2"
 PLUGIN_NAMESPACE = "xlstm"
 
 # Longest chunk of the chunkwise mLSTM form, in tokens. 64 balances the quadratic part inside a chunk

@@ -111,6 +111,9 @@ def test_a_node_has_what_is_required_and_what_is_no_default() -> None:
     assert MLSTM.written({**plain, "forget_exp": True}) == {"scale": 1.0, "eps": 1e-6, "forget_exp": 1.0}
     assert SLSTM.written({x.name: x.default for x in SLSTM.attributes}) == {}
     assert MLSTM.given({"scale", "normalize", "plugin_version"}) == {"normalize"}
+    # TensorRT finds a plugin by its version; one that knows only the first attributes has the first alone.
+    assert MLSTM.plugin_version({"scale", "eps"}) == SLSTM.plugin_version({"forget_max"}) == "1"
+    assert MLSTM.plugin_version({"scale", "normalize"}) == SLSTM.plugin_version({"normalizer_min"}) == "2"
 
 
 @pytest.mark.parametrize(

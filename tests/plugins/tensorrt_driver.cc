@@ -254,6 +254,8 @@ struct Instance {
 };
 
 constexpr float scale = 0.125F, eps = 1e-6F, bound = 15.0F;
+const PluginField kEpsField{"eps", &eps, PluginFieldType::kFLOAT32, 1};
+const PluginField kBoundField{"forget_max", &bound, PluginFieldType::kFLOAT32, 1};
 
 struct Plugins {
     IPluginCreatorV3One *mlstm, *slstm;
@@ -775,10 +777,22 @@ void check_plugins(Registry &registry, void *library) {
         plugins.mlstm = registry.creator("XlstmMlstm", "1", "xlstm");
         plugins.slstm = registry.creator("XlstmSlstm", "1", "xlstm");
         REQUIRE(plugins.mlstm != nullptr && plugins.slstm != nullptr);
-        REQUIRE(registry.creator("XlstmMlstm", "2", "xlstm") == nullptr);
+        REQUIRE(registry.creator("XlstmMlstm", "3", "xlstm") == nullptr);
         REQUIRE(registry.creator("XlstmMlstm", "1", "other") == nullptr);
     });
     if (plugins.mlstm == nullptr || plugins.slstm == nullptr) return;
+    check("versions", [&] {  // an engine finds a plugin again by its name, version and namespace
+        for (const char *name : {"XlstmMlstm", "XlstmSlstm"}) {
+            IPluginCreatorV3One *creator = registry.creator(name, "2", "xlstm");
+            REQUIRE(creator != nullptr && std::strcmp(creator->getPluginVersion(), "2") == 0);
+            const PluginFieldCollection fields{
+                1, std::strcmp(name, "XlstmMlstm") == 0 ? &kEpsField : &kBoundField};
+            Instance made(creator->createPlugin("layer", &fields, TensorRTPhase::kBUILD));
+            Instance copy(made.run->attachToContext(nullptr));
+            REQUIRE(std::strcmp(made.core->getPluginVersion(), "2") == 0);
+            REQUIRE(std::strcmp(copy.core->getPluginVersion(), "2") == 0);
+        }
+    });
     check("logger", [&] {  // no one gave TensorRT a logger: to stderr, and no crash
         const PluginFieldCollection none{0, nullptr};
         REQUIRE(plugins.mlstm->createPlugin("layer", &none, TensorRTPhase::kBUILD) == nullptr);
@@ -855,9 +869,12 @@ int main(int argc, char **argv) {
         check("unload", [&] {
             if (handle != nullptr) registry.unload(handle);
             // Self-registered plugins outlive the handle, as the registry still points to them.
-            IPluginCreatorV3One *creator = registry.creator("XlstmMlstm", "1", "xlstm");
-            REQUIRE((creator != nullptr) == registers_itself);
-            REQUIRE(creator == nullptr || std::strcmp(creator->getPluginName(), "XlstmMlstm") == 0);
+            REQUIRE((registry.creator("XlstmMlstm", "1", "xlstm") != nullptr) == registers_itself);
+            // TensorRT forgets one creator of a name; what it still points to must be there.
+            for (const char *version : {"1", "2"}) {
+                IPluginCreatorV3One *creator = registry.creator("XlstmMlstm", version, "xlstm");
+                REQUIRE(creator == nullptr || std::strcmp(creator->getPluginName(), "XlstmMlstm") == 0);
+            }
         });
     } catch (const std::exception &error) {
         std::printf("driver: %s\n", error.what());

@@ -25,12 +25,14 @@ LIBRARIES = {"register": "libxlstm_trt_register.so"} | dict.fromkeys(
 )
 CHECKS = (
     "found",
+    "versions",
     "logger",
     "identity",
     "bad_fields",
     "default_fields",
     "copies",
     "power_modes",
+    "functions",
     "aliasing",
     "formats",
     "output_types",

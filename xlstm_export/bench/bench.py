@@ -27,6 +27,7 @@ from ..load.made_up import random_inputs
 from ..options import BenchOptions, Context
 from ..runfolder import RunFolder
 from ..sessions import OrtSession, numpy_type
+from ..sessions.cpu.fused import library, why_bodies
 from ..sessions.timing import at_rate
 from ..specs import IoSpec
 from ..verify.verdict import require_verified
@@ -105,7 +106,7 @@ def _measure(
                 rate = timed.at_rate(options.hz)
     context.progress("memory")
     used = memory(run.path, options.batch[0], max(lengths), threads)
-    recurrences = {"recurrences": "fused operators" if timed.session.fused else "function bodies"}
+    recurrences = {"recurrences": timed.recurrences()}
     sizes = {"state_bytes_per_stream": _state_bytes(run.io), "weight_bytes": _stored_bytes(run)}
     return BenchReport(
         environment={**about, **recurrences},
@@ -144,6 +145,12 @@ class _Run:
         self.compile_seconds = self.options.compile_limit  # left
         self.progress = self.context.progress
 
+    def recurrences(self) -> str:
+        """What computes the recurrences of the export."""
+        if self.session.fused:
+            return "fused operators"
+        return "function bodies" if library() is None else f"function bodies: {why_bodies(self.run.path)}"
+
     @contextmanager
     def open(self, batch: int, *, first: bool) -> Iterator[None]:
         """Open the sessions of a batch for the block."""
@@ -157,9 +164,7 @@ class _Run:
                 bodies = OrtSession(self.run, batch, self.threads, fused=False)
                 self.bodies = owned.enter_context(bodies)
             else:
-                self.skip(
-                    BODIES, "the fused operators are not built here, so the export itself runs the bodies"
-                )
+                self.skip(BODIES, f"{why_bodies(self.run.path)}, so the export itself runs the bodies")
             self.moved = step_bytes(self.spec, self.weight_bytes, batch)
             if when == "none":
                 self.skip(COMPILED, "not asked for: bench --compile")

@@ -126,6 +126,10 @@ def _recurrences() -> Finding:
         )
     if problem := inventory.loading_problem(library):
         return Finding(name, "missing", f"the fused operators do not load: {problem}", f"remove {library}")
+    if unknown := inventory.unknown_attributes(library):
+        detail = f"fused operators: {library}; they do not compute {', '.join(sorted(unknown))}"
+        action = "xlstm-export plugins build --only ort-cpu, from these sources"
+        return Finding(name, "optional", f"{detail}: graphs with these run as function bodies", action)
     return Finding(name, "ok", f"fused operators: {library}")
 
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, cast
 
 from ..errors import UsageError
+from ..specs import PLUGIN_VERSION, PLUGIN_VERSION_WITH_FUNCTIONS
 
 # All operands of one kind have one element type. "f32": always FP32. "io": inputs and outputs of each
 # position. "state": a state that may be stored in 16 bits. "weight": a matrix, int8 where its scale is given.
@@ -148,6 +149,11 @@ class Operator:
             if attribute.required or value != attribute.default:
                 written[attribute.name] = value
         return written
+
+    def plugin_version(self, names: Collection[str]) -> str:
+        """The version of TensorRT's plugin that a node with these attributes needs."""
+        newer = any(x.name in names for x in self.attributes if not x.declared)
+        return PLUGIN_VERSION_WITH_FUNCTIONS if newer else PLUGIN_VERSION
 
     def given(self, names: Collection[str]) -> frozenset[str]:
         """Those of the names that are attributes which a body only has where a node has them."""

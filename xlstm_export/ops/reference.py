@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE
 from .operands import MLSTM, SLSTM, Operator
 
 if TYPE_CHECKING:
@@ -336,7 +336,11 @@ def _symbol(
     return torch.onnx.ops.symbolic_multi_out(
         f"{OP_DOMAIN}::{operator.name}",
         inputs,
-        attrs={**attributes, "plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE},
+        attrs={
+            **attributes,
+            "plugin_version": operator.plugin_version(attributes),
+            "plugin_namespace": PLUGIN_NAMESPACE,
+        },
         dtypes=dtypes,
         shapes=shapes,
         version=OP_VERSION,

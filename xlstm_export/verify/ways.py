@@ -89,7 +89,7 @@ class StreamChecks:
             ("resumed", self.check_resumed),
             ("rows", self.check_rows),
             ("reset", self.check_reset),
-            *([("fused", self.check_fused)] if fused.library() is not None else []),
+            *([("fused", self.check_fused)] if fused.library_for(self.folder) is not None else []),
         ]
 
     def check_step(self) -> list[Check]:

@@ -208,6 +208,12 @@ CustomOp make_op() {
 }  // namespace
 }  // namespace xlstm::ort
 
+// The attributes that these operators compute. Who opens a graph asks for them first: an operator sees those
+// only that it asks for, and a library of another version would leave out what it does not know.
+extern "C" __attribute__((visibility("default"))) const char *xlstm_attributes() {
+    return "scale eps forget_max forget_exp input_sigmoid normalize normalizer_min";
+}
+
 extern "C" __attribute__((visibility("default"))) xlstm::ort::Status *RegisterCustomOps(
     xlstm::ort::SessionOptions *options, const xlstm::ort::ApiBase *base) {
     using namespace xlstm::ort;

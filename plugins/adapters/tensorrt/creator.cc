@@ -1,5 +1,7 @@
 #include "adapters/tensorrt/creator.h"
 
+#include <dlfcn.h>
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,7 +21,7 @@ struct BadField : std::runtime_error {
 
 class Creator final : public nvinfer1::IPluginCreatorV3One {
 public:
-    explicit Creator(const Op &op) : op_(op) {
+    Creator(const Op &op, const char *version) : op_(op), version_(version) {
         for (const Attribute &attribute : op.attributes) {
             fields_.emplace_back(attribute.name, nullptr, PluginFieldType::kFLOAT32, 1);
         }
@@ -32,7 +34,7 @@ public:
                                       nvinfer1::TensorRTPhase) noexcept override;
     const nvinfer1::PluginFieldCollection *getFieldNames() noexcept override { return &field_names_; }
     const char *getPluginName() const noexcept override { return op_.name; }
-    const char *getPluginVersion() const noexcept override { return kVersion; }
+    const char *getPluginVersion() const noexcept override { return version_; }
     const char *getPluginNamespace() const noexcept override { return kNamespace; }
 
 private:
@@ -40,6 +42,7 @@ private:
                                 const nvinfer1::PluginFieldCollection *fields) const;
 
     const Op &op_;
+    const char *const version_;
     std::vector<PluginField> fields_;
     nvinfer1::PluginFieldCollection field_names_;
 };
@@ -107,7 +110,7 @@ nvinfer1::IPluginV3 *Creator::create(const std::string &layer,
         }
     }
     if (processors == 0) processors = xlstm_processors();
-    return new Plugin(op_, layer, std::move(values), aliased != 0, processors);
+    return new Plugin(op_, version_, layer, std::move(values), aliased != 0, processors);
 }
 
 nvinfer1::IPluginV3 *Creator::createPlugin(const char *name, const nvinfer1::PluginFieldCollection *fields,
@@ -125,13 +128,23 @@ nvinfer1::IPluginV3 *Creator::createPlugin(const char *name, const nvinfer1::Plu
     return nullptr;
 }
 
+// The registry keeps pointers into this library, which therefore outlives every dlclose: plugins that register
+// themselves are never forgotten, and of those that were loaded deregisterLibrary forgets one version alone.
+void stay_loaded() {
+    Dl_info self{};
+    if (dladdr(reinterpret_cast<void *>(&stay_loaded), &self) != 0) {
+        dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+    }
+}
+
 }  // namespace
 
 nvinfer1::IPluginCreatorInterface *const *creators(int32_t &count) noexcept {
-    static Creator mlstm(mlstm_op());
-    static Creator slstm(slstm_op());
-    static nvinfer1::IPluginCreatorInterface *const all[] = {&mlstm, &slstm};
-    count = 2;
+    static Creator one[] = {{mlstm_op(), kVersions[0]}, {slstm_op(), kVersions[0]}};
+    static Creator two[] = {{mlstm_op(), kVersions[1]}, {slstm_op(), kVersions[1]}};
+    static nvinfer1::IPluginCreatorInterface *const all[] = {&two[0], &two[1], &one[0], &one[1]};
+    count = 4;
+    stay_loaded();
     return all;
 }
 

@@ -1,4 +1,4 @@
-// The creators of both plugins.
+// The creators of both plugins, in both versions.
 #pragma once
 
 #include "adapters/tensorrt/interface.h"

@@ -80,9 +80,10 @@ size_t leader_of(const Op &op, Kind kind) {
 
 }  // namespace
 
-Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased,
-               int32_t processors)
+Plugin::Plugin(const Op &op, const char *version, std::string layer, std::vector<float> attributes,
+               bool aliased, int32_t processors)
     : op_(op),
+      version_(version),
       layer_(std::move(layer)),
       attributes_(std::move(attributes)),
       aliased_(aliased ? 1 : 0),
@@ -97,7 +98,8 @@ Plugin::Plugin(const Op &op, std::string layer, std::vector<float> attributes, b
 }
 
 Plugin::Plugin(const Plugin &other)
-    : Plugin(other.op_, other.layer_, other.attributes_, other.aliased_ != 0, other.processors_) {}
+    : Plugin(other.op_, other.version_, other.layer_, other.attributes_, other.aliased_ != 0,
+             other.processors_) {}
 
 nvinfer1::IPluginCapability *Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
@@ -113,7 +115,7 @@ IPluginV3 *Plugin::clone() noexcept {
 }
 
 const char *Plugin::getPluginName() const noexcept { return op_.name; }
-const char *Plugin::getPluginVersion() const noexcept { return kVersion; }
+const char *Plugin::getPluginVersion() const noexcept { return version_; }
 const char *Plugin::getPluginNamespace() const noexcept { return kNamespace; }
 int32_t Plugin::getNbOutputs() const noexcept { return static_cast<int32_t>(op_.outputs.size()); }
 const char *Plugin::getTimingCacheID() noexcept { return op_.timing_id; }

@@ -11,7 +11,9 @@
 
 namespace xlstm::tensorrt {
 
-constexpr const char *kVersion = "1";
+// A node with an attribute that version 1 did not have asks for version 2: a library of then, which would leave
+// the attribute out, has no such plugin. Here both are the same.
+constexpr const char *kVersions[] = {"1", "2"};
 constexpr const char *kNamespace = "xlstm";
 
 class Plugin final : public nvinfer1::IPluginV3,
@@ -22,7 +24,9 @@ public:
     // `attributes` in the order of op.attributes. `aliased`: present states are written over the past ones.
     // `processors`: those of the GPU when the engine was built. TensorRT asks for the workspace then, and a
     // Jetson in another power mode has another number, so it is stored in the engine.
-    Plugin(const Op &op, std::string layer, std::vector<float> attributes, bool aliased, int32_t processors);
+    // `version`: one of kVersions, by which an engine finds the plugin again.
+    Plugin(const Op &op, const char *version, std::string layer, std::vector<float> attributes, bool aliased,
+           int32_t processors);
     Plugin(const Plugin &other);
     Plugin &operator=(const Plugin &) = delete;
 
@@ -71,6 +75,7 @@ private:
     void require_kernel(const Request &request) const;
 
     const Op &op_;
+    const char *const version_;
     const std::string layer_;              // as the network calls it, for messages
     const std::vector<float> attributes_;  // NaN: not given, worked out by the operator
     const int32_t aliased_, processors_;

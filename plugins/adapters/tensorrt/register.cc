@@ -1,7 +1,5 @@
 // Registers the plugins when the library is loaded, for programs that only dlopen it: trtexec with
 // --staticPlugins, ONNX Runtime's TensorRT provider. Does nothing where there is no TensorRT.
-#include <dlfcn.h>
-
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -32,14 +30,6 @@ void register_with(const Runtime &runtime) {
     }
 }
 
-// The registry keeps pointers into this library: it must outlive every dlclose.
-void stay_loaded() {
-    Dl_info self{};
-    if (dladdr(reinterpret_cast<void *>(&stay_loaded), &self) != 0) {
-        dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
-    }
-}
-
 [[gnu::constructor]] void register_on_load() noexcept {
     try {
         const std::vector<Runtime> all = runtimes();
@@ -47,7 +37,6 @@ void stay_loaded() {
         if (all.empty()) {
             std::fputs("xlstm: no TensorRT in this process, so no plugin was registered\n", stderr);
         }
-        stay_loaded();
     } catch (const std::exception &error) {
         log_error(error.what());
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,12 +18,15 @@ from op_cases import mlstm_inputs, slstm_inputs
 from places import ROOT
 from xlstm_export.plugins import locate
 from xlstm_export.plugins.build import build
+from xlstm_export.plugins.inventory import unknown_attributes
 
 from xlstm_export import runfolder
+from xlstm_export.cli import doctor
 from xlstm_export.distance import compare_states, difference
 from xlstm_export.errors import SetupError
 from xlstm_export.inputs import Arrays, cut
 from xlstm_export.load import checkpoint
+from xlstm_export.ops.operands import OPERATORS
 from xlstm_export.sessions import OrtSession, load_state, save_state
 from xlstm_export.sessions.cpu import fused
 from xlstm_export.specs import OP_DOMAIN
@@ -272,19 +276,54 @@ def test_a_library_that_is_named_must_be_there(
         OrtSession(small_export)
 
 
+@needs_compiler
+def test_what_a_library_does_not_compute_runs_as_bodies(
+    tiny: tuple[Path, checkpoint.Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library of earlier sources: it would read the attributes that it knows and leave out the others."""
+    monkeypatch.setenv(VARIABLE, str(stub_library(tmp_path, "-Dxlstm_attributes=earlier")))
+    with OrtSession(tiny[0]) as session:
+        assert session.fused
+    changed = shutil.copytree(tiny[0], tmp_path / "changed")
+    model = onnx.load(changed / "model.onnx", load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "XlstmMlstm")
+    node.attribute.append(onnx.helper.make_attribute("forget_exp", 1.0))
+    onnx.save_model(model, tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").replace(changed / "model.onnx")
+    with OrtSession(changed) as session:
+        assert not session.fused
+    assert fused.why_bodies(changed).endswith("do not compute forget_exp")
+    finding = doctor._recurrences()
+    assert finding.status == "optional"
+    assert "do not compute forget_exp, input_sigmoid, normalize, normalizer_min" in finding.detail
+
+
+def test_a_library_of_these_sources_computes_every_attribute(library: Path) -> None:
+    assert not unknown_attributes(library)
+    own = {x.name for operator in OPERATORS.values() for x in operator.attributes}
+    text = (locate.OWN.root / "adapters" / "onnxruntime" / "cpu.cpp").read_text()
+    (named,) = re.findall(r'xlstm_attributes\(\) \{\s+return "([a-z_ ]+)";', text)
+    assert set(named.split()) == own
+
+
 # --- Verification judges the kernels apart from the file ---------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def idle_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operators with kernels that compute nothing: results are whatever lay there."""
+    return stub_library(tmp_path_factory.mktemp("idle"))
+
+
+def stub_library(folder: Path, *more: str) -> Path:
+    """The operators with the kernels of `fake_kernels.cc`."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler is not None
     plugins = ROOT / "tests" / "plugins"
-    path = tmp_path_factory.mktemp("idle") / "idle.so"
+    path = folder / "idle.so"
     sources = [locate.OWN.root / "adapters" / "onnxruntime" / "cpu.cpp", plugins / "fake_kernels.cc"]
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{locate.OWN.root}", f"-I{plugins}"]
-    subprocess.run([compiler, *options, *map(str, sources), "-o", str(path)], check=True)
+    subprocess.run([compiler, *options, *more, *map(str, sources), "-o", str(path)], check=True)
     return path
 
 

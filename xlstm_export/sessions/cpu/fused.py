@@ -12,7 +12,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ...graph.files import load_graph
 from ...graph.values import recurrence
+from ...plugins.inventory import unknown_attributes
+from ...runfolder import MODEL
 from ...specs import OP_DOMAIN
 
 
@@ -21,6 +24,39 @@ def library() -> Path | None:
     from ...plugins import locate
 
     return locate.OWN.find("ort-cpu")
+
+
+def library_for(folder: Path) -> Path | None:
+    """The library, if it is built and computes what the recurrences of a run folder ask for.
+
+    Raises:
+        InputError: the graph cannot be read.
+    """
+    return None if why_bodies(folder) else library()
+
+
+def why_bodies(folder: Path) -> str:
+    """Why the recurrences of a run folder run as function bodies; empty where they run as kernels.
+
+    A kernel sees those attributes only that it asks for. So a library of other sources, which an environment
+    variable may name, would leave out an attribute that it does not know, and compute another function.
+
+    Raises:
+        InputError: the graph cannot be read.
+    """
+    path = library()
+    if path is None:
+        return "the fused operators are not built here"
+    unknown = unknown_attributes(path)
+    if unknown:  # of these sources none is, and nothing has to be read
+        unknown &= {name for node in load_graph(folder / MODEL).graph for name in _function(node)}
+    return f"the fused operators of {path} do not compute {', '.join(sorted(unknown))}" if unknown else ""
+
+
+def _function(node: ir.Node) -> frozenset[str]:
+    """The attributes of a recurrence operator by which it may be another function than usual."""
+    operator = recurrence(node)
+    return frozenset() if operator is None else operator.given(node.attributes)
 
 
 def drop_bodies(model: ir.Model) -> None:

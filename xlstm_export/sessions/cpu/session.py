@@ -43,9 +43,9 @@ class OrtSession(GraphSession):
         run = RunFolder.of(folder)
         prepared = is_prepared(run.path)
         if library is None and not prepared:  # a bundle brings its own kernels or none
-            from .fused import library as built_kernels
+            from .fused import library_for
 
-            library = built_kernels()
+            library = library_for(run.path)
         source = PreparedGraphs(run) if prepared else DerivedGraphs(run, rounding=rounding)
         super().__init__(source, batch, threads, library=library if fused else None)
 

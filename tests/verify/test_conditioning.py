@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import models
@@ -21,11 +22,13 @@ from xlstm_export.verify.limits import (
     ILL_CONDITIONED,
     LIMITS,
     MOST_OWN,
+    ONE_POSITION,
     OWN_POSITIONS,
     OwnError,
     most_own,
     wider_by_own_error,
 )
+from xlstm_export.verify.own_error import roundings
 from xlstm_export.verify.positions import NAMED
 
 
@@ -63,6 +66,33 @@ def test_a_limit_of_positions_follows_their_own_quantile() -> None:
     assert limit(50) == OWN_POSITIONS[50] * 1e-4
     assert limit(100) == OWN_POSITIONS[100] * 5e-4
     assert limit(99) == 1e-5  # nothing known
+
+
+def test_one_position_may_be_far_off_and_no_more() -> None:
+    """Where a normalizer cancels at one position. Its share of the relative L2 is wider too, no state is."""
+    own = OwnError(1e-3, 1e-3, {("y", 50): 3e-7, ("y", 99): 6e-5, ("y", 100): 1e-2})
+    assert wider_by_own_error(Check("prefill 199: y", 3e-3, 5e-6), own).passed
+    assert wider_by_own_error(Check("prefill 199: states", 1e-2, 1e-5), own).limit == MOST_OWN
+    about = {"output": "y", "quantile": 100}
+    assert wider_by_own_error(Check("positions of y", 0.07, 1e-5, about), own).passed
+    most = {**own.positions, ("y", 99): 1e-2}  # more than a few
+    assert (
+        wider_by_own_error(Check("prefill 199: y", 3e-3, 5e-6), OwnError(1e-3, 1e-3, most)).limit == MOST_OWN
+    )
+
+
+def test_a_call_that_is_exact_by_luck_does_not_decide() -> None:
+    """Beside the plain call in FP32 there are calls whose last places are moved, each in another way."""
+    plain, *moved = roundings(exact=True)
+    assert plain[1] == math.inf
+    assert len(moved) >= 3
+    results = []
+    for mode, most in moved:
+        assert most == ONE_POSITION * MOST_OWN
+        with mode:
+            results.append(torch.ones(64) * 3.0)
+    assert len({tuple(x.tolist()) for x in results}) == len(moved)
+    assert all(0 < (x - 3.0).abs().max() <= 3 * 1.2e-7 for x in results)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ from .cells import norms as norm_cells  # noqa: F401 - they register their cells
 from .cells import standard as standard_cells
 from .cells import tirex as tirex_cells  # noqa: F401 - they register their cells
 from .cells import tirex2 as tirex2_cells  # noqa: F401 - they register their cells
-from .cells import tirex2_forecast, tirex2_streams  # noqa: F401 - they register what they replace
+from .cells import tirex2_forecast, tirex2_joint, tirex2_streams  # noqa: F401 - the same
 from .copies import Copies
 from .functions import loaded_functions, placing, register_function
 from .passes import remember_original, run_lifted, watch_calls

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from xlstm_export import runfolder
 from xlstm_export.distance import difference
-from xlstm_export.errors import InputError, SetupError
+from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.lift.lift import lift, run_lifted
 from xlstm_export.load import checkpoint
-from xlstm_export.load.families import tirex2, tirex2_streams
+from xlstm_export.load.families import tirex2, tirex2_joint, tirex2_streams
 from xlstm_export.load.loaded import Loaded
 from xlstm_export.options import ExportOptions
 from xlstm_export.sessions import forecast as forecasts
@@ -202,6 +202,59 @@ def test_io_json(run: Path) -> None:
     assert io["inputs"][0]["gaps"]
     assert io["outputs"][0]["shape"] == ["B", len(QUANTILES), FUTURE]
     assert io["outputs"][0]["quantiles"] == QUANTILES
+
+
+# --- Several variates ---------------------------------------------------------------------------------
+
+
+def group(targets: int, past: int, future: int) -> tuple[Tensor, ...]:
+    """Two groups of series (2, V, S), and of the future (2, F, FUTURE), with gaps."""
+    x = series(CONTEXT + 5).double()
+    context = torch.stack([x[:4], x[3:7]])[:, : targets + past + future]
+    ahead = torch.randn(2, 4, FUTURE, generator=torch.Generator().manual_seed(3)).double().cumsum(-1)
+    ahead[0, :, FUTURE - 5 :] = torch.nan
+    return (context, ahead[:, :future]) if future else (context,)
+
+
+KINDS = [(1, 0, 0), (4, 0, 0), (1, 3, 0), (1, 0, 3), (2, 1, 1)]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+@pytest.mark.parametrize("flips", [False, True])
+def test_several_variates_equal_upstream_in_float64(kinds: tuple[int, int, int], flips: bool) -> None:
+    model = tirex2_models.build(tta_sign_flip=flips)
+    tirex2.exact(model)
+    module = tirex2_joint.Multivariate(model.double(), *kinds).eval()
+    inputs = group(*kinds)
+    dims = [("B", sum(kinds), "S"), ("B", kinds[2], FUTURE)][: len(inputs)]
+    with torch.no_grad():
+        expected = module(*inputs)
+        done = lift(module, inputs, dims=dims, stateless=True)
+        found, _ = run_lifted(done.module, inputs, done.fresh_state(2, torch.float64))
+    assert found.shape == (2, kinds[0], len(QUANTILES), FUTURE)
+    scale = expected.abs().amax((2, 3), keepdim=True).clamp(min=1.0)
+    assert float(((found - expected) / scale).abs().max()) < FLOAT64
+
+
+@pytest.mark.slow
+def test_export_of_several_variates(folder: Path, tmp_path: Path) -> None:
+    """A horizon that is shorter is one whose last rows are missing."""
+    module = tirex2_joint.Multivariate(tirex2.model_of(folder), 2, 1, 1)
+    loaded = checkpoint.load_live(module)
+    assert not loaded.streams
+    out = trace.export(loaded, tmp_path / "run", ExportOptions(stateless=True))
+    context, future = (x.float() for x in group(2, 1, 1))
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    (found,) = session.run(["quantiles"], {"context": context.numpy(), "future": future.numpy()})
+    with torch.no_grad():
+        expected = module(context, future).numpy()
+    for number in range(2):  # each in its own units
+        assert difference(found[:, number], expected[:, number]).relative_l2 < FLOAT32
+
+
+def test_a_group_without_targets() -> None:
+    with refused(UsageError, "0 targets", "one target at least"):
+        tirex2_joint.Multivariate(tirex2_models.build(), 0, 1, 1)
 
 
 # --- Streams ------------------------------------------------------------------------------------------

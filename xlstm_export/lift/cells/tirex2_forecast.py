@@ -8,6 +8,7 @@ several, and rows are read backwards only where their future is known, so both p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,19 @@ class Stack(nn.Module):
         """x (B, S, P), NaN where missing → (B, S, Q, P); only the positions from `first` on."""
         missing = torch.isnan(x)
         x = torch.cat([torch.where(missing, 0.0, x), (~missing).to(x.dtype)], dim=-1)
-        x = self.embedding(x)
+        x = self.before(self.embedding(x))
         for block in self.blocks:
             x = block(x)
-        x = self.head(self.norm(x[:, first:]))
+        x = self.head(self.norm(self.behind(x)[:, first:]))
         return x.reshape(*x.shape[:2], self.quantiles, self.patch)
+
+    def before(self, x: Tensor) -> Tensor:
+        """What goes into the blocks, of (B, S, D)."""
+        return x
+
+    def behind(self, x: Tensor) -> Tensor:
+        """What is forecast, of that."""
+        return x
 
 
 def t5_norm(source: nn.Module) -> nn.Module:
@@ -84,6 +93,9 @@ def t5_norm(source: nn.Module) -> nn.Module:
     norm = nn.RMSNorm(given.weight.shape, eps=given.variance_epsilon)
     norm.weight = given.weight
     return norm
+
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # location, scale, and whether all values are 0 or 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Scaler:
         scaler: Any = model.scaler
         return cls(scaler.eps, scaler.use_arcsinh, scaler.binaryaware)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, x: Tensor) -> Statistics:
         """x (B, S), NaN where missing → location, scale, and whether all values are 0 or 1; (B, 1) each."""
         known = ~torch.isnan(x)
         loc = mean(x, known)
@@ -145,7 +157,7 @@ class LiftedUnivariate(nn.Module):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         model: Any = source.model
-        self.stack = Stack(model)
+        self.stack: nn.Module = Stack(model)
         self.scaler = Scaler.of(model)
         self.settings = model.postprocessor.cfg
         self.rows = model.context_len + model.future_len
@@ -158,33 +170,51 @@ class LiftedUnivariate(nn.Module):
         if not self.flips:
             return self._one_sign(context)
         both = self._one_sign(torch.cat([context, -context]))
+        return self._both_signs(both)
+
+    def _both_signs(self, both: Tensor) -> Tensor:
+        """Quantiles of series and of their negatives (2·B, Q, future) → their mean (B, Q, future)."""
         as_given, flipped = both.tensor_split(2)
         return (as_given - flipped[:, self.reversed]) / 2
 
     def _one_sign(self, context: Tensor) -> Tensor:
+        return self._of_targets(context, self._forecast)
+
+    def _of_targets(self, series: Tensor, forecast: Callable[[Tensor], Tensor]) -> Tensor:
+        """Quantiles (N, Q, future) of series (N, S), each by its values or by its differences.
+
+        Args:
+            forecast: what the model makes of series.
+        """
         if not self.differences:
-            return self._calibrated(self._forecast(context))
-        trend = has_trend(context, self.settings.trend_threshold, self.settings.trend_min_r2)
+            return self._calibrated(forecast(series))
+        trend = has_trend(series, self.settings.trend_threshold, self.settings.trend_min_r2)
         # As upstream, the first difference is 0, also of a missing value.
-        steps = torch.cat([torch.zeros_like(context[:, :1]), context[:, 1:] - context[:, :-1]], dim=-1)
-        found = self._forecast(torch.where(trend, steps, context))
-        summed = self._summed(found) + last_known(context)[..., None]
+        steps = torch.cat([torch.zeros_like(series[:, :1]), series[:, 1:] - series[:, :-1]], dim=-1)
+        found = forecast(torch.where(trend, steps, series))
+        summed = self._summed(found) + last_known(series)[..., None]
         return torch.where(trend[..., None], summed, self._calibrated(found))
 
     def _forecast(self, series: Tensor) -> Tensor:
-        """(B, S) → (B, Q, future): the end of the series, padded to the length upstream uses."""
-        before = series.new_full((series.shape[0], self.rows), torch.nan)
+        """(B, S) → (B, Q, future)."""
         after = series.new_full((series.shape[0], self.future), torch.nan)
-        series = torch.cat([before, series, after], dim=-1)[:, -self.rows :]
-        loc, scale, binary = self.scaler.statistics(series)
-        x = self.scaler.scaled(series, loc, scale, binary)
+        x, statistics = self._patches(torch.cat([series, after], dim=-1))
+        return self._restored(self.stack(x, x.shape[1] - self.future // self.patch - 1), statistics)
+
+    def _patches(self, series: Tensor) -> tuple[Tensor, Statistics]:
+        """Series with their future (N, S + future), cut to upstream's length, as scaled patches (N, L, P)."""
+        before = series.new_full((series.shape[0], self.rows), torch.nan)
+        series = torch.cat([before, series], dim=-1)[:, -self.rows :]
+        statistics = self.scaler.statistics(series)
+        x = self.scaler.scaled(series, *statistics)
         x = nn.functional.pad(x, (-self.rows % self.patch, 0), value=torch.nan)
-        x = x.reshape(x.shape[0], -1, self.patch)
-        # The patch before each patch of the future forecasts it.
-        patches = self.future // self.patch
-        y = self.stack(x, x.shape[1] - patches - 1)[:, :-1].transpose(1, 2)
+        return x.reshape(x.shape[0], -1, self.patch), statistics
+
+    def _restored(self, y: Tensor, statistics: Statistics) -> Tensor:
+        """Scaled quantiles after the last patch of the context and later ones, → (N, Q, future)."""
+        y = y[:, :-1].transpose(1, 2)  # each patch forecasts the one behind it
         y = y.reshape(y.shape[0], y.shape[1], self.future)
-        return self.scaler.restored(y, loc[..., None], scale[..., None], binary[..., None])
+        return self.scaler.restored(y, *(part[..., None] for part in statistics))
 
     def _calibrated(self, y: Tensor) -> Tensor:
         """Quantiles (B, Q, future) with the distances from the median that fit them."""

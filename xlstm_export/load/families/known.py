@@ -123,6 +123,7 @@ _PUBLISHED: dict[str, Callable[[nn.Module], Known]] = {
     "tirex.TiRexZero": _tirex,
     "tirex2.TiRex2": _tirex2,
     "xlstm_export.Forecaster": _tirex2_form,
+    "xlstm_export.Multivariate": _tirex2_form,
     "xlstm_export.FrozenStream": _tirex2_form,
     "xlstm_export.RunningStream": _tirex2_form,
 }

@@ -27,6 +27,7 @@ from ..match import match
 from ..place import read_config
 from ..weights import open_weights
 from .large import full_precision_norms
+from .tirex2_joint import Multivariate
 from .tirex2_streams import FrozenStream
 
 # The names of today, then those of older checkpoints.
@@ -151,12 +152,14 @@ class Parts:
 
 
 def parts_of(module: nn.Module) -> Parts:
-    """What is known of a `Forecaster`, `FrozenStream` or `RunningStream`."""
+    """What is known of a `Forecaster`, `Multivariate`, `FrozenStream` or `RunningStream`."""
     inner: Any = module
     model = inner.forecast.model
     levels = tuple(round(float(level), 6) for level in model.quantiles)
     if isinstance(module, Forecaster):
         return Parts({"context": example(model)}, {"context": ("B", "S")}, {"quantiles": Meaning(levels)})
+    if isinstance(module, Multivariate):
+        return _joint_parts(module, Meaning(levels))
     patch = model.input_patch_size
     x = nn.functional.pad(example(model), (-example(model).shape[1] % patch, 0), value=torch.nan)
     inputs = {"x": x.reshape(2, -1, patch)}
@@ -172,6 +175,23 @@ def parts_of(module: nn.Module) -> Parts:
     notes = (f"a stream is forecast without {' and '.join(asked)}, which predict() uses",) if asked else ()
     length = model.context_len // patch
     return Parts(inputs, dims, {"quantiles": Meaning(levels, scaler=scaler)}, True, length, notes)
+
+
+def _joint_parts(module: Multivariate, meaning: Meaning) -> Parts:
+    """Two groups, of walks with and without a trend."""
+    inner: Any = module.forecast
+    variates, ahead, model = module.config.variates, module.config.future, inner.model
+    rows = example(model)
+    several = [rows.roll(shift, -1) + shift for shift in range(variates)]
+    inputs = {"context": torch.stack(several, 1)}
+    dims: dict[str, Dims] = {"context": ("B", variates, "S")}
+    if ahead:
+        noise = torch.randn(2, ahead, model.future_len, generator=torch.Generator().manual_seed(1))
+        inputs, dims = (
+            {**inputs, "future": noise.cumsum(-1)},
+            {**dims, "future": ("B", ahead, model.future_len)},
+        )
+    return Parts(inputs, dims, {"quantiles": meaning})
 
 
 def example(model: nn.Module) -> Tensor:

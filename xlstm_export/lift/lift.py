@@ -54,6 +54,7 @@ from .functions import loaded_functions, placing, register_function
 from .passes import remember_original, run_lifted, watch_calls
 from .rows import Mixed, Rows
 from .unknown import unknown
+from .unused import reached
 
 log = logging.getLogger(__name__)
 
@@ -152,17 +153,8 @@ def lift(
     layers = [cell for _, cell in recurrent if isinstance(cell, standard_cells.StandardLayer)]
     done = _observed(module, lifted, Example(inputs, dims, like), layers)
     calls = done.scope.calls
-    _require_reached(recurrent, calls)
+    recurrent = reached(lifted, replaced, recurrent, calls)
     return Lifted(lifted, _number(recurrent, calls), replaced, done.result)
-
-
-def _require_reached(recurrent: Sequence[tuple[str, RecurrentCell]], calls: Mapping[str, int]) -> None:
-    missing = [path for path, cell in recurrent if cell.state_shapes and path not in calls]
-    if missing:
-        raise BuildError(
-            f"forward never reaches the cell(s) {', '.join(missing)}",
-            "export a module whose forward uses every cell it holds",
-        )
 
 
 def _placed(

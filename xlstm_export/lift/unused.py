@@ -37,7 +37,7 @@ def reached(
 
 
 def _copied(lifted: nn.Module, unused: str, used: str) -> bool:
-    """Whether a cell stands in a part that is built as one with a used cell: an average, a teacher, a target."""
+    """Whether a cell stands in a part that is built as one with a used cell: an average, a target."""
     ours, theirs = unused.split("."), used.split(".")
     while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
         ours, theirs = ours[:-1], theirs[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,16 @@ def slstm_inputs(name: str, S: int) -> oracle.Arrays:
         data[kind][:, :, 2] *= 0.3
         data[kind][1, :, 3] = 0.0
     return data
+
+
+@cache
+def mlstm_exact(
+    function: str, name: str, S: int
+) -> tuple[oracle.Arrays, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Operands of a function of `MLSTM_FUNCTIONS`, its exact results, and the bounds of rounding."""
+    options = {"scale": SCALE, "eps": EPS, **MLSTM_FUNCTIONS[function]}
+    data = mlstm_inputs(name, S, MLSTM_FUNCTIONS[function])
+    return data, oracle.mlstm(*data.values(), **options), oracle.mlstm_scale(*data.values(), **options)
 
 
 LONG = ("forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer")

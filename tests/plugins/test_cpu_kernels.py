@@ -25,7 +25,7 @@ from op_cases import (
     SLSTM_FUNCTIONS,
     SLSTM_INPUTS,
     long_mlstm_inputs,
-    mlstm_inputs,
+    mlstm_exact,
     mlstm_limit,
     single,
     slstm_errors,
@@ -124,11 +124,9 @@ def test_forget_gate_with_a_bound(variant: str) -> None:
 def test_mlstm_functions(variant: str, function: str) -> None:
     library, gates = cpu_library.library(variant), MLSTM_FUNCTIONS[function]
     for name in MLSTM_INPUTS:
-        for S in (1, 65, 130):
-            data = mlstm_inputs(name, S, gates)
-            options = {"scale": SCALE, "eps": EPS, **gates}
-            found = cpu_library.run_mlstm(library, data, in_place=bool(S % 2), **options)
-            exact, bounds = (f(*data.values(), **options) for f in (oracle.mlstm, oracle.mlstm_scale))
+        for S in (1, 70):
+            data, exact, bounds = mlstm_exact(function, name, S)
+            found = cpu_library.run_mlstm(library, data, in_place=S == 1, scale=SCALE, eps=EPS, **gates)
             errors = oracle.mlstm_errors(found, exact, bounds)
             assert max(errors.values()) <= mlstm_limit(data, gates), (name, S, errors)
 

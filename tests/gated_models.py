@@ -1,4 +1,4 @@
-"""A model of cells with other gates than the xLSTM's, as users write them: a loop over the positions of each."""
+"""A model of cells with other gates than those of the xLSTM, as users write them: each a loop over positions."""
 
 from __future__ import annotations
 

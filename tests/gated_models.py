@@ -1,4 +1,4 @@
-"""A model of cells with other gates than those of the xLSTM, as users write them: each a loop over positions."""
+"""A model of cells with other gates than the xLSTM has, as users write them: loops over the positions."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import torch
 from refusals import refused
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 from xlstm_export.errors import BuildError
 from xlstm_export.load import checkpoint
@@ -77,6 +78,45 @@ def test_one_trace_gives_the_graph_of_two(
     twice, _ = trace.trace(loaded)
     assert decomposed
     assert wiring(once) == wiring(twice)
+
+
+# Each operator that no known family has, and that is translated as it is, in a use of its own.
+USES: tuple[Callable[[Tensor], Tensor], ...] = (
+    *(torch.exp, torch.neg, F.softplus, F.leaky_relu, F.elu, F.mish, F.logsigmoid, lambda x: x.exp().log()),
+    *(lambda x: x.pow(2), lambda x: x.softmax(-1), lambda x: torch.maximum(x, x * 2)),
+    *(lambda x: x.clamp(-1, 1), lambda x: x.masked_fill(x > 0, 0.0), lambda x: x.amax(-1, True)),
+    *(lambda x: x.argmax(-1, True) + x, lambda x: torch.stack([x, x * 2], 1)[:, 1]),
+    *(lambda x: x[..., :1].unsqueeze(1).squeeze(1), lambda x: x.unsqueeze(0).expand(3, -1, -1, -1)[0]),
+    *(lambda x: turned(turned(x).contiguous()), lambda x: x.flip(1), lambda x: x.cumsum(1)),
+    *(lambda x: F.pad(x, (0, 0, 3, 0))[:, 3:], lambda x: turned(F.group_norm(turned(x), 2))),
+    lambda x: turned(F.conv1d(turned(x), torch.full((6, 1, 4), 0.5), None, 1, 3, 1, 6)[..., :-3]),
+    *(lambda x: torch.bmm(x, turned(x)) @ x, lambda x: torch.einsum("bsd,btd->bst", x, x) @ x),
+    *(lambda x: x + torch.arange(x.shape[1]).unsqueeze(-1), lambda x: x + x.new_zeros(x.shape[0], 1, 6)),
+    *(lambda x: x + torch.full((x.shape[0], 1, 6), 2.0), lambda x: x + torch.zeros_like(x)),
+    lambda x: x + torch.ones_like(x),
+)
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+class Used(nn.Module):
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        (x,) = tensors
+        return (torch.cat([x + use(x) for use in USES], -1),)
+
+
+def test_listed_operators_give_the_graph_of_two_traces(
+    decomposed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+    for listed in (capture.AS_THEY_ARE, frozenset[str]()):
+        monkeypatch.setattr(capture, "AS_THEY_ARE", listed)
+        x = torch.randn(2, 7, 6)
+        graphs.append(capture.torch_to_ir(Used(), (x,), {"x": ("B", "S", 6)}, (), ["y"], ()))
+        assert len(decomposed) == (not listed)
+    assert wiring(graphs[0]) == wiring(graphs[1])
 
 
 class InPlace(nn.Module):

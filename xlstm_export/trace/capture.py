@@ -41,7 +41,13 @@ AS_THEY_ARE = frozenset(
         *("view.default", "zeros.default", "mean.dim", "sum.dim_IntList"),
         *("embedding.default", "layer_norm.default", "linear.default", "matmul.default"),
         *("dropout.default", "gelu.default", "relu.default", "sigmoid.default", "silu.default"),
-        "tanh.default",
+        *("tanh.default", "exp.default", "log.default", "neg.default", "pow.Tensor_Scalar", "softmax.int"),
+        *("log_sigmoid.default", "softplus.default", "leaky_relu.default", "elu.default", "mish.default"),
+        *("maximum.default", "clamp.default", "masked_fill.Scalar", "amax.default", "argmax.default"),
+        *("unsqueeze.default", "squeeze.dim", "stack.default", "expand.default", "contiguous.default"),
+        *("flip.default", "cumsum.default", "pad.default", "conv1d.default", "group_norm.default"),
+        *("bmm.default", "einsum.default", "arange.default", "full.default", "new_zeros.default"),
+        *("zeros_like.default", "ones_like.default"),
     )
 )
 

@@ -30,7 +30,7 @@ FLAGS = (
 )
 # Optimized for this machine, above all so that fmaf is an instruction.
 PLAIN = ("-O2", "-march=native")
-SANITIZED = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED = ("-Og", "-g1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 @functools.cache

@@ -225,10 +225,10 @@ class _Run:
         peers = self._peers(mode, length, make)
         contestants = {**sessions, **{name: peer.run for name, peer in peers.items()}}
         contestants[READING] = bandwidth_probe(self.moved)
-        calls = calls or _calls_per_round(contestants)
+        each = calls or _calls_per_round(contestants)  # which warms them up
         load = Load()
         budget = BUDGET if self.options.steps == BenchOptions().steps else math.inf
-        timings = in_turns(contestants, calls, budget)
+        timings = in_turns(contestants, each, budget, warm=calls is None)
         busy = load.others()
         reading = timings.pop(READING).percentile(50)
         gbs = probe_bytes(self.moved) / reading / 1e9

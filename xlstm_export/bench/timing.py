@@ -33,16 +33,20 @@ class Timing:
         return summary(np.array(self.seconds))
 
 
-def in_turns(contestants: Mapping[str, Call], calls: int, budget: float = math.inf) -> dict[str, Timing]:
+def in_turns(
+    contestants: Mapping[str, Call], calls: int, budget: float = math.inf, *, warm: bool = False
+) -> dict[str, Timing]:
     """Time `calls` calls of each contestant per round, for `ROUNDS` rounds after a round to warm up.
 
     Args:
         contestants: by name.
         calls: per contestant and round.
         budget: seconds of the timed rounds; of slow calls there are as many as fit, one per round at least.
+        warm: they have run just now, so there is no round to warm up.
     """
-    for run in contestants.values():
-        _round(run, min(calls, WARM_UP), math.inf)
+    if not warm:
+        for run in contestants.values():
+            _round(run, min(calls, WARM_UP), math.inf)
     share = budget / ROUNDS / len(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):

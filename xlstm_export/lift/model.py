@@ -45,7 +45,13 @@ def notes_of(loaded: Loaded) -> tuple[str, ...]:
 
 
 def spec_of(loaded: Loaded) -> ModelSpec:
-    """Blocks, heads, dims, states and parameter counts."""
+    """Blocks, heads, dims, states and parameter counts; made once per model, since it has to be lifted."""
+    if not loaded.specs:
+        loaded.specs.append(_spec(loaded))
+    return loaded.specs[0]
+
+
+def _spec(loaded: Loaded) -> ModelSpec:
     tables = {id(m.weight): m.weight for m in loaded.skeleton.modules() if isinstance(m, nn.Embedding)}
     # A table tied to an output head is read in full at every step, so it counts.
     heads = {id(m.weight) for m in loaded.skeleton.modules() if isinstance(m, nn.Linear)}

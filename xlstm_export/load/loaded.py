@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..atomic import sha256
 from ..errors import InputError
-from ..specs import Meaning, TensorSpec
+from ..specs import Meaning, ModelSpec, TensorSpec
 from .hub import hub_id
 from .place import PATHS
 from .signature import Call, Signature
@@ -84,6 +84,7 @@ class Loaded:
             recurrences may stay as they are.
         signature: how forward takes the inputs; None where they are its positional arguments in that order.
         gaps: inputs that may hold NaN, besides those whose example does.
+        specs: the model's spec once `lift.model.spec_of` has made it.
     """
 
     skeleton: nn.Module
@@ -107,6 +108,7 @@ class Loaded:
     streams: bool = True
     signature: Signature | None = None
     gaps: frozenset[str] = frozenset()
+    specs: list[ModelSpec] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @cached_property
     def module(self) -> nn.Module:

@@ -305,7 +305,13 @@ def _raised(c: Tensor, n: Tensor, m: Tensor, normalizer_min: float) -> tuple[Ten
 def slstm_sequence(
     x: Tensor, R: Tensor, bias: Tensor, state: SlstmState, **gates: Unpack[SlstmGates]
 ) -> tuple[Tensor, SlstmState]:
-    """`slstm` as S single steps. Memory mixing (R·y) leaves no parallel form."""
+    """`slstm` as S single steps. Memory mixing (R·y) leaves no parallel form.
+
+    On the meta device, which has shapes and no values, one step stands for all.
+    """
+    if x.device.type == "meta":
+        state = slstm_step(x[:, 0], R, bias, state, **gates)
+        return state[0].unsqueeze(1).expand(-1, x.shape[1], -1, -1), state
     outputs = []
     for x_t in x.unbind(1):
         state = slstm_step(x_t, R, bias, state, **gates)

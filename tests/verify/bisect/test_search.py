@@ -25,16 +25,44 @@ from xlstm_export.checks import Check, Replay
 from xlstm_export.errors import UsageError
 from xlstm_export.inputs import cut
 from xlstm_export.load import checkpoint
-from xlstm_export.options import CalibrateOptions, Context
+from xlstm_export.options import CalibrateOptions, Context, ExportOptions
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset, read_recipe
 from xlstm_export.runfolder import RunFolder
+from xlstm_export.specs import IoSpec
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.bisect import search
 from xlstm_export.verify.bisect.place import Bisection, Place
 from xlstm_export.verify.bisect.replay import Run, open_onnxruntime
 from xlstm_export.verify.bisect.search import bisect
 from xlstm_export.verify.limits import LIMITS
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[tuple[int, ExportOptions], tuple[ir.Model, IoSpec]]:
+    """What tests of this module have traced."""
+    return {}
+
+
+@pytest.fixture
+def traced_once(
+    small_loaded: checkpoint.Loaded,
+    traced: dict[tuple[int, ExportOptions], tuple[ir.Model, IoSpec]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The small model is exported again once per way for all tests, which takes most of a bisection."""
+    original = trace.trace
+
+    def once(loaded: checkpoint.Loaded, options: ExportOptions) -> tuple[ir.Model, IoSpec]:
+        if loaded is not small_loaded:
+            return original(loaded, options)
+        key = (id(loaded), options)
+        if key not in traced:
+            traced[key] = original(loaded, options)
+        model, io = traced[key]
+        return model.clone(), io
+
+    monkeypatch.setattr(trace, "trace", once)
 
 
 def change(name: str, function: Callable[[np.ndarray], Any]) -> Edit:
@@ -79,6 +107,7 @@ def place(found: Bisection) -> Place:
     return found.place
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "block", "op_type", "tensor", "why"),
@@ -133,6 +162,7 @@ def test_a_fault_in_an_fp32_export(
     json.dumps(found.to_json())
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_good_export_has_no_place(small_export: Path, small_loaded: checkpoint.Loaded) -> None:
     found = bisect(small_export, small_loaded, Context(threads=1))
     assert found.place is None
@@ -178,6 +208,7 @@ def test_blocks_of_a_float32_forward_are_judged_by_its_own_error(
     assert (max(block.error for block in found.blocks) < LIMITS["state"]) == usual, found.blocks
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow
 def test_where_no_value_is_wrong_the_check_is_named(
     small_export: Path, small_loaded: checkpoint.Loaded
@@ -193,6 +224,7 @@ def test_where_no_value_is_wrong_the_check_is_named(
     assert found.to_json()["block"] is not None
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow
 def test_a_wrong_kernel(
     small_export: Path, small_loaded: checkpoint.Loaded, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +249,7 @@ def test_a_wrong_kernel(
     assert "the compiled kernels are not" in found.sentence()
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.slow
 def test_what_differs_in_the_file_alone_is_named(
     small_export: Path, small_loaded: checkpoint.Loaded, tmp_path: Path
@@ -261,6 +294,7 @@ def int8(calibrated: Path) -> Path:
     return quantize.quantize(calibrated, recipe, scales=Scales.read(calibrated))
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("precision", quick(["fp16", "bf16", "int8-wo", "int8"], ["int8"]))
 def test_good_candidates(
     precision: str, calibrated: Path, int8: Path, small_loaded: checkpoint.Loaded, tmp_path: Path
@@ -275,6 +309,7 @@ def test_good_candidates(
     assert "what recipe and ranges ask for" in found.note
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("name", "function", "block", "tensor", "why"),
     [
@@ -329,6 +364,7 @@ def test_a_fault_in_a_quantized_file(
     assert why in place(found).why
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_wrong_range(calibrated: Path, small_loaded: checkpoint.Loaded, tmp_path: Path) -> None:
     """A range that is far too small, from calibration: file, recipe and ranges agree with each other."""
     from dataclasses import replace

@@ -153,5 +153,8 @@ def _show_failed(console: Console, variant: Variant) -> None:
         )
     if len(failed) > FAILED:
         console.print(f"and {len(failed) - FAILED} more checks", highlight=False)
+    for check in failed:
+        if advice := check.detail.get("advice"):
+            console.print(escape(advice), highlight=False)
     if variant.verification.bisect:
         console.print(escape(variant.verification.bisect["sentence"]), highlight=False)

@@ -97,6 +97,8 @@ def show_verdict(console: Console, verdict: Verdict, stands: Verdict | None = No
     for check in verdict.checks:
         if not check.passed:
             console.print(f"{MARK[False]} {check.name}: {check.value:.2e} exceeds {check.limit:.1e}")
+            if advice := check.detail.get("advice"):
+                console.print(escape(advice), highlight=False)
     if verdict.bisect:
         console.print(escape(verdict.bisect["sentence"]), highlight=False)
     facts = Table(box=None, padding=(0, 2, 0, 0), show_header=False)

@@ -53,6 +53,7 @@ def _verdict(run: RunData) -> tuple[str, tuple[str, ...]]:
     ]
     if len(failed) > LARGEST:
         details.append(f"and {len(failed) - LARGEST} more")
+    details += [f"{_capital(str(c['advice']))}." for c in failed if c.get("advice")]
     identity = run.verification.get("identity")
     if identity:
         details.append(f"{_capital(str(identity['sentence']))}.")

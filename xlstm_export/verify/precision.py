@@ -42,6 +42,7 @@ from .gate_file import read_gate
 from .limits import PRECISION_LIMITS, drift_limits, wider_by_sensitivity, wider_way
 from .one_step import EPS, moved_export
 from .parts import GATE_POSITIONS, Proof, audited, judged, metric_checks, streamed
+from .ranges import check_ranges
 from .verdict import require_verified
 from .ways import BATCH
 
@@ -149,6 +150,9 @@ class _Precision(Verification):
         self.context.progress("fences and rules of TensorRT")
         compared, gates, measured = self.compare()
         checks = self.check_graph() + self.of_this_model(compared)
+        if self.data is not None:
+            self.context.progress("ranges on held-out data")
+            checks += check_ranges(run, self.data, self.context)
         about = self.describe(self.drift)
         covered = [self.streams.inputs, *([] if self.data is None else [self.data.inputs])]
         return Verdict(

@@ -24,7 +24,7 @@ from xlstm_export.load import checkpoint
 from xlstm_export.options import Context, ExportOptions, VerifyOptions
 from xlstm_export.trace import export as trace
 from xlstm_export.verify.fp32 import verify
-from xlstm_export.verify.limits import LIMITS, SMALLEST
+from xlstm_export.verify.limits import LIMITS, SMALLEST, OwnError, limits_by_own_error
 from xlstm_export.verify.own_error import MOST_MOVED
 from xlstm_export.verify.verify import verify_run
 
@@ -189,3 +189,9 @@ def test_the_command_and_the_report_say_what_was_compared(
     assert said in (tmp_path / "out" / "report.md").read_text()
     assert said in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["verification"]["reference"] == CELLS
+
+
+def test_a_row_alone_may_round_as_much_as_another_call() -> None:
+    """Measured: an ill-conditioned window with 1e-5 in one call, and 6e-6 between a row alone and beside others."""
+    assert limits_by_own_error(OwnError(1e-5, 0.0))["rows"] == 2e-5
+    assert limits_by_own_error(OwnError(1e-7, 0.0))["rows"] == LIMITS["rows"]

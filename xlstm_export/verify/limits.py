@@ -107,7 +107,8 @@ class OwnError:
 def limits_by_own_error(own: OwnError) -> dict[str, float]:
     """`LIMITS` with a reference that rounds, and with that error of PyTorch's own FP32 from it."""
     relative = {name: max(floor, OWN_ERRORS * getattr(own, name)) for name, floor in SMALLEST.items()}
-    return {**LIMITS, **relative, "lift": max(LIMITS["lift"], relative["output"])}
+    rows = max(LIMITS["rows"], OWN_ERRORS * own.output)  # a row alone rounds as another call does
+    return {**LIMITS, **relative, "lift": max(LIMITS["lift"], relative["output"]), "rows": rows}
 
 
 # A model whose own FP32 is further off than this cannot be judged by it: it would hide a wrong gate. Twenty

@@ -192,6 +192,6 @@ def test_the_command_and_the_report_say_what_was_compared(
 
 
 def test_a_row_alone_may_round_as_much_as_another_call() -> None:
-    """Measured: an ill-conditioned window with 1e-5 in one call, and 6e-6 between a row alone and beside others."""
+    """Measured of an ill-conditioned window: 1e-5 in one call, and 6e-6 of a row alone."""
     assert limits_by_own_error(OwnError(1e-5, 0.0))["rows"] == 2e-5
     assert limits_by_own_error(OwnError(1e-7, 0.0))["rows"] == LIMITS["rows"]

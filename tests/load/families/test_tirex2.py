@@ -14,11 +14,13 @@ import onnxruntime
 import pytest
 import tirex2_models
 import torch
+from click.testing import CliRunner
 from refusals import refused
 from tirex2_models import CONTEXT, FUTURE, PATCH, QUANTILES, predict
 from torch import Tensor
 
 from xlstm_export import runfolder
+from xlstm_export.cli.main import cli
 from xlstm_export.distance import difference
 from xlstm_export.errors import InputError, SetupError, UsageError
 from xlstm_export.lift.lift import lift, run_lifted
@@ -126,6 +128,22 @@ def test_export_equals_upstream(run: Path, folder: Path) -> None:
         assert difference(found, predict(model, x).numpy()).relative_l2 < FLOAT32
     # A shorter horizon is the beginning of this one.
     assert difference(found[:, :, :5], predict(model, x, 5).numpy()).relative_l2 < FLOAT32
+
+
+def test_the_command_to_forecast(run: Path, tmp_path: Path) -> None:
+    """Each column is a series; beyond one call the median is given back."""
+    x = series(CONTEXT)[[0, 3]]
+    lines = ["a,b", *(f"{a!r},{b!r}" for a, b in x.T.tolist())]
+    (tmp_path / "s.csv").write_text("\n".join(lines) + "\n")
+    files = ["--input", str(tmp_path / "s.csv"), "-o", str(tmp_path / "f.csv")]
+    done = CliRunner().invoke(cli, ["forecast", str(run), *files, "--horizon", str(FUTURE + 1), "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)["series"]
+    values = np.array([one["values"] for one in said])  # (2, ahead, Q)
+    expected = predict(tirex2_models.build(), x).transpose(1, 2).numpy()
+    assert values.shape == (2, FUTURE + 1, len(QUANTILES))
+    assert difference(values[:, :FUTURE], expected).relative_l2 < FLOAT32
+    assert "2 calls" in said[0]["how"]
 
 
 def test_distance_from_upstream_under_autocast(run: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mlstm_kernels.torch import get_mlstm_kernel, get_mlstm_sequence_kernel
 from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 from places import ROOT
@@ -153,6 +154,66 @@ def test_flashrnn(recurrent_shape: str, zeros: bool) -> None:
         assert float((pieces(done, x) - module(x)).abs().max()) < FLOAT64
 
 
+# Names and defaults of fla 0.5's functions, which run on a GPU only; the equations are theirs.
+FLA = """
+import torch
+def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False,
+                     cu_seqlens=None, **kwargs):
+    state, rows = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]), []
+    decay = torch.zeros_like(q[..., 0]) + (g if g is not None else 0 if g_gamma is None else g_gamma)
+    for t in range(q.shape[1]):
+        state = decay[:, t].exp()[..., None, None] * state + k[:, t][..., None] * v[:, t][..., None, :]
+        rows.append((q.shape[-1] ** -0.5 * q[:, t][..., None, :] @ state)[..., 0, :])
+    return torch.stack(rows, 1), None
+def chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True,
+                      head_first=False):
+    assert not normalize
+    return chunk_simple_gla(q, k, v)
+"""
+
+
+@pytest.mark.parametrize("kind", ["g", "g_gamma", "no decay", "linear"])
+def test_linear_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {}
+    for path in (
+        "fla",
+        "fla.ops",
+        "fla.ops.simple_gla",
+        "fla.ops.simple_gla.chunk",
+        "fla.ops.linear_attn",
+        "fla.ops.linear_attn.chunk",
+    ):
+        space[path] = types.ModuleType(path)
+        monkeypatch.setitem(sys.modules, path, space[path])
+    for path in ("fla.ops.simple_gla.chunk", "fla.ops.linear_attn.chunk"):
+        exec(FLA, space[path].__dict__)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+        q, k, v, f = (x.transpose(1, 2) for x in (q, k, v, f))
+        if kind == "linear":
+            return (
+                space["fla.ops.linear_attn.chunk"]
+                .chunk_linear_attn(q, k, v, normalize=False)[0]
+                .transpose(1, 2)
+            )
+        given = {"g": {"g": F.logsigmoid(f)}, "g_gamma": {"g_gamma": -torch.rand(HEADS)}}.get(kind, {})
+        return space["fla.ops.simple_gla.chunk"].chunk_simple_gla(q, k, v, **given)[0].transpose(1, 2)
+
+    x = torch.randn(2, 16, WIDTH, dtype=torch.float64)
+    module = model(function)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = module(x)
+        done = lift(module, (x,))
+        past, parts = done.fresh_state(2, x.dtype), []
+        for part in x.tensor_split((1, 2, 7), 1):
+            torch.manual_seed(1)
+            y, present = run_lifted(done.module, (part,), past)
+            past = {name.replace("present", "past"): value for name, value in present.items()}
+            parts.append(y)
+    assert float((torch.cat(parts, 1) - expected).abs().max()) < FLOAT64
+
+
 # --- Functions of one's own ---------------------------------------------------------------------------
 
 
@@ -241,13 +302,13 @@ def test_adapter_that_computes_something_else(mine: types.ModuleType) -> None:
             self.keep("last", x[:, -1] + self.past("last"))
             return x, None
 
-    register_function("mypackage.kernels.decayed")(lambda *_: Wrong())
+    register_function("mypackage.kernels.decayed")(lambda **_: Wrong())
     with refused(BuildError, "called_decayed", "computes something else than the original"):
         lift(Decays(mine.decayed).eval(), (torch.randn(2, 4, WIDTH),))
 
 
 def test_adapter_that_returns_no_cell(mine: types.ModuleType) -> None:
-    register_function("mypackage.kernels.decayed")(lambda *_: nn.Identity())
+    register_function("mypackage.kernels.decayed")(lambda **_: nn.Identity())
     with refused(BuildError, "returned Identity", "FunctionCell", "None"):
         lift(Decays(mine.decayed).eval(), (torch.randn(2, 4, WIDTH),))
 

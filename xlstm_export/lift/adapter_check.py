@@ -90,7 +90,7 @@ def check_functions(lifted: nn.Module, calls: Sequence[FunctionCall], like: Tens
     for call in calls:
         cell: Any = lifted.get_submodule(call.path)
         with torch.no_grad():
-            found = run_alone(cell, call.bound.args, call.bound.kwargs, like)
+            found = run_alone(cell, call.arguments.args, call.arguments.kwargs, like)
         _compare(f"{call.path}: adapter {cell.adapter}", "", call.result, found)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..errors import BuildError, ExportError, UsageError
 from ..load.signature import UserValue
@@ -36,13 +37,15 @@ FILE = "<a recurrence that is replaced>"  # where the code that calls a cell say
 class FunctionCell(RecurrentCell):
     """Base of the cells that take the place of a function.
 
-    `forward` takes the arguments of the function, with its defaults filled in, and returns what it returns.
+    `forward` takes the arguments of the function by their names, with its defaults filled in, and returns
+    what it returns. Of a method, the object comes first; of a function with *args, all come as given.
     """
 
     function = ""  # path of the function; set when it is placed
 
     def __call__(self, *args: UserValue, **kwargs: UserValue) -> UserValue:
-        given = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+        every = (*args, *kwargs.values())
+        given = (x for x in every if isinstance(x, Tensor) and x.is_floating_point())
         self.dtype = next((x.dtype for x in given), torch.float32)
         return super().__call__(*args, **kwargs)
 
@@ -76,6 +79,14 @@ def register_function(path: str) -> Callable[[FunctionAdapter], FunctionAdapter]
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """Of a call, as a cell takes them."""
+
+    args: tuple[UserValue, ...]
+    kwargs: dict[str, UserValue]
+
+
+@dataclass(frozen=True)
 class Call:
     """A call of a function, and what it returned.
 
@@ -84,7 +95,7 @@ class Call:
     """
 
     path: str
-    bound: inspect.BoundArguments
+    arguments: Arguments
     result: UserValue
 
 
@@ -104,14 +115,12 @@ class Placing:
     placed: dict[str, FunctionCell] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
-    def build(
-        self, path: str, owner: nn.Module, name: str, bound: inspect.BoundArguments
-    ) -> FunctionCell | None:
+    def build(self, path: str, owner: nn.Module, name: str, arguments: Arguments) -> FunctionCell | None:
         """The cell of a call, as a child of the module that makes it; None where its adapter leaves it."""
         adapter = FUNCTIONS[path]
         where = self.paths[id(owner)] or "<root>"
         try:
-            cell = adapter(*bound.args, **bound.kwargs)
+            cell = adapter(*arguments.args, **arguments.kwargs)
         except ExportError as error:
             raise BuildError(f"{where}: {error.message}", error.hint) from None
         except Exception as error:
@@ -133,19 +142,16 @@ class Placing:
         self.placed[cell.path] = cell
         return cell
 
-    def see(self, cell: nn.Module, original: Callable[..., UserValue], bound: inspect.BoundArguments) -> None:
+    def see(self, cell: nn.Module, original: Callable[..., UserValue], arguments: Arguments) -> None:
         """Note what the function returns for this call, where an adapter of the user's replaces it."""
-        tensors = [x for x in (*bound.args, *bound.kwargs.values()) if isinstance(x, Tensor)]
         assert isinstance(cell, FunctionCell)
-        theirs = not cell.adapter.startswith(f"{__package__}.")
-        if (
-            theirs
-            and cell.path not in {call.path for call in self.calls}
-            and not any(x.is_meta for x in tensors)
-        ):
-            with torch.no_grad():
-                copies = [x.clone() if isinstance(x, Tensor) else x for x in bound.args]
-                self.calls.append(Call(cell.path, bound, original(*copies, **bound.kwargs)))
+        every = (*arguments.args, *arguments.kwargs.values())
+        known = cell.adapter.startswith(f"{__package__}.") or cell.path in {call.path for call in self.calls}
+        if known or any(x.is_meta for x in every if isinstance(x, Tensor)):
+            return
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (arguments.args, arguments.kwargs))
+        with torch.no_grad():
+            self.calls.append(Call(cell.path, arguments, original(*args, **kwargs)))
 
 
 PLACING: ContextVar[Placing | None] = ContextVar("cells that are placed", default=None)
@@ -233,6 +239,7 @@ def _as_it_was(function: types.FunctionType) -> types.FunctionType:
         function.__closure__,
     )
     copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(vars(function))  # what it wraps has its signature
     return copied
 
 
@@ -247,20 +254,35 @@ def called(path: str, args: tuple[UserValue, ...], kwargs: dict[str, UserValue])
     original: types.FunctionType = vars(function)[ORIGINAL]
     if SCOPE.get(None) is None:  # of another thread
         return original(*args, **kwargs)
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
+    arguments = _by_name(original, args, kwargs)
     name = "called_" + function.__qualname__.replace(".", "_")
     place = PLACING.get()
     owner = _caller(name, {} if place is None else place.paths)
     cell = None if owner is None else owner._modules.get(name)
     if place is not None and owner is not None:
         if cell is None:
-            cell = place.build(path, owner, name, bound)
+            cell = place.build(path, owner, name, arguments)
         if cell is not None:
-            place.see(cell, original, bound)
+            place.see(cell, original, arguments)
     if cell is None:
         return original(*args, **kwargs)
-    return cell(*bound.args, **bound.kwargs)
+    return cell(*arguments.args, **arguments.kwargs)
+
+
+def _by_name(
+    function: types.FunctionType, args: tuple[UserValue, ...], kwargs: dict[str, UserValue]
+) -> Arguments:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds.values():
+        return Arguments(bound.args, bound.kwargs)
+    named = dict(bound.arguments)
+    for name, kind in kinds.items():
+        if kind == inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(name))
+    own = (named.pop("self"),) if "self" in named else ()
+    return Arguments(own, named)
 
 
 def _caller(name: str, paths: Mapping[int, str]) -> nn.Module | None:

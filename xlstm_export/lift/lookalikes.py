@@ -24,7 +24,7 @@ LIBRARIES = {
     "mlstm_kernels": "its kernels for whole sequences are known, and mLSTMBackend; not this one",
     "xlstm.blocks.mlstm.backends": "the cells of xlstm are known, not the functions they are made of",
     "xlstm.blocks.slstm.src": "the cells of xlstm are known, not the functions they are made of",
-    "fla.ops": "it has no operator here",
+    "fla.ops": "only simple_gla and linear_attn with normalize=False are known, with heads behind positions",
     "mamba_ssm.ops": "it has no operator here",
 }
 _PACKAGES = {name.partition(".")[0] for name in LIBRARIES}

@@ -1,10 +1,11 @@
-"""Functions of FlashRNN and `mlstm_kernels` that user code calls; importing this module registers them.
+"""Functions of FlashRNN, `mlstm_kernels` and `fla` that user code calls; importing this registers them.
 
-The packages are not imported: functions are known by their paths, and arguments by their position.
+The packages are not imported: functions are known by their paths.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...errors import BuildError
@@ -26,18 +27,11 @@ class FlashSlstm(FunctionCell):
         super().__init__(heads, dim, {kind: (heads, dim) for kind in "ycnm"})
 
     def forward(
-        self,
-        x: Tensor,
-        R: Tensor,
-        b: Tensor,
-        states: UserValue,
-        function: str,
-        config: UserValue,
-        *_: UserValue,
+        self, Wx: Tensor, R: Tensor, b: Tensor, states: UserValue, config: UserValue, **_: UserValue
     ) -> UserValue:
         """Arguments of `flashrnn`, in the layouts of its config → (y without the other states, state)."""
         self.begin(states)
-        x = _permuted(x, config.input_shape, "BTGHD")
+        x = _permuted(Wx, config.input_shape, "BTGHD")
         R = _permuted(R, config.recurrent_shape, "HPGD")
         b = _permuted(b, config.bias_shape, "GHD")
         past = (self.past("y"), self.past("c"), self.past("n"), self.past("m"))
@@ -69,9 +63,7 @@ def _permuted(x: Tensor, layout: str, wanted: str) -> Tensor:
 
 
 @register_function("flashrnn.flashrnn.flashrnn.flashrnn")
-def _flashrnn(
-    x: Tensor, R: UserValue, b: UserValue, states: UserValue, function: str, config: UserValue, *_: UserValue
-) -> FunctionCell | None:
+def _flashrnn(R: UserValue, config: UserValue, **_: UserValue) -> FunctionCell | None:
     known = config is not None and config.function == "slstm" and config.output_shape.startswith("S")
     if not known or not isinstance(R, Tensor):
         return None
@@ -98,8 +90,18 @@ class MlstmKernel(FunctionCell):
         self.begin(*states)
         q, k, v, i, f = (x.transpose(1, 2) for x in tensors)
         past = (self.past("C"), self.past("n"), self.past("m"))
-        options = {"input_sigmoid": True, "normalize": normalize} if self.sigmoid else {}
-        h, present = ops.mlstm(q, k, v, i, f, past, scale=self.scale, eps=eps, **options)
+        h, present = ops.mlstm(
+            q,
+            k,
+            v,
+            i,
+            f,
+            past,
+            scale=self.scale,
+            eps=eps,
+            input_sigmoid=self.sigmoid,
+            normalize=normalize or not self.sigmoid,
+        )
         for kind, value in zip("Cnm", present, strict=True):
             self.keep(kind, value)
         return h.transpose(1, 2)
@@ -119,43 +121,15 @@ class Kernel(MlstmKernel):
         v: Tensor,
         i: Tensor,
         f: Tensor,
-        c: UserValue = None,
-        n: UserValue = None,
-        m: UserValue = None,
+        *,
         return_last_states: bool = False,
         eps: float = 1e-6,
-        *_: UserValue,
         normalize: bool = True,
-        **__: UserValue,
+        **others: UserValue,
     ) -> UserValue:
-        """Its arguments, in their order."""
-        h = self.compute((q, k, v, i, f), (c, n, m), eps, normalize)
-        return self.result(h, return_last_states)
-
-
-class SigmoidKernel(MlstmKernel):
-    """A function of `mlstm_kernels` with a sigmoid input gate, whose other arguments follow `eps`."""
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        i: Tensor,
-        f: Tensor,
-        c: UserValue = None,
-        n: UserValue = None,
-        m: UserValue = None,
-        return_last_states: bool = False,
-        eps: float = 1e-6,
-        stable: bool = True,
-        normalize: bool = True,
-        *_: UserValue,
-        **__: UserValue,
-    ) -> UserValue:
-        """Its arguments, in their order."""
-        h = self.compute((q, k, v, i, f), (c, n, m), eps, normalize)
-        return self.result(h, return_last_states)
+        """Its arguments."""
+        states = tuple(others.get(f"{kind}_initial") for kind in "cnm")
+        return self.result(self.compute((q, k, v, i, f), states, eps, normalize), return_last_states)
 
 
 class Backend(MlstmKernel):
@@ -164,27 +138,76 @@ class Backend(MlstmKernel):
     def forward(
         self,
         backend: UserValue,
+        *,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         i: Tensor,
         f: Tensor,
-        c: UserValue = None,
-        n: UserValue = None,
-        m: UserValue = None,
-        return_last_states: bool | None = None,
-        mode: str | None = None,
+        return_last_states: bool | None,
+        mode: str | None,
+        **others: UserValue,
     ) -> UserValue:
         """Its arguments, the module itself in front."""
         config = backend.config
-        h = self.compute((q, k, v, i, f), (c, n, m), config.eps, config.normalize_siging)
-        if "inference" in (mode or config.mode):
-            return self.result(h, True)
-        return self.result(h, config.return_last_states if return_last_states is None else return_last_states)
+        states = tuple(others.get(f"{kind}_initial") for kind in "cnm")
+        h = self.compute((q, k, v, i, f), states, config.eps, config.normalize_siging)
+        always = "inference" in (mode or config.mode)
+        asked = config.return_last_states if return_last_states is None else return_last_states
+        return self.result(h, always or asked)
+
+
+class LinearAttention(FunctionCell):
+    """Linear attention of `fla` with a decay per head, or without one: q, k, v (B, S, H, D), g (B, S, H)."""
+
+    cell = "mlstm"
+
+    def __init__(self, q: Tensor, v: Tensor) -> None:
+        heads, keys, values = q.shape[2], q.shape[-1], v.shape[-1]
+        super().__init__(heads, values, {"C": (heads, keys, values), "n": (heads, keys), "m": (heads,)})
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        initial_state: UserValue = None,
+        g: Tensor | None = None,
+        g_gamma: Tensor | None = None,
+        output_final_state: bool = False,
+        **_: UserValue,
+    ) -> UserValue:
+        """The function's arguments → (o, the state or None)."""
+        self.begin(initial_state)
+        none = torch.zeros_like(q[..., 0])
+        given = g_gamma if g is None else g  # per position, or one for each head
+        decay = none if given is None else none + given
+        past = (self.past("C"), self.past("n"), self.past("m"))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        o, present = ops.mlstm(
+            q, k, v, none, decay, past, scale=scale, eps=0.0, forget_exp=True, normalize=False
+        )
+        for kind, value in zip("Cnm", present, strict=True):
+            self.keep(kind, value)
+        return o, self.carried if output_final_state else None
+
+
+@register_function("fla.ops.simple_gla.chunk.chunk_simple_gla")
+@register_function("fla.ops.simple_gla.fused_recurrent.fused_recurrent_simple_gla")
+@register_function("fla.ops.linear_attn.chunk.chunk_linear_attn")
+@register_function("fla.ops.linear_attn.fused_recurrent.fused_recurrent_linear_attn")
+def _linear_attention(q: Tensor, v: Tensor, **others: UserValue) -> FunctionCell | None:
+    # What divides by a sum of keys, takes heads first, joins sequences or runs backwards is another function.
+    differs = ("normalize", "head_first", "cu_seqlens", "offsets", "reverse")
+    if any(others.get(name) not in (None, False) for name in differs):
+        return None
+    return LinearAttention(q, v)
 
 
 @register_function("mlstm_kernels.torch.backend_module.mLSTMBackend.forward")
-def _backend(backend: UserValue, q: Tensor, k: Tensor, v: Tensor, *_: UserValue) -> FunctionCell:
+def _backend(backend: UserValue, q: Tensor, v: Tensor, **_: UserValue) -> FunctionCell:
     return Backend(q, v, sigmoid="siging" in backend.config.chunkwise_kernel)
 
 
@@ -200,11 +223,11 @@ PLACE = "mlstm_kernels.torch"
 @register_function(f"{PLACE}.parallel.native_stablef.fwbw.mlstm_parallel__native_stablef_autograd")
 @register_function(f"{PLACE}.parallel.native_stablef.fwbw.mlstm_parallel__native_stablef_custbw")
 @register_function(f"{PLACE}.recurrent.native_sequence.mlstm_recurrent_sequence__native_fw")
-def _kernel(q: Tensor, k: Tensor, v: Tensor, *_: UserValue, **__: UserValue) -> FunctionCell:
+def _kernel(q: Tensor, v: Tensor, **_: UserValue) -> FunctionCell:
     return Kernel(q, v, sigmoid=False)
 
 
 @register_function(f"{PLACE}.parallel.native_siging.fwbw.mlstm_siging_parallel__native_autograd")
 @register_function(f"{PLACE}.parallel.native_siging.fwbw.mlstm_siging_parallel__native_custbw")
-def _sigmoid_kernel(q: Tensor, k: Tensor, v: Tensor, *_: UserValue, **__: UserValue) -> FunctionCell:
-    return SigmoidKernel(q, v, sigmoid=True)
+def _sigmoid_kernel(q: Tensor, v: Tensor, **_: UserValue) -> FunctionCell:
+    return Kernel(q, v, sigmoid=True)

@@ -68,4 +68,4 @@ def test_a_cell_that_lost_its_attribute_is_found(
     found = bisect(changed, loaded, Context(threads=1))
     assert found.place is not None
     assert (found.place.block, found.place.op_type) == (1, "XlstmMlstm")
-    assert found.place.why == "attribute input_sigmoid is None, should be 1.0"
+    assert found.place.why == "attribute input_sigmoid is absent, should be 1.0"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -21,12 +22,14 @@ from xlstm_export.plugins.build import build
 from xlstm_export.plugins.inventory import unknown_attributes
 
 from xlstm_export import runfolder
+from xlstm_export.bench import bench
 from xlstm_export.cli import doctor
 from xlstm_export.distance import compare_states, difference
 from xlstm_export.errors import SetupError
 from xlstm_export.inputs import Arrays, cut
 from xlstm_export.load import checkpoint
 from xlstm_export.ops.operands import OPERATORS
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession, load_state, save_state
 from xlstm_export.sessions.cpu import fused
 from xlstm_export.specs import OP_DOMAIN
@@ -292,7 +295,11 @@ def test_what_a_library_does_not_compute_runs_as_bodies(
     (tmp_path / "model.onnx").replace(changed / "model.onnx")
     with OrtSession(changed) as session:
         assert not session.fused
-    assert fused.why_bodies(changed).endswith("do not compute forget_exp")
+        timed = SimpleNamespace(session=session, run=RunFolder.of(changed))
+        told = bench._Run.recurrences(timed)  # type: ignore[arg-type]
+    assert told.startswith("function bodies: the fused operators of ")  # in the report, too
+    assert told.endswith(" do not compute forget_exp")
+    assert told.endswith(fused.why_bodies(changed))
     finding = doctor._recurrences()
     assert finding.status == "optional"
     assert "do not compute forget_exp, input_sigmoid, normalize, normalizer_min" in finding.detail

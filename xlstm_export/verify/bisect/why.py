@@ -59,7 +59,8 @@ def _attributes(ours: ir.Node, theirs: ir.Node) -> list[str]:
         if isinstance(a, ir.TensorProtocol) or isinstance(b, ir.TensorProtocol):
             continue
         if a != b:
-            said.append(f"attribute {name} is {a}, should be {b}")
+            x, y = ("absent" if value is None else value for value in (a, b))
+            said.append(f"attribute {name} is {x}, should be {y}")
     return said
 
 

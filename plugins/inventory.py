@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from xlstm_export.plugins.locate import KINDS, OWN, Built, Sources
+from xlstm_export.plugins.locate import KINDS, OWN, Built, Sources, computed_attributes
 
 from xlstm_export.ops.operands import OPERATORS
 
@@ -46,15 +46,11 @@ def unknown_attributes(path: Path) -> frozenset[str]:
     None for a library that does not load: whoever runs it is told.
     """
     try:
-        library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        known = computed_attributes(path)
     except OSError:
         return frozenset()
-    every = {x for operator in OPERATORS.values() for x in operator.attributes}
-    known = {x.name for x in every if x.declared}  # of a version before the function to ask
-    if hasattr(library, "xlstm_attributes"):
-        library.xlstm_attributes.restype = ctypes.c_char_p
-        known = set(library.xlstm_attributes().decode().split())
-    return frozenset(x.name for x in every) - known
+    newer = {x.name for operator in OPERATORS.values() for x in operator.attributes if not x.declared}
+    return frozenset(newer) - known
 
 
 def loading_problem(path: Path) -> str:

@@ -7,6 +7,7 @@ no process and imports no large package.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -170,6 +171,19 @@ class Sources:
 
 OWN = Sources(Path(__file__).resolve().parent)
 """The sources that belong to this package."""
+
+
+def computed_attributes(path: Path) -> frozenset[str]:
+    """The attributes that a library for ONNX Runtime says to compute; none where it is an earlier version.
+
+    Raises:
+        OSError: it does not load.
+    """
+    library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    if not hasattr(library, "xlstm_attributes"):
+        return frozenset()
+    library.xlstm_attributes.restype = ctypes.c_char_p
+    return frozenset(library.xlstm_attributes().decode().split())
 
 
 def is_off(kind: str) -> bool:

@@ -52,6 +52,7 @@ class CpuGraph:
         disabled: optimizers that are left out.
         in_place: names of the states that the graph may update in the buffer they came in.
         arrays: values of the initializers that are in no file.
+        attributes: of recurrences that are left to kernels, those that make them another function than usual.
     """
 
     source: bytes | str
@@ -60,6 +61,7 @@ class CpuGraph:
     disabled: tuple[str, ...] = ()
     in_place: frozenset[str] = frozenset()
     arrays: Arrays = field(default_factory=dict)
+    attributes: frozenset[str] = frozenset()
 
     def open(self, options: OrtObject, folder: Path) -> OrtObject:
         """An onnxruntime.InferenceSession.
@@ -199,8 +201,9 @@ def name_of(*, decode: bool, fused: bool) -> str:
 def to_json(graph: CpuGraph) -> Json:
     """The entry of a graph in graphs.json: how to open it."""
     data = asdict(graph)
-    del data["source"], data["arrays"]
-    return {**data, "disabled": list(graph.disabled), "in_place": sorted(graph.in_place)}
+    del data["source"], data["arrays"], data["attributes"]
+    attributes = {"attributes": sorted(graph.attributes)} if graph.attributes else {}
+    return {**data, "disabled": list(graph.disabled), "in_place": sorted(graph.in_place), **attributes}
 
 
 def is_prepared(folder: Path) -> bool:
@@ -225,6 +228,7 @@ def read_prepared(folder: Path, name: str) -> CpuGraph:
             bool(entry["mem_pattern"]),
             tuple(entry["disabled"]),
             frozenset(entry["in_place"]),
+            attributes=frozenset(entry.get("attributes", ())),
         )
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

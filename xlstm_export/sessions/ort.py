@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BuildError, InputError
+from ..errors import BuildError, InputError, SetupError
 from ..inputs import Arrays, cut, length_of, per_position
 from ..inputs import piece as piece_of
+from ..plugins.locate import computed_attributes
 from ..runfolder import IO, MODEL
 from ..specs import TensorSpec
 from .arrays import numpy_type
@@ -160,6 +161,7 @@ class GraphSession(Session):
         graph = self._source.graph(self.batch, decode=decode, fused=self.fused)
         options = session_options(self._threads)
         if self._library is not None:
+            _require_attributes(self._library, graph.attributes)
             options.register_custom_ops_library(str(self._library))
         folder = self._source.run.path
         path = folder / MODEL
@@ -185,6 +187,19 @@ class GraphSession(Session):
                 self._buffers[1 - self._now][name] = self._buffers[self._now][name]
                 self._values[1 - self._now][name] = self._values[self._now][name]
         assert self._in_place <= names, "prefill and decode update the same states in place"
+
+
+def _require_attributes(library: Path, attributes: frozenset[str]) -> None:
+    """Refuse a library of other sources that would leave out attributes, and so compute another function.
+
+    Raises:
+        SetupError: it does not compute them.
+    """
+    if lacking := attributes - computed_attributes(library) if attributes else None:
+        raise SetupError(
+            f"{library} does not compute {', '.join(sorted(lacking))}, which the recurrences here have",
+            "set XLSTM_EXPORT_ORT_CPU_LIBRARY=off for function bodies, or build it from these sources",
+        )
 
 
 class _StepBinding:

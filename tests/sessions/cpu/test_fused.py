@@ -281,7 +281,7 @@ def test_a_library_that_is_named_must_be_there(
 
 @needs_compiler
 def test_what_a_library_does_not_compute_runs_as_bodies(
-    tiny: tuple[Path, checkpoint.Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple[Path, checkpoint.Loaded], streams: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library of earlier sources: it would read the attributes that it knows and leave out the others."""
     monkeypatch.setenv(VARIABLE, str(stub_library(tmp_path, "-Dxlstm_attributes=earlier")))
@@ -300,9 +300,18 @@ def test_what_a_library_does_not_compute_runs_as_bodies(
     assert told.startswith("function bodies: the fused operators of ")  # in the report, too
     assert told.endswith(" do not compute forget_exp")
     assert told.endswith(fused.why_bodies(changed))
+    # Where it is given to a session, as on a board, it is refused.
+    given = OrtSession(changed, library=fused.library())
+    x = {name: array[:1, :1] for name, array in streams.items()}
+    with given as session, pytest.raises(SetupError, match="does not compute forget_exp") as refusal:
+        session.step(x)
+    variable, value = refusal.value.hint.split()[1].split("=")
     finding = doctor._recurrences()
     assert finding.status == "optional"
     assert "do not compute forget_exp, input_sigmoid, normalize, normalizer_min" in finding.detail
+    monkeypatch.setenv(variable, value)
+    with OrtSession(changed) as session:
+        session.step(x)
 
 
 def test_a_library_of_these_sources_computes_every_attribute(library: Path) -> None:

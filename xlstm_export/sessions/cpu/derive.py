@@ -48,7 +48,8 @@ def derive(
     if not fused:
         return graph
     pairs = {s.past: s.present for s in io.states}
-    return replace(graph, in_place=fused_operators.states_in_place(model, pairs))
+    attributes = fused_operators.attributes_of(model)
+    return replace(graph, in_place=fused_operators.states_in_place(model, pairs), attributes=attributes)
 
 
 def _fp32_graph(model: ir.Model, path: Path, batch: int, *, decode: bool, fused: bool) -> CpuGraph:

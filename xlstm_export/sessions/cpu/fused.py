@@ -49,14 +49,19 @@ def why_bodies(folder: Path) -> str:
         return "the fused operators are not built here"
     unknown = unknown_attributes(path)
     if unknown:  # of these sources none is, and nothing has to be read
-        unknown &= {name for node in load_graph(folder / MODEL).graph for name in _function(node)}
+        unknown &= attributes_of(load_graph(folder / MODEL))
     return f"the fused operators of {path} do not compute {', '.join(sorted(unknown))}" if unknown else ""
 
 
-def _function(node: ir.Node) -> frozenset[str]:
-    """The attributes of a recurrence operator by which it may be another function than usual."""
-    operator = recurrence(node)
-    return frozenset() if operator is None else operator.given(node.attributes)
+def attributes_of(model: ir.Model) -> frozenset[str]:
+    """The attributes that make recurrences of a graph another function than the one of every version."""
+    found: set[str] = set()
+    for node in model.graph:
+        operator = recurrence(node)
+        if operator is not None:
+            declared = {x.name for x in operator.attributes if x.declared}
+            found |= operator.given(node.attributes) - declared
+    return frozenset(found)
 
 
 def drop_bodies(model: ir.Model) -> None:

@@ -87,6 +87,20 @@ def test_a_window_is_recommended_where_a_table_of_positions_ends() -> None:
     assert "export with --stateless" not in found.hint
 
 
+class ImageCell(Cell):
+    """One channel of an image, which looks like one position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], 8, 8).cumsum(1)[:, None]
+
+
+def test_a_window_is_recommended_where_an_axis_of_one_is_no_position() -> None:
+    loaded = checkpoint.load_live(Around(ImageCell()).eval(), torch.randn(2, 1, 8, 8))
+    found = with_advice(UNKNOWN, loaded, lambda loaded: None)
+    assert '{"x": ("B", 1, 8, 8)}' in found.hint
+    assert "does not export without states" not in found.hint
+
+
 def test_rows_that_meet_are_the_reason() -> None:
     assert "rows must not meet in forward" in advice(MeetsRowsCell()).hint
 

@@ -44,8 +44,9 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
         check_memory(loaded)
     except BuildError as memory:
         return BuildError(f"{error.message}; and {memory.message}", memory.hint)
-    dims = _fixed(loaded)
-    fixed = replace(loaded, dims={**loaded.dims, **dims})
+    given = _as_given(loaded)
+    dims = _fixed(given)
+    fixed = replace(given, dims={**loaded.dims, **dims})
     lengths = _lengths(loaded)
     problem = _problem(loaded, trace) if not lengths else "forward does not take other lengths"
     if not problem:
@@ -54,7 +55,7 @@ def with_advice(error: BuildError, loaded: Loaded, trace: Works) -> BuildError:
             if advised
             else f"export with --stateless: then every call starts fresh; or {error.hint}"
         )
-    elif dims and not _one_position(loaded) and not (problem := _problem(fixed, trace)):
+    elif dims and not _one_position(given) and not (problem := _problem(fixed, trace)):
         declared = ", ".join(f'"{name}": {_shown(shape)}' for name, shape in dims.items())
         hint = (
             f"forward works for {lengths or ONLY}; declare it: the factory returns "
@@ -77,6 +78,18 @@ def _one_position(loaded: Loaded) -> bool:
     specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
     axes = {name: spec.time_axis for name, spec in specs.items()}
     return any(a is not None and loaded.inputs[n].shape[a] == 2 * specs[n].steps for n, a in axes.items())
+
+
+def _as_given(loaded: Loaded) -> Loaded:
+    """The model with the user's example where that was doubled, and forward does not take it: an image."""
+    if not _one_position(loaded) or called(loaded, loaded.inputs) is not None:
+        return loaded
+    specs = {name: TensorSpec(name, "", loaded.input_dims(name)) for name in loaded.inputs}
+    halved = {
+        name: x if (axis := specs[name].time_axis) is None else x.narrow(axis, 0, specs[name].steps)
+        for name, x in loaded.inputs.items()
+    }
+    return replace(loaded, inputs=halved)
 
 
 def _problem(loaded: Loaded, trace: Works) -> str:

@@ -129,11 +129,13 @@ def test_a_state_of_the_callers_own_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_bare_backend_is_refused_by_name() -> None:
-    from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
+    """That of `transformers`, which it defines where xlstm is absent; mlstm_kernels' own is known."""
     from torch import nn
 
-    module = nn.ModuleDict({"backend": mLSTMBackend(mLSTMBackendConfig())})
-    with refused(BuildError, "backend: mlstm_kernels.torch.backend_module.mLSTMBackend", "docs/adapters.md"):
+    place = "transformers.models.xlstm.modeling_xlstm"
+    backend = type("xLSTMBackend", (nn.Module,), {"__module__": place})()
+    module = nn.ModuleDict({"backend": backend})
+    with refused(BuildError, f"backend: {place}.xLSTMBackend", "docs/adapters.md"):
         lift_model(checkpoint.Loaded(module, {"x": torch.zeros(2, 8, 64)}, "y", "Own", {}))
 
 

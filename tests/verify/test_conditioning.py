@@ -73,6 +73,8 @@ def test_one_position_may_be_far_off_and_no_more() -> None:
     own = OwnError(1e-3, 1e-3, {("y", 50): 3e-7, ("y", 99): 6e-5, ("y", 100): 1e-2})
     assert wider_by_own_error(Check("prefill 199: y", 3e-3, 5e-6), own).passed
     assert wider_by_own_error(Check("prefill 199: states", 1e-2, 1e-5), own).limit == MOST_OWN
+    conv = Check("long stream 135: states", 1e-4, 1e-5, {"worst": "past_1_conv"})
+    assert wider_by_own_error(conv, OwnError(0.0, 1e-5)).limit == OWN_POSITIONS[100] * 1e-5
     about = {"output": "y", "quantile": 100}
     assert wider_by_own_error(Check("positions of y", 0.07, 1e-5, about), own).passed
     most = {**own.positions, ("y", 99): 1e-2}  # more than a few

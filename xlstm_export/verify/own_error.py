@@ -68,9 +68,11 @@ def own_error(
         if states and has_positions(plain.io):
             plain.reset()
             found.append((math.inf, whole, streams.joined([1] * whole, plain.prefill), plain.state()))
-        if long is not None:
-            plain.reset()
-            found.append((math.inf, 0, plain.prefill(long[0]), plain.state()))
+        for mode, most in roundings(exact=exact) if long is not None and exact else roundings()[:1]:
+            if long is not None:
+                plain.reset()
+                with mode:
+                    found.append((most, 0, plain.prefill(long[0]), plain.state()))
     if not states:
         with TorchSession(loaded, 1, "float32") as single:
             for row in range(batch):

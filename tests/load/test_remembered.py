@@ -149,3 +149,19 @@ def test_the_oldest_records_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in "abcde":
         remember(name, FILES)
     assert sorted(path.stem for path in cache.iterdir()) == ["c", "d", "e"]
+
+
+def test_code_that_stands_beside_the_package_is_in_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a checkout that is calibration and plugins; in a wheel they are inside."""
+    for name in ("package", "calibration", "plugins", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "code.py").write_text("A = 1")
+    monkeypatch.setattr(remembered, "_OWN", tmp_path / "package")
+    keys = [remembered.key_of()]
+    for name in ("package", "calibration", "plugins", "tests"):
+        (tmp_path / name / "code.py").write_text("A = 2")
+        keys.append(remembered.key_of())
+    assert len(set(keys[:4])) == 4
+    assert keys[3] == keys[4]

@@ -66,7 +66,11 @@ _ELSEWHERE = frozenset({"origin", "files", "companions", "weights", "module", "s
 
 def key_of(*parts: object) -> str:
     """A hash of JSON values, of this package's code and of the installed packages."""
-    own = {str(path.relative_to(_OWN)): sha256(path) for path in sorted(_OWN.rglob("*.py"))}
+    own = {
+        f"{place.name}/{path.relative_to(place)}": sha256(path)
+        for place in _places()
+        for path in sorted(place.rglob("*.py"))
+    }
     # Not those of other folders on the path, such as the one that a command runs in: they come and go.
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     packages = sorted(
@@ -74,6 +78,12 @@ def key_of(*parts: object) -> str:
         for d in metadata.distributions(path=places)
     )
     return hashlib.sha256(json.dumps([own, packages, parts], sort_keys=True).encode()).hexdigest()
+
+
+def _places() -> tuple[Path, ...]:
+    """Folders of this package's code; in a checkout, `calibration` and `plugins` stand beside it."""
+    beside = [_OWN.parent / name for name in ("calibration", "plugins")]
+    return (_OWN, *(place for place in beside if not (_OWN / place.name).is_dir() and place.is_dir()))
 
 
 def remember(key: str | None, files: JsonMapping) -> None:

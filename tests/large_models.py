@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -46,6 +47,7 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def make_large(folder: Path, *, shards: int = 0, seed: int = 0, **changes: Any) -> Path:
     """A directory as `xlstm.xlstm_large.from_pretrained.load_from_pretrained` reads it."""
+    pytest.importorskip("mlstm_kernels")  # it has no release for Python 3.10
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
     from xlstm_export.load.families.large import NATIVE
@@ -75,6 +77,7 @@ def make_hf(
     **changes: Any,
 ) -> Path:
     """A directory as `save_pretrained` writes it, with the kernels of the published 7B checkpoint."""
+    pytest.importorskip("mlstm_kernels")  # transformers needs it where xlstm is installed
     from transformers import xLSTMConfig
     from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM, xLSTMModel
 

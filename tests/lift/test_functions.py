@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mlstm_kernels.torch import get_mlstm_kernel, get_mlstm_sequence_kernel
-from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 from places import ROOT
 from refusals import refused
 from torch import Tensor, nn
@@ -24,6 +22,10 @@ from xlstm_export.lift.functions import FunctionCell, register_function
 from xlstm_export.lift.lift import Lifted, lift, run_lifted
 from xlstm_export.load.checkpoint import load_live
 from xlstm_export.trace import export as trace
+
+pytest.importorskip("mlstm_kernels")  # it has no release for Python 3.10
+from mlstm_kernels.torch import get_mlstm_kernel, get_mlstm_sequence_kernel
+from mlstm_kernels.torch.backend_module import mLSTMBackend, mLSTMBackendConfig
 
 HEADS, DIM = 2, 4
 WIDTH = HEADS * DIM

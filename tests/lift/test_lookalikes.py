@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from mlstm_kernels.torch import get_mlstm_step_kernel
 from refusals import refused
 from torch import Tensor, nn
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
@@ -18,6 +17,9 @@ from xlstm.blocks.mlstm.cell import mLSTMCell, mLSTMCellConfig
 from xlstm_export.errors import BuildError
 from xlstm_export.lift import lift as cells
 from xlstm_export.lift import lookalikes
+
+pytest.importorskip("mlstm_kernels")  # it has no release for Python 3.10
+from mlstm_kernels.torch import get_mlstm_step_kernel
 
 WIDTH = 8
 

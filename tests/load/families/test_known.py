@@ -35,6 +35,7 @@ class Speller(nn.Module):
 
 
 def large() -> nn.Module:
+    pytest.importorskip("mlstm_kernels")
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
     from xlstm_export.load.families.large import NATIVE
@@ -44,6 +45,7 @@ def large() -> nn.Module:
 
 
 def hugging_face() -> nn.Module:
+    pytest.importorskip("mlstm_kernels")
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2}
     return transformers.xLSTMForCausalLM(transformers.xLSTMConfig(**sizes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from tier_marks import quick
 
-from xlstm_export.errors import BuildError, InputError
+from xlstm_export.errors import BuildError, InputError, SetupError
 from xlstm_export.lift.model import lift_model, spec_of
 from xlstm_export.load import checkpoint
 from xlstm_export.load.families.large import weight_mode
@@ -46,6 +48,7 @@ def test_variants_pass_the_full_verification(tmp_path: Path, name: str) -> None:
 
 def test_the_weights_are_upstreams(tmp_path: Path) -> None:
     """Our loader against `load_from_pretrained`, on numbered shards."""
+    pytest.importorskip("mlstm_kernels")
     from xlstm.xlstm_large.from_pretrained import load_from_pretrained
 
     folder = large_models.make_large(tmp_path / "checkpoint", shards=3)
@@ -148,3 +151,17 @@ def test_nan_in_a_weight_is_found_while_the_graph_is_written(tmp_path: Path) -> 
     with refused(InputError, "lm_head.weight", "1 non-finite value(s), the first is nan at [7, 3]"):
         trace.export(loaded, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("family", ["large", "hf"])
+def test_upstream_without_its_kernels(family: str, tmp_path: Path) -> None:
+    """In a process of its own, where upstream's modules are imported anew."""
+    folder = getattr(large_models, f"make_{family}")(tmp_path / "checkpoint")
+    script = (
+        "import sys; sys.modules['mlstm_kernels'] = None\n"
+        f"sys.argv = ['xlstm-export', 'export', {str(folder)!r}, '-o', {str(tmp_path / 'out')!r}]\n"
+        "from xlstm_export.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == SetupError.exit_code, done.stderr
+    assert "→ pip install mlstm_kernels; it needs Python 3.11" in done.stderr

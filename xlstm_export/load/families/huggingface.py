@@ -22,7 +22,7 @@ from ..loaded import Loaded, check_fit
 from ..mapping import read_mapping
 from ..match import match
 from ..place import find_config, need_config, read_config
-from .large import HINT, NATIVE, check_kernel, full_precision_norms, weight_mode
+from .large import HINT, NATIVE, check_kernel, full_precision_norms, kernels_hint, weight_mode
 
 CONFIG = "config.json"
 # Fields of early configs that `transformers` does not read; each describes what the architecture does anyway,
@@ -61,9 +61,8 @@ def load(path: Path) -> Loaded:
         from transformers import xLSTMConfig
         from transformers.models.xlstm.modeling_xlstm import xLSTMForCausalLM, xLSTMModel
     except ImportError as error:
-        raise SetupError(
-            f"transformers with xLSTM cannot be imported: {error}", "pip install -U transformers"
-        ) from error
+        hint = kernels_hint(error, "pip install -U transformers")
+        raise SetupError(f"transformers with xLSTM cannot be imported: {error}", hint) from error
     config_path = path / CONFIG if path.is_dir() else need_config(path)
     config = read_config(config_path)
     if config.get("model_type") != "xlstm":

@@ -25,12 +25,20 @@ NATIVE = {
     "inference_state_dtype": "float32",
     "return_last_states": False,
 }
+KERNELS = "mlstm_kernels"  # what upstream's xLSTM large imports
 HINT = "check num_blocks, embedding_dim, num_heads, the factors and vocab_size in the config"
 
 
 def matches(config: Json) -> bool:
     """Whether a config is one of `xLSTMLargeConfig`."""
     return "num_heads" in config and not {"mlstm_block", "slstm_block"} & set(config)
+
+
+def kernels_hint(error: ImportError, otherwise: str) -> str:
+    """What to install for an xLSTM large; its modules need a package that xlstm alone does not bring."""
+    if KERNELS not in str(error):
+        return otherwise
+    return f"pip install {KERNELS}; it needs Python 3.11 or newer"
 
 
 def load(path: Path) -> Loaded:
@@ -43,7 +51,8 @@ def load(path: Path) -> Loaded:
     try:
         from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
     except ImportError as error:
-        raise SetupError(f"the `xlstm` package cannot be imported: {error}", "pip install xlstm") from error
+        hint = kernels_hint(error, "pip install xlstm")
+        raise SetupError(f"the `xlstm` package cannot be imported: {error}", hint) from error
     found = find_weights(path)
     config_path = need_config(path)
     config = read_config(config_path)

@@ -74,12 +74,7 @@ def own_error(
                 with mode:
                     found.append((most, 0, plain.prefill(long[0]), plain.state()))
     if not states:
-        with TorchSession(loaded, 1, "float32") as single:
-            for row in range(batch):
-                single.reset()
-                alone = single.prefill(rows_of(inputs, single.io, slice(row, row + 1)))
-                theirs = streams_of(expected(whole)[0], single.io, [row], batch)
-                errors += [difference(alone[name], theirs[name]).relative_l2 for name in theirs]
+        errors += _rows_alone(loaded, inputs, batch, expected(whole)[0])
     drifted: list[float] = []
     for most, length, outputs, state in found:
         right, after = long[1:] if long is not None and not length else expected(length)
@@ -96,6 +91,18 @@ def own_error(
         positions={key: worst.value for key, worst in positions.worst.items()},
         ill_conditioned=tuple(ill_conditioned(by_position)),
     )
+
+
+def _rows_alone(loaded: Loaded, inputs: Arrays, batch: int, right: Arrays) -> list[float]:
+    """Errors of the rows of a batch that are called one by one."""
+    errors: list[float] = []
+    with TorchSession(loaded, 1, "float32") as single:
+        for row in range(batch):
+            single.reset()
+            alone = single.prefill(rows_of(inputs, single.io, slice(row, row + 1)))
+            theirs = streams_of(right, single.io, [row], batch)
+            errors += [difference(alone[name], theirs[name]).relative_l2 for name in theirs]
+    return errors
 
 
 def own_metric_error(loaded: Loaded, data: EvalData, reference: TorchSession) -> dict[str, float]:

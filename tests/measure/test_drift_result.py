@@ -24,7 +24,7 @@ from xlstm_export.measure.drift_result import (
     judged_growth,
 )
 from xlstm_export.quantize.recipe import PRECISIONS
-from xlstm_export.verify.drift_gate import drift_checks, first_failing_block
+from xlstm_export.verify.drift_gate import drift_checks, first_failing_block, grows, that_grow
 from xlstm_export.verify.limits import DRIFT_LIMITS, DriftLimits, drift_limits
 
 LIMITS = DriftLimits(output=0.02, state=0.02, kl=1e-3)
@@ -139,6 +139,19 @@ def test_free_running_is_judged_too() -> None:
     teacher = Series(TEACHER, None, "y", (1000, 16000), (0.01, 0.01), (0.01, 0.01))
     free = replace(teacher, mode=FREE, errors=(0.01, 0.018))
     assert failed(drift_checks(drift_of(teacher, free), LIMITS)) == ["free-running: y: growth"]
+
+
+@pytest.mark.parametrize(("elsewhere", "grown"), [(0.01, 1.34), (0.016, 1.70), (math.inf, math.inf)])
+def test_what_accumulates_grows_on_every_stream(elsewhere: float, grown: float) -> None:
+    series = Series(TEACHER, None, "y", (1000, 16000), (0.01, 0.018), (0.01, 0.01))
+    here = drift_checks(drift_of(series), LIMITS)
+    others = drift_checks(drift_of(replace(series, errors=(0.01, elsewhere))), LIMITS)
+    assert grows(here)
+    level, growth = that_grow(here, others)
+    assert level == here[0]
+    assert growth.value == pytest.approx(grown, rel=0.01)
+    assert growth.passed == (grown < 1.5)
+    assert grows([growth]) != growth.passed
 
 
 @pytest.fixture

@@ -15,13 +15,16 @@ from onnx import numpy_helper
 
 from xlstm_export import atomic, checks, runfolder
 from xlstm_export.errors import UsageError
+from xlstm_export.inputs import Arrays
 from xlstm_export.load.checkpoint import Loaded
+from xlstm_export.measure.drift import measure_drift
+from xlstm_export.measure.drift_result import Drift
 from xlstm_export.options import CalibrateOptions, Context, ExportOptions, VerifyOptions
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.trace import export as trace
-from xlstm_export.verify import limits, verdict
+from xlstm_export.verify import limits, precision, verdict
 from xlstm_export.verify.precision import drift_at, fp32_reference, verify_precision
 from xlstm_export.verify.verify import verify_run
 
@@ -86,6 +89,34 @@ def test_fp16_passes_and_everything_is_reported(half: Path, small_loaded: Loaded
     assert saved["precision"]["drift"]["rows"]
     assert (half / "verify" / "drift.csv").read_text().startswith("mode,block,tensor,horizon,error")
     verdict.require_verified(half)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_growth_is_looked_at_on_other_streams(
+    everywhere: bool, half: Path, small_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What few positions of one stream decide is no growth; what accumulates is on the other one too."""
+    seen: list[np.ndarray] = []
+
+    def growing(reference: Any, candidate: Any, inputs: Arrays, plan: Any, context: Context) -> Drift:
+        seen.append(inputs["tokens"])
+        drift = measure_drift(reference, candidate, inputs, plan, context)
+        if len(seen) > 1 and not everywhere:
+            return drift
+        worse = [
+            replace(x, errors=(*x.errors[:-1], 9 * x.errors[-1])) if x.block is None else x
+            for x in drift.series
+        ]
+        return replace(drift, series=tuple(worse))
+
+    monkeypatch.setattr(precision, "measure_drift", growing)
+    monkeypatch.setattr(precision._Precision, "of_this_model", lambda self, found: found)
+    report = verify_run(half, small_loaded, SHORT, ONE_THREAD)
+    grown = {name for name in failed(report) if name.endswith(": growth")}
+    assert bool(grown) == everywhere
+    assert len(seen) == 2
+    assert seen[0].shape[0] == seen[1].shape[0] == 2
+    assert not np.array_equal(*seen)
 
 
 def test_a_verified_export_is_the_reference(small_export: Path, small_loaded: Loaded, tmp_path: Path) -> None:

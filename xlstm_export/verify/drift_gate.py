@@ -19,6 +19,8 @@ from ..runfolder import read_io
 from ..sessions import OrtSession
 from .limits import DriftLimits, drift_limits
 
+GROWTH = ": growth"  # how the names of these checks end
+
 
 def state_judge(stream: Mapping[str, np.ndarray]) -> Callable[[Path, Path, Recipe], list[Check]]:
     """The check that `quantize` makes of a state that is stored in half: no drift along `stream`.
@@ -67,6 +69,28 @@ def drift_checks(drift: Drift, limits: DriftLimits) -> list[Check]:
     return checks
 
 
+def grows(checks: Sequence[Check]) -> bool:
+    """Whether an error grows by more than its limit."""
+    return any(check.name.endswith(GROWTH) and not check.passed for check in checks)
+
+
+def that_grow(checks: Sequence[Check], others: Sequence[Check]) -> list[Check]:
+    """The checks of streams, where growth that fails is the geometric mean of it and that of other streams.
+
+    What accumulates does so on every stream. Where few positions decide an error, its ratio of one horizon to
+    another depends on where in the stream they are.
+    """
+    other = {check.name: check.value for check in others}
+
+    def judged(check: Check) -> Check:
+        if check.passed or not check.name.endswith(GROWTH):
+            return check
+        both = [check.value, other[check.name]]
+        return replace(check, value=math.sqrt(math.prod(both)), detail={**check.detail, "growths": both})
+
+    return [judged(check) for check in checks]
+
+
 def first_failing_block(checks: Sequence[Check]) -> int | None:
     """Index of the first block whose states fail; None if there is none."""
     return min((c.detail["block"] for c in checks if not c.passed and "block" in c.detail), default=None)
@@ -84,7 +108,7 @@ def _pair(name: str, group: Sequence[Series], level: float, limits: DriftLimits)
     full = grown.horizons[grown.base] >= GROWTH_FROM
     return [
         _level(f"{name}: level", worst, worst.errors, level),
-        Check(f"{name}: growth", growth, limits.growth * (1.0 if full else WHILE_FILLING), detail),
+        Check(f"{name}{GROWTH}", growth, limits.growth * (1.0 if full else WHILE_FILLING), detail),
     ]
 
 

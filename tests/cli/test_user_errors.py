@@ -44,7 +44,7 @@ def place(mark: str) -> str:
         ("attribute", "attribute", "forward fails on the example inputs: AttributeError"),
         ("wrong_argument", "argument", "forward fails on the example inputs: TypeError"),
         ("wrong_shape", "shape", "forward fails on the example inputs: RuntimeError"),
-        ("numpy", "numpy", "tracing failed: RuntimeError"),
+        ("numpy", "numpy", "forward computes with NumPy"),
         ("branches", "branch", "forward decides on the values of a tensor"),
         ("no_copy", "copy", "NotImplementedError: there is one of me"),
         ("broken", "factory", "the factory raised IndexError"),

@@ -273,6 +273,7 @@ def test_the_real_library_computes_the_recurrence() -> None:
     ).stdout
     assert {line.split()[-1] for line in exported.splitlines()} == {
         "RegisterCustomOps",
+        "xlstm_attributes",
         *(f"xlstm_{op}_{what}" for op in ("mlstm", "slstm") for what in ("check", "workspace", "run")),
     }
     checks = selftest([KIND])

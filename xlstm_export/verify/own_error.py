@@ -32,11 +32,17 @@ from .ways import BATCH, Expected, StreamChecks
 MOST_MOVED = 2.5e-5
 DRAWS = 3  # calls with moved last places, where the reference is exact
 
+Roundings = tuple[tuple[AbstractContextManager[object], float], ...]
 Long = tuple[Arrays, Arrays, Arrays]  # inputs, and outputs and states of the reference
 
 
 def own_error(
-    loaded: Loaded, streams: StreamChecks, expected: Expected, *, exact: bool, long: Long | None = None
+    loaded: Loaded,
+    streams: StreamChecks,
+    expected: Expected,
+    rounded: Roundings,
+    *,
+    long: Long | None = None,
 ) -> OwnError:
     """Error of the lifted module in FP32 on the inputs of the checks.
 
@@ -48,8 +54,7 @@ def own_error(
         loaded: the model.
         streams: the checks of the ways of calling.
         expected: outputs and states of the reference after so many positions.
-        exact: the reference is in float64. One call in FP32 may be near it by luck where a position is
-            ill-conditioned; calls with moved last places show what another order of additions may give.
+        rounded: of `roundings`; several draws where the reference is exact.
         long: a longer call.
     """
     inputs, batch, whole = streams.inputs, BATCH, max(streams.lengths)
@@ -58,7 +63,7 @@ def own_error(
     errors: list[float] = []
     found: list[tuple[float, int, Arrays, Arrays]] = []  # the most that counts, positions, result
     with TorchSession(loaded, batch, "float32") as plain:
-        for mode, most in roundings(exact=exact):
+        for mode, most in rounded:
             for length in streams.lengths:
                 plain.reset()
                 with mode:
@@ -68,7 +73,7 @@ def own_error(
         if states and has_positions(plain.io):
             plain.reset()
             found.append((math.inf, whole, streams.joined([1] * whole, plain.prefill), plain.state()))
-        for mode, most in roundings(exact=exact) if long is not None and exact else roundings()[:1]:
+        for mode, most in rounded if len(rounded) > 2 else rounded[:1]:
             if long is not None:
                 plain.reset()
                 with mode:
@@ -119,10 +124,16 @@ def own_metric_error(loaded: Loaded, data: EvalData, reference: TorchSession) ->
     return {name: check.value for name, check in zip(("metric", "kl", "top1"), checks, strict=False)}
 
 
-def roundings(*, exact: bool = False) -> tuple[tuple[AbstractContextManager[object], float], ...]:
-    """Contexts of calls in FP32 that round differently, each with the largest error that counts in it."""
-    draws, most = (DRAWS, ONE_POSITION * MOST_OWN) if exact else (1, MOST_MOVED)
-    return (contextlib.nullcontext(), math.inf), *((_LastPlace(seed), most) for seed in range(draws))
+def roundings(draws: int | None = None) -> Roundings:
+    """Contexts of calls in FP32 that round differently, each with the largest error that counts in it.
+
+    Args:
+        draws: calls with moved last places, where the reference is in float64: one call in FP32 may be near
+            it by luck where a position is ill-conditioned, and these show what another order of additions
+            may give. None where the reference rounds as well, and one such call is made.
+    """
+    most = MOST_MOVED if draws is None else ONE_POSITION * MOST_OWN
+    return (contextlib.nullcontext(), math.inf), *((_LastPlace(seed), most) for seed in range(draws or 1))
 
 
 class _LastPlace(TorchDispatchMode):
@@ -131,6 +142,8 @@ class _LastPlace(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._rng = torch.Generator().manual_seed(seed)
+        self._moves = self._drawn(1 << 16)
+        self._next = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -140,8 +153,19 @@ class _LastPlace(TorchDispatchMode):
     def _moved(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return x
-        sign = torch.randint(0, 2, x.shape, generator=self._rng) * 2 - 1
-        return x * (1 + sign * (torch.finfo(torch.float32).eps / 2))
+        count = x.numel()
+        if count > len(self._moves):
+            self._moves = self._drawn(2 * count)
+        if self._next + count > len(self._moves):
+            self._next = int(torch.randint(0, len(self._moves) - count + 1, (), generator=self._rng))
+        moves = self._moves[self._next : self._next + count]
+        self._next += count
+        return x * moves.view(x.shape)
+
+    def _drawn(self, count: int) -> Tensor:
+        """So many factors. Calls of one position have a thousand small results, which share them."""
+        signs = torch.randint(0, 2, (count,), generator=self._rng) * 2 - 1
+        return 1 + signs * (torch.finfo(torch.float32).eps / 2)
 
 
 _ATEN = torch.ops.aten

@@ -69,8 +69,9 @@ OWN_ERRORS = 2.0
 # additions to another. 3.2 (outputs) and 2.6 (states) times were measured of two good models with weights
 # three times as large. Half of the positions stay at 2.
 ILL_CONDITIONED = 4.0
-# Of positions, the same by quantile. Measured: 1.0, 1.6 and 2.9.
-OWN_POSITIONS = {50: 2.0, 99: 4.0, 100: 8.0}
+# Of positions, the same by quantile. Measured: 1.0, 1.6 and 2.9. The worst position of all calls is a fifth
+# further off than that of one, so it is not 8: a fault of 2e-5 in calls of two positions would pass.
+OWN_POSITIONS = {50: 2.0, 99: 4.0, 100: 7.0}
 # An error below these says nothing: 8 and 16 units of the last place of FP32 (1.2e-7). Measured on the same
 # models were 2e-7 … 9e-7 and 1e-7 … 1.5e-6.
 SMALLEST = {"output": 1e-6, "state": 2e-6}

@@ -247,7 +247,19 @@ def speed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# Marker → files of results, and what makes the table of them.
+def sessions(result: dict[str, Any]) -> str:
+    """A step of one of several sessions against a step of one alone."""
+    lines = [
+        "| model | alone | 2 sessions | 4 sessions | between prefills |",
+        "|---|---|---|---|---|",
+    ]
+    for name, ms in result["models"].items():
+        others = [ms["sessions_2"], ms["sessions_4"], ms["between_prefills"]]
+        cells = [f"{ms['sessions_1']:.3g} ms", *(f"{other / ms['sessions_1']:.2f}×" for other in others)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def answers(result: dict[str, Any]) -> str:
     """How soon mistakes on the command line are answered, in a sentence."""
     times = sorted(case["times_help"] for case in result["cases"])
@@ -309,6 +321,7 @@ def bisect(result: dict[str, Any]) -> str:
     )
 
 
+# Marker → files of results, and what makes the table of them.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "summary": (("cpu.json", "int8.json"), summary),
     "speed": (("cpu.json",), speed),
@@ -316,6 +329,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "operators": (("cpu_operators.json",), operators),
     "precision": (("precision.json",), precision),
     "scale": (("scale.json",), scale),
+    "sessions": (("sessions.json",), sessions),
     "answers": (("answers.json",), answers),
     "gate": (("gate.json",), gate),
     "bisect": (("bisect.json",), bisect),

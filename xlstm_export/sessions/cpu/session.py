@@ -19,7 +19,8 @@ class OrtSession(GraphSession):
     Args:
         folder: run folder of `export` or `quantize`, or a bundle, whose graphs are derived already.
         batch: number of streams.
-        threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores.
+        threads: threads of one operator; 0 for `XLSTM_EXPORT_THREADS`, or all cores. They sleep between
+            calls, so that several sessions of a process leave each other the cores.
         rounding: whether half values are rounded to their type, as on a device that computes in half, which
             `verify` judges; by default they are computed in FP32, which is several times faster on a CPU.
         fused: whether to run recurrences as kernels where these are built; else their function bodies run.

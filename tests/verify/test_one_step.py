@@ -30,7 +30,7 @@ from xlstm_export.verify.limits import (
     wider_by_sensitivity,
     wider_way,
 )
-from xlstm_export.verify.one_step import EPS, moved_export
+from xlstm_export.verify.one_step import EPS, by_sensitivity, moved_export
 from xlstm_export.verify.precision import verify_precision
 
 SHORT = VerifyOptions(horizon=300, free_horizon=20)
@@ -94,8 +94,28 @@ def test_a_way_of_calling_follows_the_activations_alone(small_export: Path, tmp_
             far[weights] = difference(b.prefill(tokens)["logits"], a.prefill(tokens)["logits"]).relative_l2
     assert far[False] < 3e-3 < 3e-2 < far[True]
     limit = wider_way(Check("step: states", 6.6e-3, 5e-3), 0.01)
-    assert (limit.passed, limit.limit, limit.detail["usual_limit"]) == (True, 0.01, 5e-3)
+    assert (limit.passed, limit.limit, limit.detail["usual_limit"]) == (True, 0.02, 5e-3)
     assert wider_way(Check("step: states", 9.0, 5e-3), 50.0).limit == MOST_RELATIVE
+
+
+@pytest.mark.parametrize(("name", "value"), [("teacher-forced: y: level", 0.2), ("step: y", 0.15)])
+def test_one_move_in_some_decides(name: str, value: float) -> None:
+    """Where a gate is steep, most moves do little; what is far beyond them is not tried further."""
+    draws: list[tuple[bool, int]] = []
+
+    def moved(weights: bool, seed: int) -> dict[str, float]:
+        draws.append((weights, seed))
+        return {name: 0.1 if seed == 3 else 0.01}
+
+    ways = {"step: y"}
+    [judged] = by_sensitivity([Check(name, value, 0.06)], ways, moved)
+    assert (judged.passed, judged.detail["one_step"]) == (True, 0.1)
+    assert draws == [(name not in ways, seed) for seed in range(4)]
+    draws.clear()
+    [judged] = by_sensitivity([Check(name, 0.6, 0.06)], ways, moved)
+    assert (judged.passed, len(draws)) == (False, 1)
+    assert by_sensitivity([Check(name, 0.01, 0.06)], ways, moved) == [Check(name, 0.01, 0.06)]
+    assert len(draws) == 1
 
 
 def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ PRECISION_LIMITS = {
 
 # The same checks of an FP32 export whose weights and activations are moved by at most half a step of the
 # precision (`one_step`) have this share of a good candidate's values, which are also rounded in between.
-STEPS = 8.0
+# Half types round all that is between products, too: of 672 good exports, one in fp16 had 9.2 times.
+STEPS = 10.0
 FREE = 2.0  # times as much where a model reads its own text: that of the moved export is another one
 GROWTHS = 1.5  # of growth, which is a ratio already
 # Errors of outputs relative to the values themselves: from here on, little of them is left.
@@ -271,9 +272,10 @@ def wider_way(check: Check, own: float) -> Check:
     Args:
         check: two ways of calling a half or quantized export, whose values may be rounded in the one
             direction or the other.
-        own: error from FP32, called in this way, if every activation is rounded in another direction.
+        own: error from FP32, called in this way, if every activation is rounded in another direction. Two
+            ways that are so far from FP32 each are at most twice as far from each other.
     """
-    return _by_sensitivity(check, own, min(MOST_RELATIVE, own))
+    return _by_sensitivity(check, own, min(MOST_RELATIVE, 2 * own))
 
 
 def _by_sensitivity(check: Check, own: float, limit: float) -> Check:

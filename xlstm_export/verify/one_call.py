@@ -16,10 +16,10 @@ from ..distance import difference
 from ..inputs import Arrays
 from ..specs import TensorSpec
 from .limits import limit_of_one_call, output_limit
+from .one_step import DRAWS
 from .positions import Positions, quantiles
 
 NAME = "one call against FP32"
-DRAWS = 8  # of the moves, where the first one does not allow what was found
 
 Errors = Mapping[tuple[str, int | None], float]
 
@@ -64,7 +64,6 @@ def checks(found: Errors, moved: Callable[[int], Errors], step: float, replay: R
             )
             for (name, quantile), value in found.items()
         ]
-        # A decision, such as a route to an expert, may fall otherwise in one of many moves.
         if all(check.passed for check in result):
             break
     return result

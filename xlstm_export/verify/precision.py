@@ -39,8 +39,8 @@ from .coverage import Call, along, calls, check_shapes, coverage
 from .drift_gate import drift_checks, grows, that_grow
 from .evidence import evidence, keep
 from .gate_file import read_gate
-from .limits import PRECISION_LIMITS, drift_limits, wider_by_sensitivity, wider_way
-from .one_step import EPS, moved_export
+from .limits import PRECISION_LIMITS, drift_limits
+from .one_step import EPS, by_sensitivity, moved_export
 from .parts import GATE_POSITIONS, Proof, audited, judged, metric_checks, streamed
 from .ranges import check_ranges
 from .verdict import require_verified
@@ -166,32 +166,13 @@ class _Precision(Verification):
         )
 
     def of_this_model(self, checks: list[Check]) -> list[Check]:
-        """The checks, those that fail with limits by the model's own sensitivity.
-
-        It is measured only where it can decide: by the same checks of an FP32 export that is moved by half a
-        step of the precision (`one_step`).
-        """
+        """The checks, those that fail with limits by the model's own sensitivity, where it can decide."""
         failed = [check for check in checks if not check.passed]
-        if not failed or self.reference.folder is None:
+        if self.reference.folder is None or not all(math.isfinite(x.value) and x.limit for x in failed):
             return checks
-        if not all(math.isfinite(x.value) and x.limit for x in failed):
-            return checks
-        self.context.progress("the model's own sensitivity")
-        of_ways = any(check.name in self.ways for check in failed)
-        ways = self.moved_checks(weights=False) if of_ways else {}
-        steps = [x for name, x in ways.items() if name.startswith("step: ") and name != "step: states"]
-        others = any(check.name not in self.ways for check in failed)
-        own = self.moved_checks() if others else {}
-
-        def judged(check: Check) -> Check:
-            if check.passed:
-                return check
-            if check.name in self.ways:  # checks of rows have an error from other rows, not from FP32
-                value = ways.get(check.name, 0.0)
-                return wider_way(check, value if ": " in check.name else max([value, *steps]))
-            return wider_by_sensitivity(check, own.get(check.name, 0.0))
-
-        return [judged(check) for check in checks]
+        if failed:
+            self.context.progress("the model's own sensitivity")
+        return by_sensitivity(checks, self.ways, self.moved_checks)
 
     def moved(self, *, weights: bool = True, seed: int = 0) -> RunFolder:
         """The FP32 export moved by half a step; with `weights` unset, its activations alone."""
@@ -203,10 +184,10 @@ class _Precision(Verification):
             self._moved[weights, seed] = moved_export(base, self.run, out, weights=weights, seed=seed)
         return self._moved[weights, seed]
 
-    def moved_checks(self, *, weights: bool = True) -> dict[str, float]:
-        """Values of the checks of the moved export; of its ways of calling alone without `weights`."""
+    def moved_checks(self, weights: bool, seed: int) -> dict[str, float]:
+        """Values of the checks of a moved export; of its ways of calling alone without `weights`."""
         context = Context(threads=self.threads, seed=self.context.seed)
-        run = self.moved(weights=weights)
+        run = self.moved(weights=weights, seed=seed)
         moved = _Moved(run, self.loaded, self.options, context, self.calibration)
         moved.reference = self.reference
         with closing(moved):

@@ -198,22 +198,29 @@ def prefill(source: Path, folder: Path, threads: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for length in (512, 2048):
         inputs = {"tokens": np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (1, length))}
-        with sessions.OrtSession(folder, 1, threads) as session:
+        with (
+            sessions.OrtSession(folder, 1, threads) as session,
+            sessions.OrtSession(folder / "int8", 1, threads) as int8,
+        ):
             contestants = {
                 "exported": partial(session.prefill, inputs),
+                "int8": partial(int8.prefill, inputs),
                 "eager": bench_peers.eager_prefill(loaded, inputs).run,
             }
             timings = bench_timing.in_turns(contestants, calls=1)
-        ours, theirs = (timings[name].percentile(50) for name in contestants)
+        ours, integers, theirs = (timings[name].percentile(50) for name in contestants)
         result[str(length)] = {
             "exported_tokens_per_second": length / ours,
+            "int8_tokens_per_second": length / integers,
             "eager_tokens_per_second": length / theirs,
             "over_eager": theirs / ours,
+            "int8_over_eager": theirs / integers,
+            "int8_over_exported": ours / integers,
         }
         say(
             f"prefill {length}",
-            f"{length / ours:.0f} tok/s",
-            f"eager {length / theirs:.0f} tok/s: {theirs / ours:.2f}x",
+            f"{length / ours:.0f} tok/s, int8 {length / integers:.0f} ({ours / integers:.2f}x)",
+            f"eager {length / theirs:.0f} tok/s: {theirs / ours:.2f}x, int8 {theirs / integers:.2f}x",
         )
     return result
 

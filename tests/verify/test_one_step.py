@@ -119,12 +119,12 @@ def test_one_move_in_some_decides(name: str, value: float) -> None:
 
 
 def test_a_divergence_is_far_where_an_error_is() -> None:
-    """It grows with the square of an error: one of seven times its limit is as near as an error of 2.6 times."""
+    """It grows with the square of an error: seven times a limit is as near as an error of 2.6 times."""
     name = "teacher-forced: y: KL"
     [judged] = by_sensitivity(
-        [Check(name, 0.014, 0.001)], (), lambda weights, seed: {name: 1.4e-4 if seed == 2 else 2e-5}
+        [Check(name, 0.014, 0.001)], (), lambda weights, seed: {name: 1.5e-4 if seed == 2 else 2e-5}
     )
-    assert (judged.passed, judged.detail["one_step"]) == (True, 1.4e-4)
+    assert (judged.passed, judged.detail["one_step"]) == (True, 1.5e-4)
 
 
 def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: Path) -> None:

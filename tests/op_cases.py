@@ -111,9 +111,6 @@ def mlstm_exact(
     return data, oracle.mlstm(*data.values(), **options), oracle.mlstm_scale(*data.values(), **options)
 
 
-LONG = ("forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer")
-
-
 def long_mlstm_inputs(gates: float, options: Options) -> oracle.Arrays:
     """100,000 positions of sums that nothing cancels in: what rounding does to them is a relative error."""
     data = oracle.mlstm_operands(7, B=1, S=100_000, H=1, Dk=2, Dv=2, gates=gates, m=None, dtype="float32")

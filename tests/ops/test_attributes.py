@@ -21,7 +21,6 @@ from op_cases import (
     EXACT,
     HELD,
     HOLDING,
-    LONG,
     MLSTM_FUNCTIONS,
     MLSTM_INPUTS,
     SCALE,
@@ -260,8 +259,8 @@ def test_every_attribute_changes_the_result() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", LONG)
-@pytest.mark.parametrize("gates", [2.0, 40.0])
+@pytest.mark.parametrize("function", MLSTM_FUNCTIONS)
+@pytest.mark.parametrize("gates", [2.0, 40.0, 80.0])
 def test_mlstm_over_a_hundred_thousand_positions(function: str, gates: float) -> None:
     """Against the chunkwise form in float64, which `test_mlstm` compares with the recurrence."""
     options = MLSTM_FUNCTIONS[function]
@@ -272,8 +271,9 @@ def test_mlstm_over_a_hundred_thousand_positions(function: str, gates: float) ->
 
 
 @pytest.mark.slow
-def test_slstm_over_a_hundred_thousand_positions() -> None:
-    options = {"forget_exp": True, "normalizer_min": 1.0}
+@pytest.mark.parametrize("function", SLSTM_FUNCTIONS)
+def test_slstm_over_a_hundred_thousand_positions(function: str) -> None:
+    options = SLSTM_FUNCTIONS[function]
     data = oracle.slstm_operands(7, B=1, S=100_000, H=1, D=2, size=40.0, m=None, dtype="float32")
     data["n"] += 0.1
     exact = oracle.slstm(*data.values(), **options)

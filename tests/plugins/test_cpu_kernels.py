@@ -16,7 +16,6 @@ import pytest
 import torch
 from op_cases import (
     EPS,
-    LONG,
     MLSTM_CASES,
     MLSTM_FUNCTIONS,
     MLSTM_INPUTS,
@@ -153,7 +152,7 @@ def test_denormal_inputs(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", LONG)
+@pytest.mark.parametrize("function", MLSTM_FUNCTIONS)
 def test_mlstm_functions_over_a_hundred_thousand_positions(function: str) -> None:
     library, gates = cpu_library.library(cpu_library.NATIVE[-1]), MLSTM_FUNCTIONS[function]
     data = long_mlstm_inputs(40.0, gates)

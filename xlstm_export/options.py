@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from .errors import UsageError
+from .specs import OWN, RECURRENCES
 
 Progress = Callable[[str], None]  # called with the name of each step
 Count = Callable[[int, int], None]  # called with the amount done and the total
@@ -165,18 +166,25 @@ class ExportOptions(Options):
     """Options of `export`."""
 
     stateless: bool | None = option(
-        None,
-        "start every call fresh, or carry states; default: as upstream uses the model",
-        "flag",
-        off="streaming",
+        None, "every call starts fresh, or carries states; default: as upstream does", "flag", off="streaming"
     )
     last_logits: bool = option(False, "compute the output for the last position only", "flag")
     dtype: str = option(
-        "fp32",
-        "type the weights are stored in; arithmetic stays FP32",
-        "text",
-        choices=("fp32", "bf16", "fp16"),
+        "fp32", "type the weights are stored in; arithmetic stays FP32", "text", choices=BASES
     )
+    recurrence: str = option(
+        OWN, "an mLSTM as our operator, or LinearAttention of opset 27 or ORT", "text", choices=RECURRENCES
+    )
+
+    @classmethod
+    def like(cls, made: object) -> ExportOptions:
+        """The options among the attributes of `made`."""
+        return ExportOptions(**{name: getattr(made, name) for name in ExportOptions.table()})
+
+    def recorded(self) -> dict[str, object]:
+        """What a manifest has of them: a recurrence of another kind than ours is named."""
+        values: dict[str, object] = {name: getattr(self, name) for name in ExportOptions.table()}
+        return {name: x for name, x in values.items() if (name, x) != ("recurrence", OWN)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,9 +203,7 @@ class CalibrateOptions(Options):
     length: int | None = option(None, "positions per sequence", "int")
     method: str = option("max", "how ranges are chosen", "text", choices=METHODS)
     percentile: float = option(99.99, "percentile of the method percentile", "number")
-    resume: bool = option(
-        True, "continue where an interrupted run stopped", "flag", off="restart", only="cli"
-    )
+    resume: bool = option(True, "continue an interrupted run", "flag", off="restart", only="cli")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,9 +224,7 @@ class SensitivityOptions(Options):
     dask: str | None = option(
         None, "scheduler of a Dask cluster to measure candidates on, tcp://host:port", "text", only="cli"
     )
-    resume: bool = option(
-        True, "keep the candidates that an earlier run measured", "flag", off="restart", only="cli"
-    )
+    resume: bool = option(True, "keep what an earlier run measured", "flag", off="restart", only="cli")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +238,7 @@ class QuantizeOptions(Options):
     include: tuple[str, ...] = option(
         (), "weights to quantize although the recipe keeps them, as a regular expression", "texts"
     )
-    smooth: float | None = option(
-        None, "share of activation ranges that is moved into weights, 0 to 1", "number"
-    )
+    smooth: float | None = option(None, "share of activation ranges moved into weights, 0 to 1", "number")
     state_dtype: str | None = option(None, "type the matrix memory C is stored in", "text", choices=BASES)
     data: Path | None = option(None, "with --state-dtype: data to measure the drift on", "path")
 
@@ -276,10 +278,7 @@ class BenchOptions(Options):
         200, "decode calls per contestant; of 200, fewer if they are slow", "int", bounds=Bounds(1)
     )
     hz: float | None = option(
-        None,
-        "also time decoding at this fixed rate, calls per second",
-        "number",
-        bounds=Bounds(0, above=True),
+        None, "also time decoding at this rate, calls per second", "number", bounds=Bounds(0, above=True)
     )
     compile_at: str = option(
         "none", "batch sizes to time torch.compile at: none, the first, or all", "text", choices=COMPILE_AT
@@ -310,9 +309,7 @@ class BuildOptions(Options):
 
     max_length: int = option(512, "most positions of a prefill call", "int", bounds=Bounds(1))
     max_batch: int = option(1, "most streams of a call", "int", bounds=Bounds(1))
-    workspace: int | None = option(
-        None, "memory for the builder, MiB; default: half of the free memory", "int"
-    )
+    workspace: int | None = option(None, "builder's memory, MiB; default: half of what is free", "int")
     optimization_level: int | None = option(
         None, "optimization level of TensorRT's builder", "int", bounds=Bounds(0, 5)
     )
@@ -364,7 +361,7 @@ class GenerateOptions(Options):
     top_k: int | None = option(None, "draw among this many likeliest tokens only", "int", bounds=Bounds(1))
     top_p: float | None = option(
         None,
-        "draw among the likeliest tokens that have this probability together",
+        "draw among likeliest tokens of this total probability",
         "number",
         bounds=Bounds(0, 1, above=True),
     )

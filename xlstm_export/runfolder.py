@@ -20,7 +20,7 @@ from typing import Any
 
 from .atomic import files_in, sha256, sha256_of_all, write_json
 from .errors import InputError, similar
-from .specs import IoSpec, Json, JsonMapping
+from .specs import OWN, IoSpec, Json, JsonMapping
 
 SCHEMA = 1
 MODEL, MODEL_DATA, IO, MANIFEST = "model.onnx", "model.onnx.data", "io.json", "manifest.json"
@@ -39,6 +39,7 @@ class RunOptions:
         stateless: every call starts fresh.
         last_logits: the first output has the last position only.
         dtype: type that `export` stored the weights in.
+        recurrence: operators of an mLSTM, one of `specs.RECURRENCES`.
         precision, base: of the recipe of `quantize`.
         state_dtype: type that the matrix memory C is stored in.
     """
@@ -46,6 +47,7 @@ class RunOptions:
     stateless: bool = False
     last_logits: bool = False
     dtype: str = "fp32"
+    recurrence: str = OWN
     precision: str | None = None
     base: str | None = None
     state_dtype: str = "fp32"
@@ -59,6 +61,7 @@ class RunOptions:
             stateless=bool(data.get("stateless")),
             last_logits=bool(data.get("last_logits")),
             dtype=text("dtype") or "fp32",
+            recurrence=text("recurrence") or OWN,
             precision=text("precision"),
             base=text("base"),
             state_dtype=text("state_dtype") or "fp32",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+from .errors import UsageError
+
 # The content of a JSON file, as it is read and written. Its values are checked where they are read: no static
 # type says more of a file than that.
 Json: TypeAlias = dict[str, Any]
@@ -19,6 +21,22 @@ PLUGIN_VERSION = "1"
 # Of nodes with an attribute that version 1 does not have: a plugin of then would leave it out without a word.
 PLUGIN_VERSION_WITH_FUNCTIONS = "2"
 PLUGIN_NAMESPACE = "xlstm"
+
+# What an mLSTM is exported as: our operator; LinearAttention of ONNX from opset 27 on, the convolution before
+# it as CausalConvWithState; or the operators of these names in ONNX Runtime's own domain, which older
+# versions have too.
+OWN, STANDARD, MICROSOFT = "xlstm", "standard", "com.microsoft"
+RECURRENCES = (OWN, STANDARD, MICROSOFT)
+
+
+def require_importable(recurrence: str) -> None:
+    """Raise UsageError for a bundle of a graph whose operators no version of TensorRT has."""
+    if recurrence != OWN:
+        raise UsageError(
+            f"a bundle is for TensorRT, which has no LinearAttention, as --recurrence {recurrence} writes it",
+            f"export with --recurrence {OWN} for a bundle; for ONNX Runtime copy model.onnx and its .data",
+        )
+
 
 # Longest chunk of the chunkwise mLSTM form, in tokens. 64 balances the quadratic part inside a chunk
 # (∝ L) against reading and writing the matrix memory once per chunk (∝ 1/L) on CPUs and GPUs alike.

@@ -30,7 +30,7 @@ from ..load.tokenizer import FILES, TOKENIZER
 from ..options import BundleOptions, Context
 from ..plugins import locate
 from ..runfolder import BROKEN, IO, MANIFEST, MODEL, MODEL_DATA, RunFolder, versions
-from ..specs import OP_DOMAIN, Json, TensorSpec
+from ..specs import OP_DOMAIN, Json, TensorSpec, require_importable
 from ..verify.verdict import require_verified
 from ..version import __version__
 from . import archive
@@ -82,11 +82,13 @@ def bundle(
 
     Raises:
         GateError: the export has not passed `verify` since it was made.
-        UsageError: `out` exists and `force` is not set, or it lies among the run folder's own files.
+        UsageError: TensorRT has no operators as those of the mLSTM; or `out` exists and
+            `force` is not set, or it lies among the run folder's own files.
         InputError: `options.sign` names a file without a usable key.
         SetupError: the package that signs is not installed.
     """
     run = RunFolder.of(run)
+    require_importable(run.options.recurrence)
     require_verified(run)
     packed = out.name.endswith(ARCHIVES)
     if packed and out.exists() and not force:

@@ -81,12 +81,22 @@ def segment(model: ir.Model, index: int, outputs: Container[str] | None = None) 
         ends[index].type = ir.TensorType(ir.DataType.FLOAT)
     if index:
         start = ir.Value(name=ends[index - 1].name, type=ir.TensorType(ir.DataType.FLOAT))
+        start.shape = _needed_shape(model, ends[index - 1])
         ends[index - 1].name = f"{start.name}_computed"
         ends[index - 1].replace_all_uses_with(start)
         graph.inputs.insert(0, start)
     _set_outputs(graph, kept)
     _drop_unused(model, {value.name or "" for value in graph.inputs})
     return model
+
+
+def _needed_shape(model: ir.Model, value: ir.Value) -> ir.Shape | None:
+    """The shape of a value where it must be known: ONNX Runtime makes nodes of CausalConvWithState by it."""
+    if all(node.op_type != "CausalConvWithState" or node.domain for node in model.graph):
+        return None
+    if value.shape is None:
+        common.ShapeInferencePass()(model)
+    return value.shape
 
 
 def _ends(model: ir.Model) -> list[ir.Value]:

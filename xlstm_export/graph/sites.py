@@ -12,6 +12,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from ..ops import linear_attention
 from .cut import PREFIX
 from .values import recurrence
 
@@ -141,13 +142,19 @@ def stored_weight(value: ir.Value | None) -> ir.Value | None:
 
 
 def gate_nodes(model: ir.Model) -> set[ir.Node]:
-    """The nodes that compute gate pre-activations, from the recurrences back to the products, inclusive."""
+    """The nodes that compute gate pre-activations, from the recurrences back to the products, inclusive.
+
+    Those of LinearAttention are what its decay is computed from.
+    """
     found: set[ir.Node] = set()
     todo = [
         node.inputs[index]
         for node in model.graph
         if (operator := recurrence(node)) is not None
         for index in operator.gates
+    ]
+    todo += [
+        node.inputs[linear_attention.DECAY] for node in model.graph if node.op_type == linear_attention.NAME
     ]
     while todo:
         value = todo.pop()

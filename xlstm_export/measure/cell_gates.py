@@ -25,6 +25,7 @@ from ..checks import Check
 from ..graph.files import load_graph
 from ..graph.values import recurrence
 from ..inputs import Arrays, batch_of, cut, length_of
+from ..ops.linear_attention import read_back
 from ..ops.operands import MLSTM
 from ..ops.reference import LOG_ZERO
 from ..options import Context
@@ -300,6 +301,11 @@ def _cells(model: ir.Model) -> list[_Cell]:
     for node in model.graph:
         operator = recurrence(node)
         if operator is None:
+            if (made_from := read_back(node)) is not None:
+                operands, attributes = made_from
+                block = _block(operands.pop("m0"), len(cells))
+                names = {operand: value.name or "" for operand, value in operands.items()}
+                cells.append(_Mlstm(block, names, {}, attributes))
             continue
         mlstm = operator is MLSTM
         named: dict[str, ir.Value] = {}

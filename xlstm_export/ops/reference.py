@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..specs import CHUNK, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE
+from ..specs import CHUNK, MICROSOFT, OP_DOMAIN, OP_VERSION, PLUGIN_NAMESPACE
 from .operands import MLSTM, SLSTM, Operator
 
 if TYPE_CHECKING:
@@ -325,6 +325,28 @@ def _slstm_symbol(operands: Sequence[Tensor], attributes: Mapping[str, float]) -
 
 
 # --- ONNX -------------------------------------------------------------------------------------------
+
+
+def causal_conv_symbol(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
+    """A depthwise causal convolution as a node `CausalConvWithState`, which has the positions last.
+
+    Args:
+        x: (B, S, D).
+        weight, bias: (D, 1, k) and (D,).
+        past: the k - 1 inputs before x, (B, k-1, D).
+
+    Returns:
+        y (B, S, D), and the last k - 1 inputs, (B, k-1, D).
+    """
+    x, past = x.transpose(1, 2), past.transpose(1, 2)
+    y, kept = torch.onnx.ops.symbolic_multi_out(
+        f"{MICROSOFT}::CausalConvWithState",
+        (x, weight, bias, past),
+        dtypes=[x.dtype, past.dtype],
+        shapes=[x.shape, past.shape],
+        version=1,
+    )
+    return y.transpose(1, 2), kept.transpose(1, 2)
 
 
 def _symbol(

@@ -155,7 +155,7 @@ def export(model: nn.Module | Path | str, options: _Export) -> Run:
     """
     context = Context(threads=options.threads, progress=options.progress)
     loaded = _load(model, options)
-    chosen = ExportOptions(stateless=options.stateless, last_logits=options.last_logits, dtype=options.dtype)
+    chosen = ExportOptions.like(options)
     folder = stages.export(loaded, Path(options.out), chosen, context, force=options.force)
     return Run(folder, loaded, context)
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ..errors import InputError, UsageError
 from ..load.mapping import read_mapping
 from ..options import GENERATOR, About, Options
-from ..specs import Json, JsonMapping
+from ..specs import OWN, Json, JsonMapping, require_importable
 from ..targets import TARGETS
 from .plan import Pipeline, Step
 from .table import STAGES, Stage
@@ -90,6 +90,7 @@ def read_pipeline(path: Path, changes: Sequence[str] = ()) -> Pipeline:
     if "export" not in stages:
         check.fail("stages lacks export", "every pipeline begins with it; export: {}")
     check.recipe(stages)
+    check.bundle(stages)
     held_out = Path(data["data"]) if data.get("data") is not None else None
     calib = stages.get("calibrate", {}).get("data")
     return Pipeline(
@@ -158,6 +159,14 @@ class _Check:
         if quantize is not None and len(given + found) != 1:
             what = " and ".join(given + found) or "neither precision nor recipe"
             self.fail(f"stages.quantize has {what}", "quantize: {precision: int8}")
+
+    def bundle(self, stages: Mapping[str, JsonMapping]) -> None:
+        """TensorRT must be able to read what is exported for a bundle."""
+        if "bundle" in stages:
+            try:
+                require_importable(str(stages["export"].get("recurrence", OWN)))
+            except UsageError as error:
+                self.fail(f"stages.bundle: {error.message}", error.hint or "")
 
     def stage(self, name: str, value: object) -> Json:
         """The values of a stage, checked: known keys, each of its kind, none missing."""

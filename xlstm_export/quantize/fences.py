@@ -15,6 +15,7 @@ from ..errors import BuildError
 from ..graph.element_types import TypedNode, typed_nodes
 from ..graph.sites import gate_nodes
 from ..graph.values import recurrence
+from ..ops import linear_attention
 from ..ops.operands import Operand, Operator
 
 FLOAT = ir.DataType.FLOAT
@@ -25,7 +26,7 @@ SENSITIVE = frozenset(
         *("Exp", "Log", "Softplus", "Softmax", "LogSoftmax", "Tanh", "Sqrt", "Pow", "Reciprocal"),
         *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare"),
         *("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization"),
-        *("LSTM", "GRU", "RNN"),
+        *("LSTM", "GRU", "RNN", linear_attention.NAME),
     )
 )
 

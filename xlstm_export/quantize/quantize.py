@@ -29,7 +29,7 @@ from ..load.remembered import key_of, remember
 from ..ops import bodies as functions
 from ..options import Context
 from ..runfolder import RunFolder
-from ..specs import IoSpec, Json
+from ..specs import OWN, IoSpec, Json
 from .fences import Fences, require_fences
 from .half import to_half
 from .legality import require_legal
@@ -193,6 +193,11 @@ def _require(run: RunFolder, recipe: Recipe, judge: Judge | None) -> None:
     if recipe.state_dtype != "fp32" and judge is None:
         raise UsageError(
             f"a state in {recipe.state_dtype} must pass the drift gate, which needs data", "give --data"
+        )
+    if recipe.state_dtype != "fp32" and run.options.recurrence != OWN:
+        raise UsageError(
+            f"LinearAttention keeps C and n in one state, so C cannot be {recipe.state_dtype}",
+            f"leave out the type of the state, or export with --recurrence {OWN}",
         )
     if (precision := run.options.precision) is not None:
         raise UsageError(f"{run.path} is {precision} already", "quantize the FP32 export it was made from")

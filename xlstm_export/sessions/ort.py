@@ -13,7 +13,7 @@ from ..inputs import Arrays, cut, length_of, per_position
 from ..inputs import piece as piece_of
 from ..plugins.locate import computed_attributes
 from ..runfolder import IO, MODEL, MODEL_DATA
-from ..specs import TensorSpec
+from ..specs import MICROSOFT, OWN, STANDARD, TensorSpec
 from .arrays import numpy_type
 from .cpu_graph import GraphSource, import_onnxruntime, session_options, vocabulary
 from .protocol import Session
@@ -24,6 +24,12 @@ PIECE = 512
 # Bytes of weights, times the streams, up to which a step takes one thread: two are no faster, and have to be
 # woken (10 MB: 0.186 and 0.185 ms; 1 MB: 0.082 and 0.090 ms).
 ONE_THREAD = 8 << 20
+# What helps where a graph cannot be loaded, by the operators of its mLSTM.
+NEWER = {
+    OWN: "export again",
+    STANDARD: "opset 27 needs ONNX Runtime 1.32; for an older one, export with --recurrence com.microsoft",
+    MICROSOFT: "these operators need ONNX Runtime 1.25; for an older one, export with --recurrence xlstm",
+}
 BFLOAT16 = 16  # ONNX's number of the type, which NumPy does not have
 
 
@@ -177,7 +183,8 @@ class GraphSession(Session):
         try:
             session = graph.open(options, folder)
         except Exception as error:  # as in _run
-            raise InputError(f"{path} cannot be loaded: {error}", "export again") from error
+            hint = NEWER[self._source.run.options.recurrence]
+            raise InputError(f"{path} cannot be loaded: {error}", hint) from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
         wanted = [x.name for x in (*self.io.inputs, *self.io.outputs)]
         wanted += [name for s in self.io.states for name in (s.past, s.present)]

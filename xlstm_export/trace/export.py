@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from ..graph import stored_types
 from ..graph.files import name_nodes, save, stored_bytes
 from ..lift import lift as cells
 from ..lift import weights
+from ..lift.cells.blocks import convolve_with_operator
 from ..lift.model import lift_model, notes_of
 from ..load.loaded import Loaded
 from ..load.remembered import key_of_model, remember
 from ..load.signature import UserValue, left_out, named_outputs
 from ..ops import bodies as functions
 from ..options import Context, ExportOptions, Progress
-from ..specs import OP_DOMAIN, IoSpec, Json, Meaning, StateSpec, TensorSpec
+from ..specs import OP_DOMAIN, OWN, IoSpec, Json, Meaning, StateSpec, TensorSpec
 from . import weights as graph_weights
 from .advice import wants_advice, with_advice
 from .apart import check_apart
@@ -45,6 +46,7 @@ from .narrow import check_narrow, refuse_narrow
 from .passes import run_passes
 from .passes.fold_weight_transposes import fold_weight_transposes
 from .passes.last_position import keep_last_position
+from .passes.use_linear_attention import use_linear_attention
 from .streaming import check_streams
 
 IR_VERSION = 10  # opset 18 needs 8; 10 is read by every ONNX Runtime since 1.18 and by TensorRT 10.3
@@ -103,7 +105,7 @@ def export(
         for companion in loaded.companions:
             shutil.copyfile(companion, folder / companion.name)
         progress("hashing")
-        about = {"command": context.command, "options": asdict(options), **_about(loaded)}
+        about = {"command": context.command, "options": options.recorded(), **_about(loaded)}
         runfolder.write_manifest(folder, {**about, "left_out": model.meta["left_out"]})
         remember(key, runfolder.read_manifest(folder)["files"])
     return Path(out)
@@ -150,6 +152,8 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     lifted = lift_model(loaded, values=False)
     streamed = loaded.weights is not None
     module = weights.hollow(lifted.module) if streamed else lifted.module
+    if options.recurrence != OWN:
+        convolve_with_operator(module)
     wrapper = _Streaming(module, lifted.states, loaded, stateless)
     example = tuple(loaded.inputs.values())
     batch = loaded.inputs[loaded.batched].shape[0]
@@ -177,11 +181,13 @@ def trace(loaded: Loaded, options: ExportOptions = ExportOptions()) -> tuple[ir.
     stored_types.narrow_weights(model, dtype)
     if not streamed:
         _make_contiguous(model)  # constants that were folded
+    model.ir_version = IR_VERSION
+    if options.recurrence != OWN:
+        use_linear_attention(model, options.recurrence)
     _clean(model)
     _separate_outputs(model, output_names)
     _check_names(model, [*loaded.inputs, *(s.past for s in states)], output_names, states)
     functions.attach(model, rows=lifted.folded)
-    model.ir_version = IR_VERSION
     model.metadata_props["xlstm_export.nodes_before"] = str(nodes_before)
     model.metadata_props["xlstm_export.passes"] = json.dumps(fired)
     model.meta["left_out"] = left_out(lifted.outputs)

@@ -132,7 +132,7 @@ def key_of(run: RunFolder, loaded: Loaded) -> str | None:
 
 def _export_options(run: RunFolder) -> ExportOptions:
     made = run.options
-    return ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
+    return ExportOptions.like(made)
 
 
 def _remembered(run: RunFolder, key: str | None) -> bool:

@@ -119,6 +119,7 @@ class LiftedCausalConv1d(RecurrentCell):
         super().__init__(1, width, {"conv": (kernel - 1, width)} if kernel > 1 else {})
         self.kernel = kernel
         self.depthwise = conv.groups == width
+        self.as_operator = False  # see `convolve_with_operator`
         self.conv = conv
         if self.depthwise:
             taps = conv.weight.detach()[:, 0].t().contiguous()  # (k, D)
@@ -133,6 +134,10 @@ class LiftedCausalConv1d(RecurrentCell):
         """x (B, S, D) → (B, S, D)."""
         self.begin(conv_state, return_last_state or None)
         before = self.kernel - 1
+        if before and self.depthwise and self.as_operator:
+            y, kept = ops.causal_conv_symbol(x, self.conv.weight, self.conv.bias, self.past("conv"))
+            self.keep("conv", kept)
+            return y
         padded = x
         if before:
             padded = torch.cat([self.past("conv"), x], dim=1)  # (B, k-1+S, D)
@@ -145,6 +150,13 @@ class LiftedCausalConv1d(RecurrentCell):
         for j in range(before):
             total = total + padded[:, j : j - before] * self.taps[j]
         return total if self.conv.bias is None else total + self.conv.bias
+
+
+def convolve_with_operator(module: nn.Module) -> None:
+    """Make the depthwise causal convolutions of a lifted module one operator each in its export."""
+    for cell in module.modules():
+        if isinstance(cell, LiftedCausalConv1d):
+            cell.as_operator = True
 
 
 class LiftedNoConv(nn.Identity):

@@ -258,7 +258,7 @@ class _Search:
     def _exported_again(self) -> Side:
         self.context.progress("exporting the checkpoint again")
         made = self.source.options
-        options = ExportOptions(stateless=made.stateless, last_logits=made.last_logits, dtype=made.dtype)
+        options = ExportOptions.like(made)
         model, io = trace.trace(self.loaded, options)
         self._modules = {
             value.name or "": str(node.meta.get(MODULE, "")) for node in model.graph for value in node.outputs

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import xlstm_export as xe
+from xlstm_export.bundle.make import bundle
 from xlstm_export.errors import BuildError, InputError, UsageError
+from xlstm_export.graph.element_types import typed_nodes
 from xlstm_export.graph.files import load_graph
 from xlstm_export.graph.sites import find_sites
 from xlstm_export.load.checkpoint import Loaded
@@ -27,6 +31,7 @@ from xlstm_export.pipeline.schema import read_pipeline
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
 from xlstm_export.sessions import OrtSession
+from xlstm_export.sessions.cpu_graph import CpuGraph
 from xlstm_export.specs import MICROSOFT, STANDARD
 from xlstm_export.trace import export as trace
 from xlstm_export.trace.passes.use_linear_attention import use_linear_attention
@@ -48,7 +53,7 @@ def exported(
 
 
 def calls(graph: onnx.GraphProto, rows: int, lengths: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
-    """Inputs of the calls of a stream, tokens and zero states; of further calls the states are to be filled in."""
+    """Inputs of the calls of a stream: tokens, and states of zeros, which are right for the first call."""
     tokens = np.random.default_rng(0).integers(0, 256, (rows, sum(lengths)))
     starts = np.cumsum((0, *lengths))
     states = {
@@ -56,7 +61,7 @@ def calls(graph: onnx.GraphProto, rows: int, lengths: tuple[int, ...]) -> list[d
         for x in graph.input[1:]
     }
     first = graph.input[0].name
-    return [{first: tokens[:, a:b], **states} for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [{first: tokens[:, a:b], **states} for a, b in pairwise(starts)]
 
 
 def test_the_graph(exported: Path, small_export: Path) -> None:
@@ -106,7 +111,7 @@ def test_states_go_over_from_one_form_to_the_other(exported: Path, small_export:
         whole = ours.prefill({name: tokens})[ours.io.outputs[0].name]
         ours.reset()
         ours.prefill({name: tokens[:, :12]})
-        theirs.restore(ours.snapshot())
+        theirs.set_state(ours.state())
         rest = theirs.prefill({name: tokens[:, 12:]})[ours.io.outputs[0].name]
     assert np.linalg.norm(rest - whole[:, 12:]) <= LIMIT * np.linalg.norm(whole)
 
@@ -122,3 +127,100 @@ def test_gates_are_those_of_our_operator(exported: Path, small_export: Path) -> 
         for a, b in zip(ours.heads, theirs.heads, strict=True):
             assert a.half_life == pytest.approx(b.half_life, rel=1e-5)
             assert a.smallest_normalizer == pytest.approx(b.smallest_normalizer, rel=1e-4)
+
+
+def test_what_is_not_exact_in_half(exported: Path, tmp_path: Path) -> None:
+    """16 bits leave LinearAttention and its gates in FP32; its state is one, so C alone cannot be narrow."""
+    made = quantize.quantize(exported, preset("fp16"), out=tmp_path / "fp16")
+    nodes, types = typed_nodes(load_graph(made / "model.onnx"))
+    assert ir.DataType.FLOAT16 in types.values()
+    attention = [typed for typed in nodes if typed.node.op_type == "LinearAttention"]
+    assert {kind for typed in attention for kind in typed.inputs} == {ir.DataType.FLOAT}
+    with pytest.raises(UsageError, match="keeps C and n in one state") as caught:
+        quantize.quantize(
+            exported,
+            replace(preset("fp16"), state_dtype="fp16"),
+            out=tmp_path / "narrow",
+            judge=lambda *_: [],
+        )
+    assert "leave out the type of the state" in (caught.value.hint or "")
+
+
+# --- Refusals, each with what helps -----------------------------------------------------------------------
+
+
+def test_no_bundle(exported: Path, small_loaded: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="TensorRT, which has no LinearAttention") as caught:
+        bundle(exported, small_loaded, tmp_path / "bundle", BundleOptions(target="orin-nano-8gb"))
+    assert "export with --recurrence xlstm" in (caught.value.hint or "")
+
+
+def test_a_pipeline_with_a_bundle_is_refused_before_it_runs(tmp_path: Path) -> None:
+    def pipeline(export: str) -> Path:
+        file = tmp_path / "pipeline.yaml"
+        file.write_text(f"model: {{checkpoint: .}}\nout: out\nstages: {{export: {export}, bundle: {{}}}}\n")
+        return file
+
+    with pytest.raises(InputError, match=r"stages\.bundle: .*no LinearAttention") as caught:
+        read_pipeline(pipeline("{recurrence: standard}"))
+    assert "--recurrence xlstm" in (caught.value.hint or "")
+    step, *_ = read_pipeline(pipeline("{recurrence: xlstm}")).steps
+    assert step.options == ExportOptions()
+
+
+@pytest.mark.parametrize(("form", "other"), [(STANDARD, MICROSOFT), (MICROSOFT, "xlstm")])
+def test_an_older_runtime_is_told_the_other_spelling(
+    form: str, other: str, small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(*_: object) -> None:
+        raise RuntimeError("Opset 27 is under development and support for this is limited.")
+
+    monkeypatch.setattr(CpuGraph, "open", older)
+    run = shutil.copytree(small_export, tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["options"]["recurrence"] = form
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with OrtSession(run, threads=1) as session, pytest.raises(InputError, match="cannot be loaded") as caught:
+        session.prefill({"tokens": np.zeros((1, 2), np.int64)})
+    assert f"export with --recurrence {other}" in (caught.value.hint or "")
+
+
+def test_an_operator_that_changed_its_meaning() -> None:
+    """Case 3: DFT has its axis as an attribute until opset 19."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "S", 8, 1]))
+    node = ir.node("DFT", [x], {"axis": 2})
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 18})
+    with pytest.raises(BuildError, match="DFT means something else in opset 27") as caught:
+        use_linear_attention(ir.Model(graph, ir_version=10), STANDARD)
+    assert MICROSOFT in (caught.value.hint or "")
+    assert use_linear_attention(ir.Model(graph, ir_version=10), MICROSOFT) == 0
+
+
+def test_the_option(small_loaded: Loaded) -> None:
+    with pytest.raises(UsageError, match="recurrence 'scan' is unknown") as caught:
+        ExportOptions(recurrence="scan")
+    assert caught.value.hint == "one of xlstm, standard, com.microsoft"
+    assert "recurrence" not in ExportOptions().recorded()
+    assert ExportOptions(recurrence=STANDARD).recorded()["recurrence"] == STANDARD
+
+
+# --- The whole of verify ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_verify_proves_it_and_finds_a_fault(exported: Path, small_loaded: Loaded, tmp_path: Path) -> None:
+    run = shutil.copytree(exported, tmp_path / "run")
+    verdict = xe.open_run(run, threads=1).verify()
+    assert verdict.passed
+    assert verdict.identity["state"] == "proved"
+    if not exported.parent.name.endswith(STANDARD):
+        return  # the search is the same
+    model = onnx.load(run / "model.onnx", load_external_data=False)
+    node = [node for node in model.graph.node if node.op_type == "LinearAttention"][1]
+    next(a for a in node.attribute if a.name == "scale").f *= 1.01
+    onnx.save(model, run / "model.onnx")
+    found = xe.open_run(run, threads=1).verify()
+    assert not found.passed
+    report = json.dumps(found.to_json())
+    assert f"attribute scale of {node.name}" in report
+    assert "xlstm_block_stack.blocks.2.xlstm.mlstm_cell" in report

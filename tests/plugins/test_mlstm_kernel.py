@@ -22,6 +22,7 @@ from op_cases import (
     HELD_IN_CHUNKS,
     HOLDING,
     MLSTM_FUNCTIONS,
+    MLSTM_INPUTS,
     mlstm_inputs,
     mlstm_limit,
     single,
@@ -265,7 +266,7 @@ def test_no_nan_where_the_recurrence_has_none(library: NativeLibrary, m: float, 
 def test_functions(library: NativeLibrary, function: str) -> None:
     gates = MLSTM_FUNCTIONS[function]
     options = {"scale": SCALE, "eps": EPS, **gates}
-    for name in ("plain", "gates of ±40"):
+    for name in MLSTM_INPUTS:
         for S in (1, 70):
             data = mlstm_inputs(name, S, gates)
             exact, bounds = (f(*data.values(), **options) for f in (oracle.mlstm, oracle.mlstm_scale))

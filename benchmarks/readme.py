@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/numbers.md")
+DOCUMENTS = ("README.md", "docs/numbers.md", "plugins/mlstm/README.md", "plugins/slstm/README.md")
 
 
 def main() -> None:
@@ -260,6 +260,28 @@ def sessions(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernel_code(operator: str) -> Callable[[dict[str, Any]], str]:
+    """What compilers make of the kernels of an operator."""
+
+    def make(result: dict[str, Any]) -> str:
+        lines = [
+            "| kernel | variants | sm_87, CUDA 12.6 | sm_87 | sm_90 | sm_110 | tensor-core instructions |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, targets in result["operators"][operator].items():
+            cells = [f"`{name}`", str(targets["12.6"]["variants"])]
+            for target in ("12.6", "87", "90", "110"):
+                x = targets[target]
+                least, most = x["least_registers"], x["most_registers"]
+                spilled = f", {x['spilling']} spill {x['most_spilled_bytes']} B" if x["spilling"] else ""
+                cells.append((str(least) if least == most else f"{least} to {most}") + spilled)
+            cells.append(str(targets["87"]["most_mma"] or "—"))
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    return make
+
+
 def answers(result: dict[str, Any]) -> str:
     """How soon mistakes on the command line are answered, in a sentence."""
     times = sorted(case["times_help"] for case in result["cases"])
@@ -330,6 +352,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "precision": (("precision.json",), precision),
     "scale": (("scale.json",), scale),
     "sessions": (("sessions.json",), sessions),
+    "code of mlstm": (("kernel_code.json",), kernel_code("mlstm")),
+    "code of slstm": (("kernel_code.json",), kernel_code("slstm")),
     "answers": (("answers.json",), answers),
     "gate": (("gate.json",), gate),
     "bisect": (("bisect.json",), bisect),

@@ -30,23 +30,28 @@ def cache() -> Path:
 
 def toolchain() -> Path:
     """Folder of the unpacked wheels, downloaded once; skips the test where that cannot be."""
-    final = cache() / "cuda-12.6"
+    return unpacked("cuda-12.6", WHEELS)
+
+
+def unpacked(name: str, wheels: tuple[str, ...]) -> Path:
+    """The folder nvidia/ of wheels, kept in the cache as `name`; skips the test where they cannot be had."""
+    final = cache() / name
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent) as temporary:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command = [*download, "--dest", temporary, *WHEELS]
+        command = [*download, "--dest", temporary, *wheels]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"CUDA 12.6 cannot be downloaded: {reason}")
-        unpacked = Path(temporary) / "unpacked"
+            pytest.skip(f"{', '.join(wheels)} cannot be downloaded: {reason}")
+        folder = Path(temporary) / "unpacked"
         for wheel in Path(temporary).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(unpacked)
+                archive.extractall(folder)
         try:
-            os.replace(unpacked / "nvidia", final)
+            os.replace(folder / "nvidia", final)
         except OSError:  # another process was faster
             if not final.is_dir():
                 raise

@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/numbers.md", "plugins/mlstm/README.md", "plugins/slstm/README.md")
+PLUGINS = ("plugins/mlstm/README.md", "plugins/slstm/README.md")
+DOCUMENTS = ("README.md", "docs/numbers.md", "docs/recurrences.md", *PLUGINS)
 
 
 def main() -> None:
@@ -344,6 +345,36 @@ def bisect(result: dict[str, Any]) -> str:
 
 
 # Marker → files of results, and what makes the table of them.
+def recurrences(found: dict[str, Any]) -> str:
+    """The forms that an mLSTM is exported in."""
+    environment, model = found["environment"], found["model"]
+    names = {
+        "xlstm, kernel": "`xlstm`, our kernel",
+        "xlstm, body": "`xlstm`, function body",
+        "standard": "`standard`",
+        "com.microsoft": "`com.microsoft`",
+    }
+    length = model["length"]
+    rows = [
+        f"| form | nodes | error | step, ms | prefill of {length}, ms |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {names[form]} | {x['nodes']} | {x['error']:.1e} "
+            f"| {x['step_ms']:.2f} | {x['prefill_ms']:.1f} |"
+            for form, x in found["forms"].items()
+        ),
+    ]
+    busy = environment["busy_cores"] or 0.0
+    about = (
+        f"{model['blocks']} mLSTM blocks of width {model['width']} with {model['heads']} heads, batch 1; "
+        f"medians in turns in one run, on {environment['threads']} thread of an {environment['cpu']}"
+        f"{', which had other work' if busy > 0.5 else ''}; ONNX Runtime "
+        f"{environment['versions']['onnxruntime']}. Nodes are those of the file. The error is relative L2 "
+        "from PyTorch in float64, of a prefill and the steps after it."
+    )
+    return "\n".join([*rows, "", about])
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "summary": (("cpu.json", "int8.json"), summary),
     "speed": (("cpu.json",), speed),
@@ -357,6 +388,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "answers": (("answers.json",), answers),
     "gate": (("gate.json",), gate),
     "bisect": (("bisect.json",), bisect),
+    "recurrences": (("recurrences.json",), recurrences),
 }
 
 

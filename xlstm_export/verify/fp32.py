@@ -212,20 +212,19 @@ class _Fp32(Verification):
         self.candidate.reset()
         outputs = self.candidate.prefill(whole)
         self.covered.append(inputs)
-        self._long = (whole, reference, state)
         again = self.streams.replay(whole, length)
         checks = self.streams.compare(f"long stream {length}", again, outputs, reference, state)
         expected = along(self.streams, self.reference, inputs, [positions for positions, _ in self.calls])
-        if most > length:
-            self._long = (inputs, *expected[most])
+        self._long = (inputs, {**expected, length: (reference, state)})
         return checks + check_shapes(self.streams, expected, inputs, self.calls)
 
     def check_far(self) -> list[Check]:
         """A call from memories as large as after far more positions: of what is bounded, some has no room."""
+        assert self._long is not None
+        last = self._long[1][max(self._long[1])][1]
         grown = {
-            spec.past: (FAR if spec.kind in ("C", "n", "c") else 1.0) * self._long[2][spec.past]
+            spec.past: (FAR if spec.kind in ("C", "n", "c") else 1.0) * last[spec.past]
             for spec in self.io.states
-            if self._long is not None
         }
         start = {name: value.astype(np.float32) for name, value in grown.items()}
         inputs = self.source.cut(self.inputs, 0, CHUNK + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..inputs import Arrays, has_positions, rows_of, streams_of
 from ..load.loaded import Loaded
 from ..measure.data import PIECE, EvalData
 from ..sessions import TorchSession
+from .coverage import along
 from .limits import LIMITS, MOST_OWN, ONE_POSITION, OwnError
 from .parts import metric_checks
 from .positions import Positions, ill_conditioned
@@ -33,7 +35,10 @@ MOST_MOVED = 2.5e-5
 DRAWS = 3  # calls with moved last places, where the reference is exact
 
 Roundings = tuple[tuple[AbstractContextManager[object], float], ...]
-Long = tuple[Arrays, Arrays, Arrays]  # inputs, and outputs and states of the reference
+Result = tuple[Arrays, Arrays]  # outputs and states
+Long = tuple[
+    Arrays, Mapping[int, Result]
+]  # inputs, and the reference's results after so many of their positions
 
 
 def own_error(
@@ -55,37 +60,42 @@ def own_error(
         streams: the checks of the ways of calling.
         expected: outputs and states of the reference after so many positions.
         rounded: of `roundings`; several draws where the reference is exact.
-        long: a longer call.
+        long: a longer call: its outputs, and its states after each of the numbers of positions.
     """
     inputs, batch, whole = streams.inputs, BATCH, max(streams.lengths)
     positions = Positions(streams.io.outputs, expected(whole)[0])
     by_position: dict[str, np.ndarray] = {}
     errors: list[float] = []
-    found: list[tuple[float, int, Arrays, Arrays]] = []  # the most that counts, positions, result
+    # The most that counts, positions, result, and what is right; 0 positions for the long call.
+    found: list[tuple[float, int, Result, Result]] = []
     with TorchSession(loaded, batch, "float32") as plain:
         for mode, most in rounded:
             for length in streams.lengths:
                 plain.reset()
                 with mode:
                     outputs = plain.prefill(streams.source.cut(inputs, 0, length))
-                found.append((most, length, outputs, plain.state()))
+                found.append((most, length, (outputs, plain.state()), expected(length)))
         states = plain.io.states if streams.io.states else ()
         if states and has_positions(plain.io):
             plain.reset()
-            found.append((math.inf, whole, streams.joined([1] * whole, plain.prefill), plain.state()))
+            stepped = streams.joined([1] * whole, plain.prefill)
+            found.append((math.inf, whole, (stepped, plain.state()), expected(whole)))
         for mode, most in rounded if len(rounded) > 2 else rounded[:1]:
             if long is not None:
-                plain.reset()
                 with mode:
-                    found.append((most, 0, plain.prefill(long[0]), plain.state()))
+                    reached = along(streams, plain, long[0], list(long[1]))
+                # Outputs are of all positions so far: the last ones have those of the others.
+                found += [
+                    (most, 0, (result[0] if end == max(reached) else {}, result[1]), long[1][end])
+                    for end, result in reached.items()
+                ]
     if not states:
         errors += _rows_alone(loaded, inputs, batch, expected(whole)[0])
     drifted: list[float] = []
-    for most, length, outputs, state in found:
-        right, after = long[1:] if long is not None and not length else expected(length)
-        errors += [min(most, difference(outputs[name], right[name]).relative_l2) for name in right]
+    for most, length, (outputs, state), (right, after) in found:
+        errors += [min(most, difference(outputs[name], right[name]).relative_l2) for name in outputs]
         drifted += [min(most, x.relative_l2) for x in compare_states(state, after, states).values()]
-        for name in right:
+        for name in outputs:
             positions.add("", name, outputs[name], right[name], most=most)
             if length == whole and most == math.inf:
                 seen = positions.errors(name, outputs[name], right[name])

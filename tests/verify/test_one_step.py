@@ -30,7 +30,7 @@ from xlstm_export.verify.limits import (
     wider_by_sensitivity,
     wider_way,
 )
-from xlstm_export.verify.one_step import EPS, by_sensitivity, moved_export
+from xlstm_export.verify.one_step import DRAWS, EPS, by_sensitivity, moved_export
 from xlstm_export.verify.precision import verify_precision
 
 SHORT = VerifyOptions(horizon=300, free_horizon=20)
@@ -157,6 +157,27 @@ def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_one_position_in_some_moves_gets_many(small_export: Path) -> None:
+    """Where all other positions are within their limits, and only there."""
+    outputs, replay = RunFolder.open(small_export).io.outputs, Replay({}, (), lambda x, a, b: x)
+    right = {"logits": np.random.default_rng(0).normal(size=(3, 199, 256)).astype(np.float32)}
+    moved = one_call.errors(outputs, right, {"logits": right["logits"] * np.float32(1.001)})
+    token = {"logits": right["logits"].copy()}
+    token["logits"][1, 7] *= -1
+    jumped = one_call.errors(outputs, right, token)
+    found = one_call.checks(jumped, lambda seed: jumped if seed == 20 else moved, 1e-3, replay)
+    assert all(check.passed for check in found)
+    draws: list[int] = []
+
+    def drawn(seed: int) -> one_call.Errors:
+        draws.append(seed)
+        return moved
+
+    wrong = one_call.errors(outputs, right, {"logits": right["logits"] * np.float32(1.1)})
+    assert not any(check.passed for check in one_call.checks(wrong, drawn, 1e-3, replay))
+    assert len(draws) == DRAWS
+
+
 def test_a_model_with_outliers_neither_fails_nor_hides_a_fault(tmp_path: Path) -> None:
     config = models.lm_config(num_blocks=2, embedding_dim=16, heads=2, vocab_size=64, slstm_at=[])
     model = models.build(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,33 +66,11 @@ def own_error(
     positions = Positions(streams.io.outputs, expected(whole)[0])
     by_position: dict[str, np.ndarray] = {}
     errors: list[float] = []
-    # The most that counts, positions, result, and what is right; 0 positions for the long call.
-    found: list[tuple[float, int, Result, Result]] = []
-    with TorchSession(loaded, batch, "float32") as plain:
-        for mode, most in rounded:
-            for length in streams.lengths:
-                plain.reset()
-                with mode:
-                    outputs = plain.prefill(streams.source.cut(inputs, 0, length))
-                found.append((most, length, (outputs, plain.state()), expected(length)))
-        states = plain.io.states if streams.io.states else ()
-        if states and has_positions(plain.io):
-            plain.reset()
-            stepped = streams.joined([1] * whole, plain.prefill)
-            found.append((math.inf, whole, (stepped, plain.state()), expected(whole)))
-        for mode, most in rounded if len(rounded) > 2 else rounded[:1]:
-            if long is not None:
-                with mode:
-                    reached = along(streams, plain, long[0], list(long[1]))
-                # Outputs are of all positions so far: the last ones have those of the others.
-                found += [
-                    (most, 0, (result[0] if end == max(reached) else {}, result[1]), long[1][end])
-                    for end, result in reached.items()
-                ]
+    states = streams.io.states
     if not states:
         errors += _rows_alone(loaded, inputs, batch, expected(whole)[0])
     drifted: list[float] = []
-    for most, length, (outputs, state), (right, after) in found:
+    for most, length, (outputs, state), (right, after) in _calls(loaded, streams, expected, rounded, long):
         errors += [min(most, difference(outputs[name], right[name]).relative_l2) for name in outputs]
         drifted += [min(most, x.relative_l2) for x in compare_states(state, after, states).values()]
         for name in outputs:
@@ -106,6 +84,32 @@ def own_error(
         positions={key: worst.value for key, worst in positions.worst.items()},
         ill_conditioned=tuple(ill_conditioned(by_position)),
     )
+
+
+def _calls(
+    loaded: Loaded, streams: StreamChecks, expected: Expected, rounded: Roundings, long: Long | None
+) -> Iterator[tuple[float, int, Result, Result]]:
+    """Of each call: the most that counts, its positions (0: the long one), its result, and what is right."""
+    whole = max(streams.lengths)
+    with TorchSession(loaded, BATCH, "float32") as plain:
+        for mode, most in rounded:
+            for length in streams.lengths:
+                plain.reset()
+                with mode:
+                    outputs = plain.prefill(streams.source.cut(streams.inputs, 0, length))
+                yield most, length, (outputs, plain.state()), expected(length)
+        if streams.io.states and has_positions(plain.io):
+            plain.reset()
+            stepped = streams.joined([1] * whole, plain.prefill)
+            yield math.inf, whole, (stepped, plain.state()), expected(whole)
+        if long is None:
+            return
+        for mode, most in rounded if len(rounded) > 2 else rounded[:1]:
+            with mode:
+                reached = along(streams, plain, long[0], list(long[1]))
+            for end, (outputs, state) in reached.items():
+                # Outputs are of all positions so far: the last ones have those of the others.
+                yield most, 0, (outputs if end == max(reached) else {}, state), long[1][end]
 
 
 def _rows_alone(loaded: Loaded, inputs: Arrays, batch: int, right: Arrays) -> list[float]:

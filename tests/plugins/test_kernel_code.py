@@ -63,7 +63,7 @@ def test_chunks_are_copied_beside_the_arithmetic_and_multiplied_on_tensor_cores(
         assert kernel.counts["LDGSTS.128"] >= 6, kernel.name  # of some targets in loops, of others not
     for kernel in of_family(made, "output_pass"):
         assert kernel.counts["HMMA"] >= 100, kernel.name
-        assert kernel.counts["LDGSTS.128"] >= 16, kernel.name
+        assert kernel.counts["LDGSTS.128"] >= 6, kernel.name
 
 
 @pytest.mark.parametrize("target", TARGETS)

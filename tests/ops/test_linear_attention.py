@@ -16,7 +16,6 @@ from onnx.reference import ReferenceEvaluator
 from op_bodies import OUTPUTS, SHAPES
 from op_cases import (
     EPS,
-    LONG,
     MLSTM_CASES,
     MLSTM_FUNCTIONS,
     MLSTM_INPUTS,
@@ -73,6 +72,7 @@ def runner(where: str, heads: int, value_size: int, attributes: Attributes = USU
 
 
 WHERE = ("reference", "standard", MICROSOFT)
+LONG = ("forget exp", "forget exp, input sigmoid", "input sigmoid, no normalizer")
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -22,6 +22,7 @@ from xlstm_export.options import CalibrateOptions, Context, ExportOptions, Verif
 from xlstm_export.pipeline import stages
 from xlstm_export.quantize import quantize
 from xlstm_export.quantize.recipe import preset
+from xlstm_export.specs import OWN, STANDARD
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32 as verify
 from xlstm_export.verify.precision import verify_precision
@@ -41,7 +42,13 @@ FAMILIES: dict[str, Make] = {
     "nn.LSTM": lambda p, stateless: own_models.loaded(own_models.Beside()),
     "Vision-LSTM": lambda p, stateless: own_models.loaded(own_models.VisionCells(alternate=stateless)),
     "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
+    "LinearAttention": lambda p, stateless: checkpoint.load_checkpoint(models.make(p / "model")),
 }
+
+
+def options(family: str, *, stateless: bool, dtype: str = "fp32") -> ExportOptions:
+    recurrence = STANDARD if family == "LinearAttention" else OWN
+    return ExportOptions(stateless=stateless, dtype=dtype, recurrence=recurrence)
 
 
 # The form decides the ends of a graph, the type how its weights are stored: neither sees the other.
@@ -72,7 +79,7 @@ def diagonal(columns: Iterable[str]) -> list[Any]:
 def test_family(family: str, form: str, tmp_path: Path) -> None:
     stateless, dtype = FORMS[form]
     loaded = FAMILIES[family](tmp_path, stateless)
-    out = trace.export(loaded, tmp_path / "out", ExportOptions(stateless=stateless, dtype=dtype))
+    out = trace.export(loaded, tmp_path / "out", options(family, stateless=stateless, dtype=dtype))
     assert bool(runfolder.read_io(out).states) != stateless
     report = verify.verify(out, loaded)
     assert [check for check in report.checks if not check.passed] == []
@@ -85,7 +92,7 @@ def exported(
     """A family's FP32 export, which the other precisions are made of."""
     folder = tmp_path_factory.mktemp("family")
     loaded = FAMILIES[request.param](folder, False)
-    return loaded, trace.export(loaded, folder / "run", ExportOptions(stateless=False))
+    return loaded, trace.export(loaded, folder / "run", options(request.param, stateless=False))
 
 
 @pytest.mark.slow
@@ -109,7 +116,8 @@ def test_family_in_other_precisions(exported: tuple[checkpoint.Loaded, Path], pr
     assert failed == []
     worst = max(check.value for check in drift if "level" in check.name)
     assert worst < (2.0 if precision == "int4-wo" else 1.0)
-    check_builds(folder / "model.onnx")
+    if runfolder.RunFolder.open(run).options.recurrence == OWN:  # TensorRT has no LinearAttention
+        check_builds(folder / "model.onnx")
 
 
 @pytest.mark.parametrize("family", ["xLSTMLarge", "nn.Module", "your own cell"])

@@ -190,14 +190,18 @@ def require_writable(path: Path) -> None:
 def cache_folder(name: str) -> Path:
     """A folder of the user's cache; `XLSTM_EXPORT_CACHE` replaces ~/.cache/xlstm_export.
 
-    A user without a home, such as a service in a container, has a folder among the temporary files.
+    A user without a home that can be written, such as a service in a container, has a folder among the
+    temporary files.
     """
     if given := os.environ.get("XLSTM_EXPORT_CACHE"):
         return Path(given) / name
-    try:
-        return Path.home() / ".cache" / "xlstm_export" / name
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"xlstm_export-{os.getuid()}" / name
+    with contextlib.suppress(RuntimeError):  # no home at all
+        folder = Path.home() / ".cache" / "xlstm_export" / name
+        # What is there is used even where nothing can be added. `Path.is_dir` would raise for a foreign home.
+        there = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
+        if there == folder or os.access(there, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"xlstm_export-{os.getuid()}" / name
 
 
 def foreign(*paths: Path) -> str:

@@ -107,6 +107,23 @@ def test_a_closed_pipe_is_silent(small_export: Path) -> None:
     assert done.returncode == 0
 
 
+def test_work_goes_on_when_nobody_reads_its_progress(small_export: Path, tmp_path: Path) -> None:
+    """As with `2>&1 | head -1`: what is half-written would be taken away again, with exit code 0."""
+    read, write = os.pipe()
+    os.close(read)
+    out = tmp_path / "fp16"
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(
+            [*COMMAND, "quantize", str(small_export), "--precision", "fp16", "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=gone,
+            check=False,
+            text=True,
+        )
+    assert done.returncode == 0
+    assert (out / "manifest.json").is_file()
+
+
 def test_no_color(tmp_path: Path) -> None:
     """Colors for a terminal only, and never where NO_COLOR is set."""
     assert terminal.no_color() is None or "NO_COLOR" in os.environ

@@ -14,7 +14,7 @@ from xlstm_export.cli.common import emit_written
 from xlstm_export.lift.model import spec_of
 from xlstm_export.load.checkpoint import Loaded
 from xlstm_export.pipeline.runner import Outcome
-from xlstm_export.report.document import shortened, shortened_apart
+from xlstm_export.plot.names import shortened, shortened_apart
 
 
 def test_model_table(small_loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:

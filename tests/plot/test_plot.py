@@ -153,6 +153,13 @@ def test_a_long_name_keeps_both_ends_and_is_whole_under_the_pointer() -> None:
     assert "igate.proj</text>" in drawn
 
 
+def test_long_names_that_differ_in_their_middle_differ_when_drawn() -> None:
+    names = [f"{'encoder.' * 5}{side}{'.decoder' * 8}" for side in ("left", "right", "leave")]
+    drawn = draw_bars(BarPlot("t", "d", "ms", tuple((name, (Bar("b", 1.0),)) for name in names))).elements
+    shown = re.findall("</title>([^<]*…[^<]*)</text>", drawn)
+    assert len(set(shown)) == 3
+
+
 def test_limits_are_inside_the_plot_with_their_names() -> None:
     limits = (Limit("limit of outputs", 50.0), Limit("limit of states", 1e-3), Limit("none", math.nan))
     drawn = draw_lines(replace(lines(1.0, 2.0), limits=limits))

@@ -201,3 +201,21 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert locate.cache_folder() == tmp_path / f"xlstm_export-{os.getuid()}" / "plugins"
     assert OWN.find(KIND) is None
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_home_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: bool
+) -> None:
+    """As /nonexistent of a service; or one that is there, read-only. What it holds already is used."""
+    home = tmp_path / "home"
+    if not missing:
+        home.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everything
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XLSTM_EXPORT_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert locate.cache_folder() == tmp_path / "temporary" / f"xlstm_export-{os.getuid()}" / "plugins"
+    kept = home / ".cache" / "xlstm_export" / "plugins"
+    kept.mkdir(parents=True)
+    assert locate.cache_folder() == kept

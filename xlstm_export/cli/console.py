@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from ..errors import UsageError
 from ..options import Count, Progress
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
     from rich.console import Console
 
 log = logging.getLogger("xlstm_export")
@@ -184,6 +186,30 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # replaced by a test or an embedder
             stream.reconfigure(errors="plain")  # type: ignore[union-attr]
+
+
+class _Lasting(io.FileIO):
+    """A file descriptor to write to; when its reader has gone, what is written goes nowhere."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
+
+
+def keep_on() -> None:
+    """Let a command finish its work when nobody reads its progress any more, as after `2>&1 | head -1`.
+
+    Only stderr of a process that is this command's own is replaced.
+    """
+    before = sys.stderr
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or replaced by an embedder
+        raw = _Lasting(before.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(raw), before.encoding, before.errors, line_buffering=True
+        )
 
 
 def quiet_libraries() -> None:

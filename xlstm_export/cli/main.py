@@ -39,7 +39,7 @@ from .common import (
     source_options,
     stage_options,
 )
-from .console import Commands, emit, no_color, open_pipe, prepare_streams, quiet_libraries, spinner
+from .console import Commands, emit, keep_on, no_color, open_pipe, prepare_streams, quiet_libraries, spinner
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ def main(args: list[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, _terminated)
         # Imports and traces make objects that stay: looking through them often takes a sixth of a deploy.
         gc.set_threshold(50_000, 20, 10)
+        keep_on()
     prepare_streams()
     quiet_libraries()
     color = no_color()

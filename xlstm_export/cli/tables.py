@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..bench import roofline
 from ..checks import pytorch, scored
-from ..report.document import shortened_apart
+from ..plot.names import shortened_apart
 from ..specs import IoSpec, ModelSpec
 from ..targets import TARGETS
 from .doctor import Finding

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..measure.drift_result import TEACHER
-from ..report.document import shortened_apart
+from ..plot.names import shortened_apart
 from ..specs import Json
 
 if TYPE_CHECKING:

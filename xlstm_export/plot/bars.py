@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 from .axes import Axis, linear_axis
-from .drawing import WIDTH, Drawing, colour, label, shortened, text_width
+from .drawing import WIDTH, Drawing, colour, label, letters, text_width, with_whole
 from .element import Svg, tag, text
 from .figures import Bar, BarPlot, Key, number_text
+from .names import shortened_apart
 
 BAR, GAP, TOP, BOTTOM = 16, 10, 6, 44
 RIGHT = 20
@@ -26,9 +27,9 @@ def draw_bars(plot: BarPlot, width: float = WIDTH) -> Drawing:
     axis = _axis(plot, bars, width)
     parts, values = [*_grid(plot, axis, bottom)], []
     y = TOP + GAP / 2
-    for name, group in plot.groups:
-        shown = shortened(name, axis.start - 16)
-        parts.append(label(shown, axis.start - 8, y + len(group) * BAR / 2 + 4, "end"))
+    names = shortened_apart([name for name, _ in plot.groups], letters(axis.start - 16))
+    for shown, (name, group) in zip(names, plot.groups, strict=True):
+        parts.append(label(with_whole(shown, name), axis.start - 8, y + len(group) * BAR / 2 + 4, "end"))
         for bar in group:
             parts += _bar(plot, name, bar, axis, y, colour(colours[bar.name]))
             values.append(_number(plot, bar, axis, y))

@@ -59,10 +59,11 @@ def text_width(content: str) -> float:
     return CHARACTER * len(content)
 
 
-def shortened(content: str, width: float) -> Svg:
-    """A text without its middle where it is wider than `width` px; a pointer on it shows it whole."""
-    letters = max(3, int(width / CHARACTER))
-    if len(content) <= letters:
-        return text(content)
-    end = letters // 2
-    return Svg(tag("title", text(content)) + text(f"{content[: letters - 1 - end]}…{content[-end:]}"))
+def letters(width: float) -> int:
+    """About how many characters of 12 px fit into `width` px."""
+    return max(5, int(width / CHARACTER))
+
+
+def with_whole(shown: str, whole: str) -> Svg:
+    """A text that was shortened; a pointer on it shows the whole."""
+    return text(shown) if shown == whole else Svg(tag("title", text(whole)) + text(shown))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..plot.drawing import Drawing, colour
 from ..plot.file import draw, style
-from .document import Document, Table, Value, shortened, text_of
+from ..plot.names import shortened_apart
+from .document import Document, Table, Value, text_of
 from .glossary import about
 
 if TYPE_CHECKING:
@@ -113,16 +116,23 @@ def _heads(table: Table) -> list[Cell]:
 
 def _cells(table: Table) -> list[list[Cell]]:
     right = [head.kind for head in _heads(table)]
-    return [[_cell(value, kind) for value, kind in zip(row, right, strict=True)] for row in table.rows]
+    paths = list(dict.fromkeys(text for row in table.rows for text in map(text_of, row) if _is_long(text)))
+    short = dict(zip(paths, shortened_apart(paths, PATH), strict=True))
+    return [[_cell(value, kind, short) for value, kind in zip(row, right, strict=True)] for row in table.rows]
 
 
-def _cell(value: Value, missing: str = "") -> Cell:
-    """The cell of a value; `missing` is the kind of one without a value."""
+def _is_long(text: str) -> bool:
+    """Whether this is the path of a module that is not shown whole."""
+    return len(text) > PATH and re.fullmatch(r"[\w.+]*\.[\w.+]*", text) is not None
+
+
+def _cell(value: Value, missing: str = "", short: Mapping[str, str] = MappingProxyType({})) -> Cell:
+    """The cell of a value; `missing` is the kind of one without a value, `short` has the long paths."""
     text = text_of(value)
     if value is None:
         return Cell(text, missing)
-    if len(text) > PATH and re.fullmatch(r"[\w.+]*\.[\w.+]*", text):
-        return Cell(shortened(text, PATH), about=text)
+    if text in short:
+        return Cell(short[text], about=text)
     if isinstance(value, bool):
         return Cell(f"✓ {text}", "pass", "1") if value else Cell(f"✗ {text}", "fail", "0")
     if isinstance(value, (int, float)):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checks import CALIBRATION, HELD_OUT, MADE_UP, Check, Replay, Verdict
 from ..errors import UsageError, UserCodeError
-from ..inputs import Arrays, cut, length_of, per_position, rows_of
+from ..inputs import Arrays, cut, has_positions, length_of, per_position, rows_of
 from ..load.loaded import Loaded
 from ..load.made_up import explained, random_inputs
 from ..measure import data as evaluation
@@ -119,7 +119,7 @@ class Source:
     ) -> None:
         self._loaded, self._io, self._rng = loaded, io, rng
         self._sequences: Sequences | None = data
-        if data is None and calibration is not None and all(map(per_position, io.inputs)):
+        if data is None and calibration is not None and has_positions(io):
             self._sequences = Sequences(calibration, io)
         self._made_up = False
         self.kind = HELD_OUT if data is not None else MADE_UP if self._sequences is None else CALIBRATION
@@ -133,17 +133,20 @@ class Source:
     def batch(self, length: int) -> Arrays:
         """Inputs (BATCH, length, ...) from random places; made up if the sequences are shorter."""
         if self._sequences is not None and self._sequences.length > length:
-            return self._sequences.sample(BATCH, length, self._rng)
+            return self._within(self._sequences.sample(BATCH, length, self._rng), length)
         self._made_up = True
         return random_inputs(self._loaded, self._io, BATCH, length, self._rng)
 
     def cut(self, inputs: Arrays, start: int, end: int) -> Arrays:
         """Positions start … end - 1, as a call of their own: lengths are at most what is left."""
-        part = cut(inputs, self._io, start, end)
+        return self._within(cut(inputs, self._io, start, end), end - start)
+
+    def _within(self, inputs: Arrays, length: int) -> Arrays:
+        """Inputs of `length` positions, in which no length or index is beyond them."""
         for name, known in self._loaded.ranges.items():
             if known.to_length is not None:
-                part[name] = np.minimum(part[name], end - start + known.to_length)
-        return part
+                inputs[name] = np.minimum(inputs[name], length + known.to_length)
+        return inputs
 
     def streams(self, count: int, length: int) -> Arrays:
         """Inputs (count, S, ...), one stream each; S is `length` if made up, else the length of the data."""

@@ -21,6 +21,7 @@ from refusals import refused
 from tier_marks import quick
 from torch import Tensor, nn
 
+from xlstm_export.checks import CALIBRATION
 from xlstm_export.distance import compare_states, difference
 from xlstm_export.errors import BuildError, InputError, SetupError
 from xlstm_export.lift import lift as cells
@@ -29,7 +30,9 @@ from xlstm_export.lift.model import lift_model, spec_of, truncated
 from xlstm_export.load.families import tirex
 from xlstm_export.load.loaded import Loaded
 from xlstm_export.options import ExportOptions
+from xlstm_export.runfolder import read_io
 from xlstm_export.trace import export as trace
+from xlstm_export.verify.parts import Source
 
 pytest.importorskip("tirex", reason="pip install tirex-ts")
 
@@ -399,6 +402,19 @@ def test_streaming_graph(streaming: Loaded, streaming_export: Path, pieces: list
         upstream(streaming, exact=True, dtype=torch.float64), x.double(), loc.double(), scale.double()
     )
     assert error(np.concatenate(parts, 1), expected, x) < FLOAT32
+
+
+def test_a_stream_is_verified_on_the_calibration_data(streaming: Loaded, streaming_export: Path) -> None:
+    """Location and scale are of a whole row, so they stay with it where a stretch of it is taken."""
+    x, loc, scale = (value.numpy() for value in scaled(contexts(seed=2)[:4]))
+    given = {"x": x, "loc": loc, "scale": scale}
+    source = Source(streaming, read_io(streaming_export), np.random.default_rng(0), None, given)
+    assert source.kind == CALIBRATION
+    taken = source.batch(4)
+    for stretch, where, size in zip(taken["x"], taken["loc"], taken["scale"], strict=True):
+        (row,) = np.flatnonzero((loc == where) & (scale == size))
+        places = range(x.shape[1] - 3)
+        assert any(np.array_equal(x[row, at : at + 4], stretch, equal_nan=True) for at in places)
 
 
 def test_gates_of_a_layer_are_one_product(streaming_export: Path) -> None:

@@ -6,12 +6,17 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for a run as a script
+
+from benchmarks.peer_exporters import table as exporters  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PLUGINS = ("plugins/mlstm/README.md", "plugins/slstm/README.md")
 DOCUMENTS = ("README.md", "docs/numbers.md", "docs/recurrences.md", *PLUGINS)
@@ -250,10 +255,7 @@ def speed(result: dict[str, Any]) -> str:
 
 def sessions(result: dict[str, Any]) -> str:
     """A step of one of several sessions against a step of one alone."""
-    lines = [
-        "| model | alone | 2 sessions | 4 sessions | between prefills |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| model | alone | 2 sessions | 4 sessions | between prefills |", "|---|---|---|---|---|"]
     for name, ms in result["models"].items():
         others = [ms["sessions_2"], ms["sessions_4"], ms["between_prefills"]]
         cells = [f"{ms['sessions_1']:.3g} ms", *(f"{other / ms['sessions_1']:.2f}×" for other in others)]
@@ -344,7 +346,6 @@ def bisect(result: dict[str, Any]) -> str:
     )
 
 
-# Marker → files of results, and what makes the table of them.
 def recurrences(found: dict[str, Any]) -> str:
     """The forms that an mLSTM is exported in."""
     environment, model = found["environment"], found["model"]
@@ -375,6 +376,7 @@ def recurrences(found: dict[str, Any]) -> str:
     return "\n".join([*rows, "", about])
 
 
+# Marker → files of results, and what makes the table of them.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "summary": (("cpu.json", "int8.json"), summary),
     "speed": (("cpu.json",), speed),
@@ -389,6 +391,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "gate": (("gate.json",), gate),
     "bisect": (("bisect.json",), bisect),
     "recurrences": (("recurrences.json",), recurrences),
+    "exporters": (("peer_exporters.json",), exporters),
 }
 
 

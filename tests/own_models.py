@@ -155,6 +155,17 @@ class Beside(nn.Module):
         return self.after(self.body(x))[0]
 
 
+class BesideBoth(Beside):
+    """A GRU after that, so that a stream has the states of three kinds of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x))[0]
+
+
 def loaded(module: nn.Module, **options: object) -> checkpoint.Loaded:
     torch.manual_seed(0)
     with torch.no_grad():

@@ -39,7 +39,7 @@ FAMILIES: dict[str, Make] = {
         tirex2_models.make(p / "model"), stateless=stateless
     ),
     "nn.Module": lambda p, stateless: own_models.loaded(own_models.Classifier()),
-    "nn.LSTM": lambda p, stateless: own_models.loaded(own_models.Beside()),
+    "nn.LSTM": lambda p, stateless: own_models.loaded(own_models.BesideBoth()),
     "Vision-LSTM": lambda p, stateless: own_models.loaded(own_models.VisionCells(alternate=stateless)),
     "your own cell": lambda p, stateless: checkpoint.load_module("examples.custom_cell.adapters:build"),
     "LinearAttention": lambda p, stateless: checkpoint.load_checkpoint(models.make(p / "model")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
 
 import models
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from xlstm_export.checks import Check
 from xlstm_export.load import checkpoint
-from xlstm_export.options import Context
+from xlstm_export.options import Context, ExportOptions, VerifyOptions
+from xlstm_export.runfolder import RunFolder
 from xlstm_export.trace import export as trace
 from xlstm_export.verify import fp32
 from xlstm_export.verify.limits import (
@@ -95,6 +97,21 @@ def test_a_call_that_is_exact_by_luck_does_not_decide() -> None:
             results.append(torch.ones(64) * 3.0)
     assert len({tuple(x.tolist()) for x in results}) == len(moved)
     assert all(0 < (x - 3.0).abs().max() <= 3 * 1.2e-7 for x in results)
+
+
+@pytest.mark.parametrize("context_length", [64, 400], ids=["shorter than calls", "longer than calls"])
+def test_an_export_of_the_last_position_is_judged_by_that_position(
+    small_loaded: checkpoint.Loaded, tmp_path: Path, context_length: int
+) -> None:
+    """PyTorch's outputs of all positions are cut to it; else its own error would be no rounding at all."""
+    folder = trace.export(small_loaded, tmp_path / "run", ExportOptions(last_logits=True))
+    checked = fp32._Fp32(RunFolder.of(folder), small_loaded, VerifyOptions(), Context(threads=1), None)
+    checked.limit_context = context_length
+    with closing(checked):
+        checked.limits = checked.streams.limits = checked._limits()
+        checked.check_long()
+        own = checked._own_error(exact=True, long=checked._long)
+    assert own.output < LIMITS["output"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import models
@@ -20,7 +23,7 @@ from xlstm_export.quantize.recipe import preset
 from xlstm_export.runfolder import RunFolder
 from xlstm_export.sessions import OrtSession
 from xlstm_export.trace import export as trace
-from xlstm_export.verify import one_call
+from xlstm_export.verify import one_call, precision
 from xlstm_export.verify.fp32 import verify
 from xlstm_export.verify.limits import (
     GROWTHS,
@@ -157,6 +160,35 @@ def test_one_call_is_judged_by_sensitivity_alone(small_export: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_moved_exports_are_on_disk_one_at_a_time(
+    small_export: Path,
+    small_loaded: checkpoint.Loaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is as large as the FP32 export, and there may be thirty-two."""
+    run = RunFolder.open(quantize(small_export, preset("bf16"), out=tmp_path / "bf16"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    there: list[int] = []
+
+    def drawn(found: one_call.Errors, moved: Callable[[int], one_call.Errors], *_: object) -> list[Check]:
+        for seed in range(3):
+            moved(seed)
+            there.append(len(list(scratch.iterdir())))
+        return []
+
+    monkeypatch.setattr(one_call, "checks", drawn)
+    verified = precision._Precision(run, small_loaded, SHORT, Context(threads=1), None)
+    with closing(verified):
+        verified.reference = precision.Reference(
+            "FP32 export", lambda batch: OrtSession(small_export, batch, 1), small_export
+        )
+        verified.check_one_call()
+    assert there == [0, 0, 0]
+
+
 def test_one_position_in_some_moves_gets_many(small_export: Path) -> None:
     """Where all other positions are within their limits, and only there."""
     outputs, replay = RunFolder.open(small_export).io.outputs, Replay({}, (), lambda x, a, b: x)

@@ -22,8 +22,9 @@ from .protocol import Session
 # with the length; smaller ones read the weights more often (512: 2% of the time of a 120M model).
 PIECE = 512
 # Bytes of weights, times the streams, up to which a step takes one thread: two are no faster, and have to be
-# woken (10 MB: 0.186 and 0.185 ms; 1 MB: 0.082 and 0.090 ms).
-ONE_THREAD = 8 << 20
+# woken. Measured with one and two, quiet: 0.084 and 0.102 ms (0.8 MB), 0.150 and 0.155 (5.0 MB), 0.153 and
+# 0.145 (6.3 MB), 0.197 and 0.179 (8.3 MB).
+ONE_THREAD = 6 << 20
 # What helps where a graph cannot be loaded, by the operators of its mLSTM.
 NEWER = {
     OWN: "export again",
@@ -183,7 +184,7 @@ class GraphSession(Session):
         try:
             session = graph.open(options, folder)
         except Exception as error:  # as in _run
-            hint = NEWER[self._source.run.options.recurrence]
+            hint = NEWER.get(self._source.run.options.recurrence, NEWER[OWN])
             raise InputError(f"{path} cannot be loaded: {error}", hint) from error
         given = {x.name for x in (*session.get_inputs(), *session.get_outputs())}
         wanted = [x.name for x in (*self.io.inputs, *self.io.outputs)]

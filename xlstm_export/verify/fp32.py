@@ -35,7 +35,7 @@ from ..runfolder import RunFolder
 from ..sessions import OrtSession, TorchSession
 from ..specs import CHUNK, Json
 from .base import Verification, require_same_model
-from .coverage import along, calls, check_shapes, coverage, every_token
+from .coverage import along, calls, check_shapes, coverage, every_token, last_positions
 from .evidence import evidence, keep
 from .gate_file import read_gate
 from .limits import (
@@ -215,7 +215,8 @@ class _Fp32(Verification):
         again = self.streams.replay(whole, length)
         checks = self.streams.compare(f"long stream {length}", again, outputs, reference, state)
         expected = along(self.streams, self.reference, inputs, [positions for positions, _ in self.calls])
-        self._long = (inputs, {**expected, length: (reference, state)})
+        after = {**reference, **last_positions(reference, self.streams)}
+        self._long = (inputs, {**expected, length: (after, state)})
         return checks + check_shapes(self.streams, expected, inputs, self.calls)
 
     def check_far(self) -> list[Check]:

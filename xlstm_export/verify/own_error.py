@@ -36,9 +36,8 @@ DRAWS = 3  # calls with moved last places, where the reference is exact
 
 Roundings = tuple[tuple[AbstractContextManager[object], float], ...]
 Result = tuple[Arrays, Arrays]  # outputs and states
-Long = tuple[
-    Arrays, Mapping[int, Result]
-]  # inputs, and the reference's results after so many of their positions
+# Inputs, and the reference's results after so many of their positions.
+Long = tuple[Arrays, Mapping[int, Result]]
 
 
 def own_error(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,6 @@ class _Precision(Verification):
         self.followed: Replay | None = None  # the stream that drift was measured on
         self.calibration = calibration
         self._own: dict[int, tuple[Arrays, Arrays]] = {}
-        self._moved: dict[tuple[bool, int], RunFolder] = {}
-        self._opened = ExitStack()  # scratch folders of the moved exports
         self.tried: tuple[Call, ...] = ()  # calls of other lengths and batches
         self.ways: frozenset[str] = frozenset()
         ways = dict.fromkeys(("output", "state", "rows"), self.limits.ways)
@@ -174,24 +172,23 @@ class _Precision(Verification):
             self.context.progress("the model's own sensitivity")
         return by_sensitivity(checks, self.ways, self.moved_checks)
 
-    def moved(self, *, weights: bool = True, seed: int = 0) -> RunFolder:
-        """The FP32 export moved by half a step; with `weights` unset, its activations alone."""
+    @contextmanager
+    def moved(self, *, weights: bool = True, seed: int = 0) -> Iterator[RunFolder]:
+        """The FP32 export moved by half a step, for the block; without `weights`, its activations alone."""
         base = self.reference.folder
         assert base is not None
-        if (weights, seed) not in self._moved:
-            scratch = self._opened.enter_context(tempfile.TemporaryDirectory(prefix="xlstm-step."))
-            out = Path(scratch) / "moved"
-            self._moved[weights, seed] = moved_export(base, self.run, out, weights=weights, seed=seed)
-        return self._moved[weights, seed]
+        # On disk there is one at a time: it is as large as the FP32 export.
+        with tempfile.TemporaryDirectory(prefix="xlstm-step.") as scratch:
+            yield moved_export(base, self.run, Path(scratch) / "moved", weights=weights, seed=seed)
 
     def moved_checks(self, weights: bool, seed: int) -> dict[str, float]:
         """Values of the checks of a moved export; of its ways of calling alone without `weights`."""
         context = Context(threads=self.threads, seed=self.context.seed)
-        run = self.moved(weights=weights, seed=seed)
-        moved = _Moved(run, self.loaded, self.options, context, self.calibration)
-        moved.reference = self.reference
-        with closing(moved):
-            checks = moved.compare()[0] if weights else moved.check_ways()
+        with self.moved(weights=weights, seed=seed) as run:
+            moved = _Moved(run, self.loaded, self.options, context, self.calibration)
+            moved.reference = self.reference
+            with closing(moved):
+                checks = moved.compare()[0] if weights else moved.check_ways()
         return {check.name: check.value for check in checks}
 
     def check_one_call(self) -> list[Check]:
@@ -205,7 +202,10 @@ class _Precision(Verification):
             expected = session.prefill(inputs)
 
         def moved(seed: int) -> one_call.Errors:
-            with OrtSession(self.moved(seed=seed).path, BATCH, self.threads, fused=False) as session:
+            with (
+                self.moved(seed=seed) as run,
+                OrtSession(run.path, BATCH, self.threads, fused=False) as session,
+            ):
                 return one_call.errors(self.io.outputs, expected, session.prefill(inputs))
 
         found = one_call.errors(self.io.outputs, expected, self.expected(length)[0])
@@ -340,10 +340,6 @@ class _Precision(Verification):
                 outputs = session.prefill(self.source.cut(self.streams.inputs, 0, length))
                 self._own[length] = (outputs, session.state())
         return self._own[length]
-
-    def close(self) -> None:
-        super().close()
-        self._opened.close()
 
 
 class _Moved(_Precision):
